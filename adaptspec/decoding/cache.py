@@ -1,0 +1,142 @@
+"""Preallocated key/value cache that appends without copying and keeps any path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+GROWTH_ROWS = 256
+
+
+class TreeLayer(CacheLayerMixin):
+    """One attention layer's rows, in buffers ``[batch, heads, capacity, head_dim]``.
+
+    ``update`` writes the new rows behind the kept ones and returns views; keeping a
+    path moves rows only where it isn't already a prefix. Every row is kept whatever the
+    layer's window, which the attention mask applies by position.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """Allocate the buffers; keys and values may differ in head size."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows = max(self.capacity, key_states.shape[2])
+        self.keys = key_states.new_empty(
+            (*key_states.shape[:2], rows, key_states.shape[3])
+        )
+        self.values = value_states.new_empty(
+            (*value_states.shape[:2], rows, value_states.shape[3])
+        )
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[batch, heads, rows, head_dim]``; return views of all rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        end = self.length + key_states.shape[2]
+        if end > self.keys.shape[2]:
+            self.keys = self._grown(self.keys, end)
+            self.values = self._grown(self.values, end)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, base: int, rows: torch.Tensor | None, count: int) -> None:
+        """Of the rows from ``base`` on, keep ``rows`` (None: the first ``count``)."""
+        if rows is not None and self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            for buffer in (self.keys, self.values):
+                # index_select copies first, so overlapping rows are safe.
+                buffer[:, :, base : base + count] = buffer.index_select(2, rows)
+        self.length = base + count
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` rows (transformers' convention)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative count, got {tokens_to_remove}")
+        self.length += tokens_to_remove
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset of the default mask."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Rows kept."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit: the buffers grow."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all rows, keep the buffers."""
+        self.length = 0
+
+    def _grown(self, buffer: torch.Tensor, rows: int) -> torch.Tensor:
+        capacity = max(rows + GROWTH_ROWS, buffer.shape[2] * 3 // 2)
+        grown = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+
+class TreeCache(Cache):
+    """A cache of :class:`TreeLayer`, for sequences of batch size one.
+
+    Args:
+        layers: How many attention layers the model has.
+        capacity: Rows allocated at the first append; more are added when needed.
+    """
+
+    def __init__(self, layers: int, capacity: int = 0) -> None:
+        super().__init__(layers=[TreeLayer(capacity) for _ in range(layers)])
+
+    @property
+    def length(self) -> int:
+        """Rows kept in the first layer."""
+        return self.layers[0].get_seq_length() if self.layers else 0
+
+    def keep(self, base: int, nodes: Sequence[int]) -> None:
+        """Of the rows appended since ``base`` keep ``nodes``, ascending, in order.
+
+        Nothing is copied when ``nodes`` is a prefix ``0, 1, 2...``.
+        """
+        rows = None
+        if any(node != i for i, node in enumerate(nodes)):
+            device = self.layers[0].device
+            rows = torch.tensor([base + node for node in nodes], device=device)
+        for layer in self.layers:
+            layer.keep(base, rows, len(nodes))
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` rows."""
+        if length > self.length:
+            raise ValueError(f"length <= {self.length} must hold, got {length}")
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    def lower(self, layers: int) -> TreeCache:
+        """The cache of the lowest ``layers`` layers, sharing their rows (early exit)."""
+        view = TreeCache(0)
+        view.layers = self.layers[:layers]
+        return view

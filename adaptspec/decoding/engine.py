@@ -1,0 +1,276 @@
+"""The one loop of every strategy: prefill, propose, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from adaptspec.decoding.controls import Controls, Processors
+from adaptspec.decoding.sampling import Sampler
+from adaptspec.decoding.stats import RunStats, StepStats
+from adaptspec.decoding.stopping import Stopping
+from adaptspec.decoding.tree import Law, TokenTree
+from adaptspec.decoding.verify import Accepted, accept_matching, accept_sampled
+from adaptspec.errors import InvalidPromptError, UnavailableStrategyError
+from adaptspec.models import Forward, LanguageModel
+from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+
+Finish = Literal["length", "eos", "stop"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The emitted tokens, how many there are for what, and why they end."""
+
+    token_ids: list[int]
+    stats: RunStats
+    finish: Finish
+
+
+class Engine:
+    """Decodes one sequence at a time with a target and, where wanted, a draft model."""
+
+    def __init__(self, model: LanguageModel, draft: LanguageModel | None = None) -> None:
+        self.model = model
+        self.draft = draft
+
+    def generate(
+        self,
+        strategy: Strategy,
+        ids: Sequence[int],
+        controls: Controls,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Generation:
+        """Decode after ``ids``; ``on_tokens`` gets each step's tokens as accepted.
+
+        Raises:
+            UnavailableStrategyError: if the strategy can't run on this model.
+            InvalidPromptError: if the prompt is empty or leaves no room.
+            InvalidTreeError: if the strategy proposes what isn't a token tree.
+        """
+        run = Run(self, strategy, ids, controls)
+        for tokens in run:
+            if on_tokens is not None:
+                on_tokens(tokens)
+        return run.result
+
+    def stream(
+        self, strategy: Strategy, ids: Sequence[int], controls: Controls
+    ) -> Iterator[int]:
+        """The tokens one at a time, as soon as they are accepted."""
+        for tokens in Run(self, strategy, ids, controls):
+            yield from tokens
+
+
+class Run:
+    """One generation: iterate over it for the tokens of each step, then ask ``result``.
+
+    Invariant between steps: the cache holds every committed token but the last.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        ids: Sequence[int],
+        controls: Controls,
+    ) -> None:
+        model = engine.model
+        if reason := type(strategy).unavailable(model, engine.draft):
+            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
+        if not ids:
+            raise InvalidPromptError("a prompt must have at least one token, got none")
+        self._model, self._draft, self._strategy = model, engine.draft, strategy
+        self._controls = controls
+        self._prompt = len(ids)
+        self._room = controls.max_new_tokens
+        if model.max_length is not None:
+            self._room = min(self._room, model.max_length - self._prompt)
+            if self._room < 1:
+                raise InvalidPromptError(
+                    f"prompt + 1 <= {model.max_length} tokens must hold for "
+                    f"{model.name}, got a prompt of {self._prompt}"
+                )
+        self._ids = list(ids)
+        self._stats = RunStats(prompt_tokens=self._prompt)
+        self._finish: Finish | None = None
+        processors = Processors(controls, self._prompt, model.device)
+        self._sampler = Sampler(processors, controls.seed)
+        self._batched_argmax = processors.greedy and processors.trivial
+        self._stopping = Stopping(model, controls)
+
+    @property
+    def result(self) -> Generation:
+        """What was generated (so far, if the iteration was given up)."""
+        return Generation(
+            self._ids[self._prompt :], self._stats, self._finish or "length"
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        model = self._model
+        level = model.capability.level
+        needs = self._strategy.needs(model)
+        capacity = self._prompt + self._room + self._controls.max_nodes + 1
+        cache: Any = (
+            model.plain_cache() if level == "plain" else model.new_cache(capacity)
+        )
+        drafter = self._strategy.start(
+            Target(
+                model=model,
+                draft=self._draft,
+                cache=None if level == "plain" else cache,
+                prompt=tuple(self._ids),
+                sampling=self._sampler,
+                trees=level == "tree",
+                clock=perf_counter,
+            )
+        )
+        try:
+            yield self._prefill(drafter, cache, needs)
+            while self._finish is None:
+                yield self._step(drafter, cache, needs, level)
+        finally:
+            drafter.close()
+
+    def _prefill(self, drafter: Drafter, cache: Any, needs: Needs) -> list[int]:
+        started = perf_counter()
+        prompt = list(self._ids)
+        hidden = needs.hidden_layers if needs.prefill_hidden != "none" else ()
+        forward = self._model.prefill(
+            prompt, cache, last=max(1, needs.prefill_logits), hidden_layers=hidden
+        )
+        last = forward.rows[len(prompt) - 1]
+        token = self._sampler.choose(self._ids, forward.logits[last])
+        emitted = self._commit([token])
+        if needs.prefill_hidden == "last":
+            kept = {layer: states[-1:] for layer, states in forward.hidden.items()}
+            forward = Forward(forward.logits, forward.rows, kept)
+        drafter.observe(
+            Outcome(None, (), emitted, forward.rows, forward.logits, forward.hidden)
+        )
+        self._stats.seconds_prefill = perf_counter() - started
+        return emitted
+
+    def _step(
+        self, drafter: Drafter, cache: Any, needs: Needs, level: str
+    ) -> list[int]:
+        started = perf_counter()
+        left = self._room - (len(self._ids) - self._prompt)
+        root, cached = self._ids[-1], len(self._ids) - 1
+        depth = min(left - 1, depth_limit(self._model.config, cached))
+        nodes = self._controls.max_nodes
+        context = Context(self._ids, depth + 1, nodes, len(self._stats.steps))
+        tree = drafter.propose(context)
+        proposed = perf_counter()
+        tree.check(root, self._model.vocab_size)
+        if level != "tree":
+            tree = tree.principal_chain() if level == "chain" else tree.select([0])
+        tree = tree.cut(nodes, depth)
+
+        verifying = perf_counter()
+        if level == "plain":
+            forward = self._model.prefill(
+                [root], cache, hidden_layers=needs.hidden_layers
+            )
+        else:
+            forward = self._model.verify(
+                tree, cache, hidden_layers=needs.hidden_layers
+            )
+        self._synchronize()
+        verified = perf_counter()
+
+        accepted = self._accept(tree, forward)
+        tokens = [tree.tokens[node] for node in accepted.path[1:]] + [accepted.token]
+        emitted = self._commit(tokens)
+        path = accepted.path[: len(emitted)]
+        if level != "plain":
+            cache.keep(cached, path)
+        committed = perf_counter()
+        drafter.observe(
+            Outcome(tree, path, emitted, forward.rows, forward.logits, forward.hidden)
+        )
+        observed = perf_counter()
+        self._stats.steps.append(
+            StepStats(
+                proposed=tree.proposed,
+                accepted=min(len(accepted.path) - 1, len(emitted)),
+                emitted=len(emitted),
+                seconds_target=verified - verifying,
+                seconds_draft=(proposed - started) + (observed - committed),
+                seconds_rest=(verifying - proposed) + (committed - verified),
+            )
+        )
+        return emitted
+
+    def _accept(self, tree: TokenTree, forward: Forward) -> Accepted:
+        if self._batched_argmax:
+            # One host sync per step: the loop must know which tokens were accepted.
+            best: list[int] = forward.logits.float().argmax(-1).tolist()
+            return accept_matching(tree, lambda node, _: best[forward.rows[node]])
+        if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
+            return accept_matching(
+                tree,
+                lambda node, tokens: self._sampler.choose(
+                    [*self._ids, *tokens], forward.logits[forward.rows[node]]
+                ),
+            )
+        here = len(self._ids)
+        return accept_sampled(
+            tree,
+            law=lambda node, tokens: self._sampler.probs(
+                [*self._ids, *tokens], forward.logits[forward.rows[node]]
+            ),
+            uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
+            pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
+        )
+
+    def _commit(self, tokens: Sequence[int]) -> list[int]:
+        """Append tokens up to the end of the output; return those that are part of it."""
+        emitted = []
+        for token in tokens:
+            self._ids.append(token)
+            emitted.append(token)
+            self._finish = self._stopping(self._ids, self._prompt)
+            if self._finish is None and len(self._ids) - self._prompt >= self._room:
+                self._finish = "length"
+            if self._finish is not None:
+                break
+        self._stats.new_tokens += len(emitted)
+        return emitted
+
+    def _synchronize(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+
+def depth_limit(config: Any, cached: int) -> int:
+    """How deep a tree behind ``cached`` rows may reach without changing the rotation.
+
+    Some rotary scalings recompute the frequencies of the whole pass from its largest
+    position, so a speculative position past the boundary would change every logit.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if _nested(parameters) else [parameters]
+    limit = 1 << 30
+    for rope in kinds:
+        kind = rope.get("rope_type", "default")
+        if kind not in ("dynamic", "longrope"):
+            continue
+        boundary = int(
+            rope.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", 0)
+            or config.max_position_embeddings
+        )
+        if cached + 1 <= boundary:
+            limit = min(limit, boundary - 1 - cached)
+        elif kind == "dynamic":
+            limit = 0
+    return limit
+
+
+def _nested(parameters: Any) -> bool:
+    return bool(parameters) and all(isinstance(v, dict) for v in parameters.values())

@@ -1,0 +1,128 @@
+"""Sampling whose noise is a function of seed and position, not of a generator's state.
+
+Token ``i`` at ``position`` gets one uniform number from a counter-based hash
+(splitmix64, Steele et al. 2014); the token that wins the exponential race is sampled,
+as in the Gumbel-max trick. So whatever was drafted, the same law at the same position
+yields the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from adaptspec.decoding.controls import Processors
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+# Streams of noise that must be independent of each other.
+TARGET, ACCEPT, DRAFT = 1, 2, 3
+
+
+class Sampler:
+    """The controls of one run as a law, and the noise of its seed."""
+
+    def __init__(self, processors: Processors, seed: int) -> None:
+        self._processors = processors
+        self._seed = seed
+        self._draws = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self._processors.greedy
+
+    @property
+    def temperature(self) -> float:
+        """0 for greedy."""
+        return self._processors.temperature
+
+    def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The law ``[vocab]`` after ``ids`` (float32); one-hot if greedy."""
+        scores = self._processors(ids, logits)
+        if self.greedy:
+            law = torch.zeros_like(scores)
+            law[scores.argmax()] = 1.0
+            return law
+        return scores.softmax(-1)
+
+    def choose(self, ids: Sequence[int], logits: torch.Tensor) -> int:
+        """The target's token after ``ids``: its position is ``len(ids)``."""
+        if self.greedy:
+            return int(self._processors(ids, logits).argmax())
+        return self.coupled(self.probs(ids, logits), len(ids))
+
+    def coupled(self, probs: torch.Tensor, position: int) -> int:
+        """The token that the target's own noise at ``position`` picks from ``probs``."""
+        return race(probs, key(self._seed, position, TARGET))
+
+    def uniform(self, position: int, attempt: int) -> float:
+        """Noise in (0, 1) of the ``attempt``-th acceptance test at ``position``."""
+        return unit(key(self._seed, position, ACCEPT, attempt))
+
+    def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
+        """Draw up to ``count`` distinct tokens, without replacement, in draw order."""
+        self._draws += 1
+        times = arrivals(probs, key(self._seed, self._draws, DRAFT))
+        count = min(count, int((probs > 0).sum()))
+        order: list[int] = torch.topk(times, count, largest=False).indices.tolist()
+        return order
+
+
+def key(*parts: int) -> int:
+    """Mix integers into one 64-bit key."""
+    state = 0
+    for part in parts:
+        state = _mix((state ^ (part & MASK)) + GOLDEN & MASK)
+    return state
+
+
+def unit(state: int) -> float:
+    """A number in (0, 1) from a key."""
+    return ((_mix(state) >> 11) + 0.5) * 2.0**-53
+
+
+def uniforms(state: int, indices: torch.Tensor) -> torch.Tensor:
+    """Numbers in (0, 1), float64, one for each index under the key ``state``."""
+    x = (indices.to(torch.int64) + 1) * _signed(GOLDEN) + _signed(state)
+    x = (x ^ _shifted(x, 30)) * _signed(MIX[0])
+    x = (x ^ _shifted(x, 27)) * _signed(MIX[1])
+    x = x ^ _shifted(x, 31)
+    return (_shifted(x, 11).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def arrivals(probs: torch.Tensor, state: int) -> torch.Tensor:
+    """Exponential arrival times ``[vocab]`` at rates ``probs``; inf where impossible."""
+    times = torch.full(probs.shape, torch.inf, dtype=torch.float64, device=probs.device)
+    support = probs.nonzero()[:, 0]
+    noise = uniforms(state, support)
+    times[support] = -noise.log() / probs[support].to(torch.float64)
+    return times
+
+
+def race(probs: torch.Tensor, state: int) -> int:
+    """Sample one token from ``probs`` (``[vocab]``, any positive total)."""
+    support = probs.nonzero()[:, 0]
+    noise = uniforms(state, support)
+    winner = (-noise.log() / probs[support].to(torch.float64)).argmin()
+    return int(support[winner])
+
+
+def _mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * MIX[0] & MASK
+    x = (x ^ (x >> 27)) * MIX[1] & MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,78 @@
+"""Per-step and per-run counts and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class StepStats(NamedTuple):
+    """One step; times in seconds."""
+
+    proposed: int
+    accepted: int
+    emitted: int
+    seconds_target: float
+    seconds_draft: float
+    seconds_rest: float
+
+
+@dataclass
+class RunStats:
+    """One generation. The first token comes from the prefill, the rest from steps."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds_prefill: float = 0.0
+    steps: list[StepStats] = field(default_factory=list)
+
+    @property
+    def target_forwards(self) -> int:
+        """Decoding steps, the prefill not counted."""
+        return len(self.steps)
+
+    @property
+    def proposed(self) -> int:
+        """Candidates verified."""
+        return sum(step.proposed for step in self.steps)
+
+    @property
+    def accepted(self) -> int:
+        """Candidates accepted and emitted."""
+        return sum(step.accepted for step in self.steps)
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / proposed, 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Mean tokens committed per step; 1 is plain decoding."""
+        return sum(s.emitted for s in self.steps) / len(self.steps) if self.steps else 1.0
+
+    @property
+    def seconds_target(self) -> float:
+        """Time in the target's forwards, the prefill not counted."""
+        return sum(step.seconds_target for step in self.steps)
+
+    @property
+    def seconds_draft(self) -> float:
+        """Time in the drafter."""
+        return sum(step.seconds_draft for step in self.steps)
+
+    @property
+    def seconds_rest(self) -> float:
+        """Time in acceptance, cache and bookkeeping."""
+        return sum(step.seconds_rest for step in self.steps)
+
+    @property
+    def seconds_decode(self) -> float:
+        """Time after the prefill."""
+        return self.seconds_target + self.seconds_draft + self.seconds_rest
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed over the tokens after the first; 0 without a step."""
+        emitted = sum(step.emitted for step in self.steps)
+        return emitted / self.seconds_decode if self.seconds_decode > 0 else 0.0

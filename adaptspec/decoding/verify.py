@@ -1,0 +1,132 @@
+"""Which proposed tokens are kept: exact acceptance, pure functions.
+
+Deterministic proposals: choose at the node as plain decoding would, descend if a child
+has that token. Sampled proposals: speculative sampling (Leviathan et al. 2023,
+arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), over siblings as in SpecInfer
+(arXiv:2305.09781) and, without replacement, Sequoia (arXiv:2402.12374).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from adaptspec.decoding.tree import Law, TokenTree
+
+TINY = 1e-12
+
+
+class Accepted(NamedTuple):
+    """Kept nodes, root first, and the token after the last of them."""
+
+    path: list[int]
+    token: int
+
+
+def accept_matching(
+    tree: TokenTree, choose: Callable[[int, Sequence[int]], int]
+) -> Accepted:
+    """Follow the tokens that ``choose(node, path tokens)`` picks while they are there.
+
+    Exact for greedy decoding, and for sampling from deterministic proposals: the picked
+    token is emitted whether or not it was proposed.
+    """
+    path, tokens = [0], []
+    while True:
+        token = choose(path[-1], tokens)
+        child = next((c for c in tree.children[path[-1]] if tree.tokens[c] == token), None)
+        if child is None:
+            return Accepted(path, token)
+        path.append(child)
+        tokens.append(token)
+
+
+def accept_sampled(
+    tree: TokenTree,
+    law: Callable[[int, Sequence[int]], torch.Tensor],
+    uniform: Callable[[int, int], float],
+    pick: Callable[[torch.Tensor, int], int],
+) -> Accepted:
+    """Test sampled siblings in draw order, each against what is left of the target's law.
+
+    Args:
+        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node.
+        uniform: ``(depth, attempt) ->`` independent number in (0, 1).
+        pick: ``(probs, depth) ->`` a token sampled from unnormalised ``probs``.
+    """
+    path: list[int] = [0]
+    tokens: list[int] = []
+    while True:
+        node, depth = path[-1], len(tokens)
+        remaining = law(node, tokens)
+        child, remaining = _test_children(tree, node, remaining, depth, uniform)
+        if child is None:
+            return Accepted(path, pick(remaining, depth))
+        path.append(child)
+        tokens.append(tree.tokens[child])
+
+
+def _test_children(
+    tree: TokenTree,
+    node: int,
+    target: torch.Tensor,
+    depth: int,
+    uniform: Callable[[int, int], float],
+) -> tuple[int | None, torch.Tensor]:
+    """The accepted child, or None and the law its correction is drawn from."""
+    remaining = target
+    tried: list[int] = []
+    for attempt, child in enumerate(tree.children[node]):
+        token = tree.tokens[child]
+        draft = _draft_law(tree, child, target, tried)
+        if draft is None:  # the draft's law is exhausted: no further sibling is a draw
+            break
+        chance = float(draft[token])
+        if chance > 0 and uniform(depth, attempt) * chance < float(remaining[token]):
+            return child, remaining
+        tried.append(token)
+        remaining = residual(remaining, draft, target, tried)
+    return None, remaining
+
+
+def residual(
+    remaining: torch.Tensor,
+    draft: torch.Tensor,
+    target: torch.Tensor,
+    tried: Sequence[int],
+) -> torch.Tensor:
+    """What is left of the target's law after a draw from ``draft`` was rejected.
+
+    Where rounding leaves nothing (draft and target nearly equal), the target without
+    the tried tokens, and the target itself if they were all of it.
+    """
+    left = (remaining - draft).clamp_min(0)
+    total = float(left.sum())
+    if total <= TINY:
+        left = target.clone()
+        left[list(tried)] = 0
+        total = float(left.sum())
+        if total <= 0:
+            return target
+    return left / total
+
+
+def _draft_law(
+    tree: TokenTree, child: int, target: torch.Tensor, tried: Sequence[int]
+) -> torch.Tensor | None:
+    draft = tree.draft_probs.get(child)
+    if draft is None:
+        certain = torch.zeros_like(target)
+        certain[tree.tokens[child]] = 1.0
+        return certain
+    draft = draft.to(target.device, target.dtype)
+    if tree.law is Law.WITHOUT_REPLACEMENT and tried:
+        draft = draft.clone()
+        draft[list(tried)] = 0
+        total = float(draft.sum())
+        if total <= TINY:
+            return None
+        draft = draft / total
+    return draft

@@ -1,0 +1,51 @@
+"""Every error AdaptSpec raises on purpose: rule, value, way out."""
+
+from __future__ import annotations
+
+
+class AdaptSpecError(Exception):
+    """A mistake the caller can mend; the command line prints it as one line."""
+
+
+class UnknownStrategyError(AdaptSpecError, LookupError):
+    """No strategy or baseline of that name is registered."""
+
+
+class InvalidParamsError(AdaptSpecError, ValueError):
+    """Strategy parameters outside their declared bounds, or unknown."""
+
+
+class UnavailableStrategyError(AdaptSpecError, RuntimeError):
+    """The strategy exists but can't run on this model."""
+
+
+class UnsupportedControlError(AdaptSpecError, ValueError):
+    """A generation control that can't be honoured without changing the output."""
+
+
+class InvalidPromptError(AdaptSpecError, ValueError):
+    """The prompt, its tokens or its length can't be decoded from."""
+
+
+class InvalidTreeError(AdaptSpecError, ValueError):
+    """A strategy proposed something that is not a token tree."""
+
+
+class ModelLoadError(AdaptSpecError, OSError):
+    """A model, tokenizer or the embedded default could not be loaded."""
+
+
+class PluginError(AdaptSpecError, RuntimeError):
+    """A plugin failed to load or broke its contract."""
+
+
+class PluginConflictError(PluginError):
+    """Two plugins claim one name."""
+
+
+class WorkloadError(AdaptSpecError, ValueError):
+    """A workload file is missing, empty or has a bad line."""
+
+
+class ProfileStoreError(AdaptSpecError, RuntimeError):
+    """The profile database can't be opened, read, written or migrated."""

@@ -1,0 +1,44 @@
+"""The extension points: everything a plugin can add. Docs print these docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from adaptspec.profile import ProfileStore
+    from adaptspec.strategy import Baseline, Strategy
+
+PROJECT = "adaptspec"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_strategies() -> Sequence[type[Strategy]]:  # type: ignore[empty-body]
+    """Return the strategy classes this plugin brings.
+
+    Called only when strategies are used, so import torch inside.
+    """
+
+
+@hookspec
+def register_baselines() -> Sequence[type[Baseline]]:  # type: ignore[empty-body]
+    """Return other engines' decoding to be measured beside ours."""
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add commands to the ``adaptspec`` command line. Must not import torch."""
+
+
+@hookspec(firstresult=True)
+def open_profile_store(url: str | None) -> ProfileStore | None:
+    """Open the profile database at ``url`` (a path or SQLAlchemy URL; None: default).
+
+    The first plugin that returns a store wins.
+    """

@@ -1,0 +1,435 @@
+"""A causal language model as the decoding core uses it: forward passes over trees."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adaptspec.decoding.cache import TreeCache
+from adaptspec.decoding.linear import LinearReport, accelerate_linears
+from adaptspec.decoding.masks import (
+    Reach,
+    causal_mask,
+    layer_reaches,
+    positions,
+    tree_mask,
+)
+from adaptspec.decoding.tree import TokenTree
+from adaptspec.errors import InvalidPromptError, ModelLoadError
+
+Level = Literal["tree", "chain", "plain"]
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
+
+# Graph capture needs fixed shapes: on CUDA trees are padded up to one of these.
+CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+PROBE_PROMPT = 12
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What the model's forward can verify: token trees, chains, or nothing."""
+
+    level: Level
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass gave: ``logits[rows[i]]`` is the law after node ``i``."""
+
+    logits: torch.Tensor  # [rows, vocab]
+    rows: dict[int, int]
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
+
+
+class LanguageModel:
+    """A causal LM and its tokenizer, run through the model's own ``forward``.
+
+    The caller's module is never changed: the engine runs a copy of its module tree that
+    shares the parameters, in which Linear layers are replaced by faster ones.
+
+    Args:
+        model: Any ``AutoModelForCausalLM``.
+        tokenizer: Its tokenizer; None restricts prompts to token ids.
+        name: What people call it.
+        own_weights: True if nobody else uses ``model``, so that its weights may be
+            repacked (its own parameters are then gone).
+        accelerate: False runs the Linear layers as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        name: str | None = None,
+        *,
+        own_weights: bool = False,
+        accelerate: bool = True,
+    ) -> None:
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "get_output_embeddings"):
+            raise ModelLoadError(
+                "a transformers causal language model is expected, "
+                f"got {type(model).__name__}"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelLoadError(
+                f"{type(model).__name__} is an encoder-decoder; only decoder-only "
+                "models are supported"
+            )
+        self.source = model
+        self.tokenizer = tokenizer
+        self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
+        self.config = config.get_text_config(decoder=True)
+        self.generation_config = getattr(model, "generation_config", None)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.vocab_size = _vocab_size(model, self.config)
+        self.digest = weights_digest(model)
+        self.linear = LinearReport(0, "unchanged")
+        self.buckets: tuple[int, ...] = (
+            CUDA_BUCKETS if self.device.type == "cuda" else ()
+        )
+        self.model = _view(model)
+        self._switched_attention = _use_masked_attention(self.model)
+        if accelerate and self.model is not model:
+            self.linear = accelerate_linears(self.model, own_weights=own_weights)
+        self.model.eval()
+        signature = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in signature
+        self._takes_keep = "logits_to_keep" in signature
+        self._layers = int(self.config.num_hidden_layers)
+        # Turned off by the probe for models that build masks of their own only.
+        self.use_masks = True
+
+    @functools.cached_property
+    def capability(self) -> Capability:
+        """Probed once: tree logits against sequential forwards, before and after a
+        path is kept; then chains; else plain decoding."""
+        from adaptspec.decoding.probe import probe
+
+        return probe(self)
+
+    @functools.cached_property
+    def reaches(self) -> dict[str, Reach]:
+        """Layer type -> how far it attends; empty where that isn't known."""
+        try:
+            return layer_reaches(self.config)
+        except ValueError:
+            return {}
+
+    @property
+    def max_length(self) -> int | None:
+        """Most positions the model was made for, None if it doesn't say."""
+        length = getattr(self.config, "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def new_cache(self, capacity: int = 0) -> TreeCache:
+        """An empty cache with room for ``capacity`` tokens."""
+        return TreeCache(self._layers, capacity)
+
+    def plain_cache(self) -> Any:
+        """The model's own cache, for models whose state can't be rolled back."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.config)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        cache: Any,
+        *,
+        last: int = 1,
+        hidden_layers: Sequence[int] = (),
+    ) -> Forward:
+        """Append ``tokens`` as a plain continuation; logits of the ``last`` of them.
+
+        Rows are keyed by index into ``tokens``; hidden states cover all of them.
+        """
+        cached = cache.length if isinstance(cache, TreeCache) else cache.get_seq_length()
+        count = len(tokens)
+        mask: Any = None
+        if isinstance(cache, TreeCache) and (
+            (cached and count > 1) or self._limited(cached + count)
+        ):
+            mask = self._masks(
+                lambda reach: causal_mask(count, cached, reach, self.dtype, self.device)
+            )
+        kept = list(range(max(0, count - last), count))
+        return self._run(
+            torch.tensor([list(tokens)], device=self.device),
+            range(count),
+            cached,
+            cache,
+            mask,
+            kept,
+            hidden_layers,
+        )
+
+    @torch.inference_mode()
+    def verify(
+        self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
+    ) -> Forward:
+        """Append the tree's nodes to ``cache``; logits at every node but unread ones.
+
+        The caller keeps a path afterwards with ``cache.keep``.
+        """
+        cached = cache.length
+        nodes = len(tree)
+        rows = next((b for b in self.buckets if b >= nodes), nodes)
+        mask: Any = None
+        if nodes > 1 or rows > 1 or self._limited(cached + 1):
+            mask = self._masks(
+                lambda reach: tree_mask(
+                    tree, cached, reach, self.dtype, self.device, rows
+                )
+            )
+        padding = [tree.tokens[0]] * (rows - nodes)
+        depths = [*tree.depths, *([0] * (rows - nodes))]
+        kept = [node for node in range(nodes) if node not in tree.unread]
+        return self._run(
+            torch.tensor([[*tree.tokens, *padding]], device=self.device),
+            depths,
+            cached,
+            cache,
+            mask,
+            kept,
+            hidden_layers,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, of chat messages (template applied), or ids as they are.
+
+        Raises:
+            InvalidPromptError: if it is empty, out of the vocabulary, or needs a
+                tokenizer or chat template that isn't there.
+        """
+        ids = self._encode(prompt)
+        if not ids:
+            raise InvalidPromptError("a prompt must have at least one token, got none")
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise InvalidPromptError(
+                f"token ids must be in 0..{self.vocab_size - 1}, got {bad[0]}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+    def vocabulary_mismatch(self, other: LanguageModel) -> str | None:
+        """Why ``other``'s token ids mean something else here, or None."""
+        if self.tokenizer is None or other.tokenizer is None:
+            if self.vocab_size != other.vocab_size:
+                return (
+                    f"{self.name} has {self.vocab_size} tokens, "
+                    f"{other.name} {other.vocab_size}, and no tokenizers to compare"
+                )
+            return None
+        mine, theirs = self._vocabulary, other._vocabulary
+        if mine == theirs:
+            return None
+        differing = sum(theirs.get(token) != index for token, index in mine.items())
+        return (
+            f"{self.name} and {other.name} disagree on {differing} of {len(mine)} tokens"
+        )
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
+
+    def _limited(self, length: int) -> bool:
+        return any(reach.limits(length) for reach in self.reaches.values())
+
+    def _masks(self, build: Any) -> Any:
+        if not self.use_masks or not self.reaches:
+            return None
+        masks = {kind: build(reach) for kind, reach in self.reaches.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        depths: Sequence[int],
+        cached: int,
+        cache: Any,
+        mask: Any,
+        kept: Sequence[int],
+        hidden_layers: Sequence[int],
+    ) -> Forward:
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self._takes_positions:
+            arguments["position_ids"] = positions(depths, cached, self.device)
+        count = input_ids.shape[1]
+        whole = len(kept) == count
+        if self._takes_keep:
+            if whole:
+                arguments["logits_to_keep"] = 0
+            elif list(kept) == list(range(count - len(kept), count)):
+                arguments["logits_to_keep"] = len(kept)
+            else:
+                arguments["logits_to_keep"] = torch.tensor(kept, device=self.device)
+        if hidden_layers:
+            total = self._layers + 1
+            arguments["output_hidden_states"] = sorted(
+                {layer % total for layer in hidden_layers}
+            )
+        output = self.model(**arguments)
+        logits = output.logits[0]
+        if not self._takes_keep and not whole:
+            logits = logits[torch.tensor(kept, device=self.device)]
+        hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
+        return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, torch.Tensor):
+            if prompt.dim() == 2 and prompt.shape[0] == 1:
+                prompt = prompt[0]
+            if prompt.dim() != 1:
+                raise InvalidPromptError(
+                    f"input ids must be [n] or [1, n], got {list(prompt.shape)}"
+                )
+            return [int(token) for token in prompt.tolist()]
+        if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
+            return [int(token) for token in prompt]  # type: ignore[call-overload]
+        if self.tokenizer is None:
+            raise InvalidPromptError(
+                "a text prompt needs a tokenizer; pass token ids or load the model "
+                "with its tokenizer"
+            )
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InvalidPromptError(
+                f"{self.name} has no chat template; pass a text prompt instead"
+            )
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in prompt],  # type: ignore[call-overload]
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    accelerate: bool = True,
+) -> LanguageModel:
+    """Load a model folder or hub name, or take a loaded model as it is.
+
+    Args:
+        dtype: ``auto`` keeps the checkpoint's.
+        device: Default: CUDA if there is one, else the CPU.
+
+    Raises:
+        ModelLoadError: if it can't be found, read, or isn't a causal LM.
+    """
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            tokenizer = _tokenizer_of(model)
+        return LanguageModel(model, tokenizer, accelerate=accelerate)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = str(model)
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ModelLoadError(
+                f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}"
+            )
+        dtype = found
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelLoadError(
+            f"can't load the model {path!r}: {first} "
+            "(give a folder that from_pretrained reads)"
+        ) from error
+    return LanguageModel(
+        loaded.to(place),
+        tokenizer,
+        Path(path).name if Path(path).exists() else path,
+        own_weights=True,
+        accelerate=accelerate,
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A fingerprint of configuration and weights, from a sample of every tensor.
+
+    64 evenly spaced elements of each parameter are hashed with its name, shape and
+    type: the same for a folder and the model loaded from it, in milliseconds.
+    """
+    digest = hashlib.sha256()
+    digest.update(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step][:64].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _view(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with ``model``."""
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        return model  # hooks that move weights between devices don't survive a copy
+    shared: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        shared[id(tensor)] = tensor
+    return copy.deepcopy(model, shared)
+
+
+def _use_masked_attention(view: nn.Module) -> bool:
+    """Flash kernels take no mask of ours; SDPA does. True if the view was switched."""
+    implementation = str(getattr(view.config, "_attn_implementation", "") or "")
+    if "flash" in implementation and hasattr(view, "set_attn_implementation"):
+        view.set_attn_implementation("sdpa")
+        return True
+    return False
+
+
+def _vocab_size(model: nn.Module, config: Any) -> int:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if weight is not None else int(config.vocab_size)
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer beside a loaded model's weights, None if there is none."""
+    path = getattr(model.config, "_name_or_path", "")
+    if not path or not Path(path).is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,253 @@
+"""What every decoding strategy promises: it proposes, the engine alone verifies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from adaptspec.decoding.tree import Law, TokenTree
+from adaptspec.params import Params
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptspec.decoding.cache import TreeCache
+    from adaptspec.models import LanguageModel
+
+__all__ = [
+    "Baseline",
+    "BaselineRun",
+    "Context",
+    "Drafter",
+    "Law",
+    "Needs",
+    "NoParams",
+    "Outcome",
+    "SamplingLaw",
+    "Strategy",
+    "Target",
+    "TokenTree",
+]
+
+
+class NoParams(Params):
+    """A strategy without parameters."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a drafter wants from the target's forward passes beside token ids.
+
+    Args:
+        hidden_layers: Indices into the model's ``hidden_states`` (0 is the embedding
+            output, -1 the post-norm last state) delivered at every evaluated node.
+        prefill_hidden: Prompt positions whose hidden states are delivered.
+        prefill_logits: How many of the prompt's last positions get logits (at least
+            the last one always does).
+    """
+
+    hidden_layers: tuple[int, ...] = ()
+    prefill_hidden: Literal["none", "last", "all"] = "none"
+    prefill_logits: int = 1
+
+
+class SamplingLaw(Protocol):
+    """The sampling controls in force, for drafters that sample or rank."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+
+    @property
+    def temperature(self) -> float:
+        """0 for greedy."""
+
+    def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The law ``[vocab]`` of the token after ``ids`` under the controls (float32).
+
+        Greedy gives a one-hot law.
+        """
+
+    def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
+        """Draw up to ``count`` distinct tokens, without replacement, in draw order.
+
+        Reproducible for the seed; fewer come where the law's support is smaller.
+        """
+
+    def coupled(self, probs: torch.Tensor, position: int) -> int:
+        """The token the target's own noise at ``position`` picks from ``probs``.
+
+        A function of the seed and the law alone, so a proposal made of such tokens is
+        ``Law.DETERMINISTIC``. ``position`` is the index the token would have in ids.
+        """
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is decoded, as a drafter may use it.
+
+    ``cache`` is the running sequence's: ``propose`` may append to it (early exit through
+    ``cache.lower(n)``) but must leave its length as it was.
+    """
+
+    model: LanguageModel
+    draft: LanguageModel | None
+    cache: TreeCache | None
+    prompt: Sequence[int]
+    sampling: SamplingLaw
+    trees: bool  # whether the target verifies trees, or chains only
+    clock: Callable[[], float]
+
+
+@dataclass
+class Context:
+    """What a drafter sees before a step.
+
+    Args:
+        ids: Prompt and committed tokens; the last is the tree's root. Read only.
+        room: How many tokens may still be emitted; deeper nodes than ``room - 1`` are
+            cut (the step itself emits one more).
+        max_nodes: Most candidates the engine verifies in one step.
+        step: Steps done before this one.
+    """
+
+    ids: Sequence[int]
+    room: int
+    max_nodes: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one target forward showed.
+
+    Args:
+        tree: What was verified (after cuts), ``None`` for the prefill.
+        path: Accepted nodes, root first (empty for the prefill).
+        emitted: Tokens committed by the step: the accepted ones and one more, cut at
+            EOS or the limit.
+        rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
+        logits: ``[rows, vocab]`` as the model gave them.
+        hidden: Layer -> ``[nodes or prompt positions, hidden]`` as asked by ``Needs``.
+    """
+
+    tree: TokenTree | None
+    path: Sequence[int]
+    emitted: Sequence[int]
+    rows: dict[int, int]
+    logits: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def logits_at(self, node: int) -> torch.Tensor:
+        """Logits ``[vocab]`` of the token after ``node``."""
+        return self.logits[self.rows[node]]
+
+
+class Drafter(ABC):
+    """One sequence's drafting state."""
+
+    @abstractmethod
+    def propose(self, context: Context) -> TokenTree:
+        """Candidate continuations of ``context.ids``, rooted at its last token."""
+
+    def observe(self, outcome: Outcome) -> None:  # noqa: B027 - most need nothing
+        """Learn from a target forward: once after the prefill, then after each step."""
+
+    def close(self) -> None:  # noqa: B027
+        """The sequence has ended, normally or not."""
+
+
+class Strategy(ABC):
+    """A way to draft. An instance is one setting; it may keep state across requests.
+
+    Class attributes:
+        name: Unique, lower_snake_case.
+        summary: One line: what it does.
+        reference: The paper or repository it comes from.
+        Params: Its parameters, declared once.
+        needs_draft: Whether it needs a draft model of the same vocabulary.
+        lossless: False only for what changes the output's law; shown everywhere.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    Params: ClassVar[type[Params]] = NoParams
+    needs_draft: ClassVar[bool] = False
+    needs_trees: ClassVar[bool] = False
+    lossless: ClassVar[bool] = True
+
+    def __init__(self, params: Any = None) -> None:
+        self.params = self.Params() if params is None else params
+
+    @classmethod
+    def unavailable(
+        cls, model: LanguageModel, draft: LanguageModel | None
+    ) -> str | None:
+        """Why this can't run on ``model`` with ``draft``, or None if it can."""
+        if cls.needs_draft:
+            if draft is None:
+                return "needs a draft model, none was given (--draft-model)"
+            if reason := draft.vocabulary_mismatch(model):
+                return f"needs a draft model of the same vocabulary: {reason}"
+            if draft.capability.level == "plain":
+                return f"the draft model can't roll back: {draft.capability.reason}"
+        if model.capability.level == "plain":
+            return f"the target can't verify drafts: {model.capability.reason}"
+        if cls.needs_trees and model.capability.level != "tree":
+            return f"needs tree attention: {model.capability.reason}"
+        return None
+
+    def needs(self, model: LanguageModel) -> Needs:
+        """What the drafter wants from the target's forward passes."""
+        return Needs()
+
+    @abstractmethod
+    def start(self, target: Target) -> Drafter:
+        """Open the drafting state of one sequence, before the prefill."""
+
+
+@dataclass(frozen=True)
+class BaselineRun:
+    """One generation of another engine, on the same tokens."""
+
+    token_ids: list[int]
+    seconds: float
+    target_forwards: int | None = None
+
+
+class Baseline(ABC):
+    """Another engine's decoding, measured beside ours and never selected."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    Params: ClassVar[type[Params]] = NoParams
+    needs_draft: ClassVar[bool] = False
+
+    def __init__(self, params: Any = None) -> None:
+        self.params = self.Params() if params is None else params
+
+    @classmethod
+    def unavailable(
+        cls, model: LanguageModel, draft: LanguageModel | None
+    ) -> str | None:
+        """Why this can't run on ``model`` with ``draft``, or None if it can."""
+        if cls.needs_draft:
+            if draft is None:
+                return "needs a draft model, none was given (--draft-model)"
+            if reason := draft.vocabulary_mismatch(model):
+                return f"needs a draft model of the same vocabulary: {reason}"
+        return None
+
+    @abstractmethod
+    def run(
+        self,
+        model: LanguageModel,
+        draft: LanguageModel | None,
+        ids: Sequence[int],
+        max_new_tokens: int,
+    ) -> BaselineRun:
+        """Decode greedily; state kept between runs is reset."""
