@@ -52,6 +52,14 @@ class Forward:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
 
 
+@dataclass
+class PlainCache:
+    """The model's own cache, only ever appended to, and how many tokens it has seen."""
+
+    inner: Any
+    length: int = 0
+
+
 class LanguageModel:
     """A causal LM and its tokenizer, run through the model's own ``forward``.
 
@@ -108,6 +116,11 @@ class LanguageModel:
         signature = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature
+        # State-space models call their cache by another name.
+        self._cache_argument = next(
+            (n for n in ("past_key_values", "cache_params") if n in signature),
+            "past_key_values",
+        )
         self._layers = int(self.config.num_hidden_layers)
         # Turned off by the probe for models that build masks of their own only.
         self.use_masks = True
@@ -138,17 +151,17 @@ class LanguageModel:
         """An empty cache with room for ``capacity`` tokens."""
         return TreeCache(self._layers, capacity)
 
-    def plain_cache(self) -> Any:
+    def plain_cache(self) -> PlainCache:
         """The model's own cache, for models whose state can't be rolled back."""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.config)
+        return PlainCache(DynamicCache(config=self.config))
 
     @torch.inference_mode()
     def prefill(
         self,
         tokens: Sequence[int],
-        cache: Any,
+        cache: TreeCache | PlainCache,
         *,
         last: int = 1,
         hidden_layers: Sequence[int] = (),
@@ -157,7 +170,7 @@ class LanguageModel:
 
         Rows are keyed by index into ``tokens``; hidden states cover all of them.
         """
-        cached = cache.length if isinstance(cache, TreeCache) else cache.get_seq_length()
+        cached = cache.length
         count = len(tokens)
         mask: Any = None
         if isinstance(cache, TreeCache) and (
@@ -167,11 +180,13 @@ class LanguageModel:
                 lambda reach: causal_mask(count, cached, reach, self.dtype, self.device)
             )
         kept = list(range(max(0, count - last), count))
+        if isinstance(cache, PlainCache):
+            cache.length += count
         return self._run(
             torch.tensor([list(tokens)], device=self.device),
             range(count),
             cached,
-            cache,
+            cache.inner if isinstance(cache, PlainCache) else cache,
             mask,
             kept,
             hidden_layers,
@@ -207,6 +222,33 @@ class LanguageModel:
             kept,
             hidden_layers,
         )
+
+    @torch.inference_mode()
+    def extend(self, tree: TokenTree, cache: TreeCache, done: int) -> Forward:
+        """Append the nodes from ``done`` on; the ones before are the cache's last rows.
+
+        For drafting a tree level by level. Logits come at the new nodes.
+        """
+        nodes = len(tree)
+        cached, new = cache.length - done, nodes - done
+        rows = next((b for b in self.buckets if b >= new), new)
+        masks = self._masks(
+            lambda reach: tree_mask(
+                tree, cached, reach, self.dtype, self.device, done + rows
+            )[:, :, done:]
+        )
+        padding = [tree.tokens[0]] * (rows - new)
+        forward = self._run(
+            torch.tensor([[*tree.tokens[done:], *padding]], device=self.device),
+            [*tree.depths[done:], *([0] * (rows - new))],
+            cached,
+            cache,
+            masks,
+            range(new),
+            (),
+        )
+        cache.truncate(cached + nodes)
+        return Forward(forward.logits, {done + row: row for row in range(new)})
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, of chat messages (template applied), or ids as they are.
@@ -273,7 +315,7 @@ class LanguageModel:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "past_key_values": cache,
+            self._cache_argument: cache,
             "use_cache": True,
         }
         if self._takes_positions:
