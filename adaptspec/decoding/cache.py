@@ -116,6 +116,7 @@ class TreeCache(Cache):
         """Rows kept in the first layer."""
         return self.layers[0].get_seq_length() if self.layers else 0
 
+    @torch.inference_mode()
     def keep(self, base: int, nodes: Sequence[int]) -> None:
         """Of the rows appended since ``base`` keep ``nodes``, ascending, in order.
 
