@@ -69,7 +69,6 @@ class Host:
             try:
                 self._manager.register(plugin, name)
                 for hook in self._manager.get_hookcallers(plugin) or []:
-                    self._manager._verify_hook  # noqa: B018 - typed access below
                     if not hook.has_spec():
                         raise pluggy.PluginValidationError(
                             plugin, f"unknown hook {hook.name!r}"
@@ -157,7 +156,9 @@ class Host:
             return self.strategies[name]
         except KeyError:
             known = ", ".join(sorted(self.strategies))
-            raise UnknownStrategyError(f"no strategy {name!r}; known: {known}") from None
+            raise UnknownStrategyError(
+                f"no strategy {name!r}; known: {known}"
+            ) from None
 
     def origin(self, name: str) -> str:
         """The plugin that brought a strategy or baseline."""
@@ -218,18 +219,21 @@ def _warn(name: str, reason: str) -> None:
     warnings.warn(f"plugin {name!r} left out: {reason}", PluginWarning, stacklevel=4)
 
 
-def _check_class(cls: Any, base: type[Any]) -> None:
+def _check_class(candidate: Any, base: type[Any]) -> None:
     from adaptspec.params import Params
 
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise PluginError(f"{cls!r} is not a subclass of {base.__name__}")
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
+        raise PluginError(f"{candidate!r} is not a subclass of {base.__name__}")
+    cls: Any = candidate
     name = getattr(cls, "name", None)
     if not (isinstance(name, str) and name.isidentifier() and name.islower()):
         raise PluginError(f"{cls.__name__}.name must be lower_snake_case, got {name!r}")
     if not isinstance(getattr(cls, "summary", None), str):
         raise PluginError(f"{cls.__name__}.summary must be one line of text")
     if not issubclass(cls.Params, Params):
-        raise PluginError(f"{cls.__name__}.Params must subclass adaptspec.params.Params")
+        raise PluginError(
+            f"{cls.__name__}.Params must subclass adaptspec.params.Params"
+        )
     if abstract := getattr(cls, "__abstractmethods__", None):
         raise PluginError(f"{cls.__name__} lacks {', '.join(sorted(abstract))}")
     cls.Params.specs()

@@ -286,7 +286,8 @@ class LanguageModel:
             return None
         differing = sum(theirs.get(token) != index for token, index in mine.items())
         return (
-            f"{self.name} and {other.name} disagree on {differing} of {len(mine)} tokens"
+            f"{self.name} and {other.name} disagree on {differing} "
+            f"of {len(mine)} tokens"
         )
 
     @functools.cached_property
@@ -351,7 +352,7 @@ class LanguageModel:
                 )
             return [int(token) for token in prompt.tolist()]
         if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-            return [int(token) for token in prompt]  # type: ignore[call-overload]
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise InvalidPromptError(
                 "a text prompt needs a tokenizer; pass token ids or load the model "
@@ -364,7 +365,7 @@ class LanguageModel:
                 f"{self.name} has no chat template; pass a text prompt instead"
             )
         text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],  # type: ignore[call-overload]
+            [dict(message) for message in prompt],  # type: ignore[arg-type]
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -408,13 +409,15 @@ def load_model(
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        first = (
+            str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        )
         raise ModelLoadError(
             f"can't load the model {path!r}: {first} "
             "(give a folder that from_pretrained reads)"
         ) from error
     return LanguageModel(
-        loaded.to(place),
+        loaded.to(place),  # type: ignore[arg-type]
         tokenizer,
         Path(path).name if Path(path).exists() else path,
         own_weights=True,
@@ -441,7 +444,10 @@ def weights_digest(model: nn.Module) -> str:
 
 def _view(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor with ``model``."""
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+    if (
+        getattr(model, "hf_device_map", None)
+        and len(set(model.hf_device_map.values())) > 1  # type: ignore[operator]
+    ):
         return model  # hooks that move weights between devices don't survive a copy
     shared: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -453,13 +459,13 @@ def _use_masked_attention(view: nn.Module) -> bool:
     """Flash kernels take no mask of ours; SDPA does. True if the view was switched."""
     implementation = str(getattr(view.config, "_attn_implementation", "") or "")
     if "flash" in implementation and hasattr(view, "set_attn_implementation"):
-        view.set_attn_implementation("sdpa")
+        view.set_attn_implementation("sdpa")  # type: ignore[operator]
         return True
     return False
 
 
 def _vocab_size(model: nn.Module, config: Any) -> int:
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", None)
     return int(weight.shape[0]) if weight is not None else int(config.vocab_size)
 

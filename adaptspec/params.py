@@ -1,4 +1,4 @@
-"""Strategy parameters, declared once: validated, tuned, shown and documented from here."""
+"""Strategy parameters, declared once: validated, tuned, shown from here."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ P = TypeVar("P", bound="Params")
 class Tunable:
     """Marks a field as searched by the tuner, between ``low`` and ``high``.
 
-    Put it in the field's ``Annotated`` metadata. ``bool`` and ``Literal`` fields need no
-    bounds: ``Tunable()`` searches every value.
+    Put it in the field's ``Annotated`` metadata. ``bool`` and ``Literal`` fields need
+    no bounds: ``Tunable()`` searches every value.
 
     Args:
         low: Smallest value tried, included.

@@ -154,7 +154,7 @@ class ProfileStore(Protocol):
         """Forget a run's profiles and trials; return how many profiles went."""
 
     def add_trial(self, trial: Trial) -> None:
-        """Store a finished trial; the same run, class, strategy and number once only."""
+        """Store a finished trial; one run, class, strategy and number once only."""
 
     def trials(self, run: str) -> list[Trial]:
         """A run's finished trials by class, strategy and number."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 GROWTH_ROWS = 256
 
 
-class TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One attention layer's rows, in buffers ``[batch, heads, capacity, head_dim]``.
 
     ``update`` writes the new rows behind the kept ones and returns views; keeping a
@@ -24,7 +24,7 @@ class TreeLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, capacity: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
 
@@ -52,7 +52,8 @@ class TreeLayer(CacheLayerMixin):
         """Append ``[batch, heads, rows, head_dim]``; return views of all rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         end = self.length + key_states.shape[2]
         if end > self.keys.shape[2]:
             self.keys = self._grown(self.keys, end)
@@ -65,7 +66,8 @@ class TreeLayer(CacheLayerMixin):
     def keep(self, base: int, rows: torch.Tensor | None, count: int) -> None:
         """Of the rows from ``base`` on, keep ``rows`` (None: the first ``count``)."""
         if rows is not None and self.is_initialized:
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             for buffer in (self.keys, self.values):
                 # index_select copies first, so overlapping rows are safe.
                 buffer[:, :, base : base + count] = buffer.index_select(2, rows)
@@ -109,12 +111,13 @@ class TreeCache(Cache):
     """
 
     def __init__(self, layers: int, capacity: int = 0) -> None:
-        super().__init__(layers=[TreeLayer(capacity) for _ in range(layers)])
+        self.rows = [TreeLayer(capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.rows))
 
     @property
     def length(self) -> int:
         """Rows kept in the first layer."""
-        return self.layers[0].get_seq_length() if self.layers else 0
+        return self.rows[0].length if self.rows else 0
 
     @torch.inference_mode()
     def keep(self, base: int, nodes: Sequence[int]) -> None:
@@ -124,20 +127,21 @@ class TreeCache(Cache):
         """
         rows = None
         if any(node != i for i, node in enumerate(nodes)):
-            device = self.layers[0].device
+            device = self.rows[0].device
             rows = torch.tensor([base + node for node in nodes], device=device)
-        for layer in self.layers:
+        for layer in self.rows:
             layer.keep(base, rows, len(nodes))
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows."""
         if length > self.length:
             raise ValueError(f"length <= {self.length} must hold, got {length}")
-        for layer in self.layers:
+        for layer in self.rows:
             layer.length = min(layer.length, length)
 
     def lower(self, layers: int) -> TreeCache:
-        """The cache of the lowest ``layers`` layers, sharing their rows (early exit)."""
+        """The cache of the lowest ``layers`` layers, sharing rows (early exit)."""
         view = TreeCache(0)
-        view.layers = self.layers[:layers]
+        view.rows = self.rows[:layers]
+        view.layers = list(view.rows)
         return view

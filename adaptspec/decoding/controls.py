@@ -96,9 +96,7 @@ class Controls:
             )
 
     @classmethod
-    def greedy(
-        cls, max_new_tokens: int, eos_token_ids: Sequence[int] = ()
-    ) -> Controls:
+    def greedy(cls, max_new_tokens: int, eos_token_ids: Sequence[int] = ()) -> Controls:
         """The most likely token each time, nothing else."""
         return cls(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
 
@@ -204,7 +202,7 @@ class Processors:
         if not self._processors:
             return scores
         past = torch.tensor([list(ids)], device=self._device)
-        processed: torch.Tensor = self._processors(past, scores[None].clone())
+        processed: torch.Tensor = self._processors(past, scores[None].clone())  # type: ignore[arg-type]
         return processed[0]
 
 
@@ -261,7 +259,7 @@ def _refuse(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         if not any(value is n or value == n for n in neutral):
             origin = "given" if name in given else "in the model's generation_config"
             raise UnsupportedControlError(
-                f"{name}={value!r} ({origin}) can't be honoured: one verified pass emits "
+                f"{name}={value!r} ({origin}) can't be honoured: one pass verifies "
                 f"one sequence; pass {name}={neutral[-1]!r}"
                 if neutral[-1] is not None
                 else f"{name}={value!r} ({origin}) can't be honoured; leave it out"

@@ -34,7 +34,9 @@ class Generation:
 class Engine:
     """Decodes one sequence at a time with a target and, where wanted, a draft model."""
 
-    def __init__(self, model: LanguageModel, draft: LanguageModel | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, draft: LanguageModel | None = None
+    ) -> None:
         self.model = model
         self.draft = draft
 
@@ -177,9 +179,7 @@ class Run:
                 [root], cache, hidden_layers=needs.hidden_layers
             )
         else:
-            forward = self._model.verify(
-                tree, cache, hidden_layers=needs.hidden_layers
-            )
+            forward = self._model.verify(tree, cache, hidden_layers=needs.hidden_layers)
         self._synchronize()
         verified = perf_counter()
 
@@ -229,7 +229,7 @@ class Run:
         )
 
     def _commit(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens up to the end of the output; return those that are part of it."""
+        """Append tokens up to the output's end; return those that are part of it."""
         emitted = []
         for token in tokens:
             self._ids.append(token)

@@ -23,7 +23,9 @@ class Reach:
 
     def limits(self, length: int) -> bool:
         """Whether any of ``length`` positions is out of some other's reach."""
-        return any(size is not None and size < length for size in (self.window, self.chunk))
+        return any(
+            size is not None and size < length for size in (self.window, self.chunk)
+        )
 
 
 def layer_reaches(config: Any) -> dict[str, Reach]:
@@ -63,7 +65,7 @@ def tree_mask(
     """Additive mask ``[1, 1, nodes, cached + nodes]``: 0 to attend, else dtype's min.
 
     A node attends to the cached rows, its ancestors and itself, within ``reach`` of its
-    position ``cached + depth``. Nodes padded up to ``padded`` attend to themselves only.
+    position ``cached + depth``. Nodes padded up to ``padded`` attend to themselves.
     """
     nodes = len(tree)
     rows = padded or nodes
@@ -97,9 +99,7 @@ def causal_mask(
     return mask[None, None].to(device)
 
 
-def positions(
-    depths: Sequence[int], cached: int, device: torch.device
-) -> torch.Tensor:
+def positions(depths: Sequence[int], cached: int, device: torch.device) -> torch.Tensor:
     """Position ids ``[1, nodes]`` of nodes at ``depths`` behind ``cached`` rows."""
     return torch.tensor([[cached + depth for depth in depths]], device=device)
 

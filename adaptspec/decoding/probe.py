@@ -30,13 +30,15 @@ def probe(model: LanguageModel) -> Capability:
 
     if getattr(model.model, "_is_stateful", False):
         return Capability("plain", "its layers keep a state that can't be rolled back")
-    failures = []
+    failures: list[str] = []
     for level, masked in (("tree", True), ("chain", True), ("chain", False)):
         model.use_masks = masked
         tree = _branching(model) if level == "tree" else _chain(model)
         problem = _compare(model, tree)
         if problem is None:
-            return Capability("tree" if level == "tree" else "chain", "; ".join(failures))
+            return Capability(
+                "tree" if level == "tree" else "chain", "; ".join(failures)
+            )
         kind = f"{level}s" if masked else f"{level}s without a mask"
         failures.append(f"{kind} fail: {problem}")
     model.use_masks = False
@@ -54,7 +56,9 @@ def _compare(model: LanguageModel, tree: TokenTree) -> str | None:
         if cache.length < len(prompt) + len(tree):
             return "the model doesn't append to the cache"
         deepest = max(range(len(tree)), key=lambda n: (tree.depths[n], n))
-        paths = [prompt + [tree.tokens[0], *tree.path_tokens(n)] for n in range(len(tree))]
+        paths = [
+            [*prompt, tree.tokens[0], *tree.path_tokens(n)] for n in range(len(tree))
+        ]
         # One sequential forward per leaf checks every node above it.
         leaves = set(range(len(tree))) - set(tree.parents)
         for leaf in sorted(leaves):

@@ -58,7 +58,7 @@ class Sampler:
         return self.coupled(self.probs(ids, logits), len(ids))
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
-        """The token that the target's own noise at ``position`` picks from ``probs``."""
+        """The token the target's own noise at ``position`` picks from ``probs``."""
         return race(probs, key(self._seed, position, TARGET))
 
     def uniform(self, position: int, attempt: int) -> float:
@@ -97,7 +97,7 @@ def uniforms(state: int, indices: torch.Tensor) -> torch.Tensor:
 
 
 def arrivals(probs: torch.Tensor, state: int) -> torch.Tensor:
-    """Exponential arrival times ``[vocab]`` at rates ``probs``; inf where impossible."""
+    """Exponential arrival times ``[vocab]`` at rates ``probs``; inf at rate 0."""
     times = torch.full(probs.shape, torch.inf, dtype=torch.float64, device=probs.device)
     support = probs.nonzero()[:, 0]
     noise = uniforms(state, support)

@@ -49,7 +49,9 @@ class RunStats:
     @property
     def tokens_per_forward(self) -> float:
         """Mean tokens committed per step; 1 is plain decoding."""
-        return sum(s.emitted for s in self.steps) / len(self.steps) if self.steps else 1.0
+        return (
+            sum(s.emitted for s in self.steps) / len(self.steps) if self.steps else 1.0
+        )
 
     @property
     def seconds_target(self) -> float:

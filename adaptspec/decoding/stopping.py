@@ -21,7 +21,9 @@ class Stopping:
         # tokens that decode to nothing, for which a few more are looked at.
         self._tail = max((len(s.encode()) for s in self._stops), default=0) + 8
 
-    def __call__(self, ids: Sequence[int], prompt: int) -> Literal["eos", "stop"] | None:
+    def __call__(
+        self, ids: Sequence[int], prompt: int
+    ) -> Literal["eos", "stop"] | None:
         """Why the last of ``ids`` ends the output that began at ``prompt``, or None."""
         if ids[-1] in self._eos:
             return "eos"

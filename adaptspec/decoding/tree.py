@@ -71,7 +71,7 @@ class TokenTree:
         law: Law = Law.DETERMINISTIC,
         draft_probs: Sequence[torch.Tensor] = (),
     ) -> TokenTree:
-        """One candidate continuation; ``draft_probs[i]`` is the law of ``tokens[i]``."""
+        """One continuation; ``draft_probs[i]`` is the law ``tokens[i]`` was drawn from."""
         probs = {i + 1: row for i, row in enumerate(draft_probs)}
         return cls((root, *tokens), range(-1, len(tokens)), law, probs)
 
@@ -167,7 +167,9 @@ class TokenTree:
         new = {old: i for i, old in enumerate(nodes)}
         return TokenTree(
             tokens=[self.tokens[old] for old in nodes],
-            parents=[-1 if i == 0 else new[self.parents[o]] for i, o in enumerate(nodes)],
+            parents=[
+                -1 if i == 0 else new[self.parents[o]] for i, o in enumerate(nodes)
+            ],
             law=self.law,
             draft_probs={new[o]: q for o, q in self.draft_probs.items() if o in new},
             probes=frozenset(new[o] for o in self.probes if o in new),
@@ -175,7 +177,7 @@ class TokenTree:
         )
 
     def check(self, root: int, vocab_size: int) -> None:
-        """Raise :class:`InvalidTreeError` unless this is a tree the engine can verify."""
+        """Raise :class:`InvalidTreeError` unless the engine can verify this."""
         if len(self.tokens) != len(self.parents) or not self.tokens:
             raise InvalidTreeError(
                 "tokens and parents must have one length >= 1, "
@@ -201,7 +203,9 @@ class TokenTree:
         if not self.unread <= self.probes:
             raise InvalidTreeError("only probes may be unread")
         if 0 in self.probes or any(not 0 < n < len(self.tokens) for n in self.probes):
-            raise InvalidTreeError("probes must be nodes of the tree, the root excluded")
+            raise InvalidTreeError(
+                "probes must be nodes of the tree, the root excluded"
+            )
         if self.law is not Law.INDEPENDENT:
             self._check_siblings()
         if self.law is Law.WITHOUT_REPLACEMENT:

@@ -33,10 +33,13 @@ def accept_matching(
     Exact for greedy decoding, and for sampling from deterministic proposals: the picked
     token is emitted whether or not it was proposed.
     """
-    path, tokens = [0], []
+    path: list[int] = [0]
+    tokens: list[int] = []
     while True:
         token = choose(path[-1], tokens)
-        child = next((c for c in tree.children[path[-1]] if tree.tokens[c] == token), None)
+        child = next(
+            (c for c in tree.children[path[-1]] if tree.tokens[c] == token), None
+        )
         if child is None:
             return Accepted(path, token)
         path.append(child)
@@ -49,7 +52,7 @@ def accept_sampled(
     uniform: Callable[[int, int], float],
     pick: Callable[[torch.Tensor, int], int],
 ) -> Accepted:
-    """Test sampled siblings in draw order, each against what is left of the target's law.
+    """Test sampled siblings in draw order against what is left of the target's law.
 
     Args:
         law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node.

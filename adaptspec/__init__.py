@@ -1,0 +1,45 @@
+"""AdaptSpec: the fastest lossless decoding strategy, measured and chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adaptspec._version import __version__
+from adaptspec.errors import AdaptSpecError
+from adaptspec.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from adaptspec.decoder import Decoder as Decoder
+    from adaptspec.decoder import Result as Result
+    from adaptspec.decoder import load as load
+    from adaptspec.selector import Choice as Choice
+
+__all__ = [
+    "AdaptSpecError",
+    "Choice",
+    "Decoder",
+    "Result",
+    "__version__",
+    "hookimpl",
+    "load",
+]
+
+# Heavy names come when asked for: `adaptspec --help` must not wait for torch.
+_LAZY = {
+    "Choice": "adaptspec.selector",
+    "Decoder": "adaptspec.decoder",
+    "Result": "adaptspec.decoder",
+    "load": "adaptspec.decoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'adaptspec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

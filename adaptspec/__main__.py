@@ -1,0 +1,5 @@
+"""``python -m adaptspec``."""
+
+from adaptspec.cli import main
+
+main()

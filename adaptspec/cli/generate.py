@@ -1,0 +1,100 @@
+"""``adaptspec generate``: decode one prompt with the profiled or a given strategy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from adaptspec.cli.output import print_json
+from adaptspec.errors import AdaptSpecError
+from adaptspec.host import Host
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", help="Model folder; default: the embedded model.")
+@click.option("--draft-model", help="Draft model folder.")
+@click.option("--db", help="Profile database: path or SQLAlchemy URL.")
+@click.option("--class", "prompt_class", help="The prompt's class.")
+@click.option("-s", "--strategy", help="Use this strategy, whatever was measured.")
+@click.option(
+    "-p", "--param", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter."
+)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=None)
+@click.option("-t", "--temperature", type=float, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--raw", is_flag=True, help="Don't apply the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
+@click.pass_obj
+def generate(
+    host: Host,
+    prompt: str | None,
+    model: str | None,
+    draft_model: str | None,
+    db: str | None,
+    prompt_class: str | None,
+    strategy: str | None,
+    param: tuple[tuple[str, str], ...],
+    max_new_tokens: int | None,
+    temperature: float | None,
+    seed: int,
+    dtype: str,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Decode PROMPT (default: standard input); text to stdout, figures to stderr."""
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise AdaptSpecError("the prompt is empty; pass it as argument or on stdin")
+    if param and strategy is None:
+        raise AdaptSpecError("--param needs --strategy")
+    from adaptspec.decoder import load
+
+    if model is None:
+        from adaptspec.default_model import default_model_path
+
+        model = str(default_model_path())
+    decoder = load(model, draft_model, db, dtype=dtype, host=host)
+    chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
+    asked: Any = [{"role": "user", "content": text}] if chat else text
+    result = decoder.generate(
+        asked,
+        prompt_class=prompt_class,
+        strategy=strategy,
+        params=dict(param) or None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    stats = result.stats
+    if as_json:
+        print_json(
+            {
+                "text": result.text,
+                "token_ids": result.token_ids,
+                "finish": result.finish,
+                "strategy": result.choice.strategy,
+                "params": dict(result.choice.params),
+                "reason": result.choice.reason,
+                "tokens_per_second": stats.tokens_per_second,
+                "tokens_per_forward": stats.tokens_per_forward,
+                "acceptance": stats.acceptance,
+                "seconds": {
+                    "prefill": stats.seconds_prefill,
+                    "target": stats.seconds_target,
+                    "draft": stats.seconds_draft,
+                    "rest": stats.seconds_rest,
+                },
+            }
+        )
+        return
+    click.echo(result.text)
+    click.echo(
+        f"{result.choice.strategy} ({result.choice.reason}): "
+        f"{stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.tokens_per_forward:.2f} tokens per target forward",
+        err=True,
+    )

@@ -1,0 +1,30 @@
+"""Results go to stdout, progress and warnings to stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stdout_console() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console()
+
+
+def stderr_console() -> Console:
+    """Where progress and warnings go."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as indented JSON on stdout."""
+    import click
+
+    click.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,305 @@
+"""The face of the library: load a model once, generate with the best strategy."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine, Finish, Run
+from adaptspec.decoding.stats import RunStats
+from adaptspec.errors import AdaptSpecError
+from adaptspec.host import Host
+from adaptspec.models import LanguageModel, Prompt, load_model
+from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
+from adaptspec.selector import Choice, select
+
+if TYPE_CHECKING:
+    from adaptspec.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was generated, with what, and how it went."""
+
+    text: str
+    token_ids: list[int]
+    choice: Choice
+    stats: RunStats
+    finish: Finish
+
+
+class Decoder:
+    """Generates with the strategy that was measured to be fastest for a prompt's class.
+
+    Args:
+        model: The target.
+        draft: A draft model for the strategies that need one.
+        store: Where profiles are; they are read once, here.
+        host: The plugins; None: those installed.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        draft: LanguageModel | None = None,
+        store: ProfileStore | None = None,
+        host: Host | None = None,
+    ) -> None:
+        self.model, self.draft = model, draft
+        self.host = host or Host.installed()
+        self.engine = Engine(model, draft)
+        self.environment = environment_of(model, draft)
+        self.profiles: list[Profile] = (
+            store.profiles(model=model.digest) if store is not None else []
+        )
+        self._strategies: dict[tuple[str, str], Strategy] = {}
+        self._choices: dict[str | None, Choice] = {}
+        self._told: set[str] = set()
+
+    def choose(
+        self,
+        prompt_class: str | None = None,
+        strategy: str | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Choice:
+        """What ``generate`` would decode with, and why."""
+        if strategy is not None:
+            return Choice(prompt_class, strategy, dict(params or {}), "asked for")
+        if params:
+            raise AdaptSpecError("params need a strategy: pass strategy= too")
+        if prompt_class not in self._choices:
+            self._choices[prompt_class] = self._runnable(
+                select(self.profiles, self.environment, prompt_class)
+            )
+        return self._choices[prompt_class]
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        prompt_class: str | None = None,
+        strategy: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        **controls: Any,
+    ) -> Result:
+        """Decode after a text, chat messages or token ids.
+
+        Args:
+            prompt_class: The class its kind was profiled under.
+            strategy: Overrides the choice.
+            params: The strategy's parameters; those left out have their defaults.
+            max_new_tokens: Default: the model's configuration, else 128.
+            temperature: 0 is greedy; default: as the model's configuration says.
+            **controls: Any other field of :class:`~adaptspec.decoding.Controls`.
+
+        Raises:
+            AdaptSpecError: for a bad prompt, control, strategy or parameter.
+        """
+        choice, run = self._run(
+            prompt,
+            prompt_class,
+            strategy,
+            params,
+            max_new_tokens,
+            temperature,
+            controls,
+        )
+        for _ in run:
+            pass
+        generation = run.result
+        return Result(
+            text=self.model.decode(generation.token_ids),
+            token_ids=generation.token_ids,
+            choice=choice,
+            stats=generation.stats,
+            finish=generation.finish,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        prompt_class: str | None = None,
+        strategy: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        **controls: Any,
+    ) -> Iterator[str]:
+        """The same, as pieces of text as soon as they are accepted.
+
+        A piece comes per token, or per few where a character spans several tokens.
+        """
+        _, run = self._run(
+            prompt,
+            prompt_class,
+            strategy,
+            params,
+            max_new_tokens,
+            temperature,
+            controls,
+        )
+        return self._pieces(run)
+
+    def _pieces(self, run: Run) -> Iterator[str]:
+        pending: list[int] = []
+        context: list[int] = []
+        for tokens in run:
+            for token in tokens:
+                pending.append(token)
+                before = self.model.decode(context)
+                text = self.model.decode([*context, *pending])
+                # A replacement character at the end is an unfinished one.
+                if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                    continue
+                if piece := text[len(before) :]:
+                    yield piece
+                context, pending = [*context, *pending][-8:], []
+        if pending:
+            before = self.model.decode(context)
+            yield self.model.decode([*context, *pending])[len(before) :]
+
+    def _run(
+        self,
+        prompt: Prompt,
+        prompt_class: str | None,
+        strategy: str | None,
+        params: Mapping[str, Any] | None,
+        max_new_tokens: int | None,
+        temperature: float | None,
+        controls: Mapping[str, Any],
+    ) -> tuple[Choice, Run]:
+        choice = self.choose(prompt_class, strategy, params)
+        if strategy is None and choice.strategy == PLAIN:
+            self._tell_once(choice.reason)
+        settings = Controls.for_model(
+            self.model,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            **controls,
+        )
+        ids = self.model.encode(prompt)
+        return choice, Run(self.engine, self._strategy(choice), ids, settings)
+
+    def _strategy(self, choice: Choice) -> Strategy:
+        """One instance per setting, so that what it learns lasts across requests."""
+        key = (choice.strategy, repr(sorted(choice.params.items())))
+        if key not in self._strategies:
+            cls = self.host.strategy(choice.strategy)
+            params = cls.Params.parse(choice.params, choice.strategy)
+            self._strategies[key] = cls(params)
+        return self._strategies[key]
+
+    def _runnable(self, choice: Choice) -> Choice:
+        """The choice, or plain decoding where its strategy is gone or can't run."""
+        try:
+            cls = self.host.strategy(choice.strategy)
+            cls.Params.parse(choice.params, choice.strategy)
+            problem = cls.unavailable(self.model, self.draft)
+        except AdaptSpecError as error:
+            problem = str(error)
+        if problem is None:
+            return choice
+        reason = f"plain decoding: the profiled {choice.strategy} can't run: {problem}"
+        return Choice(choice.prompt_class, PLAIN, {}, reason)
+
+    def _tell_once(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(reason, PlainDecodingWarning, stacklevel=4)
+
+
+class PlainDecodingWarning(UserWarning):
+    """Nothing faster than plain decoding is known here; said once per reason."""
+
+
+def load(
+    model: str | Path | nn.Module | LanguageModel,
+    draft_model: str | Path | nn.Module | LanguageModel | None = None,
+    db: str | Path | ProfileStore | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    host: Host | None = None,
+) -> Decoder:
+    """Load a target, perhaps a draft model, and the profiles measured for them.
+
+    Args:
+        model: A folder or hub name, or a loaded ``AutoModelForCausalLM``, which is
+            used as it is and never changed.
+        draft_model: The same for the draft.
+        db: Path or SQLAlchemy URL of the profile database; None: the user's own.
+
+    Raises:
+        ModelLoadError: if a model can't be loaded.
+        ProfileStoreError: if the database can't be read.
+    """
+    host = host or Host.installed()
+    target = _language_model(model, tokenizer, dtype, device)
+    draft = (
+        None
+        if draft_model is None
+        else _language_model(draft_model, None, dtype, target.device)
+    )
+    if db is None or isinstance(db, str | Path):
+        store = host.open_store(None if db is None else str(db))
+        try:
+            return Decoder(target, draft, store, host)
+        finally:
+            store.close()
+    return Decoder(target, draft, db, host)
+
+
+def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environment:
+    """What a measurement with these models, on this machine, holds for."""
+    packages: Sequence[str] = ("adaptspec", "torch", "transformers")
+    return Environment(
+        model=model.digest,
+        model_name=model.name,
+        draft=draft.digest if draft else None,
+        draft_name=draft.name if draft else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        device_name=device_name(model.device),
+        threads=torch.get_num_threads(),
+        versions={
+            **{name: version(name) for name in packages},
+            "python": platform.python_version(),
+        },
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls its processor or accelerator."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _language_model(
+    model: str | Path | nn.Module | LanguageModel,
+    tokenizer: Any,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+) -> LanguageModel:
+    if isinstance(model, LanguageModel):
+        return model
+    return load_model(model, tokenizer=tokenizer, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""The decoding core: one loop, one verification, for every strategy."""

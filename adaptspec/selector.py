@@ -1,0 +1,106 @@
+"""From profiles to a choice: pure, and the reason is part of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from adaptspec.params import Scalar
+from adaptspec.profile import PLAIN, Environment, Profile
+
+# Ratios this close count as equal; the simpler strategy then wins.
+TIE = 0.02
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to decode with, and why."""
+
+    prompt_class: str | None
+    strategy: str
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    reason: str = ""
+
+
+def select(
+    profiles: Sequence[Profile],
+    environment: Environment,
+    prompt_class: str | None = None,
+) -> Choice:
+    """The fastest lossless setting measured in ``environment`` for ``prompt_class``.
+
+    Plain decoding is chosen where nothing was measured, where the measurement was taken
+    elsewhere, and where nothing beat it: the lower quartile of a strategy's ratio to
+    plain decoding must be above 1. Ties within 2% go to the strategy with fewer
+    parameters, then to the name that sorts first. Without a class the only profiled one
+    is used, else ``default``.
+    """
+    usable = [p for p in profiles if p.lossless and not p.baseline]
+    here = [p for p in usable if p.environment.key() == environment.key()]
+    if not usable:
+        return _plain(prompt_class, "nothing is profiled for this model; run tune")
+    if not here:
+        return _plain(prompt_class, _elsewhere(usable, environment))
+    classes = sorted({p.prompt_class for p in here})
+    if prompt_class is None:
+        if len(classes) > 1 and "default" not in classes:
+            return _plain(
+                None, f"no prompt_class given; profiled: {', '.join(classes)}"
+            )
+        wanted = classes[0] if len(classes) == 1 else "default"
+    else:
+        wanted = prompt_class
+    found = _latest([p for p in here if p.prompt_class == wanted])
+    if not found:
+        return _plain(
+            prompt_class, f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"
+        )
+    faster = [p for p in found if p.strategy != PLAIN and p.measurement.ratio_low > 1.0]
+    if not faster:
+        return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
+    best = max(p.measurement.ratio for p in faster)
+    tied = [p for p in faster if p.measurement.ratio >= best * (1 - TIE)]
+    winner = min(tied, key=lambda p: (len(p.params), -p.measurement.ratio, p.strategy))
+    reason = (
+        f"measured {winner.measurement.ratio:.2f}x plain decoding on {wanted!r} "
+        f"(quartiles {winner.measurement.ratio_low:.2f}-"
+        f"{winner.measurement.ratio_high:.2f}, {winner.measurement.prompts} prompts)"
+    )
+    if changed := _changed(winner.environment, environment):
+        reason += f"; measured with other versions: {changed}"
+    return Choice(wanted, winner.strategy, dict(winner.params), reason)
+
+
+def _plain(prompt_class: str | None, reason: str) -> Choice:
+    return Choice(prompt_class, PLAIN, {}, f"plain decoding: {reason}")
+
+
+def _latest(profiles: Sequence[Profile]) -> list[Profile]:
+    """Those of the newest run: results of different runs aren't compared."""
+    if not profiles:
+        return []
+    newest = max(profiles, key=lambda p: (p.created, p.run))
+    return [p for p in profiles if p.run == newest.run]
+
+
+def _elsewhere(profiles: Sequence[Profile], environment: Environment) -> str:
+    names = ("model", "draft", "dtype", "device", "device_name", "threads")
+    key = environment.key()
+    nearest = max(
+        (p.environment.key() for p in profiles),
+        key=lambda other: sum(a == b for a, b in zip(other, key, strict=True)),
+    )
+    differences = [
+        f"{name} {theirs} (here {ours})"
+        for name, theirs, ours in zip(names, nearest, key, strict=True)
+        if theirs != ours
+    ]
+    return f"profiled elsewhere, with {', '.join(differences)}; run tune here"
+
+
+def _changed(then: Environment, now: Environment) -> str:
+    return ", ".join(
+        f"{name} {then.versions.get(name)} then, {version} now"
+        for name, version in sorted(now.versions.items())
+        if name != "python" and then.versions.get(name, version) != version
+    )
