@@ -211,11 +211,28 @@ class Strategy(ABC):
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """One generation of another engine, on the same tokens."""
+    """One generation of another engine, on the same tokens.
+
+    Args:
+        token_ids: The new tokens.
+        seconds: Prefill and decoding together.
+        target_forwards: Forwards after the one that read the prompt.
+        seconds_prefill: Time until the first tokens came, None where it isn't known.
+        first_tokens: How many came then (more than one if they were drafted).
+    """
 
     token_ids: list[int]
     seconds: float
     target_forwards: int | None = None
+    seconds_prefill: float | None = None
+    first_tokens: int = 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed over the tokens after the first ones; 0 if there are none."""
+        decoded = len(self.token_ids) - self.first_tokens
+        seconds = self.seconds - (self.seconds_prefill or 0.0)
+        return decoded / seconds if decoded > 0 and seconds > 0 else 0.0
 
 
 class Baseline(ABC):

@@ -1,0 +1,190 @@
+"""Prompt lookup: copy what followed the last n-gram earlier in the context.
+
+Prompt Lookup Decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding;
+also Yang et al. 2023, arXiv:2304.04487), with an incremental index in place of a scan,
+several matches merged into a tree, and copies that run on periodically past the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from adaptspec.params import Params, Tunable
+from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
+
+# Most recent matches of one n-gram looked at in a step: keeps a step's time flat where
+# a token repeats thousands of times.
+MOST_MATCHES = 64
+
+
+class PromptLookupParams(Params):
+    """Tuned bounds of the n-gram sizes don't overlap: every tuned pair is valid."""
+
+    num_tokens: Annotated[int, Tunable(2, 24, log=True)] = Field(
+        8, ge=1, le=128, description="most tokens copied along one branch"
+    )
+    max_ngram: Annotated[int, Tunable(3, 6)] = Field(
+        3, ge=1, le=32, description="longest n-gram looked up, in tokens"
+    )
+    min_ngram: Annotated[int, Tunable(1, 3)] = Field(
+        1, ge=1, le=32, description="shortest n-gram looked up, in tokens"
+    )
+    branches: Annotated[int, Tunable(1, 4)] = Field(
+        1, ge=1, le=16, description="most distinct continuations proposed as a tree"
+    )
+    policy: Annotated[Literal["recent", "frequent"], Tunable()] = Field(
+        "recent", description="which matches of an n-gram come first"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PromptLookupParams:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(
+                "min_ngram <= max_ngram must hold, "
+                f"got min_ngram={self.min_ngram}, max_ngram={self.max_ngram}"
+            )
+        return self
+
+
+class PromptLookup(Strategy):
+    """Needs no draft model and costs microseconds: pays where output repeats input."""
+
+    name = "prompt_lookup"
+    summary = "copies what followed the same n-gram earlier in prompt and output"
+    reference = "https://github.com/apoorvumang/prompt-lookup-decoding"
+    Params = PromptLookupParams
+    params: PromptLookupParams
+
+    def start(self, target: Target) -> Drafter:
+        """Index the prompt."""
+        return _Lookup(self.params, target.prompt, target.trees)
+
+
+class _Lookup(Drafter):
+    def __init__(
+        self, params: PromptLookupParams, prompt: Sequence[int], trees: bool
+    ) -> None:
+        self._params = params
+        self._branches = params.branches if trees else 1
+        self.index = NgramIndex(params.min_ngram, params.max_ngram)
+        self.index.extend(prompt)
+
+    def propose(self, context: Context) -> TokenTree:
+        ids = context.ids
+        self.index.extend(ids[len(self.index) :])
+        length = min(self._params.num_tokens, context.room - 1, context.max_nodes)
+        if length < 1:
+            return TokenTree.root_only(ids[-1])
+        paths: list[list[int]] = []
+        search = _recent if self._params.policy == "recent" else _frequent
+        for starts in self.index.matches():
+            for path in search(self.index.tokens, starts, length):
+                if not any(_starts_with(known, path) for known in paths):
+                    paths.append(path)
+                if len(paths) == self._branches:
+                    return TokenTree.from_paths(ids[-1], paths, context.max_nodes)
+        return TokenTree.from_paths(ids[-1], paths, context.max_nodes)
+
+
+class NgramIndex:
+    """Where each n-gram of a growing token sequence is followed by another token.
+
+    Adding a token costs one dictionary entry for each n-gram size.
+    """
+
+    def __init__(self, min_ngram: int, max_ngram: int) -> None:
+        self.tokens: list[int] = []
+        self._starts: dict[int, dict[tuple[int, ...], list[int]]] = {
+            n: {} for n in range(max_ngram, min_ngram - 1, -1)
+        }
+
+    def __len__(self) -> int:
+        """Tokens indexed."""
+        return len(self.tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens``; the n-grams before each of them become findable."""
+        for token in tokens:
+            end = len(self.tokens)
+            for n, starts in self._starts.items():
+                if n <= end:
+                    starts.setdefault(tuple(self.tokens[end - n :]), []).append(end)
+            self.tokens.append(token)
+
+    def matches(self) -> Iterator[Sequence[int]]:
+        """For the last n tokens, longest n first: where earlier ones were continued.
+
+        Oldest first, the ``MOST_MATCHES`` newest; sizes without a match are left out.
+        """
+        for n, starts in self._starts.items():
+            found = starts.get(tuple(self.tokens[-n:]))
+            if found:
+                yield found[-MOST_MATCHES:]
+
+
+def continuation(tokens: Sequence[int], start: int, length: int) -> list[int]:
+    """``length`` tokens from ``start`` on, run on periodically past the end.
+
+    An n-gram that ends at ``start`` and again at the end says that the tokens between
+    repeat; so does the copy.
+    """
+    copied = list(tokens[start : start + length])
+    period = len(tokens) - start
+    while len(copied) < length:
+        copied.append(copied[-period])
+    return copied
+
+
+def _recent(
+    tokens: Sequence[int], starts: Sequence[int], length: int
+) -> Iterator[list[int]]:
+    for start in reversed(starts):
+        yield continuation(tokens, start, length)
+
+
+@dataclass(eq=False)
+class _Fork:
+    """A node of the matches' merged continuations."""
+
+    path: list[int]
+    matches: int = 0
+    children: dict[int, _Fork] = field(default_factory=dict)  # newest match first
+
+
+def _frequent(
+    tokens: Sequence[int], starts: Sequence[int], length: int
+) -> Iterator[list[int]]:
+    """At each fork the continuation most matches took; of equals, the most recent's.
+
+    A further path leaves the known ones where most matches left them.
+    """
+    root = _Fork([])
+    for start in reversed(starts):
+        fork = root
+        for token in continuation(tokens, start, length):
+            child = fork.children.get(token)
+            if child is None:
+                child = fork.children[token] = _Fork([*fork.path, token])
+            child.matches += 1
+            fork = child
+    untaken = list(root.children.values())
+    while untaken:
+        fork = max(untaken, key=_matches)
+        untaken.remove(fork)
+        while fork.children:
+            best = max(fork.children.values(), key=_matches)
+            untaken.extend(c for c in fork.children.values() if c is not best)
+            fork = best
+        yield fork.path
+
+
+def _matches(fork: _Fork) -> int:
+    return fork.matches
+
+
+def _starts_with(path: Sequence[int], prefix: Sequence[int]) -> bool:
+    return list(path[: len(prefix)]) == list(prefix)
