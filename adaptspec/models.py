@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from adaptspec.decoding.attention import use_grouped_attention
 from adaptspec.decoding.cache import TreeCache
 from adaptspec.decoding.linear import LinearReport, accelerate_linears
 from adaptspec.decoding.masks import (
@@ -70,9 +71,9 @@ class LanguageModel:
         model: Any ``AutoModelForCausalLM``.
         tokenizer: Its tokenizer; None restricts prompts to token ids.
         name: What people call it.
-        own_weights: True if nobody else uses ``model``, so that its weights may be
-            repacked (its own parameters are then gone).
-        accelerate: False runs the Linear layers as they are.
+        own_weights: True if nobody else uses ``model``: it is then changed in place
+            and its weights may be repacked, so that none are held twice.
+        accelerate: False runs Linear layers and attention as they are.
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class LanguageModel:
         self.buckets: tuple[int, ...] = (
             CUDA_BUCKETS if self.device.type == "cuda" else ()
         )
-        self.model = _view(model)
+        self.model = model if own_weights else _view(model)
         self._switched_attention = _use_masked_attention(self.model)
-        if accelerate and self.model is not model:
+        if accelerate and (own_weights or self.model is not model):
+            use_grouped_attention(self.model)
             self.linear = accelerate_linears(self.model, own_weights=own_weights)
         self.model.eval()
         signature = inspect.signature(self.model.forward).parameters

@@ -71,7 +71,7 @@ class TokenTree:
         law: Law = Law.DETERMINISTIC,
         draft_probs: Sequence[torch.Tensor] = (),
     ) -> TokenTree:
-        """One continuation; ``draft_probs[i]`` is the law ``tokens[i]`` was drawn from."""
+        """One continuation; ``draft_probs[i]`` is the law of ``tokens[i]``."""
         probs = {i + 1: row for i, row in enumerate(draft_probs)}
         return cls((root, *tokens), range(-1, len(tokens)), law, probs)
 
