@@ -172,13 +172,10 @@ def _generate(
     )
 
 
-def _greedy(
-    model: LanguageModel, max_new_tokens: int, settings: dict[str, Any]
-) -> GenerationConfig:
+def _greedy(model: LanguageModel, max_new_tokens: int, settings: dict[str, Any]) -> Any:
     """A copy of the model's generation defaults that doesn't sample."""
-    config: Any = copy.deepcopy(model.generation_config)
-    if config is None:
-        config = GenerationConfig.from_dict({})
+    stored = model.generation_config or GenerationConfig.from_dict({})
+    config: Any = copy.deepcopy(stored)  # transformers leaves update() untyped
     config.update(
         do_sample=False,
         temperature=1.0,

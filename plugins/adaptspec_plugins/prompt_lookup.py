@@ -8,7 +8,6 @@ several matches merged into a tree, and copies that run on periodically past the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -83,7 +82,7 @@ class _Lookup(Drafter):
         search = _recent if self._params.policy == "recent" else _frequent
         for starts in self.index.matches():
             for path in search(self.index.tokens, starts, length):
-                if not any(_starts_with(known, path) for known in paths):
+                if path not in paths:
                     paths.append(path)
                 if len(paths) == self._branches:
                     return TokenTree.from_paths(ids[-1], paths, context.max_nodes)
@@ -146,15 +145,6 @@ def _recent(
         yield continuation(tokens, start, length)
 
 
-@dataclass(eq=False)
-class _Fork:
-    """A node of the matches' merged continuations."""
-
-    path: list[int]
-    matches: int = 0
-    children: dict[int, _Fork] = field(default_factory=dict)  # newest match first
-
-
 def _frequent(
     tokens: Sequence[int], starts: Sequence[int], length: int
 ) -> Iterator[list[int]]:
@@ -162,29 +152,16 @@ def _frequent(
 
     A further path leaves the known ones where most matches left them.
     """
-    root = _Fork([])
-    for start in reversed(starts):
-        fork = root
-        for token in continuation(tokens, start, length):
-            child = fork.children.get(token)
-            if child is None:
-                child = fork.children[token] = _Fork([*fork.path, token])
-            child.matches += 1
-            fork = child
-    untaken = list(root.children.values())
-    while untaken:
-        fork = max(untaken, key=_matches)
-        untaken.remove(fork)
-        while fork.children:
-            best = max(fork.children.values(), key=_matches)
-            untaken.extend(c for c in fork.children.values() if c is not best)
-            fork = best
-        yield fork.path
-
-
-def _matches(fork: _Fork) -> int:
-    return fork.matches
-
-
-def _starts_with(path: Sequence[int], prefix: Sequence[int]) -> bool:
-    return list(path[: len(prefix)]) == list(prefix)
+    newest_first = [continuation(tokens, start, length) for start in reversed(starts)]
+    left = [(newest_first, 0)]  # matches that agree on this many tokens
+    while left:
+        largest = max(range(len(left)), key=lambda i: len(left[i][0]))
+        group, depth = left.pop(largest)
+        while group.count(group[0]) < len(group):
+            forks: dict[int, list[list[int]]] = {}
+            for path in group:
+                forks.setdefault(path[depth], []).append(path)
+            depth += 1
+            group = max(forks.values(), key=len)
+            left.extend((fork, depth) for fork in forks.values() if fork is not group)
+        yield group[0]
