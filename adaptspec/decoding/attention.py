@@ -81,7 +81,7 @@ def _repeated(mask: torch.Tensor, each: int) -> torch.Tensor:
 def use_grouped_attention(view: Any) -> bool:
     """Switch a module tree of ours from SDPA to grouped attention; True if it was."""
     config = getattr(view, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
         return False
     text = config.get_text_config(decoder=True)
     groups = getattr(text, "num_key_value_heads", None)
