@@ -128,7 +128,7 @@ def test_a_stream_given_up_closes_the_drafter(model: LanguageModel) -> None:
 
 
 def test_any_logits_processor_is_honoured_as_in_generate(model: LanguageModel) -> None:
-    class NoRepeats(LogitsProcessor):  # type: ignore[no-untyped-call]
+    class NoRepeats(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             return scores.scatter(1, input_ids, -torch.inf)
 
@@ -219,7 +219,7 @@ def test_prompts_without_room_are_refused(model: LanguageModel) -> None:
 
 def test_a_strategy_that_cant_run_says_why() -> None:
     recurrent = tiny_model("mamba")
-    with pytest.raises(UnavailableStrategyError, match="nothing.*rolled back"):
+    with pytest.raises(UnavailableStrategyError, match=r"rolled back"):
         Engine(recurrent).generate(Nothing(), PROMPT, Controls.greedy(4))
 
 
