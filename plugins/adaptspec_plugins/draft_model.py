@@ -22,22 +22,22 @@ class DraftModelParams(Params):
     """``draft_law`` and ``draft_temperature`` matter only under sampling."""
 
     k: Annotated[int, Tunable(1, 12)] = Field(
-        4, ge=1, le=64, description="most tokens drafted per step"
+        default=4, ge=1, le=64, description="most tokens drafted per step"
     )
     stop: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
-        0.0,
+        default=0.0,
         ge=0.0,
         lt=1.0,
         description="stop after a token the draft gives less probability than this",
     )
     draft_law: Literal["independent", "coupled"] = Field(
-        "independent",
+        default="independent",
         description=(
             "under sampling: accept more, or emit plain sampling's tokens exactly"
         ),
     )
     draft_temperature: float = Field(
-        1.0,
+        default=1.0,
         gt=0.0,
         le=10.0,
         description="under sampling: factor on the temperature of the draft's law",

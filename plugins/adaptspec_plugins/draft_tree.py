@@ -29,29 +29,32 @@ class DraftTreeParams(Params):
     """``mode`` matters only under sampling: greedy drafts are always deterministic."""
 
     nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        16, ge=1, le=256, description="candidate tokens in the tree"
+        default=16, ge=1, le=256, description="candidate tokens in the tree"
     )
     depth: Annotated[int, Tunable(2, 8)] = Field(
-        5, ge=1, le=32, description="levels, each one forward of the draft model"
+        default=5,
+        ge=1,
+        le=32,
+        description="levels, each one forward of the draft model",
     )
     top_k: Annotated[int, Tunable(2, 8)] = Field(
-        4,
+        default=4,
         ge=1,
         le=64,
         description="most children of a token, and most expanded per level",
     )
     stop: Annotated[float, Tunable(0.0, 0.8, step=0.1)] = Field(
-        0.0,
+        default=0.0,
         ge=0.0,
         lt=1.0,
         description="expand no path the draft gives less probability than this",
     )
     mode: Literal["deterministic", "sampled"] = Field(
-        "deterministic",
+        default="deterministic",
         description="under sampling: likeliest tokens, or draws without replacement",
     )
     first_accepted: float = Field(
-        0.7,
+        default=0.7,
         gt=0.0,
         lt=1.0,
         description="sampled shape: chance assumed that a first draw is accepted",

@@ -58,13 +58,16 @@ class HFAssistedParams(Params):
     """Defaults are transformers'."""
 
     num_assistant_tokens: Annotated[int, Tunable(1, 20)] = Field(
-        20, ge=1, le=128, description="tokens the assistant drafts per step, at first"
+        default=20,
+        ge=1,
+        le=128,
+        description="tokens the assistant drafts per step, at first",
     )
     schedule: Literal["constant", "heuristic", "heuristic_transient"] = Field(
-        "constant", description="how that number follows the acceptance"
+        default="constant", description="how that number follows the acceptance"
     )
     confidence_threshold: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
-        0.4,
+        default=0.4,
         ge=0.0,
         lt=1.0,
         description="stop after a token the assistant gives less probability than this",
@@ -99,10 +102,10 @@ class HFPromptLookupParams(Params):
     """transformers has no default number of tokens; 10 is its documentation's."""
 
     prompt_lookup_num_tokens: Annotated[int, Tunable(2, 20)] = Field(
-        10, ge=1, le=128, description="tokens copied per step"
+        default=10, ge=1, le=128, description="tokens copied per step"
     )
     max_matching_ngram_size: Annotated[int, Tunable(1, 5)] = Field(
-        2, ge=1, le=32, description="longest n-gram looked up, in tokens"
+        default=2, ge=1, le=32, description="longest n-gram looked up, in tokens"
     )
 
 

@@ -24,19 +24,22 @@ class PromptLookupParams(Params):
     """Tuned bounds of the n-gram sizes don't overlap: every tuned pair is valid."""
 
     num_tokens: Annotated[int, Tunable(2, 24, log=True)] = Field(
-        8, ge=1, le=128, description="most tokens copied along one branch"
+        default=8, ge=1, le=128, description="most tokens copied along one branch"
     )
     max_ngram: Annotated[int, Tunable(3, 6)] = Field(
-        3, ge=1, le=32, description="longest n-gram looked up, in tokens"
+        default=3, ge=1, le=32, description="longest n-gram looked up, in tokens"
     )
     min_ngram: Annotated[int, Tunable(1, 3)] = Field(
-        1, ge=1, le=32, description="shortest n-gram looked up, in tokens"
+        default=1, ge=1, le=32, description="shortest n-gram looked up, in tokens"
     )
     branches: Annotated[int, Tunable(1, 4)] = Field(
-        1, ge=1, le=16, description="most distinct continuations proposed as a tree"
+        default=1,
+        ge=1,
+        le=16,
+        description="most distinct continuations proposed as a tree",
     )
     policy: Annotated[Literal["recent", "frequent"], Tunable()] = Field(
-        "recent", description="which matches of an n-gram come first"
+        default="recent", description="which matches of an n-gram come first"
     )
 
     @model_validator(mode="after")
