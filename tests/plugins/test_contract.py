@@ -1,0 +1,34 @@
+"""Every bundled strategy keeps the contract that plugin authors test against."""
+
+from __future__ import annotations
+
+import adaptspec_plugins
+from adaptspec.testing import StrategyContract
+from adaptspec_plugins.autoregressive import Autoregressive
+from adaptspec_plugins.draft_model import DraftModel
+from adaptspec_plugins.draft_tree import DraftTree
+from adaptspec_plugins.prompt_lookup import PromptLookup
+
+
+class TestAutoregressive(StrategyContract):
+    strategy = Autoregressive
+
+
+class TestPromptLookup(StrategyContract):
+    strategy = PromptLookup
+    params = ({}, {"branches": 3, "policy": "frequent", "max_ngram": 2})
+
+
+class TestDraftModel(StrategyContract):
+    strategy = DraftModel
+    params = ({}, {"k": 6, "stop": 0.4}, {"draft_law": "coupled"})
+
+
+class TestDraftTree(StrategyContract):
+    strategy = DraftTree
+    params = ({}, {"mode": "sampled", "nodes": 8, "depth": 3})
+
+
+def test_no_bundled_strategy_is_left_out() -> None:
+    covered = {cls.strategy for cls in StrategyContract.__subclasses__()}
+    assert set(adaptspec_plugins.register_strategies()) <= covered
