@@ -163,7 +163,7 @@ def tiny_module(architecture: str, seed: int = 0, **overrides: Any) -> Any:
     config = getattr(transformers, known.config)(**arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = transformers.AutoModelForCausalLM.from_config(config)
+        module = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return module.float().eval()
 
 
@@ -178,7 +178,7 @@ def tiny_model(
 def noisy_draft(
     model: LanguageModel, noise: float = 0.02, seed: int = 1
 ) -> LanguageModel:
-    """A draft for ``model``: its weights with noise added, often but not always right."""
+    """A draft for ``model``: its weights with noise, often but not always right."""
     module = copy.deepcopy(model.source)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def tiny_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>"
     )
     tokenizer.chat_template = (
