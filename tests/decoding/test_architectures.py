@@ -52,7 +52,8 @@ DETERMINISTIC: dict[str, dict[str, Scalar]] = {
     "draft_model": {"draft_law": "coupled"},
     "draft_tree": {"mode": "deterministic"},
 }
-STRATEGIES = sorted(Host.installed().strategies)
+HOST = Host.installed()
+STRATEGIES = sorted(HOST.strategies)
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def test_greedy_output_is_the_models_own_or_the_strategy_refuses(
     name: str, architecture: str
 ) -> None:
     engine = Engine(*target_and_draft(architecture))
-    strategy = Host.installed().strategy(name)()
+    strategy = HOST.strategy(name)()
     controls = Controls.greedy(NEW_TOKENS)
     if (reason := refusal(name, architecture)) is not None:
         with pytest.raises(UnavailableStrategyError, match=reason):
@@ -125,7 +126,7 @@ def test_some_drafts_are_accepted_and_some_rejected(
 ) -> None:
     """Else the tests above would not have gone through both."""
     model, draft = target_and_draft(architecture)
-    strategy = Host.installed().strategy(name)()
+    strategy = HOST.strategy(name)()
     runs = [
         record(strategy, model, draft, prompt, Controls.greedy(NEW_TOKENS))[0]
         for prompt in PROMPTS
@@ -159,7 +160,7 @@ def test_sampled_output_of_deterministic_drafts_is_plain_samplings(
 ) -> None:
     if refusal(name, architecture) is not None:
         pytest.skip("refused, as tested above")
-    cls = Host.installed().strategy(name)
+    cls = HOST.strategy(name)
     strategy = cls(cls.Params.parse(DETERMINISTIC[name]))
     engine = Engine(*target_and_draft(architecture))
     for seed, prompt in enumerate(PROMPTS):
