@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+PIPE_WIDTH = 200
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def stdout_console() -> Console:
-    """Where results go."""
+    """Where results go; a pipe gets whole lines, however narrow the terminal."""
+    import sys
+
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr_console() -> Console:

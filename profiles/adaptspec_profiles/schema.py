@@ -1,0 +1,98 @@
+"""The tables."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    DateTime,
+    Float,
+    ForeignKey,
+    Integer,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class Base(DeclarativeBase):
+    """All tables of this store; Optuna's live beside them under other names."""
+
+
+class EnvironmentRow(Base):
+    """Where a measurement was taken; one row per distinct environment."""
+
+    __tablename__ = "environments"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    model: Mapped[str] = mapped_column(String(64), index=True)
+    model_name: Mapped[str] = mapped_column(String)
+    draft: Mapped[str | None] = mapped_column(String(64))
+    draft_name: Mapped[str | None] = mapped_column(String)
+    dtype: Mapped[str] = mapped_column(String(32))
+    device: Mapped[str] = mapped_column(String(32))
+    device_name: Mapped[str] = mapped_column(String)
+    threads: Mapped[int] = mapped_column(Integer)
+    versions: Mapped[dict[str, str]] = mapped_column(JSON)
+
+
+class ProfileRow(Base):
+    """One confirmed setting for one class of prompts."""
+
+    __tablename__ = "profiles"
+    __table_args__ = (
+        UniqueConstraint(
+            "run", "prompt_class", "strategy", "baseline", name="uq_profiles_setting"
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    environment_id: Mapped[int] = mapped_column(ForeignKey("environments.id"))
+    environment: Mapped[EnvironmentRow] = relationship(lazy="joined")
+    run: Mapped[str] = mapped_column(String(64), index=True)
+    workload: Mapped[str] = mapped_column(String(64))
+    workload_name: Mapped[str] = mapped_column(String)
+    prompt_class: Mapped[str] = mapped_column(String)
+    strategy: Mapped[str] = mapped_column(String)
+    params: Mapped[dict[str, Any]] = mapped_column(JSON)
+    lossless: Mapped[bool] = mapped_column(Boolean)
+    baseline: Mapped[bool] = mapped_column(Boolean)
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC
+    tokens_per_second: Mapped[float] = mapped_column(Float)
+    ratio: Mapped[float] = mapped_column(Float)
+    measurement: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class TrialRow(Base):
+    """One finished trial."""
+
+    __tablename__ = "tuning_trials"
+    __table_args__ = (
+        UniqueConstraint(
+            "run", "prompt_class", "strategy", "number", name="uq_tuning_trials_number"
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    run: Mapped[str] = mapped_column(String(64))
+    prompt_class: Mapped[str] = mapped_column(String)
+    strategy: Mapped[str] = mapped_column(String)
+    number: Mapped[int] = mapped_column(Integer)
+    params: Mapped[dict[str, Any]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16))
+    value: Mapped[float | None] = mapped_column(Float)
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class RecordRow(Base):
+    """A JSON record of a run."""
+
+    __tablename__ = "tuning_records"
+
+    run: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(128), primary_key=True)
+    value: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -1,0 +1,233 @@
+"""The store on SQLite, or any other database SQLAlchemy speaks to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timezone
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from adaptspec.errors import ProfileStoreError
+from adaptspec.profile import Environment, Measurement, Profile, Trial
+from adaptspec_profiles.convert import environment_digest
+from adaptspec_profiles.engine import make_engine, safe_url, sqlalchemy_url
+from adaptspec_profiles.migrations import migrate
+from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
+
+
+class SqlStore:
+    """See :class:`adaptspec.profile.ProfileStore` for what each method promises.
+
+    Args:
+        url: A file path or SQLAlchemy URL; created or migrated if need be.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = safe_url(sqlalchemy_url(url))
+        self._engine = make_engine(url)
+        try:
+            migrate(self._engine)
+        except SQLAlchemyError as error:
+            self._engine.dispose()
+            raise self._failure("open", error) from error
+        except ProfileStoreError:
+            self._engine.dispose()
+            raise
+
+    @property
+    def url(self) -> str:
+        """The SQLAlchemy URL, its password hidden."""
+        return self._url
+
+    def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
+        """One transaction for all."""
+        with self._writing() as session:
+            rows = []
+            for profile in profiles:
+                session.execute(
+                    delete(ProfileRow).where(
+                        ProfileRow.run == profile.run,
+                        ProfileRow.prompt_class == profile.prompt_class,
+                        ProfileRow.strategy == profile.strategy,
+                        ProfileRow.baseline == profile.baseline,
+                    )
+                )
+                row = _profile_row(profile, _environment(session, profile.environment))
+                session.add(row)
+                session.flush()
+                rows.append(row)
+            return [row.id for row in rows]
+
+    def profiles(
+        self,
+        *,
+        model: str | None = None,
+        prompt_class: str | None = None,
+        run: str | None = None,
+    ) -> list[Profile]:
+        """Newest first."""
+        query = select(ProfileRow).join(ProfileRow.environment)
+        if model is not None:
+            query = query.where(EnvironmentRow.model == model)
+        if prompt_class is not None:
+            query = query.where(ProfileRow.prompt_class == prompt_class)
+        if run is not None:
+            query = query.where(ProfileRow.run == run)
+        query = query.order_by(ProfileRow.created.desc(), ProfileRow.id.desc())
+        with self._writing() as session:
+            return [_profile(row) for row in session.scalars(query)]
+
+    def profile(self, profile_id: int) -> Profile | None:
+        """One by id."""
+        with self._writing() as session:
+            row = session.get(ProfileRow, profile_id)
+            return None if row is None else _profile(row)
+
+    def delete_run(self, run: str) -> int:
+        """Profiles, trials and records of a run."""
+        with self._writing() as session:
+            count = session.scalar(
+                select(func.count())
+                .where(ProfileRow.run == run)
+                .select_from(ProfileRow)
+            )
+            for table in (ProfileRow, TrialRow, RecordRow):
+                session.execute(delete(table).where(table.run == run))
+            return int(count or 0)
+
+    def add_trial(self, trial: Trial) -> None:
+        """The same number again is ignored."""
+        try:
+            with self._writing() as session:
+                session.add(TrialRow(**_trial_fields(trial)))
+        except ProfileStoreError as error:
+            if not isinstance(error.__cause__, IntegrityError):
+                raise
+
+    def trials(self, run: str) -> list[Trial]:
+        """By class, strategy and number."""
+        query = (
+            select(TrialRow)
+            .where(TrialRow.run == run)
+            .order_by(TrialRow.prompt_class, TrialRow.strategy, TrialRow.number)
+        )
+        with self._writing() as session:
+            return [
+                Trial(
+                    row.run,
+                    row.prompt_class,
+                    row.strategy,
+                    row.number,
+                    row.params,
+                    row.state,
+                    row.value,
+                    row.detail,
+                )
+                for row in session.scalars(query)
+            ]
+
+    def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
+        """Replace an older one."""
+        with self._writing() as session:
+            session.merge(RecordRow(run=run, key=key, value=dict(value)))
+
+    def record(self, run: str, key: str) -> dict[str, Any] | None:
+        """As it was put."""
+        with self._writing() as session:
+            row = session.get(RecordRow, (run, key))
+            return None if row is None else dict(row.value)
+
+    def close(self) -> None:
+        """Release connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        try:
+            with Session(self._engine, expire_on_commit=False) as session:
+                with session.begin():
+                    yield session
+        except SQLAlchemyError as error:
+            raise self._failure("use", error) from error
+
+    def _failure(self, what: str, error: SQLAlchemyError) -> ProfileStoreError:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        return ProfileStoreError(
+            f"can't {what} the profile database {self._url}: {reason} "
+            "(--db takes a file path or a SQLAlchemy URL)"
+        )
+
+
+def _environment(session: Session, environment: Environment) -> EnvironmentRow:
+    fields = asdict(environment)
+    digest = environment_digest(fields)
+    row = session.scalar(select(EnvironmentRow).where(EnvironmentRow.digest == digest))
+    if row is None:
+        row = EnvironmentRow(digest=digest, **fields)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def _profile_row(profile: Profile, environment: EnvironmentRow) -> ProfileRow:
+    return ProfileRow(
+        environment=environment,
+        run=profile.run,
+        workload=profile.workload,
+        workload_name=profile.workload_name,
+        prompt_class=profile.prompt_class,
+        strategy=profile.strategy,
+        params=dict(profile.params),
+        lossless=profile.lossless,
+        baseline=profile.baseline,
+        created=profile.created.astimezone(timezone.utc).replace(tzinfo=None),
+        tokens_per_second=profile.measurement.tokens_per_second,
+        ratio=profile.measurement.ratio,
+        measurement=asdict(profile.measurement),
+    )
+
+
+def _profile(row: ProfileRow) -> Profile:
+    where = row.environment
+    return Profile(
+        environment=Environment(
+            where.model,
+            where.model_name,
+            where.draft,
+            where.draft_name,
+            where.dtype,
+            where.device,
+            where.device_name,
+            where.threads,
+            where.versions,
+        ),
+        workload=row.workload,
+        workload_name=row.workload_name,
+        prompt_class=row.prompt_class,
+        strategy=row.strategy,
+        params=row.params,
+        measurement=Measurement(**row.measurement),
+        created=row.created.replace(tzinfo=timezone.utc),
+        lossless=row.lossless,
+        baseline=row.baseline,
+        run=row.run,
+        id=row.id,
+    )
+
+
+def _trial_fields(trial: Trial) -> dict[str, Any]:
+    return {
+        "run": trial.run,
+        "prompt_class": trial.prompt_class,
+        "strategy": trial.strategy,
+        "number": trial.number,
+        "params": dict(trial.params),
+        "state": trial.state,
+        "value": trial.value,
+        "detail": dict(trial.detail),
+    }

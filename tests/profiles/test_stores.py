@@ -1,0 +1,246 @@
+"""Both stores keep the contract; the SQL one survives crowds, kills and old files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from alembic.script import ScriptDirectory
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import inspect
+
+from adaptspec.errors import ProfileStoreError
+from adaptspec.profile import ProfileStore
+from adaptspec.testing.stores import ProfileStoreContract, example_profile
+from adaptspec_profiles import open_store
+from adaptspec_profiles.commands import profiles as profiles_command
+from adaptspec_profiles.convert import profile_from_json, profile_to_json
+from adaptspec_profiles.engine import make_engine
+from adaptspec_profiles.migrations import VERSION_TABLE, migrate
+from adaptspec_profiles.schema import Base
+from adaptspec_profiles.sql import SqlStore
+
+WRITER = """
+import sys
+from adaptspec_profiles import open_store
+from adaptspec.profile import Trial
+from adaptspec.testing.stores import example_profile
+url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = open_store(url)
+for number in range(count):
+    store.add_trial(Trial("shared", "chat", "x", number, {"by": name}, "complete", 1.0))
+    store.add_trial(Trial(name, "chat", "x", number, {}, "complete", 1.0))
+    print(number, flush=True)
+store.add_profiles([example_profile(run=name)])
+store.close()
+"""
+
+
+class TestMemoryStore(ProfileStoreContract):
+    @pytest.fixture
+    def store(self) -> ProfileStore:
+        return open_store("memory:")
+
+
+class TestSqlStore(ProfileStoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ProfileStore:
+        return open_store(str(tmp_path / "new folder" / "profiles.db"))
+
+
+def start_writer(path: Path, name: str, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name, str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_four_processes_write_one_fresh_database(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    names = ["a", "b", "c", "d"]
+    writers = [start_writer(path, name, 25) for name in names]
+    for writer in writers:
+        writer.communicate(timeout=120)
+        assert writer.returncode == 0
+    store = open_store(str(path))
+    assert [t.number for t in store.trials("shared")] == list(range(25))
+    for name in names:
+        assert [t.number for t in store.trials(name)] == list(range(25))
+    assert sorted(p.run for p in store.profiles()) == names
+    store.close()
+
+
+def test_a_killed_writer_loses_nothing_it_finished(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    writer = start_writer(path, "a", 10_000)
+    assert writer.stdout is not None
+    seen = -1
+    for line in writer.stdout:
+        seen = int(line)
+        if seen >= 20:
+            break
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    store = open_store(str(path))
+    numbers = [t.number for t in store.trials("a")]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) > seen
+    store.close()
+
+
+def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
+    migrated = make_engine(str(tmp_path / "a.db"))
+    assert migrate(migrated) == ["m001"]
+    assert migrate(migrated) == []
+    created = make_engine(str(tmp_path / "b.db"))
+    Base.metadata.create_all(created)
+    ours, theirs = inspect(migrated), inspect(created)
+    tables = set(theirs.get_table_names())
+    assert set(ours.get_table_names()) == tables | {VERSION_TABLE}
+    for table in tables:
+        assert [str(c) for c in ours.get_columns(table)] == [
+            str(c) for c in theirs.get_columns(table)
+        ]
+        assert ours.get_indexes(table) == theirs.get_indexes(table)
+        assert ours.get_foreign_keys(table) == theirs.get_foreign_keys(table)
+        assert ours.get_unique_constraints(table) == theirs.get_unique_constraints(
+            table
+        )
+    migrated.dispose()
+    created.dispose()
+
+
+def test_a_step_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
+    steps = tmp_path / "steps" / "versions"
+    steps.mkdir(parents=True)
+    (steps / "x1.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        "revision, down_revision = 'x1', None\n"
+        "def upgrade():\n"
+        "    op.create_table('first', sa.Column('id', sa.Integer()))\n"
+        "    raise RuntimeError('power cut')\n"
+    )
+    engine = make_engine(str(tmp_path / "p.db"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        migrate(engine, script=ScriptDirectory(str(steps.parent)))
+    assert inspect(engine).get_table_names() == []
+    engine.dispose()
+
+
+def test_a_newer_database_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    open_store(str(path)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = 'm999'")
+    connection.close()
+    with pytest.raises(ProfileStoreError, match=r"m999.*upgrade adaptspec"):
+        open_store(str(path))
+
+
+def test_the_first_releases_database_still_opens(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "m001.sql"
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(golden.read_text())
+    connection.close()
+    store = open_store(str(path))
+    (profile,) = store.profiles()
+    assert replace(profile, id=None) == example_profile()
+    assert [t.value for t in store.trials("r1")] == [12.5]
+    store.close()
+
+
+def test_optuna_shares_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    optuna.create_study(storage=storage, study_name="s")
+    store = open_store(str(path))
+    store.add_profiles([example_profile()])
+    assert optuna.get_all_study_names(storage) == ["s"]
+    assert len(store.profiles()) == 1
+    store.close()
+    storage.engine.dispose()
+
+
+def test_what_cant_be_opened_is_one_error_with_the_way_out(tmp_path: Path) -> None:
+    bad = tmp_path / "not-a-database.db"
+    bad.write_text("hello, this is no database at all, but long enough to be read")
+    for url in (str(bad), "nosuchdialect://x", "postgresql://u:secret@localhost:1/x"):
+        with pytest.raises(ProfileStoreError, match="--db takes") as caught:
+            SqlStore(url)
+        assert "secret" not in str(caught.value)
+
+
+@given(
+    params=st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.one_of(
+            st.booleans(),
+            st.integers(-(10**9), 10**9),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.text(max_size=5),
+        ),
+        max_size=4,
+    ),
+    name=st.text(max_size=10),
+)
+def test_export_and_import_give_back_an_equal_profile(
+    params: dict[str, bool | int | float | str], name: str
+) -> None:
+    profile = example_profile(params=params, workload_name=name)
+    record = json.loads(json.dumps(profile_to_json(profile)))
+    assert profile_from_json(record) == profile
+
+
+def test_the_commands_list_show_export_and_import(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "a.db"), str(tmp_path / "b.db")
+    store = open_store(first)
+    store.add_profiles([example_profile(), example_profile(prompt_class="code")])
+    store.close()
+    run = CliRunner()
+    listed = run.invoke(profiles_command, ["list", "--json", "--db", first])
+    documents = json.loads(listed.stdout)
+    assert {d["prompt_class"] for d in documents} == {"chat", "code"}
+    shown = run.invoke(
+        profiles_command, ["show", str(documents[0]["id"]), "--db", first]
+    )
+    assert "prompt_lookup" in shown.stdout
+    exported = tmp_path / "x.json"
+    run.invoke(profiles_command, ["export", "-o", str(exported), "--db", first])
+    for _ in range(2):
+        done = run.invoke(profiles_command, ["import", str(exported), "--db", second])
+        assert done.exit_code == 0
+    again = json.loads(
+        run.invoke(profiles_command, ["list", "--json", "--db", second]).stdout
+    )
+    assert len(again) == 2
+    table = run.invoke(profiles_command, ["list", "--db", second])
+    assert "prompt_lookup" in table.stdout
+    run.invoke(profiles_command, ["delete", "r1", "--db", second])
+    empty = run.invoke(profiles_command, ["list", "--json", "--db", second])
+    assert json.loads(empty.stdout) == []
+
+
+def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
+    path, db = tmp_path / "x.json", str(tmp_path / "p.db")
+    good = profile_to_json(example_profile())
+    bad = {**good, "measurement": {**good["measurement"], "ratio": "fast"}}
+    path.write_text(
+        json.dumps({"format": "adaptspec-profiles-1", "profiles": [good, bad]})
+    )
+    done = CliRunner().invoke(profiles_command, ["import", str(path), "--db", db])
+    assert isinstance(done.exception, ProfileStoreError)
+    assert "profile 2: measurement.ratio" in str(done.exception)
+    store = open_store(db)
+    assert store.profiles() == []
+    store.close()
