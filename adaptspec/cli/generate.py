@@ -56,7 +56,7 @@ def generate(
     if model is None:
         from adaptspec.default_model import default_model_path
 
-        model = str(default_model_path())
+        model = str(default_model_path(lambda line: click.echo(line, err=True)))
     decoder = load(model, draft_model, db, dtype=dtype, host=host)
     chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
     asked: Any = [{"role": "user", "content": text}] if chat else text
