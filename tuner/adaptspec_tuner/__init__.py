@@ -1,0 +1,24 @@
+"""Finds the fastest lossless strategy for each class of prompts, by measuring."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptspec_tuner.report import TuneResult
+    from adaptspec_tuner.tuning import tune
+
+__all__ = ["TuneResult", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    # Light: the plugin's module is imported for --help too.
+    if name == "tune":
+        from adaptspec_tuner.tuning import tune
+
+        return tune
+    if name == "TuneResult":
+        from adaptspec_tuner.report import TuneResult
+
+        return TuneResult
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

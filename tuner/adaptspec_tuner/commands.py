@@ -1,0 +1,135 @@
+"""``adaptspec tune``: measure, search, confirm, store and show."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptspec.cli.output import print_json, stderr_console, stdout_console
+from adaptspec.errors import AdaptSpecError
+
+if TYPE_CHECKING:
+    from adaptspec.host import Host
+    from adaptspec_tuner.report import TuneResult
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "": 60}
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of ``90s``, ``10m``, ``1.5h``; a bare number is minutes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise AdaptSpecError(
+            f"--budget must be a time such as 90s, 10m or 1h, got {text!r}"
+        )
+    return float(found[1]) * SECONDS[found[2]]
+
+
+@click.command()
+@click.option("-m", "--model", help="Model folder; default: the embedded model.")
+@click.option("--draft-model", help="Draft model folder, of the same vocabulary.")
+@click.option("--workload", type=Path, help="JSON lines; default: the examples.")
+@click.option("--budget", default="8m", show_default=True, help="90s, 10m, 1h...")
+@click.option("--db", help="Profile database: path or SQLAlchemy URL.")
+@click.option("--strategies", help="Only these, separated by commas.")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Most trials per class and strategy.",
+)
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="For prompts that don't say.",
+)
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--device", help="Default: CUDA if there is one, else the CPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Most prompts per class.")
+@click.option("--baselines/--no-baselines", help="Measure other engines beside.")
+@click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
+def tune(
+    host: Host,
+    model: str | None,
+    draft_model: str | None,
+    workload: Path | None,
+    budget: str,
+    db: str | None,
+    strategies: str | None,
+    trials: int,
+    max_new_tokens: int,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    seed: int,
+    limit: int | None,
+    baselines: bool,
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    """Find the fastest lossless strategy for each class of your prompts.
+
+    Stopped with Ctrl-C or cut off, the same command continues.
+    """
+    seconds = parse_budget(budget)
+    names = [n.strip() for n in strategies.split(",")] if strategies else None
+    from adaptspec_tuner.progress import Progress
+    from adaptspec_tuner.tuning import Interrupted
+    from adaptspec_tuner.tuning import tune as run_tune
+    from adaptspec_tuner.workloads import example_workload, read_workload
+
+    # A bad line is told before a model is fetched.
+    prompts = example_workload() if workload is None else read_workload(workload)
+    errors = stderr_console()
+    if model is None:
+        from adaptspec.default_model import default_model_path
+
+        model = str(default_model_path(lambda text: errors.print(text, markup=False)))
+    try:
+        result = run_tune(
+            model,
+            draft_model,
+            prompts,
+            db=db,
+            budget=seconds,
+            strategies=names,
+            trials=trials,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            seed=seed,
+            limit=limit,
+            baselines=baselines,
+            fresh=fresh,
+            host=host,
+            progress=Progress(errors, time.monotonic),
+        )
+    except Interrupted as stopped:
+        if stopped.result.classes:
+            _show(stopped.result, as_json)
+        click.echo(f"Error: {stopped}", err=True)
+        sys.exit(130)
+    _show(result, as_json)
+
+
+def _show(result: TuneResult, as_json: bool) -> None:
+    from adaptspec_tuner.report import print_result
+
+    if as_json:
+        print_json(result.as_json())
+    else:
+        print_result(result, stdout_console())

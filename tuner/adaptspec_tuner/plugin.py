@@ -1,0 +1,18 @@
+"""The tuner's plugin: light, adds the ``tune`` command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptspec.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import click
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """``adaptspec tune``."""
+    from adaptspec_tuner.commands import tune
+
+    cli.add_command(tune)

@@ -1,0 +1,216 @@
+"""Measures one setting on one prompt, and compares its output with plain decoding's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from adaptspec.params import Scalar
+from adaptspec.profile import PLAIN
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptspec.decoding.controls import Controls
+    from adaptspec.decoding.engine import Engine
+    from adaptspec.host import Host
+    from adaptspec.strategy import Strategy
+    from adaptspec_tuner.workloads import Prompt
+
+Agreement = Literal["identical", "near_tie", "mismatch"]
+
+WARM_UP_TOKENS = 8
+# Rounding passes through every layer: a few units in the last place of the logits.
+TIE_UNITS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy (or baseline) with its parameters."""
+
+    strategy: str
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    baseline: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for equal settings."""
+        return json.dumps([self.strategy, dict(self.params)], sort_keys=True)
+
+
+PLAIN_SETTING = Setting(PLAIN)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generation: decoding speed (prefill excluded) and what it took.
+
+    Args:
+        seconds: Wall time, prefill included.
+        speed: Tokens per second after the first; 0 if there was only one.
+    """
+
+    tokens: tuple[int, ...]
+    speed: float
+    seconds: float
+    forwards: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    seconds_target: float = 0.0
+    seconds_draft: float = 0.0
+    seconds_rest: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {**asdict(self), "tokens": list(self.tokens)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Sample:
+        """The sample a record holds."""
+        return replace(cls(**record), tokens=tuple(record["tokens"]))
+
+
+class Measurer(Protocol):
+    """Runs settings on prompts; the search and the confirmation see only this."""
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        """One generation."""
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        """How ``other`` compares with plain decoding's tokens."""
+
+    def forget(self) -> None:
+        """Drop what strategies have learnt from earlier prompts."""
+
+
+class Profiler:
+    """Measures on a real model.
+
+    Args:
+        engine: Runs the strategies.
+        host: Where strategies and baselines are found.
+        max_new_tokens: For prompts that don't say.
+    """
+
+    def __init__(self, engine: Engine, host: Host, max_new_tokens: int) -> None:
+        self._engine, self._host = engine, host
+        self._max_new_tokens = max_new_tokens
+        self._strategies: dict[str, Strategy] = {}
+        self._warm: set[str] = set()
+        self._ids: dict[str, list[int]] = {}
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        """One generation; a setting's first is preceded by a short warm-up."""
+        ids, length = self._encoded(prompt), self._length(prompt)
+        if setting.key not in self._warm:
+            self._run(setting, ids, min(WARM_UP_TOKENS, length))
+            self._warm.add(setting.key)
+            self._strategies.pop(setting.key, None)  # what it learnt from the prompt
+        return self._run(setting, ids, length)
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        """A difference is a near tie if a fresh forward calls it one."""
+        if list(plain) == list(other):
+            return "identical"
+        at = first_difference(plain, other)
+        if at is None:
+            return "mismatch"
+        ids = [*self._encoded(prompt), *plain[:at]]
+        logits = self._law(prompt, ids)
+        tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
+        return "near_tie" if tied else "mismatch"
+
+    def forget(self) -> None:
+        """New strategy objects from here on."""
+        self._strategies.clear()
+
+    def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
+        """Logits of the token after ``ids``, under the model's own controls."""
+        from adaptspec.decoding.controls import Processors
+
+        model = self._engine.model
+        plain = model.capability.level == "plain"
+        cache: Any = model.plain_cache() if plain else model.new_cache(len(ids))
+        forward = model.prefill(ids, cache)
+        raw = forward.logits[forward.rows[len(ids) - 1]]
+        controls = self._controls(self._length(prompt))
+        processors = Processors(controls, len(self._encoded(prompt)), model.device)
+        return processors(ids, raw)
+
+    def _run(self, setting: Setting, ids: list[int], length: int) -> Sample:
+        if setting.baseline:
+            return self._run_baseline(setting, ids, length)
+        if setting.key not in self._strategies:
+            cls = self._host.strategy(setting.strategy)
+            params = cls.Params.parse(setting.params, setting.strategy)
+            self._strategies[setting.key] = cls(params)
+        strategy = self._strategies[setting.key]
+        run = self._engine.generate(strategy, ids, self._controls(length))
+        stats = run.stats
+        return Sample(
+            tokens=tuple(run.token_ids),
+            speed=stats.tokens_per_second,
+            seconds=stats.seconds_prefill + stats.seconds_decode,
+            forwards=stats.target_forwards,
+            proposed=stats.proposed,
+            accepted=stats.accepted,
+            seconds_target=stats.seconds_target,
+            seconds_draft=stats.seconds_draft,
+            seconds_rest=stats.seconds_rest,
+        )
+
+    def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
+        cls = self._host.baselines[setting.strategy]
+        baseline = cls(cls.Params.parse(setting.params, setting.strategy))
+        run = baseline.run(self._engine.model, self._engine.draft, ids, length)
+        return Sample(
+            tokens=tuple(run.token_ids),
+            speed=run.tokens_per_second,
+            seconds=run.seconds,
+            forwards=run.target_forwards or 0,
+        )
+
+    def _controls(self, length: int) -> Controls:
+        from adaptspec.decoding.controls import Controls
+
+        return Controls.for_model(
+            self._engine.model, max_new_tokens=length, temperature=0.0
+        )
+
+    def _length(self, prompt: Prompt) -> int:
+        return prompt.max_new_tokens or self._max_new_tokens
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        if prompt.id not in self._ids:
+            self._ids[prompt.id] = self._engine.model.encode(prompt.content)
+        return self._ids[prompt.id]
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The first index at which both have a token and not the same one."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def near_tie(logits: torch.Tensor, one: int, other: int, dtype: torch.dtype) -> bool:
+    """Whether two tokens' logits [vocab] differ by no more than ``dtype`` rounds."""
+    import torch
+
+    first, second = float(logits[one]), float(logits[other])
+    size = max(abs(first), abs(second))
+    return abs(first - second) <= TIE_UNITS * torch.finfo(dtype).eps * size
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value, that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, median(values), high

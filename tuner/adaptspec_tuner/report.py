@@ -1,0 +1,155 @@
+"""What a tuning run found, as a table and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.profile import PLAIN, Environment, Profile
+from adaptspec.selector import Choice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: the choice, and everything confirmed (plain decoding first).
+
+    Args:
+        reused: Its only prompt was tuned on and reported on.
+    """
+
+    name: str
+    choice: Choice
+    profiles: tuple[Profile, ...]
+    trials: Mapping[str, int] = field(default_factory=dict)
+    reused: bool = False
+
+    @property
+    def ranked(self) -> list[Profile]:
+        """The winner, then the others by their ratio to plain decoding."""
+        return sorted(
+            self.profiles,
+            key=lambda p: (not self.won(p), -p.measurement.ratio),
+        )
+
+    def won(self, profile: Profile) -> bool:
+        """Whether ``profile`` is the winner."""
+        return not profile.baseline and profile.strategy == self.choice.strategy
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A tuning run's outcome."""
+
+    run: str
+    environment: Environment
+    workload: str
+    db: str
+    classes: list[ClassResult]
+    notes: list[str]
+    unavailable: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The table as data."""
+        return {
+            "run": self.run,
+            "environment": asdict(self.environment),
+            "workload": self.workload,
+            "db": self.db,
+            "classes": [_class_json(result) for result in self.classes],
+            "unavailable": dict(self.unavailable),
+            "notes": list(self.notes),
+        }
+
+
+def print_result(result: TuneResult, console: Console) -> None:
+    """Print the table, what couldn't run, and how to use the result."""
+    from rich.table import Table
+
+    place = result.environment
+    table = Table(
+        title=f"{place.model_name}, {place.dtype}, {place.device_name}, "
+        f"{place.threads} threads, held-out prompts of {result.workload}",
+    )
+    table.add_column("class")
+    table.add_column("strategy")
+    table.add_column("tokens/s [quartiles]", justify="right")
+    table.add_column("x plain", justify="right")
+    table.add_column("tokens/forward", justify="right")
+    table.add_column("identical", justify="right")
+    for found in result.classes:
+        for rank, profile in enumerate(found.ranked):
+            table.add_row(
+                found.name + ("*" if found.reused else "") if rank == 0 else "",
+                _described(found, profile),
+                *_figures(profile),
+                style="bold" if found.won(profile) else None,
+                end_section=rank == len(found.profiles) - 1,
+            )
+    console.print(table)
+    say = dict(markup=False, highlight=False, soft_wrap=True)
+    if any(found.reused for found in result.classes):
+        console.print("* one prompt only: reported on what it was tuned on", **say)  # type: ignore[arg-type]
+    for name, reason in result.unavailable.items():
+        console.print(f"not run: {name}: {reason}", **say)  # type: ignore[arg-type]
+    if result.classes:
+        first = result.classes[0].name
+        console.print(
+            f"Stored in {result.db}. From Python: "
+            "adaptspec.load(MODEL).generate(PROMPT, "
+            f"prompt_class={first!r})",
+            **say,  # type: ignore[arg-type]
+        )
+
+
+def _described(found: ClassResult, profile: Profile) -> str:
+    name = profile.strategy
+    if name == PLAIN:
+        name += " (plain decoding)"
+    if profile.baseline:
+        name += " (baseline)"
+    if not profile.lossless:
+        name += " (NOT LOSSLESS)"
+    params = " ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in profile.params.items()
+    )
+    head = f"> {name}" if found.won(profile) else name
+    return f"{head}\n{params}" if params else head
+
+
+def _figures(profile: Profile) -> tuple[str, str, str, str]:
+    m = profile.measurement
+    ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
+    return (
+        f"{m.tokens_per_second:.1f} "
+        f"\\[{m.tokens_per_second_low:.1f}..{m.tokens_per_second_high:.1f}]",
+        f"{m.ratio:.2f} \\[{m.ratio_low:.2f}..{m.ratio_high:.2f}]",
+        f"{m.tokens_per_forward:.2f}",
+        f"{m.identical}/{m.prompts}{ties}",
+    )
+
+
+def _class_json(found: ClassResult) -> dict[str, Any]:
+    return {
+        "class": found.name,
+        "winner": found.choice.strategy,
+        "params": dict(found.choice.params),
+        "reason": found.choice.reason,
+        "reused": found.reused,
+        "trials": dict(found.trials),
+        "results": [
+            {
+                "strategy": profile.strategy,
+                "params": dict(profile.params),
+                "winner": found.won(profile),
+                "baseline": profile.baseline,
+                "lossless": profile.lossless,
+                **asdict(profile.measurement),
+            }
+            for profile in found.ranked
+        ],
+    }

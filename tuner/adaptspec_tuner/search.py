@@ -1,0 +1,290 @@
+"""Searches each class and strategy with Optuna, every finished trial stored at once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.errors import AdaptSpecError
+from adaptspec.params import Params, Scalar
+from adaptspec.profile import ProfileStore, Trial
+from adaptspec_tuner.profiler import PLAIN_SETTING, Measurer, Sample, Setting
+from adaptspec_tuner.space import defaults, distributions, suggest, tuned
+
+if TYPE_CHECKING:
+    import optuna
+
+    from adaptspec.strategy import Strategy
+    from adaptspec_tuner.workloads import Prompt
+
+HOPELESS = 0.7  # of plain decoding's speed, with the defaults
+HOPELESS_TRIALS = 3
+DUPLICATES = 10  # in a row: the space is as good as searched
+FAILURES = 5  # in a row
+
+Say = Callable[[str], None]
+Doing = Callable[[str], None]
+
+
+@dataclass
+class Arm:
+    """One strategy for one class: its study and its finished trials."""
+
+    prompt_class: str
+    name: str
+    params: type[Params]
+    prompts: Sequence[Prompt]
+    plain: Mapping[str, Sample]
+    study: optuna.Study
+    trials: list[Trial] = field(default_factory=list)
+    exhausted: bool = False
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the highest ratio."""
+        complete = [t for t in self.trials if t.state == "complete"]
+        return max(complete, key=lambda t: float(t.detail["ratio"]), default=None)
+
+    @property
+    def ratio(self) -> float:
+        """The best ratio to plain decoding so far, 0 before any."""
+        return float(self.best.detail["ratio"]) if self.best else 0.0
+
+    def done(self, most: int) -> bool:
+        """Whether more trials aren't worth it."""
+        if self.ratio < HOPELESS:
+            most = min(most, HOPELESS_TRIALS)
+        return self.exhausted or len(self.trials) >= most
+
+
+class Search:
+    """Gives each arm its default trial first, then time to the promising ones.
+
+    Args:
+        in_time: Whether another trial may start.
+        warn: Told of every mismatch and failed trial.
+        doing: Told what is being measured.
+        seed: Of the samplers.
+        most: Trials of one arm, those of earlier runs included.
+    """
+
+    def __init__(
+        self,
+        measurer: Measurer,
+        store: ProfileStore,
+        run: str,
+        *,
+        in_time: Callable[[], bool],
+        warn: Say,
+        doing: Doing,
+        seed: int = 0,
+        most: int = 40,
+    ) -> None:
+        self._measurer, self._store, self._run = measurer, store, run
+        self._in_time, self._warn, self._doing = in_time, warn, doing
+        self._seed, self._most = seed, most
+        self.arms: list[Arm] = []
+
+    def plain(self, prompt: Prompt) -> Sample:
+        """Plain decoding of ``prompt``, measured once per run."""
+        key = f"plain/{prompt.prompt_class}/{prompt.id}"
+        if (record := self._store.record(self._run, key)) is not None:
+            return Sample.from_json(record)
+        self._doing(f"{prompt.prompt_class}: plain decoding")
+        sample = self._measurer.measure(PLAIN_SETTING, prompt)
+        self._store.put_record(self._run, key, sample.as_json())
+        return sample
+
+    def add(
+        self,
+        prompt_class: str,
+        strategy: type[Strategy],
+        prompts: Sequence[Prompt],
+        plain: Mapping[str, Sample],
+    ) -> None:
+        """Search ``strategy`` on ``prompts``; what an earlier run finished counts."""
+        trials = [
+            t
+            for t in self._store.trials(self._run)
+            if (t.prompt_class, t.strategy) == (prompt_class, strategy.name)
+        ]
+        study = _study(strategy.Params, trials, self._seed)
+        self.arms.append(
+            Arm(
+                prompt_class,
+                strategy.name,
+                strategy.Params,
+                prompts,
+                plain,
+                study,
+                trials,
+                exhausted=bool(trials) and not distributions(strategy.Params),
+            )
+        )
+
+    def search(self) -> list[Arm]:
+        """Try settings until time or ideas run out; the arms that got no trial."""
+        for arm in self.arms:
+            if not arm.trials and self._in_time():
+                self._try(arm)
+        while self._in_time() and (arm := self._next()):
+            self._try(arm)
+        return [arm for arm in self.arms if not arm.trials]
+
+    def _next(self) -> Arm | None:
+        """The open arm with the fewest trials for its promise."""
+        lead: dict[str, float] = {}
+        for arm in self.arms:
+            lead[arm.prompt_class] = max(lead.get(arm.prompt_class, 0.0), arm.ratio)
+        opened = [arm for arm in self.arms if not arm.done(self._most)]
+
+        def spent(arm: Arm) -> float:
+            share = arm.ratio / lead[arm.prompt_class] if arm.ratio else 0.1
+            return len(arm.trials) / max(0.01, share**4)
+
+        return min(opened, key=spent, default=None)
+
+    def _try(self, arm: Arm) -> None:
+        for _ in range(DUPLICATES):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Optuna's experimental options
+                asked = arm.study.ask()
+                params = suggest(arm.params, asked)
+            known = next((t for t in arm.trials if dict(t.params) == params), None)
+            if known is None:
+                break
+            _tell(arm.study, asked, known)
+        else:
+            arm.exhausted = True
+            return
+        number = max((t.number for t in arm.trials), default=-1) + 1
+        trial = self._measure(arm, number, params, asked)
+        self._store.add_trial(trial)
+        arm.trials.append(trial)
+        _tell(arm.study, asked, trial)
+        last = arm.trials[-FAILURES:]
+        failing = len(last) == FAILURES and all(t.state == "failed" for t in last)
+        if failing or not distributions(arm.params):
+            arm.exhausted = True
+
+    def _measure(
+        self,
+        arm: Arm,
+        number: int,
+        params: Mapping[str, Scalar],
+        asked: optuna.trial.Trial,
+    ) -> Trial:
+        detail: dict[str, Any] = {"ratios": [], "running": [], "near_ties": 0}
+        speeds: list[float] = []
+        setting = Setting(arm.name, params)
+        self._measurer.forget()
+        self._doing(f"{arm.prompt_class}: {arm.name}, trial {number + 1}")
+
+        def finished(state: str) -> Trial:
+            value = median(speeds) if speeds and state != "failed" else None
+            if detail["running"]:
+                detail["ratio"] = detail["running"][-1]
+            return Trial(
+                self._run,
+                arm.prompt_class,
+                arm.name,
+                number,
+                dict(params),
+                state,
+                value,
+                detail,
+            )
+
+        for step, prompt in enumerate(arm.prompts):
+            plain = arm.plain[prompt.id]
+            try:
+                arm.params.parse(params, arm.name)
+                sample = self._measurer.measure(setting, prompt)
+            # A third party's strategy may raise anything; the search goes on.
+            except Exception as error:
+                detail["error"] = f"{type(error).__name__}: {error}"
+                if not isinstance(error, AdaptSpecError):
+                    self._warn(f"{arm.name} {dict(params)} failed: {detail['error']}")
+                return finished("failed")
+            agreement = self._measurer.agreement(prompt, plain.tokens, sample.tokens)
+            if agreement == "mismatch":
+                detail["error"] = f"mismatch: prompt {prompt.id!r}"
+                self._warn(
+                    f"NOT LOSSLESS: {arm.name} {dict(params)} changed the output of "
+                    f"prompt {prompt.id!r}; the setting is disqualified"
+                )
+                return finished("failed")
+            detail["near_ties"] += agreement == "near_tie"
+            speeds.append(sample.speed)
+            detail["ratios"].append(sample.speed / plain.speed)
+            running = _geometric_mean(detail["ratios"])
+            detail["running"].append(running)
+            asked.report(running, step)
+            if step + 1 < len(arm.prompts) and asked.should_prune():
+                return finished("pruned")
+        return finished("complete")
+
+
+def _study(params: type[Params], trials: Sequence[Trial], seed: int) -> optuna.Study:
+    """A study that knows ``trials`` and tries the defaults first."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's experimental options
+        sampler = optuna.samplers.TPESampler(
+            # Continued, it must not draw again what it drew before.
+            seed=seed + len(trials),
+            n_startup_trials=4,
+            multivariate=True,
+            group=True,
+        )
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+        study = optuna.create_study(
+            direction="maximize", sampler=sampler, pruner=pruner
+        )
+        for trial in trials:
+            study.add_trial(_frozen(params, trial))
+        start = defaults(params)
+        if all(dict(t.params) != start for t in trials):
+            study.enqueue_trial(tuned(params, start))
+    return study
+
+
+def _frozen(params: type[Params], trial: Trial) -> optuna.trial.FrozenTrial:
+    import optuna
+
+    space = distributions(params)
+    values = tuned(params, trial.params)
+    failed = trial.state == "failed"
+    return optuna.trial.create_trial(
+        params=values,
+        distributions={name: space[name] for name in values},
+        value=None if failed else float(trial.detail["ratio"]),
+        state=_state(trial),
+        intermediate_values=dict(enumerate(trial.detail.get("running", ()))),
+    )
+
+
+def _tell(study: optuna.Study, asked: optuna.trial.Trial, trial: Trial) -> None:
+    if trial.state == "complete":
+        study.tell(asked, float(trial.detail["ratio"]))
+    else:
+        study.tell(asked, state=_state(trial))
+
+
+def _state(trial: Trial) -> optuna.trial.TrialState:
+    import optuna
+
+    return optuna.trial.TrialState[
+        {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[trial.state]
+    ]
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    # A prompt whose draft run ended at once has speed 0.
+    return math.exp(sum(math.log(max(r, 1e-6)) for r in ratios) / len(ratios))

@@ -1,0 +1,344 @@
+"""The main job: plain decoding, search, confirmation, a result per class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.errors import AdaptSpecError, UnknownStrategyError
+from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
+from adaptspec.selector import select
+from adaptspec_tuner.confirm import confirm
+from adaptspec_tuner.profiler import Measurer, Profiler, Sample, Setting
+from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.report import ClassResult, TuneResult
+from adaptspec_tuner.search import HOPELESS, Arm, Search
+from adaptspec_tuner.workloads import (
+    Prompt,
+    Workload,
+    example_workload,
+    read_workload,
+    split,
+)
+
+if TYPE_CHECKING:
+    from adaptspec.host import Host
+    from adaptspec.strategy import Strategy
+
+DEFAULT_BUDGET = 480.0  # seconds
+DEFAULT_NEW_TOKENS = 64
+FINALISTS = 3
+REPEATS = 3
+PLAIN_SHARE = 0.25  # of the budget, at most
+CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
+
+
+class Interrupted(AdaptSpecError):
+    """Stopped by the user; what was finished is stored.
+
+    Args:
+        result: The classes already confirmed.
+    """
+
+    def __init__(self, result: TuneResult) -> None:
+        super().__init__(
+            "stopped; finished trials are kept, the same command continues"
+        )
+        self.result = result
+
+
+def tune(
+    model: Any,
+    draft_model: Any = None,
+    workload: Workload | Path | str | None = None,
+    *,
+    db: str | ProfileStore | None = None,
+    budget: float = DEFAULT_BUDGET,
+    strategies: Sequence[str] | None = None,
+    trials: int = 40,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    dtype: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    baselines: bool = False,
+    fresh: bool = False,
+    host: Host | None = None,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TuneResult:
+    """Find the fastest strategy for each class of ``workload`` on ``model``.
+
+    Args:
+        model: A folder, hub name, loaded model or ``LanguageModel``.
+        budget: Seconds, loading included; passed by one trial at most.
+        strategies: Only these; default: every one that can run.
+        trials: Most trials per class and strategy.
+        limit: Most prompts per class.
+        baselines: Measure other engines beside.
+        fresh: Forget what an earlier run with these options measured.
+
+    Raises:
+        AdaptSpecError: for bad options, a bad workload or a model that won't load.
+        Interrupted: on Ctrl-C.
+    """
+    started = clock()
+    import torch
+
+    from adaptspec.decoder import environment_of
+    from adaptspec.decoding.engine import Engine
+    from adaptspec.host import Host
+    from adaptspec.models import LanguageModel, load_model
+
+    host = host or Host.installed()
+    chosen = _chosen(host, strategies)
+    if workload is None:
+        workload = example_workload()
+    elif not isinstance(workload, Workload):
+        workload = read_workload(Path(workload))
+    workload = _limited(workload, limit)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    def loaded(source: Any) -> LanguageModel:
+        if isinstance(source, LanguageModel):
+            return source
+        # Baselines run the caller's module: its weights must stay as they are.
+        return load_model(source, dtype=dtype, device=device, accelerate=not baselines)
+
+    target = loaded(model)
+    draft = None if draft_model is None else loaded(draft_model)
+    engine = Engine(target, draft)
+    unavailable = {
+        cls.name: reason
+        for cls in chosen
+        if (reason := cls.unavailable(target, draft)) is not None
+    }
+    compared = []
+    for baseline in host.baselines.values() if baselines else ():
+        if reason := baseline.unavailable(target, draft):
+            unavailable[baseline.name] = reason
+        else:
+            compared.append(Setting(baseline.name, _defaults(baseline), baseline=True))
+    store = host.open_store(db) if db is None or isinstance(db, str) else db
+    try:
+        return tune_with(
+            Profiler(engine, host, max_new_tokens),
+            [c for c in chosen if c.name not in unavailable],
+            workload,
+            store,
+            environment_of(target, draft),
+            deadline=started + budget,
+            clock=clock,
+            trials=trials,
+            seed=seed,
+            options={"max_new_tokens": max_new_tokens},
+            baselines=compared,
+            unavailable=unavailable,
+            fresh=fresh,
+            progress=progress or Progress(None, clock),
+        )
+    finally:
+        if store is not db:
+            store.close()
+
+
+def tune_with(
+    measurer: Measurer,
+    strategies: Sequence[type[Strategy]],
+    workload: Workload,
+    store: ProfileStore,
+    environment: Environment,
+    *,
+    deadline: float,
+    clock: Callable[[], float],
+    progress: Progress,
+    trials: int = 40,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    baselines: Sequence[Setting] = (),
+    unavailable: Mapping[str, str] | None = None,
+    fresh: bool = False,
+) -> TuneResult:
+    """The same with everything that touches a model, clock or disk passed in."""
+    run = run_id(environment, workload, {**(options or {}), "seed": seed})
+    if fresh:
+        store.delete_run(run)
+    total = max(0.0, deadline - clock())
+    notes: list[str] = []
+    classes: list[ClassResult] = []
+    result = TuneResult(
+        run,
+        environment,
+        workload.name,
+        store.url,
+        classes,
+        notes,
+        dict(unavailable or {}),
+    )
+
+    def warn(text: str) -> None:
+        notes.append(text)
+        progress.say(text)
+
+    def doing(text: str) -> None:
+        progress.doing(text, deadline - clock())
+
+    search_end = deadline - total * CONFIRM_SHARE
+    search = Search(
+        measurer,
+        store,
+        run,
+        in_time=lambda: clock() < search_end,
+        warn=warn,
+        doing=doing,
+        seed=seed,
+        most=trials,
+    )
+    tuning, held_out = split(workload, seed)
+    try:
+        with progress:
+            plain = _plain(
+                search,
+                tuning,
+                lambda: clock() < deadline - total * (1 - PLAIN_SHARE),
+                warn,
+            )
+            for cls in strategies:
+                for name, prompts in tuning.by_class().items():
+                    usable = [p for p in prompts if p.id in plain]
+                    if usable:
+                        search.add(name, cls, usable, plain)
+            for arm in search.search():
+                warn(
+                    f"{arm.prompt_class}: no time for {arm.name}; give a larger "
+                    "--budget"
+                )
+            names = list(held_out.classes)
+            for index, name in enumerate(names):
+                if index and clock() >= deadline:
+                    left = ", ".join(names[index:])
+                    warn(f"no time to confirm {left}; the same command continues")
+                    break
+                share = clock() + (deadline - clock()) / (len(names) - index)
+                doing(f"{name}: confirming on held-out prompts")
+                finalists = _finalists(
+                    [a for a in search.arms if a.prompt_class == name]
+                )
+                confirmed = confirm(
+                    measurer,
+                    [*finalists, *baselines],
+                    held_out.by_class()[name],
+                    repeats=REPEATS,
+                    in_time=lambda end=share: clock() < end,  # type: ignore[misc]
+                    warn=warn,
+                )
+                if not confirmed:
+                    warn(f"{name}: plain decoding ends at once; nothing to compare")
+                    continue
+                now = datetime.now(timezone.utc)
+                profiles = [
+                    Profile(
+                        environment,
+                        workload.digest,
+                        workload.name,
+                        name,
+                        setting.strategy,
+                        dict(setting.params),
+                        measurement,
+                        now,
+                        lossless=lossless,
+                        baseline=setting.baseline,
+                        run=run,
+                    )
+                    for setting, measurement, lossless in confirmed.values()
+                ]
+                store.add_profiles(profiles)
+                classes.append(
+                    ClassResult(
+                        name,
+                        select(profiles, environment, name),
+                        tuple(profiles),
+                        trials={
+                            a.name: len(a.trials)
+                            for a in search.arms
+                            if a.prompt_class == name
+                        },
+                        reused=name in held_out.reused,
+                    )
+                )
+    except KeyboardInterrupt:
+        raise Interrupted(result) from None
+    return result
+
+
+def run_id(
+    environment: Environment, workload: Workload, options: Mapping[str, Any]
+) -> str:
+    """Equal for runs whose trials may be mixed: one is continued by the other."""
+    parts = [
+        list(environment.key()),
+        dict(environment.versions),
+        workload.digest,
+        dict(options),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(
+    search: Search,
+    tuning: Workload,
+    in_time: Callable[[], bool],
+    warn: Callable[[str], None],
+) -> dict[str, Sample]:
+    """Plain decoding of the tuning prompts, the classes in turn."""
+    measured: dict[str, Sample] = {}
+    prompts = tuning.limit(len(tuning.prompts)).prompts
+    for index, prompt in enumerate(prompts):
+        if index >= len(tuning.classes) and not in_time():
+            warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
+            break
+        sample = search.plain(prompt)
+        if sample.speed > 0:
+            measured[prompt.id] = sample
+    return measured
+
+
+def _finalists(arms: Sequence[Arm]) -> list[Setting]:
+    """The best setting of the best strategies; hopeless ones only for want of any."""
+    ranked = sorted((a for a in arms if a.best), key=lambda a: -a.ratio)
+    worth = [a for a in ranked if a.ratio >= HOPELESS][:FINALISTS] or ranked[:1]
+    return [Setting(a.name, dict(a.best.params)) for a in worth if a.best]
+
+
+def _chosen(host: Host, names: Sequence[str] | None) -> list[type[Strategy]]:
+    known = {n: c for n, c in host.strategies.items() if n != PLAIN}
+    if names is None:
+        return list(known.values())
+    if unknown := [n for n in names if n not in known and n != PLAIN]:
+        raise UnknownStrategyError(
+            f"no strategy {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    return [known[n] for n in dict.fromkeys(names) if n != PLAIN]
+
+
+def _limited(workload: Workload, limit: int | None) -> Workload:
+    if limit is None:
+        return workload
+    if limit < 1:
+        raise AdaptSpecError(f"limit must be 1 prompt per class or more, got {limit}")
+    kept: list[Prompt] = []
+    for prompts in workload.by_class().values():
+        kept.extend(prompts[:limit])
+    return replace(workload, prompts=tuple(kept))
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    return dict(cls.Params().model_dump())
