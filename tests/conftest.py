@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -22,3 +24,16 @@ def real_model_path() -> Path:
     from adaptspec.default_model import default_model_path
 
     return Path(default_model_path())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Handing tiny products to a second thread costs more than it saves."""
+    torch = sys.modules.get("torch")
+    if torch is None or request.node.get_closest_marker("real_model"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
