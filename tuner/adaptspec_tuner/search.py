@@ -131,8 +131,8 @@ class Search:
         for arm in self.arms:
             if not arm.trials and self._in_time():
                 self._try(arm)
-        while self._in_time() and (arm := self._next()):
-            self._try(arm)
+        while self._in_time() and (promising := self._next()) is not None:
+            self._try(promising)
         return [arm for arm in self.arms if not arm.trials]
 
     def _next(self) -> Arm | None:
