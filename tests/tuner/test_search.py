@@ -25,12 +25,12 @@ PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
 
 
 class KnobParams(Params):
-    k: Annotated[int, Tunable(1, 8)] = Field(4)
-    kind: Annotated[Literal["a", "b"], Tunable()] = Field("a")
+    k: Annotated[int, Tunable(1, 8)] = Field(default=4)
+    kind: Annotated[Literal["a", "b"], Tunable()] = Field(default="a")
     width: Annotated[float, Tunable(0.0, 1.0, step=0.25, when={"kind": ("b",)})] = (
-        Field(0.5)
+        Field(default=0.5)
     )
-    fixed: int = Field(3)
+    fixed: int = Field(default=3)
 
 
 class Knob(Strategy):
