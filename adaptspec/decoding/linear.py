@@ -1,0 +1,235 @@
+"""Faster Linear layers on the CPU, chosen by measurement on this machine.
+
+A decoding step multiplies few rows by every weight, so it is bound by reading weights.
+Without bfloat16 instructions oneDNN computes such products many times slower than it
+reads; our kernel widens weights in registers instead. Where the instructions exist
+(AMX), oneDNN on weights packed once is the fastest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adaptspec.decoding.native import Kernel, NativeUnavailableError, kernel
+
+Kind = Literal["native", "packed", "none"]
+
+TYPES = (torch.bfloat16, torch.float32)
+
+# Rows at which the choice is made: plain decoding, and a modest verification.
+DECIDING_ROWS = (1, 8)
+MANY_ROWS = (64, 256)
+TRIAL_SHAPE = (1536, 4096)  # out, in
+TRIAL_COPIES = 6  # enough that weights come from memory, not from cache
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """How many layers were replaced, and by what (in words)."""
+
+    replaced: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one type: which product, and up to how many rows."""
+
+    kind: Kind
+    most_rows: int
+    reason: str
+
+
+class NativeLinear(nn.Module):
+    """Reads the plain weight, which stays where it was (tied and shared ones too)."""
+
+    def __init__(self, linear: nn.Linear, compiled: Kernel, most_rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._kernel, self._most_rows = compiled, most_rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., out]``."""
+        rows = x.numel() // self.in_features
+        if not 0 < rows <= self._most_rows or x.dtype is not self.weight.dtype:
+            return functional.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return functional.linear(x, self.weight, self.bias)
+        flat = x.reshape(rows, self.in_features).contiguous()
+        y = self._kernel.linear(flat, self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class PackedLinear(nn.Module):
+    """Holds the weight in oneDNN's own layout only."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = pack(linear.weight.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., out]``."""
+        return packed_linear(x, self._packed, self.bias)
+
+
+def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
+    """Replace the Linear layers inside ``module`` by faster ones, outputs unchanged up
+    to rounding.
+
+    Args:
+        module: A module tree of ours; its parameters may be the caller's.
+        own_weights: Whether weights may be repacked, each original being released.
+            Otherwise only products that read the weight where it is are considered.
+    """
+    layers = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and _replaceable(child)
+    ]
+    if not layers:
+        return LinearReport(
+            0, "none: no Linear layer of float32 or bfloat16 on the CPU"
+        )
+    dtype = layers[0][2].weight.dtype
+    plan = choose(dtype, own_weights)
+    if plan.kind == "none":
+        return LinearReport(0, f"none: {plan.reason}")
+    uses: dict[int, int] = {}
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    replaced = 0
+    while layers:
+        parent, name, linear = layers.pop()
+        if linear.weight.dtype is not dtype:
+            continue
+        if plan.kind == "native":
+            faster: nn.Module = NativeLinear(linear, kernel(), plan.most_rows)
+        elif uses[id(linear.weight)] > 1:
+            continue  # an embedding needs the plain weight: packing would double it
+        else:
+            faster = PackedLinear(linear)
+        setattr(parent, name, faster.eval())
+        replaced += 1
+        del linear
+    short = str(dtype).removeprefix("torch.")
+    return LinearReport(replaced, f"{plan.kind} {short}: {plan.reason}")
+
+
+@functools.cache
+def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
+    """Measure the products once per process on weights of a usual size.
+
+    The fastest at one and at eight rows together wins; a few hundred milliseconds.
+    """
+    candidates: dict[str, Callable[[torch.Tensor, int], object]] = {}
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(TRIAL_SHAPE, generator=generator).to(dtype)
+        for _ in range(TRIAL_COPIES)
+    ]
+    candidates["none"] = lambda x, i: functional.linear(x, weights[i])
+    remark = ""
+    try:
+        compiled = kernel()
+        candidates["native"] = lambda x, i: compiled.linear(x, weights[i], None)
+    except NativeUnavailableError as error:
+        remark = f"; no native kernel: {error}"
+    if own_weights:
+        try:
+            packed = [pack(weight) for weight in weights]
+            candidates["packed"] = lambda x, i: packed_linear(x, packed[i], None)
+        except (AttributeError, RuntimeError) as error:
+            remark += f"; no packing: {str(error).splitlines()[0]}"
+    seconds = {rows: _race(candidates, rows, dtype) for rows in DECIDING_ROWS}
+    plain = seconds[1]["none"]
+
+    def cost(kind: str) -> float:
+        return sum(
+            seconds[rows][kind] / seconds[rows]["none"] for rows in DECIDING_ROWS
+        )
+
+    best = min(candidates, key=cost)
+    reason = ", ".join(
+        f"{rows} rows {seconds[rows][best] / plain:.2f}x" for rows in DECIDING_ROWS
+    )
+    if best == "native":
+        reach = _reach(candidates, dtype)
+        return Plan("native", reach, f"{reason} of torch's one row{remark}")
+    if best == "packed":
+        return Plan("packed", 1 << 30, f"{reason} of torch's one row{remark}")
+    return Plan("none", 0, f"torch's own product is the fastest here{remark}")
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight [out, in]`` in oneDNN's layout for few rows."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    return packed
+
+
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product with a packed weight."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, packed, bias, "none", [], ""
+    )
+    return y
+
+
+def _replaceable(child: nn.Linear) -> bool:
+    return (
+        type(child) is nn.Linear
+        and child.weight.device.type == "cpu"
+        and child.weight.dtype in TYPES
+        and child.weight.is_contiguous()
+        and not child._forward_hooks
+        and not child._forward_pre_hooks
+    )
+
+
+@torch.inference_mode()
+def _race(
+    candidates: dict[str, Callable[[torch.Tensor, int], object]],
+    rows: int,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Median seconds of each over all weights, interleaved."""
+    x = torch.randn((rows, TRIAL_SHAPE[1])).to(dtype)
+    times: dict[str, list[float]] = {kind: [] for kind in candidates}
+    for turn in range(ROUNDS + 1):
+        for kind, product in candidates.items():
+            started = perf_counter()
+            for i in range(TRIAL_COPIES):
+                product(x, i)
+            if turn:
+                times[kind].append(perf_counter() - started)
+    return {kind: median(found) for kind, found in times.items()}
+
+
+def _reach(
+    candidates: dict[str, Callable[[torch.Tensor, int], object]], dtype: torch.dtype
+) -> int:
+    """Up to how many rows the native product beats torch's."""
+    pair = {kind: candidates[kind] for kind in ("none", "native")}
+    reach = 32
+    for rows in MANY_ROWS:
+        seconds = _race(pair, rows, dtype)
+        if seconds["native"] > seconds["none"]:
+            return reach
+        reach = rows
+    return 1 << 30

@@ -1,0 +1,165 @@
+"""Our C kernel, compiled once with the system's compiler, if there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernels.c")
+SWITCH = "ADAPTSPEC_NATIVE"
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+SECONDS = 120
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+class NativeUnavailableError(Exception):
+    """Why there is no native kernel here."""
+
+
+class Kernel:
+    """The compiled functions."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.lanes = int(library.lanes())
+        arguments: list[Any] = [
+            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER),
+            *(_LONG, _LONG, _LONG, _INT),
+        ]
+        self._linear = {
+            torch.bfloat16: library.linear_bf16,
+            torch.float32: library.linear_f32,
+        }
+        for function in self._linear.values():
+            function.argtypes = arguments
+            function.restype = None
+        self._widen = library.widen_rows
+        self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
+        self._widen.restype = None
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x [rows, in]`` times ``weight [out, in]`` transposed, plus ``bias [out]``.
+
+        All contiguous, of one type, bfloat16 or float32, on the CPU. A row's result
+        doesn't depend on how many rows there are.
+        """
+        rows, inner = x.shape
+        outer = weight.shape[0]
+        y = torch.empty((rows, outer), dtype=x.dtype)
+        stride = -(-inner // self.lanes) * self.lanes
+        if x.dtype is torch.bfloat16:
+            wide = torch.empty((rows, stride), dtype=torch.float32)
+            self._widen(x.data_ptr(), wide.data_ptr(), rows, inner, stride)
+        elif stride != inner:
+            wide = torch.zeros((rows, stride), dtype=torch.float32)
+            wide[:, :inner] = x
+        else:
+            wide = x
+        self._linear[x.dtype](
+            wide.data_ptr(),
+            stride,
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            outer,
+            inner,
+            torch.get_num_threads(),
+        )
+        return y
+
+
+@functools.cache
+def kernel() -> Kernel:
+    """The kernel, compiled at first use and kept in the user's cache folder.
+
+    Raises:
+        NativeUnavailableError: without a compiler, or where it fails.
+    """
+    if os.environ.get(SWITCH) == "0":
+        raise NativeUnavailableError(f"switched off by {SWITCH}=0")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise NativeUnavailableError("no C compiler found")
+    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return Kernel(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailableError(
+            f"the compiled kernel can't be used: {error}"
+        ) from None
+
+
+def _cache_folder() -> Path:
+    from platformdirs import user_cache_path
+
+    root = os.environ.get("ADAPTSPEC_CACHE")
+    base = Path(root) if root else user_cache_path("adaptspec")
+    return base / "native"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of everything the machine code depends on."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=False
+    )
+    parts = (
+        *FLAGS,
+        version.stdout,
+        platform.machine(),
+        _cpu_flags(),
+        torch.__version__,
+    )
+    digest.update("\n".join(parts).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x for x in lines if x.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to a private name and rename: processes may do this at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        # Linked without -fopenmp: the OpenMP symbols are then those of the library that
+        # torch has loaded, so that no second pool of threads spins beside its own.
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            try:
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    timeout=SECONDS,
+                    check=False,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise NativeUnavailableError(f"{compiler} failed: {error}") from None
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or ["no message"]
+                raise NativeUnavailableError(f"{compiler} failed: {lines[0]}")
+        linked.replace(path)

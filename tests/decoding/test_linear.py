@@ -1,0 +1,239 @@
+"""Replaced Linear layers against exact products, and what they leave alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from adaptspec.decoding import linear as subject
+from adaptspec.decoding import native
+from adaptspec.decoding.linear import Plan, accelerate_linears
+
+Choose = Callable[[str], None]
+
+
+def available() -> bool:
+    try:
+        native.kernel()
+    except native.NativeUnavailableError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not available(), reason="no native kernel here")
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
+    """Make the measured choice come out as told."""
+
+    def choose(kind: str) -> None:
+        plan = Plan(cast(Any, kind), 1 << 30, "chosen by the test")
+        monkeypatch.setattr(subject, "choose", lambda *_: plan)
+
+    return choose
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 150),
+    st.integers(1, 70),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.booleans(),
+)
+def test_the_kernel_equals_the_exact_product_rounded_once(
+    rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype, strided: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows * inner * outer)
+    wide = torch.randn(rows, inner * 2, generator=generator).to(dtype)
+    x = wide[:, ::2] if strided else wide[:, :inner]
+    weight = torch.randn(outer, inner, generator=generator).to(dtype)
+    added = torch.randn(outer, generator=generator).to(dtype) if bias else None
+    exact = x.double() @ weight.double().T
+    if added is not None:
+        exact = exact + added.double()
+    sizes = x.double().abs() @ weight.double().abs().T + 1
+    found = native.kernel().linear(x.contiguous(), weight, added)
+    # inner additions in float, and half a unit of the output's last place
+    bound = sizes * inner * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= bound + 1e-30).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(53, 197).to(dtype)
+    x = torch.randn(70, 197).to(dtype)
+    kernel = native.kernel().linear
+    alone = torch.cat([kernel(row[None], weight, None) for row in x])
+    for rows in range(1, 71):
+        assert torch.equal(kernel(x[:rows], weight, None), alone[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nan_and_infinity_reach_their_rows_only(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 37, dtype=dtype)
+    x[0, 36], x[1, 3] = math.nan, math.inf
+    found = native.kernel().linear(x, torch.ones(5, 37, dtype=dtype), None)
+    assert found[0].isnan().all()
+    assert (found[1] == math.inf).all()
+    assert (found[2] == 37).all()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(24, 32)
+        self.inner = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 24, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.inner(self.embedding(ids)))
+        return out
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    packed = (m._packed for m in model.modules() if isinstance(m, subject.PackedLinear))
+    return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed)
+
+
+@pytest.mark.parametrize("kind", ["native", "packed"])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_replaced_model_computes_the_same_and_holds_no_weight_twice(
+    kind: str, rows: int, dtype: torch.dtype, choose: Choose
+) -> None:
+    if kind == "native" and not available():
+        pytest.skip("no native kernel here")
+    torch.manual_seed(1)
+    model = Tied().to(dtype)
+    ids = torch.arange(rows) % 24
+    before, size = model(ids).detach(), parameter_bytes(model)
+    choose(kind)
+    report = accelerate_linears(model, own_weights=True)
+    with torch.inference_mode():
+        after = model(ids)
+    assert report.replaced == (2 if kind == "native" else 1)
+    assert model.head.weight is model.embedding.weight
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(after, before, atol=tolerance, rtol=tolerance)
+    assert parameter_bytes(model) == size
+
+
+@needs_compiler
+def test_shared_parameters_stay_the_callers(choose: Choose) -> None:
+    model = Tied()
+    parameters = [(p, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    choose("native")
+    accelerate_linears(model, own_weights=False)
+    assert len(list(model.parameters())) == len(parameters)
+    for now, (was, pointer, values) in zip(model.parameters(), parameters, strict=True):
+        assert now is was
+        assert now.data_ptr() == pointer
+        assert torch.equal(now, values)
+
+
+@needs_compiler
+def test_gradients_flow_where_they_are_wanted(choose: Choose) -> None:
+    model = Tied()
+    choose("native")
+    accelerate_linears(model, own_weights=True)
+    model(torch.tensor([1, 2])).sum().backward()
+    assert model.inner.weight.grad is not None
+
+
+def test_layers_with_hooks_or_other_types_are_left_alone(choose: Choose) -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4), nn.Linear(4, 4).half())
+    model[1].register_forward_hook(lambda *_: None)
+    kept = list(model)
+    choose("native")
+    report = accelerate_linears(model, own_weights=True)
+    assert report.replaced == 0
+    assert report.kind.startswith("none: ")
+    assert list(model) == kept
+
+
+def test_without_a_compiler_the_reason_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(native.NativeUnavailableError, match="no C compiler"):
+        native.kernel.__wrapped__()
+
+
+def test_the_native_kernel_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTSPEC_NATIVE", "0")
+    with pytest.raises(native.NativeUnavailableError, match="ADAPTSPEC_NATIVE=0"):
+        native.kernel.__wrapped__()
+
+
+def test_a_compiler_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(native.NativeUnavailableError, match="no such option"):
+        native.kernel.__wrapped__()
+
+
+def test_a_damaged_library_is_no_native_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_compile", lambda _, path: write_junk(path))
+    if not any(shutil.which(name) for name in native.COMPILERS):
+        pytest.skip("no compiler here")
+    with pytest.raises(native.NativeUnavailableError, match="can't be used"):
+        native.kernel.__wrapped__()
+
+
+def write_junk(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"not a library")
+
+
+def test_callers_weights_are_never_packed() -> None:
+    plan = subject.choose(torch.float32, False)
+    assert plan.kind in ("native", "none")  # packing would change the caller's weights
+    assert subject.choose(torch.float32, False) is plan
+
+
+@needs_compiler
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from adaptspec.decoding import native\n"
+        "import os, torch; os.environ['ADAPTSPEC_CACHE'] = sys.argv[1]\n"
+        "kernel = native.kernel().linear\n"
+        "print(kernel(torch.ones(2, 3), torch.ones(4, 3), None).sum().item())"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["24.0"] * 2
+    assert len(list((tmp_path / "native").iterdir())) == 1
