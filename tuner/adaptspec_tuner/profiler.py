@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adaptspec.decoding.controls import Controls
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
+    from adaptspec.models import LanguageModel
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.workloads import Prompt
 
@@ -95,10 +96,21 @@ class Profiler:
         engine: Runs the strategies.
         host: Where strategies and baselines are found.
         max_new_tokens: For prompts that don't say.
+        theirs: What baselines run on; default: the engine's target.
+        their_draft: The same for its draft.
     """
 
-    def __init__(self, engine: Engine, host: Host, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        host: Host,
+        max_new_tokens: int,
+        theirs: LanguageModel | None = None,
+        their_draft: LanguageModel | None = None,
+    ) -> None:
         self._engine, self._host = engine, host
+        self._theirs = theirs or engine.model
+        self._their_draft = their_draft or engine.draft
         self._max_new_tokens = max_new_tokens
         self._strategies: dict[str, Strategy] = {}
         self._warm: set[str] = set()
@@ -169,7 +181,7 @@ class Profiler:
     def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
         cls = self._host.baselines[setting.strategy]
         baseline = cls(cls.Params.parse(setting.params, setting.strategy))
-        run = baseline.run(self._engine.model, self._engine.draft, ids, length)
+        run = baseline.run(self._theirs, self._their_draft, ids, length)
         return Sample(
             tokens=tuple(run.token_ids),
             speed=run.tokens_per_second,

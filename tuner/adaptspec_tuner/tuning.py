@@ -82,7 +82,7 @@ def tune(
         strategies: Only these; default: every one that can run.
         trials: Most trials per class and strategy.
         limit: Most prompts per class.
-        baselines: Measure other engines beside.
+        baselines: Measure other engines beside, on untouched copies of the models.
         fresh: Forget what an earlier run with these options measured.
 
     Raises:
@@ -107,11 +107,10 @@ def tune(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def loaded(source: Any) -> LanguageModel:
+    def loaded(source: Any, accelerate: bool = True) -> LanguageModel:
         if isinstance(source, LanguageModel):
             return source
-        # Baselines run the caller's module: its weights must stay as they are.
-        return load_model(source, dtype=dtype, device=device, accelerate=not baselines)
+        return load_model(source, dtype=dtype, device=device, accelerate=accelerate)
 
     target = loaded(model)
     draft = None if draft_model is None else loaded(draft_model)
@@ -122,15 +121,20 @@ def tune(
         if (reason := cls.unavailable(target, draft)) is not None
     }
     compared = []
+    # Other engines run on untouched copies, ours on the accelerated models.
+    theirs, their_draft = target, draft
+    if baselines:
+        theirs = loaded(model, accelerate=False)
+        their_draft = None if draft is None else loaded(draft_model, accelerate=False)
     for baseline in host.baselines.values() if baselines else ():
-        if reason := baseline.unavailable(target, draft):
+        if reason := baseline.unavailable(theirs, their_draft):
             unavailable[baseline.name] = reason
         else:
             compared.append(Setting(baseline.name, _defaults(baseline), baseline=True))
     store = host.open_store(db) if db is None or isinstance(db, str) else db
     try:
         return tune_with(
-            Profiler(engine, host, max_new_tokens),
+            Profiler(engine, host, max_new_tokens, theirs, their_draft),
             [c for c in chosen if c.name not in unavailable],
             workload,
             store,
