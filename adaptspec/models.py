@@ -206,7 +206,10 @@ class LanguageModel:
         nodes = len(tree)
         rows = next((b for b in self.buckets if b >= nodes), nodes)
         mask: Any = None
-        if nodes > 1 or rows > 1 or self._limited(cached + 1):
+        # On the CPU a lone root gets its mask too: attention then runs the same kernel
+        # as for a draft, and gives the same bits (measured, bfloat16 included).
+        masked = rows > 1 or self.device.type == "cpu" or self._limited(cached + 1)
+        if masked:
             mask = self._masks(
                 lambda reach: tree_mask(
                     tree, cached, reach, self.dtype, self.device, rows

@@ -19,6 +19,9 @@ from torch import nn
 from adaptspec.decoding import linear as subject
 from adaptspec.decoding import native
 from adaptspec.decoding.linear import Plan, accelerate_linears
+from adaptspec.decoding.tree import TokenTree
+from adaptspec.models import LanguageModel
+from adaptspec.testing.fakes import random_ids, tiny_module
 
 Choose = Callable[[str], None]
 
@@ -237,3 +240,22 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     ]
     assert [process.communicate()[0].strip() for process in running] == ["24.0"] * 2
     assert len(list((tmp_path / "native").iterdir())) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_verifying_a_chain_gives_the_bits_of_decoding_one_by_one(
+    dtype: torch.dtype, choose: Choose
+) -> None:
+    choose("native")
+    module = tiny_module("llama").to(dtype)
+    model = LanguageModel(module)
+    prompt, chain = random_ids(20), random_ids(6, seed=2)
+    one_by_one, at_once = model.new_cache(), model.new_cache()
+    model.prefill(prompt, one_by_one)
+    model.prefill(prompt, at_once)
+    sequential = [
+        model.verify(TokenTree.root_only(token), one_by_one).logits for token in chain
+    ]
+    together = model.verify(TokenTree.chain(chain[0], chain[1:]), at_once).logits
+    assert torch.equal(together, torch.cat(sequential))
