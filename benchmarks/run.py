@@ -105,6 +105,46 @@ def theirs(
     return run
 
 
+class Peer:
+    """vLLM in its own process and Python, asked prompt by prompt."""
+
+    def __init__(self, python: str, model: str, draft: str, method: str) -> None:
+        script = str(Path(__file__).with_name("peer_vllm.py"))
+        self._process = subprocess.Popen(
+            [python, script, model, draft, method],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise click.ClickException(
+                "vLLM ended; run benchmarks/peer_vllm.py by hand"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __call__(
+        self, ids: Sequence[int], length: int
+    ) -> tuple[list[int], float, float | None]:
+        """As every contender."""
+        assert self._process.stdin is not None
+        asked = json.dumps({"ids": list(ids), "length": length})
+        print(asked, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return answer["tokens"], answer["ms_per_token"], None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
 def decode_all(
     contenders: Mapping[str, Contender],
     prompts: Sequence[tuple[str, str, list[int], int]],
@@ -417,6 +457,14 @@ def chosen_prompts(
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--strategies", help="Only these of ours, separated by commas.")
 @click.option("--params", multiple=True, metavar="STRATEGY.NAME=VALUE")
+@click.option("--vllm-python", help="A Python that has vLLM: adds it as a contender.")
+@click.option(
+    "--vllm-method",
+    multiple=True,
+    type=click.Choice(["plain", "ngram", "draft_model"]),
+    default=["plain"],
+    show_default=True,
+)
 @click.option("--no-parts", is_flag=True, help="Leave the timings of parts out.")
 @click.option("--json", "output", type=click.Path(dir_okay=False), help="Write JSON.")
 def main(
@@ -428,6 +476,8 @@ def main(
     dtype: str,
     strategies: str | None,
     params: tuple[str, ...],
+    vllm_python: str | None,
+    vllm_method: tuple[str, ...],
     no_parts: bool,
     output: str | None,
 ) -> None:
@@ -453,8 +503,17 @@ def main(
     for name in dict.fromkeys([PLAIN, *wanted]):
         if host.strategy(name).unavailable(model, draft) is None:
             contenders[name] = ours(engine, host, name, settings.get(name, {}))
+    peers: dict[str, Peer] = {}
+    if vllm_python:
+        for method in vllm_method:
+            peers[f"vllm_{method}"] = Peer(
+                vllm_python, model_path, draft_path or "", method
+            )
+    contenders.update(peers)
     prompts = chosen_prompts(prompts_file, model, per_class, max_new_tokens)
     runs = decode_all(contenders, prompts, progress.print)
+    for peer in peers.values():
+        peer.close()
     ties = explained(model, runs, {p[0]: p[2] for p in prompts})
     rows = summarise(runs, HF, ties)
     result: dict[str, Any] = {
