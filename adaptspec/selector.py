@@ -11,6 +11,9 @@ from adaptspec.profile import PLAIN, Environment, Profile
 # Ratios this close count as equal; the simpler strategy then wins.
 TIE = 0.02
 
+# One prompt has no spread: its ratio may be the machine's mood.
+FEWEST_PROMPTS = 2
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,8 +34,8 @@ def select(
 
     Plain decoding is chosen where nothing was measured, where the measurement was taken
     elsewhere, and where nothing beat it: the lower quartile of a strategy's ratio to
-    plain decoding must be above 1. Ties within 2% go to the strategy with fewer
-    parameters, then to the name that sorts first. Without a class the only profiled one
+    plain decoding must be above 1, over two prompts or more. Ties within 2% go to the
+    strategy with fewer parameters, then to the name that sorts first. Without a class the only profiled one
     is used, else ``default``.
     """
     usable = [p for p in profiles if p.lossless and not p.baseline]
@@ -55,7 +58,13 @@ def select(
         return _plain(
             prompt_class, f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"
         )
-    faster = [p for p in found if p.strategy != PLAIN and p.measurement.ratio_low > 1.0]
+    faster = [
+        p
+        for p in found
+        if p.strategy != PLAIN
+        and p.measurement.ratio_low > 1.0
+        and p.measurement.prompts >= FEWEST_PROMPTS
+    ]
     if not faster:
         return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
     best = max(p.measurement.ratio for p in faster)

@@ -253,7 +253,7 @@ class Wrong(Strategy):
         return Drafting()
 
 
-def step_overhead(model: LanguageModel, context: int = 256) -> list[dict[str, float]]:
+def step_overhead(model: LanguageModel, context: int = 128) -> list[dict[str, float]]:
     """A whole verification step against the same module's bare forward of its tokens.
 
     Both run the same modules; the bare forward has transformers' own cache and mask.
@@ -261,13 +261,11 @@ def step_overhead(model: LanguageModel, context: int = 256) -> list[dict[str, fl
     ids = [7 + i % 900 for i in range(context)]
     found = []
     for rows in STEP_ROWS:
-        steps, bares = [], []
-        for _ in range(3):
-            controls = Controls(max_new_tokens=rows + ROUNDS + 1)
-            done = Engine(model).generate(Wrong(rows), ids, controls)
-            whole = [s for s in done.stats.steps if s.proposed == rows - 1]
-            steps += [1e3 * (s.seconds_target + s.seconds_rest) for s in whole]
-            bares += bare_forward(model, ids, rows, len(whole))
+        controls = Controls(max_new_tokens=rows + 2 * ROUNDS)
+        done = Engine(model).generate(Wrong(rows), ids, controls)
+        whole = [s for s in done.stats.steps if s.proposed == rows - 1]
+        steps = [1e3 * (s.seconds_target + s.seconds_rest) for s in whole]
+        bares = bare_forward(model, ids, rows, len(whole))
         found.append(
             {
                 "rows": rows,
@@ -296,7 +294,7 @@ def bare_forward(
     return times[1:]
 
 
-def latency_curve(model: LanguageModel, context: int = 256) -> dict[int, float]:
+def latency_curve(model: LanguageModel, context: int = 128) -> dict[int, float]:
     """Milliseconds of a verification forward by its number of tokens."""
     cache = model.new_cache(context + max(FORWARD_ROWS))
     model.prefill([7 + i % 900 for i in range(context)], cache)
@@ -523,6 +521,8 @@ def main(
         "table": rows,
         "runs": [asdict(replace(r, tokens=[])) for r in runs],
     }
+    if output:
+        Path(output).write_text(json.dumps(result, indent=2) + "\n")
     if not no_parts:
         progress.print("parts: steps, forwards, drafting, choosing, memory, help")
         result["verify_step"] = step_overhead(model)

@@ -22,10 +22,20 @@ from adaptspec.host import Host
 @click.option(
     "-p", "--param", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter."
 )
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=None)
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Default: the model's configuration, else 128.",
+)
 @click.option("-t", "--temperature", type=float, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--dtype", default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="auto: as the weights are stored.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj

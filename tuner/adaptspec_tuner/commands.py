@@ -52,10 +52,15 @@ def parse_budget(text: str) -> float:
     show_default=True,
     help="For prompts that don't say.",
 )
-@click.option("--dtype", default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="auto: as the weights are stored.",
+)
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts per class.")
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")

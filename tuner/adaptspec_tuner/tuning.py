@@ -39,6 +39,9 @@ PLAIN_SHARE = 0.25  # of the budget, at most
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
 
 
+EXAMPLE_TOKENS = 48
+
+
 class Interrupted(AdaptSpecError):
     """Stopped by the user; what was finished is stored.
 
@@ -100,7 +103,7 @@ def tune(
     host = host or Host.installed()
     chosen = _chosen(host, strategies)
     if workload is None:
-        workload = example_workload()
+        workload = _shortened(example_workload(), EXAMPLE_TOKENS)
     elif not isinstance(workload, Workload):
         workload = read_workload(Path(workload))
     workload = _limited(workload, limit)
@@ -342,6 +345,15 @@ def _limited(workload: Workload, limit: int | None) -> Workload:
     for prompts in workload.by_class().values():
         kept.extend(prompts[:limit])
     return replace(workload, prompts=tuple(kept))
+
+
+def _shortened(workload: Workload, most: int) -> Workload:
+    """The examples with shorter answers: the first try should end soon."""
+    prompts = [
+        replace(p, max_new_tokens=min(p.max_new_tokens or most, most))
+        for p in workload.prompts
+    ]
+    return replace(workload, prompts=tuple(prompts))
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""The face of the library, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import adaptspec
+from adaptspec.decoder import Decoder, PlainDecodingWarning, environment_of
+from adaptspec.errors import (
+    AdaptSpecError,
+    InvalidParamsError,
+    InvalidPromptError,
+    ModelLoadError,
+    UnknownStrategyError,
+)
+from adaptspec.models import LanguageModel
+from adaptspec.profile import PLAIN
+from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles.memory import MemoryStore
+
+PROMPT = random_ids(12)
+
+
+@pytest.fixture
+def module() -> Any:
+    return tiny_module("llama")
+
+
+@pytest.fixture
+def decoder(module: Any) -> Decoder:
+    return adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+
+
+def test_nothing_profiled_means_plain_decoding_said_once(decoder: Decoder) -> None:
+    with pytest.warns(PlainDecodingWarning, match="nothing is profiled"):
+        result = decoder.generate(PROMPT, max_new_tokens=5)
+    assert result.choice.strategy == PLAIN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder.generate(PROMPT, max_new_tokens=5)
+
+
+def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    store = MemoryStore()
+    store.add_profiles(
+        [
+            example_profile(
+                environment=environment_of(model, None),
+                params={"num_tokens": 5},
+            )
+        ]
+    )
+    decoder = adaptspec.load(model, db=store)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=12)
+    assert result.choice.strategy == "prompt_lookup"
+    assert result.choice.params == {"num_tokens": 5}
+    assert "1.50x" in result.choice.reason
+    plain = decoder.generate(PROMPT, strategy=PLAIN, max_new_tokens=12)
+    assert result.token_ids == plain.token_ids
+
+
+def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
+    module: Any,
+) -> None:
+    model = LanguageModel(module)
+    store = MemoryStore()
+    here = environment_of(model, None)
+    for strategy, said in (("draft_model", "draft model"), ("gone", "no strategy")):
+        store.add_profiles(
+            [example_profile(environment=here, strategy=strategy, params={})]
+        )
+        choice = adaptspec.load(model, db=store).choose("chat")
+        assert choice.strategy == PLAIN
+        assert said in choice.reason
+        store.delete_run("r1")
+
+
+def test_an_override_needs_a_known_strategy_and_valid_parameters(
+    decoder: Decoder,
+) -> None:
+    ids: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 3}
+    with pytest.raises(UnknownStrategyError, match=r"'guess'; known: .*prompt_lookup"):
+        decoder.generate(**ids, strategy="guess")
+    with pytest.raises(InvalidParamsError, match="num_tokens='many'"):
+        decoder.generate(**ids, strategy="prompt_lookup", params={"num_tokens": "many"})
+    with pytest.raises(InvalidParamsError, match="no parameter 'kk'"):
+        decoder.generate(**ids, strategy="prompt_lookup", params={"kk": 1})
+    with pytest.raises(AdaptSpecError, match="strategy="):
+        decoder.generate(**ids, params={"num_tokens": 3})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_pieces_join_to_the_generated_text(
+    decoder: Decoder, temperature: float
+) -> None:
+    asked: dict[str, Any] = {
+        "strategy": "prompt_lookup",
+        "temperature": temperature,
+        "max_new_tokens": 25,
+        "seed": 4,
+    }
+    text = decoder.generate(PROMPT, **asked).text
+    pieces = list(decoder.stream(PROMPT, **asked))
+    assert text
+    assert "".join(pieces) == text
+    assert len(pieces) > 5
+
+
+def test_the_callers_model_is_never_changed(module: Any) -> None:
+    kinds = [type(m) for m in module.modules()]
+    pointers = [p.data_ptr() for p in module.parameters()]
+    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    config = copy.deepcopy(module.config.to_dict())
+    decoder = adaptspec.load(module, db=MemoryStore())
+    decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=8)
+    assert [type(m) for m in module.modules()] == kinds
+    assert [p.data_ptr() for p in module.parameters()] == pointers
+    assert all(weights[k].equal(v) for k, v in module.state_dict().items())
+    assert module.config.to_dict() == config
+    assert module.config._attn_implementation == "sdpa"
+
+
+def test_prompts_that_cant_be_read_are_refused_by_reason(module: Any) -> None:
+    bare = adaptspec.load(module, db=MemoryStore())
+    with pytest.raises(InvalidPromptError, match="tokenizer"):
+        bare.generate("hello", strategy=PLAIN)
+    with pytest.raises(InvalidPromptError, match=r"0\.\.63, got 64"):
+        bare.generate([3, 64], strategy=PLAIN)
+    named = adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+    named.model.tokenizer.chat_template = None
+    with pytest.raises(InvalidPromptError, match="chat template"):
+        named.generate([{"role": "user", "content": "x"}], strategy=PLAIN)
+
+
+def test_a_stop_string_ends_the_output_with_its_token(decoder: Decoder) -> None:
+    whole = decoder.generate(PROMPT, strategy=PLAIN, max_new_tokens=20)
+    stop = decoder.model.decode(whole.token_ids[6:8], skip_special=False)
+    for strategy in (PLAIN, "prompt_lookup"):
+        cut = decoder.generate(
+            PROMPT, strategy=strategy, max_new_tokens=20, stop_strings=[stop]
+        )
+        assert cut.finish == "stop"
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+        text = decoder.model.decode(cut.token_ids, skip_special=False)
+        assert stop in text
+        before = decoder.model.decode(cut.token_ids[:-1], skip_special=False)
+        assert stop not in before
+
+
+def test_what_isnt_a_model_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="can't load the model"):
+        adaptspec.load("./no/such/folder", db=MemoryStore())
+
+
+def test_digests_tell_models_apart_and_know_them_again(module: Any) -> None:
+    one, again = LanguageModel(module), LanguageModel(copy.deepcopy(module))
+    other = LanguageModel(tiny_module("llama", seed=1))
+    assert one.digest == again.digest != other.digest
+    environment = environment_of(one, other)
+    assert environment.draft == other.digest
+    assert environment.key() == replace(environment, versions={}).key()
