@@ -35,8 +35,8 @@ def select(
     Plain decoding is chosen where nothing was measured, where the measurement was taken
     elsewhere, and where nothing beat it: the lower quartile of a strategy's ratio to
     plain decoding must be above 1, over two prompts or more. Ties within 2% go to the
-    strategy with fewer parameters, then to the name that sorts first. Without a class the only profiled one
-    is used, else ``default``.
+    strategy with fewer parameters, then to the name that sorts first. Without a class
+    the only profiled one is used, else ``default``.
     """
     usable = [p for p in profiles if p.lossless and not p.baseline]
     here = [p for p in usable if p.environment.key() == environment.key()]
