@@ -69,7 +69,7 @@ def select(
         return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
     best = max(p.measurement.ratio for p in faster)
     tied = [p for p in faster if p.measurement.ratio >= best * (1 - TIE)]
-    winner = min(tied, key=lambda p: (len(p.params), -p.measurement.ratio, p.strategy))
+    winner = min(tied, key=_simplest_first)
     reason = (
         f"measured {winner.measurement.ratio:.2f}x plain decoding on {wanted!r} "
         f"(quartiles {winner.measurement.ratio_low:.2f}-"
@@ -78,6 +78,18 @@ def select(
     if changed := _changed(winner.environment, environment):
         reason += f"; measured with other versions: {changed}"
     return Choice(wanted, winner.strategy, dict(winner.params), reason)
+
+
+def _simplest_first(profile: Profile) -> tuple[int, float, str, float, str]:
+    """A total order, so that the order of profiles doesn't matter."""
+    measurement = profile.measurement
+    return (
+        len(profile.params),
+        -measurement.ratio,
+        profile.strategy,
+        -measurement.ratio_low,
+        repr(sorted(profile.params.items())),
+    )
 
 
 def _plain(prompt_class: str | None, reason: str) -> Choice:
