@@ -369,7 +369,11 @@ else:
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+try:  # ru_maxrss survives exec on Linux: it would report the parent's size
+    status = open("/proc/self/status").read()
+    print(int(status.split("VmHWM:")[1].split()[0]))
+except OSError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
