@@ -65,6 +65,12 @@ def select(
         and p.measurement.ratio_low > 1.0
         and p.measurement.prompts >= FEWEST_PROMPTS
     ]
+    if not faster and max(p.measurement.prompts for p in found) < FEWEST_PROMPTS:
+        return _plain(
+            wanted,
+            f"{wanted!r} was measured on one held-out prompt, {FEWEST_PROMPTS} are "
+            "needed; tune with four prompts or more of the class",
+        )
     if not faster:
         return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
     best = max(p.measurement.ratio for p in faster)

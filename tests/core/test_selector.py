@@ -59,7 +59,9 @@ def test_plain_decoding_is_chosen_and_the_reason_told(
 def test_one_prompt_is_not_enough() -> None:
     lucky = measured("a", 2.0)
     alone = replace(lucky, measurement=replace(lucky.measurement, prompts=1))
-    assert select([alone], HERE, "chat").strategy == PLAIN
+    choice = select([alone], HERE, "chat")
+    assert choice.strategy == PLAIN
+    assert "one held-out prompt, 2 are needed" in choice.reason
 
 
 def test_ties_go_to_the_simpler_strategy() -> None:
