@@ -17,14 +17,16 @@ def stdout_console() -> Console:
 
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    # Class names and prompts are the user's: no bracket of theirs is markup.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, markup=False)
 
 
 def stderr_console() -> Console:
     """Where progress and warnings go."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from adaptspec.errors import ProfileStoreError
 
 BUSY_SECONDS = 60
+MEMORY = ":memory:"
 
 
-def sqlalchemy_url(url: str) -> str:
-    """``url`` itself, or the SQLite URL of a path."""
+def parsed_url(url: str) -> URL:
+    """``url`` itself, or the SQLite URL of a path, whatever characters it has."""
     if "://" in url:
-        return url
-    return f"sqlite:///{Path(url).expanduser().absolute()}"
+        return make_url(url)
+    path = url if url == MEMORY else str(Path(url).expanduser().absolute())
+    return URL.create("sqlite", database=path)
 
 
 def make_engine(url: str) -> Engine:
@@ -31,12 +34,18 @@ def make_engine(url: str) -> Engine:
         ProfileStoreError: if the URL can't be used.
     """
     try:
-        parsed = make_url(sqlalchemy_url(url))
+        parsed = parsed_url(url)
         if parsed.get_backend_name() != "sqlite":
             return create_engine(parsed, pool_pre_ping=True)
-        if parsed.database and parsed.database != ":memory:":
+        if parsed.database and parsed.database != MEMORY:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
+    except ValueError:
+        # Its text would be the piece that isn't a port: perhaps of a password.
+        raise ProfileStoreError(
+            f"can't use the profile database {safe_url(url)}: it can't be parsed; "
+            "is its port a number? (--db takes a file path or a SQLAlchemy URL)"
+        ) from None
     except (ArgumentError, ModuleNotFoundError, OSError, SQLAlchemyError) as error:
         raise ProfileStoreError(
             f"can't use the profile database {safe_url(url)}: {error} "
@@ -59,8 +68,13 @@ def make_engine(url: str) -> Engine:
 
 
 def safe_url(url: str) -> str:
-    """``url`` with its password hidden."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+    """What may be printed of ``url``: neither password nor query, which may hold one.
+
+    Cut by hand, so that it holds for a URL that can't be parsed as well.
+    """
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return f"sqlite:///{parsed_url(url).database}"
+    login, at, place = rest.rpartition("@")
+    user = re.split(r"[:/?#]", login)[0]
+    return f"{scheme}://{user}{at}{place.partition('?')[0]}"

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import Environment, Measurement, Profile, Trial
 from adaptspec_profiles.convert import environment_digest
-from adaptspec_profiles.engine import make_engine, safe_url, sqlalchemy_url
+from adaptspec_profiles.engine import make_engine, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
 
@@ -28,7 +28,7 @@ class SqlStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = safe_url(sqlalchemy_url(url))
+        self._url = safe_url(url)
         self._engine = make_engine(url)
         try:
             migrate(self._engine)
@@ -106,7 +106,10 @@ class SqlStore:
             with self._writing() as session:
                 session.add(TrialRow(**_trial_fields(trial)))
         except ProfileStoreError as error:
-            if not isinstance(error.__cause__, IntegrityError):
+            repeated = isinstance(error.__cause__, IntegrityError) and any(
+                _trial_key(t) == _trial_key(trial) for t in self.trials(trial.run)
+            )
+            if not repeated:
                 raise
 
     def trials(self, run: str) -> list[Trial]:
@@ -218,6 +221,10 @@ def _profile(row: ProfileRow) -> Profile:
         run=row.run,
         id=row.id,
     )
+
+
+def _trial_key(trial: Trial) -> tuple[str, str, str, int]:
+    return (trial.run, trial.prompt_class, trial.strategy, trial.number)
 
 
 def _trial_fields(trial: Trial) -> dict[str, Any]:

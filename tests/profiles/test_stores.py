@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec.profile import ProfileStore
+from adaptspec.profile import ProfileStore, Trial
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.commands import profiles as profiles_command
@@ -170,6 +171,46 @@ def test_optuna_shares_the_file(tmp_path: Path) -> None:
     assert len(store.profiles()) == 1
     store.close()
     storage.engine.dispose()
+
+
+@pytest.mark.parametrize("name", ["a?b.db", "a#b%20c.db", "plain name.db"])
+def test_a_path_opens_the_file_of_exactly_that_name(tmp_path: Path, name: str) -> None:
+    open_store(str(tmp_path / name)).close()
+    assert [f.name for f in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://h:1/x?password=s3cr3t",
+        "postgresql://u:s3cr3t@h:1/x",
+        "postgresql://u:s3cr3t@h:port/x",
+        "nosuchdialect://h/x?user=u&passwd=s3cr3t",
+    ],
+)
+def test_no_password_is_ever_printed(url: str) -> None:
+    with pytest.raises(ProfileStoreError, match="--db takes") as caught:
+        open_store(url)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_trial_that_breaks_a_rule_is_not_dropped_silently(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "p.db"))
+    broken = Trial("r1", "chat", "x", 0, {}, cast(Any, None), None)
+    with pytest.raises(ProfileStoreError, match="state"):
+        store.add_trial(broken)
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["[/a]", "[bold]"])
+def test_class_names_are_listed_as_they_are(tmp_path: Path, name: str) -> None:
+    db = str(tmp_path / "p.db")
+    store = open_store(db)
+    store.add_profiles([example_profile(prompt_class=name)])
+    store.close()
+    listed = CliRunner().invoke(profiles_command, ["list", "--db", db])
+    assert listed.exception is None
+    assert name in listed.stdout
 
 
 def test_what_cant_be_opened_is_one_error_with_the_way_out(tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ class Progress(AbstractContextManager["Progress"]):
         """What is being done now."""
         line = f"{what} ({minutes(seconds_left)} left)"
         if self._status is not None:
-            self._status.update(line, spinner_style="cyan")
+            from rich.text import Text
+
+            # A string would be read as markup, and class names are the user's.
+            self._status.update(Text(line), spinner_style="cyan")
         elif self._console is not None and self._clock() >= self._next:
             self._next = self._clock() + PLAIN_EVERY
             self.say(line)

@@ -126,8 +126,8 @@ def _figures(profile: Profile) -> tuple[str, str, str, str]:
     ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
     return (
         f"{m.tokens_per_second:.1f} "
-        f"\\[{m.tokens_per_second_low:.1f}..{m.tokens_per_second_high:.1f}]",
-        f"{m.ratio:.2f} \\[{m.ratio_low:.2f}..{m.ratio_high:.2f}]",
+        f"[{m.tokens_per_second_low:.1f}..{m.tokens_per_second_high:.1f}]",
+        f"{m.ratio:.2f} [{m.ratio_low:.2f}..{m.ratio_high:.2f}]",
         f"{m.tokens_per_forward:.2f}",
         f"{m.identical}/{m.prompts}{ties}",
     )
