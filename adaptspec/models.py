@@ -110,11 +110,13 @@ class LanguageModel:
             CUDA_BUCKETS if self.device.type == "cuda" else ()
         )
         self.model = model if own_weights else _view(model)
-        self._switched_attention = _use_masked_attention(self.model)
-        if accelerate and (own_weights or self.model is not model):
-            use_grouped_attention(self.model)
-            self.linear = accelerate_linears(self.model, own_weights=own_weights)
-        self.model.eval()
+        # A module that couldn't be copied is the caller's, and stays as it is.
+        if own_weights or self.model is not model:
+            _use_masked_attention(self.model)
+            self.model.eval()
+            if accelerate:
+                use_grouped_attention(self.model)
+                self.linear = accelerate_linears(self.model, own_weights=own_weights)
         signature = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature
@@ -460,13 +462,11 @@ def _view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _use_masked_attention(view: nn.Module) -> bool:
-    """Flash kernels take no mask of ours; SDPA does. True if the view was switched."""
+def _use_masked_attention(view: nn.Module) -> None:
+    """Flash kernels take no mask of ours; SDPA does."""
     implementation = str(getattr(view.config, "_attn_implementation", "") or "")
     if "flash" in implementation and hasattr(view, "set_attn_implementation"):
         view.set_attn_implementation("sdpa")  # type: ignore[operator]
-        return True
-    return False
 
 
 def _vocab_size(model: nn.Module, config: Any) -> int:

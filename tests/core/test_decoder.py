@@ -127,6 +127,16 @@ def test_the_callers_model_is_never_changed(module: Any) -> None:
     assert module.config._attn_implementation == "sdpa"
 
 
+def test_a_model_spread_over_devices_is_used_as_it_is(module: Any) -> None:
+    module.hf_device_map = {"model.layers.0": 0, "lm_head": "cpu"}
+    module.train()
+    kinds = [type(m) for m in module.modules()]
+    model = LanguageModel(module)
+    assert model.model is module
+    assert module.training
+    assert [type(m) for m in module.modules()] == kinds
+
+
 def test_prompts_that_cant_be_read_are_refused_by_reason(module: Any) -> None:
     bare = adaptspec.load(module, db=MemoryStore())
     with pytest.raises(InvalidPromptError, match="tokenizer"):
