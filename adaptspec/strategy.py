@@ -188,11 +188,9 @@ class Strategy(ABC):
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
         if cls.needs_draft:
-            if draft is None:
-                return "needs a draft model, none was given (--draft-model)"
-            if reason := draft.vocabulary_mismatch(model):
-                return f"needs a draft model of the same vocabulary: {reason}"
-            if draft.capability.level == "plain":
+            if reason := _draft_problem(model, draft):
+                return reason
+            if draft is not None and draft.capability.level == "plain":
                 return f"the draft model can't roll back: {draft.capability.reason}"
         if model.capability.level == "plain":
             return f"the target can't verify drafts: {model.capability.reason}"
@@ -252,12 +250,7 @@ class Baseline(ABC):
         cls, model: LanguageModel, draft: LanguageModel | None
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
-        if cls.needs_draft:
-            if draft is None:
-                return "needs a draft model, none was given (--draft-model)"
-            if reason := draft.vocabulary_mismatch(model):
-                return f"needs a draft model of the same vocabulary: {reason}"
-        return None
+        return _draft_problem(model, draft) if cls.needs_draft else None
 
     @abstractmethod
     def run(
@@ -268,3 +261,12 @@ class Baseline(ABC):
         max_new_tokens: int,
     ) -> BaselineRun:
         """Decode greedily; state kept between runs is reset."""
+
+
+def _draft_problem(model: LanguageModel, draft: LanguageModel | None) -> str | None:
+    """Why ``draft`` can't draft for ``model``, or None."""
+    if draft is None:
+        return "needs a draft model, none was given (--draft-model)"
+    if reason := draft.vocabulary_mismatch(model):
+        return f"needs a draft model of the same vocabulary: {reason}"
+    return None
