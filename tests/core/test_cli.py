@@ -1,0 +1,139 @@
+"""The command line: errors are one line, JSON is JSON, broken plugins are named."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adaptspec_plugins
+import adaptspec_profiles.plugin
+from adaptspec import cli
+from adaptspec._version import __version__
+from adaptspec.errors import AdaptSpecError
+from adaptspec.hookspecs import hookimpl
+from adaptspec.host import Host
+from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+
+
+class Broken:
+    """A plugin whose strategies can't be had."""
+
+    @hookimpl
+    def register_strategies(self) -> list[Any]:
+        raise RuntimeError("no such wheel")
+
+
+@pytest.fixture
+def plugins() -> dict[str, Any]:
+    return {"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch, plugins: dict[str, Any]) -> None:
+    """``main`` finds these plugins, and leaves process-wide settings as they were."""
+    monkeypatch.setattr(Host, "installed", classmethod(lambda cls: Host(plugins)))
+    monkeypatch.delenv("ADAPTSPEC_DEBUG", raising=False)
+    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error" if name.startswith("TR") else "false")
+    # main() replaces it for good; pytest records warnings through it.
+    monkeypatch.setattr(cli, "warnings", types.SimpleNamespace())
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == f"adaptspec, version {__version__}"
+
+
+def test_strategies_as_json_hold_what_the_host_holds(
+    capsys: pytest.CaptureFixture[str], plugins: dict[str, Any]
+) -> None:
+    assert run("strategies", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    host = Host(plugins)
+    assert {s["name"] for s in listed["strategies"]} == set(host.strategies)
+    assert {s["name"] for s in listed["baselines"]} == set(host.baselines)
+    found = {s["name"]: s for s in listed["strategies"]}["draft_model"]
+    fields = host.strategy("draft_model").Params.model_fields
+    assert [p["name"] for p in found["parameters"]] == list(fields)
+    assert found["needs"] == ["a draft model with the target's vocabulary"]
+
+
+def test_one_strategy_is_described_with_every_parameter(
+    capsys: pytest.CaptureFixture[str], plugins: dict[str, Any]
+) -> None:
+    assert run("strategies", "prompt_lookup") == 0
+    shown = capsys.readouterr().out
+    for name in Host(plugins).strategy("prompt_lookup").Params.model_fields:
+        assert name in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["strategies", "guess"], "prompt_lookup"),
+        (["generate", "  "], "the prompt is empty"),
+        (["generate", "hi", "-p", "k", "3"], "--param needs --strategy"),
+        (["generate", "-m", "./no/such/folder", "hi"], "./no/such/folder"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_one(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    assert said in lines[0]
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(AdaptSpecError, match="the prompt is empty"):
+        cli.main(["--debug", "generate", " "])
+
+
+def test_a_broken_plugin_is_named_and_the_others_work(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    plugins: dict[str, Any],
+) -> None:
+    plugins["wobbly"] = Broken()
+    with pytest.warns(UserWarning, match="wobbly"):
+        assert run("strategies", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    errors = {p["name"]: p["error"] for p in listed["plugins"]}
+    assert "no such wheel" in errors["wobbly"]
+    assert errors["bundled"] is None
+    assert "prompt_lookup" in {s["name"] for s in listed["strategies"]}
+
+
+def test_generate_prints_the_text_and_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_module("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()
+    words = tiny_tokenizer().decode([5, 6, 7, 5, 6, 7, 5])
+    asked = ["generate", "-m", str(tmp_path), "--db", str(tmp_path / "p.db")]
+    asked += ["--raw", "--json", "-n", "9"]
+    found = {}
+    for strategy in ("autoregressive", "prompt_lookup"):
+        assert run(*asked, "-s", strategy, str(words)) == 0
+        found[strategy] = json.loads(capsys.readouterr().out)
+    plain, lookup = found["autoregressive"], found["prompt_lookup"]
+    assert plain["token_ids"] == lookup["token_ids"]
+    assert plain["tokens_per_forward"] == 1
+    assert plain["strategy"] == "autoregressive"
+    assert set(plain["seconds"]) == {"prefill", "target", "draft", "rest"}
