@@ -49,3 +49,7 @@ class WorkloadError(AdaptSpecError, ValueError):
 
 class ProfileStoreError(AdaptSpecError, RuntimeError):
     """The profile database can't be opened, read, written or migrated."""
+
+
+class KnowledgeError(AdaptSpecError, OSError):
+    """What strategies learnt can't be written beside the profiles."""

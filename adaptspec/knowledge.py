@@ -1,0 +1,134 @@
+"""What strategies learn across requests, kept in a file per model and strategy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.errors import KnowledgeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptspec.strategy import Strategy
+
+FORMAT = "adaptspec-knowledge-1"
+LOCK_SECONDS = 30.0
+
+
+class KnowledgeWarning(UserWarning):
+    """A knowledge file can't be used and is replaced; decoding goes on without it."""
+
+
+class KnowledgeFile:
+    """One strategy's knowledge of one model; several processes may share it.
+
+    Every exchange is read, merge and atomic replacement under a lock, so that a process
+    killed at any moment leaves either the old file or the new one.
+
+    Args:
+        folder: Where the files of all models are.
+        model: Digest of the target.
+        strategy: Its name is the file's, its ``knowledge`` the version.
+    """
+
+    def __init__(self, folder: Path, model: str, strategy: type[Strategy]) -> None:
+        self.path = folder / model / f"{strategy.name}.safetensors"
+        self._wanted = {
+            "format": FORMAT,
+            "model": model,
+            "strategy": strategy.name,
+            "version": str(strategy.knowledge),
+        }
+
+    def exchange(self, strategy: Strategy) -> None:
+        """Give ``strategy`` what is stored and store what it then knows.
+
+        Raises:
+            KnowledgeError: if the folder can't be written or stays locked.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
+                self._write(strategy.sync(self._read()))
+        except Timeout:
+            raise KnowledgeError(
+                f"{self.path} is locked by another process for {LOCK_SECONDS:g} s; "
+                "what was learnt is kept in memory (load(..., learn=False) keeps none)"
+            ) from None
+        except OSError as error:
+            raise KnowledgeError(
+                f"can't write {self.path}: {error}; make the folder writable or "
+                "pass load(..., learn=False)"
+            ) from error
+
+    def _read(self) -> dict[str, torch.Tensor] | None:
+        """The tensors of a whole file of this model, strategy and version, or None."""
+        if not self.path.exists():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError, KeyError) as error:
+            self._refuse(f"it is damaged ({error})")
+            return None
+        problem = next(
+            (
+                f"its {key} is {metadata.get(key)!r}, not {value!r}"
+                for key, value in self._wanted.items()
+                if metadata.get(key) != value
+            ),
+            None,
+        )
+        if problem is None and metadata.get("checksum") != _checksum(tensors):
+            problem = "it is damaged (wrong checksum)"
+        if problem is not None:
+            self._refuse(problem)
+            return None
+        return tensors
+
+    def _refuse(self, reason: str) -> None:
+        warnings.warn(
+            f"{self.path} is not used and will be replaced: {reason}",
+            KnowledgeWarning,
+            stacklevel=4,
+        )
+
+    def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {**self._wanted, "checksum": _checksum(tensors)}
+        payload = save(tensors, metadata)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def _checksum(tensors: Mapping[str, Any]) -> str:
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        octets = tensor.contiguous().reshape(-1).view(torch.uint8)
+        digest.update(octets.numpy().tobytes())
+    return digest.hexdigest()

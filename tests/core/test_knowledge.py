@@ -1,0 +1,163 @@
+"""Knowledge files: killed, shared, damaged, and of another model."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaptspec.errors import KnowledgeError
+from adaptspec.knowledge import KnowledgeFile, KnowledgeWarning
+from adaptspec.strategy import Drafter, Strategy, Target
+
+MODEL = "0123456789abcdef"
+
+
+class Counting(Strategy):
+    """Counts events; what was counted since the last exchange is added to the file."""
+
+    name = "counting"
+    summary = "counts"
+    knowledge = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh = 0
+        self.total = 0
+
+    def start(self, target: Target) -> Drafter:
+        raise NotImplementedError
+
+    def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+        before = int(stored["count"]) if stored else 0
+        self.total, self.fresh = before + self.fresh, 0
+        return {"count": torch.tensor(self.total), "half": torch.ones(3).bfloat16()}
+
+
+def exchanged(folder: Path, strategy: Counting, count: int = 0) -> int:
+    strategy.fresh += count
+    KnowledgeFile(folder, MODEL, type(strategy)).exchange(strategy)
+    return strategy.total
+
+
+def test_the_next_process_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
+    assert exchanged(tmp_path, Counting(), 3) == 3
+    assert exchanged(tmp_path, Counting(), 4) == 7
+
+
+def test_two_objects_that_share_a_file_lose_nothing_of_each_other(
+    tmp_path: Path,
+) -> None:
+    one, other = Counting(), Counting()
+    exchanged(tmp_path, one, 1)
+    exchanged(tmp_path, other, 10)
+    exchanged(tmp_path, one, 100)
+    assert exchanged(tmp_path, other) == 111
+
+
+def _count_often(folder: str, times: int) -> None:
+    strategy = Counting()
+    for _ in range(times):
+        exchanged(Path(folder), strategy, 1)
+
+
+def test_four_processes_writing_at_once_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_count_often, args=(str(tmp_path), 15)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert exchanged(tmp_path, Counting()) == 60
+
+
+class Killed(Counting):
+    """Dies in the middle of an exchange, the file's lock in its hands."""
+
+    name = "counting"
+
+    def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+        answer = super().sync(stored)
+        if self.total > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+
+def _die(folder: str) -> None:
+    exchanged(Path(folder), Killed(), 5)
+
+
+def test_a_process_killed_while_it_holds_the_file_leaves_it_whole(
+    tmp_path: Path,
+) -> None:
+    exchanged(tmp_path, Counting(), 1)
+    worker = multiprocessing.get_context("spawn").Process(
+        target=_die, args=(str(tmp_path),)
+    )
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert exchanged(tmp_path, Counting(), 2) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: b"\xff" * len(content),
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: b"not a safetensors file",
+    ],
+    ids=["empty", "cut", "overwritten", "one bit", "text"],
+)
+def test_a_damaged_file_is_refused_by_name_and_replaced(
+    tmp_path: Path, damage: Any
+) -> None:
+    file = KnowledgeFile(tmp_path, MODEL, Counting)
+    exchanged(tmp_path, Counting(), 5)
+    file.path.write_bytes(damage(file.path.read_bytes()))
+    with pytest.warns(KnowledgeWarning, match=r"counting\.safetensors.*damaged"):
+        assert exchanged(tmp_path, Counting(), 2) == 2
+    assert exchanged(tmp_path, Counting()) == 2
+
+
+def test_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    class Newer(Counting):
+        name = "counting"
+        knowledge = 2
+
+    exchanged(tmp_path, Counting(), 5)
+    with pytest.warns(KnowledgeWarning, match="version is '1', not '2'"):
+        assert exchanged(tmp_path, Newer(), 1) == 1
+
+
+def test_models_and_strategies_have_files_of_their_own(tmp_path: Path) -> None:
+    exchanged(tmp_path, Counting(), 5)
+    other = Counting()
+    KnowledgeFile(tmp_path, "another", Counting).exchange(other)
+    assert other.total == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KnowledgeError, match=r"can't write .*learn=False"):
+        exchanged(tmp_path / "file", Counting(), 1)
+
+
+def test_nothing_but_the_file_and_its_lock_is_left(tmp_path: Path) -> None:
+    exchanged(tmp_path, Counting(), 1)
+    left = {path.name for path in (tmp_path / MODEL).iterdir()}
+    assert left <= {"counting.safetensors", "counting.safetensors.lock"}
