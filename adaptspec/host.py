@@ -160,6 +160,18 @@ class Host:
                 f"no strategy {name!r}; known: {known}"
             ) from None
 
+    def create(self, name: str, params: Mapping[str, Any] | None = None) -> Strategy:
+        """A strategy object that has met the others.
+
+        Raises:
+            UnknownStrategyError: with the names there are.
+            InvalidParamsError: naming the parameter, the value and what is allowed.
+        """
+        cls = self.strategy(name)
+        strategy = cls(cls.Params.parse(params or {}, name))
+        strategy.meet(self.strategies)
+        return strategy
+
     def origin(self, name: str) -> str:
         """The plugin that brought a strategy or baseline."""
         return self._origins[name]

@@ -16,6 +16,7 @@ from torch import nn
 
 from adaptspec.decoding.attention import use_grouped_attention
 from adaptspec.decoding.cache import TreeCache
+from adaptspec.decoding.latency import LatencyCurve
 from adaptspec.decoding.linear import LinearReport, accelerate_linears
 from adaptspec.decoding.masks import (
     Reach,
@@ -136,6 +137,13 @@ class LanguageModel:
         from adaptspec.decoding.probe import probe
 
         return probe(self)
+
+    @functools.cached_property
+    def latency(self) -> LatencyCurve:
+        """Seconds of a verification forward by its number of tokens, measured once."""
+        from adaptspec.decoding.latency import measure_latency
+
+        return measure_latency(self)
 
     @functools.cached_property
     def reaches(self) -> dict[str, Reach]:

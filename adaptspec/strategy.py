@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from adaptspec.decoding.tree import Law, TokenTree
-from adaptspec.params import Params
+from adaptspec.params import Params, Scalar
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,10 @@ class Strategy(ABC):
         Params: Its parameters, declared once.
         needs_draft: Whether it needs a draft model of the same vocabulary.
         lossless: False only for what changes the output's law; shown everywhere.
+        joins: Parameters with which its drafter joins a hybrid's tree, None if it
+            doesn't. Joining drafters propose deterministically.
+        knowledge: Version of the knowledge it keeps across requests, 0 for none; see
+            :meth:`sync`.
     """
 
     name: ClassVar[str]
@@ -178,9 +182,24 @@ class Strategy(ABC):
     needs_draft: ClassVar[bool] = False
     needs_trees: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
+    joins: ClassVar[Mapping[str, Scalar] | None] = None
+    knowledge: ClassVar[int] = 0
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
+
+    def meet(self, strategies: Mapping[str, type[Strategy]]) -> None:  # noqa: B027
+        """Told once, before the first :meth:`start`, of every strategy there is."""
+
+    def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+        """Take in what a knowledge file holds; return what it shall hold from now on.
+
+        Called under the file's lock, also when another process has written since: the
+        answer must contain what was stored and what was learnt here since the last
+        call, within the strategy's own bound. ``stored`` is None where there is no
+        readable file of this model, strategy and version. Values are CPU tensors.
+        """
+        return {}
 
     @classmethod
     def unavailable(

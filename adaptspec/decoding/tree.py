@@ -49,6 +49,9 @@ class TokenTree:
         probes: Nodes that are evaluated but never accepted (lookahead's window). A
             probe's children are probes.
         unread: Probes whose logits nobody reads, so that none are computed.
+        evidence: One small integer (0..1023) per node, or empty: what its drafter goes
+            by, e.g. a match length or a rank. Nodes of equal evidence should be right
+            equally often; a hybrid learns how often that is.
     """
 
     tokens: Sequence[int]
@@ -57,6 +60,7 @@ class TokenTree:
     draft_probs: Mapping[int, torch.Tensor] = field(default_factory=dict)
     probes: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
+    evidence: Sequence[int] = ()
 
     @classmethod
     def root_only(cls, root: int) -> TokenTree:
@@ -174,6 +178,7 @@ class TokenTree:
             draft_probs={new[o]: q for o, q in self.draft_probs.items() if o in new},
             probes=frozenset(new[o] for o in self.probes if o in new),
             unread=frozenset(new[o] for o in self.unread if o in new),
+            evidence=[self.evidence[old] for old in nodes] if self.evidence else (),
         )
 
     def check(self, root: int, vocab_size: int) -> None:
@@ -200,6 +205,11 @@ class TokenTree:
                 )
             if parent in self.probes and node not in self.probes:
                 raise InvalidTreeError(f"node {node} hangs below the probe {parent}")
+        if self.evidence and len(self.evidence) != len(self.tokens):
+            raise InvalidTreeError(
+                f"evidence must be given for all {len(self.tokens)} nodes or none, "
+                f"got {len(self.evidence)}"
+            )
         if not self.unread <= self.probes:
             raise InvalidTreeError("only probes may be unread")
         if 0 in self.probes or any(not 0 < n < len(self.tokens) for n in self.probes):

@@ -1,0 +1,82 @@
+"""What one forward over T tokens costs here: the measure of how much to draft.
+
+Sequoia (arXiv:2402.12374) sizes its trees by such a curve.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from adaptspec.decoding.tree import TokenTree
+
+if TYPE_CHECKING:
+    from adaptspec.models import LanguageModel
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CONTEXT = 128
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class LatencyCurve:
+    """Seconds of one verification forward by its number of tokens.
+
+    Args:
+        rows: Measured numbers of tokens, ascending.
+        seconds: Median seconds for each.
+        context: Cached tokens they attended to.
+    """
+
+    rows: Sequence[int]
+    seconds: Sequence[float]
+    context: int = CONTEXT
+
+    def __call__(self, rows: int) -> float:
+        """Seconds for ``rows`` tokens: interpolated, extended by the last slope."""
+        if len(self.rows) == 1:
+            return self.seconds[0]
+        at = bisect.bisect_left(self.rows, rows)
+        high = min(max(at, 1), len(self.rows) - 1)
+        low = high - 1
+        share = (rows - self.rows[low]) / (self.rows[high] - self.rows[low])
+        rise = self.seconds[high] - self.seconds[low]
+        return max(self.seconds[low] + max(0.0, share) * rise, 1e-9)
+
+
+def measure_latency(
+    model: LanguageModel, rows: Sequence[int] = ROWS, rounds: int = ROUNDS
+) -> LatencyCurve:
+    """Time forwards of each size in turn, so that drift falls on all alike.
+
+    Medians of the rounds; more tokens never cost less, so the curve is made
+    non-decreasing. Needs a model that verifies chains at least.
+    """
+    context = CONTEXT
+    if model.max_length is not None:
+        context = max(1, min(CONTEXT, model.max_length - max(rows)))
+    cache = model.new_cache(context + max(rows))
+    model.prefill([i % model.vocab_size for i in range(context)], cache)
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    token = min(5, model.vocab_size - 1)
+    for turn in range(rounds + 1):
+        for count in rows:
+            tree = TokenTree.chain(token, [token] * (count - 1))
+            started = perf_counter()
+            model.verify(tree, cache)
+            if model.device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize(model.device)
+            if turn:  # the first is a warm-up
+                times[count].append(perf_counter() - started)
+            cache.truncate(context)
+    seconds: list[float] = []
+    for count in rows:
+        found = median(times[count])
+        seconds.append(max(found, seconds[-1]) if seconds else found)
+    return LatencyCurve(tuple(rows), tuple(seconds), context)
