@@ -1,8 +1,9 @@
 /* y[t, n] = sum_k x[t, k] * w[n, k] + bias[n] for few rows t and streamed weights w.
  *
- * Weights are read from memory once whatever the number of rows, and widened to float in
- * registers. Every (t, n) is summed in one order that depends on k alone, so a row's
- * result doesn't depend on how many rows there are.
+ * Weights are read from memory once, whatever the number of rows, ahead of their use, and
+ * widened to float in registers. The sum runs over k in chunks, so that the rows of x of a
+ * chunk stay in the first-level cache. Every (t, n) is summed in one order that depends on
+ * k alone, so a row's result doesn't depend on how many rows there are.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -10,29 +11,26 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
+#define COLS 4 /* weight rows per tile */
 #elif defined(__AVX__)
 #define LANES 8
+#define COLS 2
 #else
 #define LANES 4
+#define COLS 4
 #endif
 
-#define COLS 4 /* weight rows per tile */
 #define ROWS 4 /* activation rows per tile */
+#define GROUP 16 /* weight rows that share a chunk of x */
+#define CHUNK 512 /* of k: ROWS x CHUNK floats and GROUP x CHUNK weights fit in 48 KiB */
 
 typedef float vfloat __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
-typedef uint16_t vhalf __attribute__((vector_size(LANES * 2)));
 
 static inline vfloat load_float(const float *p) {
     vfloat v;
     memcpy(&v, p, sizeof v);
     return v;
-}
-
-static inline vfloat load_bf16(const uint16_t *p) {
-    vhalf v;
-    memcpy(&v, p, sizeof v);
-    return (vfloat)(__builtin_convertvector(v, vword) << 16);
 }
 
 static inline float widen(uint16_t h) {
@@ -49,87 +47,180 @@ static inline uint16_t narrow(float f) {
     return (uint16_t)((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
 }
 
+/* Lane i is added to lane i + n/2, until one is left. */
 static inline float total(vfloat v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
+    float lane[LANES];
+    memcpy(lane, &v, sizeof v);
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    return lane[0];
 }
 
-/* One tile: `rows` x COLS sums over k, with x padded to a multiple of LANES by zeros. */
-#define TILE(NAME, TYPE, LOAD)                                                          \
+#if LANES == 16 && (defined(__clang__) || __GNUC__ >= 12)
+#define PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define HALVES(a, b)                                                                    \
+    (PAIR(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +               \
+     PAIR(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define QUARTERS(a, b)                                                                  \
+    (PAIR(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +             \
+     PAIR(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define EIGHTHS(a, b)                                                                   \
+    (PAIR(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +             \
+     PAIR(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+#define SINGLES(a, b)                                                                   \
+    (PAIR(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +            \
+     PAIR(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+/* The totals of sixteen vectors at once, each summed as total() does. */
+static inline void totals(const vfloat *v, int count, float *out) {
+    vfloat z = {0}, a[8];
+    for (int i = 0; i < 8; i++)
+        a[i] = 2 * i < count ? HALVES(v[2 * i], (2 * i + 1 < count ? v[2 * i + 1] : z)) : z;
+    for (int i = 0; i < 4; i++) a[i] = QUARTERS(a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 2; i++) a[i] = EIGHTHS(a[2 * i], a[2 * i + 1]);
+    a[0] = SINGLES(a[0], a[1]);
+    memcpy(out, &a[0], sizeof a[0]);
+}
+#else
+static inline void totals(const vfloat *v, int count, float *out) {
+    for (int i = 0; i < count; i++) out[i] = total(v[i]);
+}
+#endif
+
+#define UNROLLED _Pragma("GCC unroll 16")
+
+/* bfloat16 comes two to a word: even elements, then odd ones, as in widen_rows. */
+#define BF16_STEP (2 * LANES)
+#define BF16_HALVES 2
+#define BF16_HALF(word, h) ((vfloat)((h) ? (word) & 0xffff0000u : (word) << 16))
+#define F32_STEP LANES
+#define F32_HALVES 1
+#define F32_HALF(word, h) ((vfloat)(word))
+
+#define TILE(KIND, NAME, TYPE)                                                          \
     static inline __attribute__((always_inline)) void NAME(                             \
-        const float *x, long stride, const TYPE *const *w, const TYPE (*tail)[LANES],    \
-        long full, int has_tail, int rows, float out[ROWS][COLS]) {                     \
-        vfloat acc[ROWS][COLS];                                                         \
-        for (int r = 0; r < rows; r++)                                                  \
-            for (int c = 0; c < COLS; c++) acc[r][c] = (vfloat){0};                     \
-        for (long k = 0; k < full; k += LANES) {                                        \
-            vfloat wide[COLS];                                                          \
-            for (int c = 0; c < COLS; c++) wide[c] = LOAD(w[c] + k);                    \
-            for (int r = 0; r < rows; r++) {                                            \
-                vfloat row = load_float(x + r * stride + k);                            \
-                for (int c = 0; c < COLS; c++) acc[r][c] += row * wide[c];              \
+        const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
+        long count, int rows, float *out, long out_stride) {                            \
+        vfloat acc[ROWS * COLS];                                                        \
+        float sums[ROWS * COLS < 16 ? 16 : ROWS * COLS];                                \
+        UNROLLED for (int i = 0; i < rows * COLS; i++) acc[i] = (vfloat){0};            \
+        for (long k = 0; k < count; k += KIND##_STEP) {                                 \
+            vword word[COLS];                                                           \
+            UNROLLED for (int c = 0; c < COLS; c++) {                                   \
+                memcpy(&word[c], w[c] + k, sizeof(vword));                              \
+                if (ahead) __builtin_prefetch(ahead[c] + k * sizeof(TYPE));             \
+            }                                                                           \
+            UNROLLED for (int h = 0; h < KIND##_HALVES; h++) {                          \
+                vfloat wide[COLS];                                                      \
+                UNROLLED for (int c = 0; c < COLS; c++)                                 \
+                    wide[c] = KIND##_HALF(word[c], h);                                  \
+                UNROLLED for (int r = 0; r < rows; r++) {                               \
+                    vfloat row = load_float(x + r * stride + k + h * LANES);            \
+                    UNROLLED for (int c = 0; c < COLS; c++)                             \
+                        acc[r * COLS + c] += row * wide[c];                             \
+                }                                                                       \
             }                                                                           \
         }                                                                               \
-        if (has_tail)                                                                   \
-            for (int r = 0; r < rows; r++) {                                            \
-                vfloat row = load_float(x + r * stride + full);                         \
-                for (int c = 0; c < COLS; c++) acc[r][c] += row * LOAD(tail[c]);        \
-            }                                                                           \
-        for (int r = 0; r < rows; r++)                                                  \
-            for (int c = 0; c < COLS; c++) out[r][c] = total(acc[r][c]);                \
+        totals(acc, rows * COLS, sums);                                                 \
+        UNROLLED for (int r = 0; r < rows; r++)                                         \
+            UNROLLED for (int c = 0; c < COLS; c++)                                     \
+                out[r * out_stride + c] += sums[r * COLS + c];                          \
+    }                                                                                   \
+    static __attribute__((noinline)) void NAME##_rows(                                  \
+        const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
+        long count, int rows, float *out, long out_stride) {                            \
+        switch (rows * 2 + (ahead != 0)) {                                              \
+        case 2: NAME(x, stride, w, 0, count, 1, out, out_stride); break;                \
+        case 3: NAME(x, stride, w, ahead, count, 1, out, out_stride); break;            \
+        case 4: NAME(x, stride, w, 0, count, 2, out, out_stride); break;                \
+        case 5: NAME(x, stride, w, ahead, count, 2, out, out_stride); break;            \
+        case 6: NAME(x, stride, w, 0, count, 3, out, out_stride); break;                \
+        case 7: NAME(x, stride, w, ahead, count, 3, out, out_stride); break;            \
+        case 8: NAME(x, stride, w, 0, count, 4, out, out_stride); break;                \
+        default: NAME(x, stride, w, ahead, count, 4, out, out_stride);                  \
+        }                                                                               \
     }
 
-TILE(tile_bf16, uint16_t, load_bf16)
-TILE(tile_f32, float, load_float)
+TILE(BF16, tile_bf16, uint16_t)
+TILE(F32, tile_f32, float)
 
-#define LINEAR(NAME, TYPE, TILE_OF, STORE, BIAS)                                        \
+#define LINEAR(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
     void NAME(const float *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y,    \
               long t_count, long n_count, long k_count, int threads) {                  \
-        long full = k_count / LANES * LANES;                                            \
-        int has_tail = full != k_count;                                                 \
-        long tiles = (n_count + COLS - 1) / COLS;                                       \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")               \
-        for (long tile = 0; tile < tiles; tile++) {                                     \
-            const TYPE *row[COLS];                                                      \
-            TYPE tail[COLS][LANES];                                                     \
-            float out[ROWS][COLS];                                                      \
-            long n0 = tile * COLS;                                                      \
-            int cols = n_count - n0 < COLS ? (int)(n_count - n0) : COLS;                \
-            for (int c = 0; c < COLS; c++) {                                            \
-                row[c] = w + (n0 + (c < cols ? c : cols - 1)) * k_count;                \
-                if (has_tail) {                                                         \
-                    memset(tail[c], 0, sizeof tail[c]);                                 \
-                    memcpy(tail[c], row[c] + full, (k_count - full) * sizeof(TYPE));    \
+        long full = k_count / KIND##_STEP * KIND##_STEP;                                \
+        long groups = (n_count + GROUP - 1) / GROUP;                                    \
+        _Pragma("omp parallel num_threads(threads)") {                                  \
+            float *sums = malloc(t_count * GROUP * sizeof(float));                      \
+            _Pragma("omp for schedule(static)")                                         \
+            for (long group = 0; group < groups; group++) {                             \
+                long n0 = group * GROUP;                                                \
+                long cols = n_count - n0 < GROUP ? n_count - n0 : GROUP;                \
+                memset(sums, 0, t_count * GROUP * sizeof(float));                       \
+                for (long k0 = 0; k0 < full; k0 += CHUNK) {                             \
+                    long count = full - k0 < CHUNK ? full - k0 : CHUNK;                 \
+                    long next = k0 + CHUNK < full ? CHUNK : GROUP * k_count - k0;       \
+                    for (long t = 0; t < t_count; t += ROWS) {                          \
+                        int rows = t_count - t < ROWS ? (int)(t_count - t) : ROWS;      \
+                        for (long c0 = 0; c0 < cols; c0 += COLS) {                      \
+                            const TYPE *row[COLS];                                      \
+                            const char *ahead[COLS];                                    \
+                            for (int c = 0; c < COLS; c++) {                            \
+                                long n = c0 + c < cols ? c0 + c : cols - 1;             \
+                                row[c] = w + (n0 + n) * k_count + k0;                   \
+                                ahead[c] = (const char *)(row[c] + next);               \
+                            }                                                           \
+                            TILE_OF##_rows(x + t * stride + k0, stride, row,            \
+                                           t ? 0 : ahead, count, rows,                  \
+                                           sums + t * GROUP + c0, GROUP);               \
+                        }                                                               \
+                    }                                                                   \
                 }                                                                       \
-            }                                                                           \
-            for (long t = 0; t < t_count; t += ROWS) {                                  \
-                const float *xs = x + t * stride;                                       \
-                int rows = t_count - t < ROWS ? (int)(t_count - t) : ROWS;              \
-                switch (rows) {                                                         \
-                case 1: TILE_OF(xs, stride, row, tail, full, has_tail, 1, out); break;  \
-                case 2: TILE_OF(xs, stride, row, tail, full, has_tail, 2, out); break;  \
-                case 3: TILE_OF(xs, stride, row, tail, full, has_tail, 3, out); break;  \
-                default: TILE_OF(xs, stride, row, tail, full, has_tail, 4, out);        \
+                if (full != k_count) {                                                  \
+                    for (long c0 = 0; c0 < cols; c0 += COLS) {                          \
+                        TYPE tail[COLS][KIND##_STEP];                                   \
+                        const TYPE *row[COLS];                                          \
+                        memset(tail, 0, sizeof tail);                                   \
+                        for (int c = 0; c < COLS; c++) {                                \
+                            long n = c0 + c < cols ? c0 + c : cols - 1;                 \
+                            memcpy(tail[c], w + (n0 + n) * k_count + full,              \
+                                   (k_count - full) * sizeof(TYPE));                    \
+                            row[c] = tail[c];                                           \
+                        }                                                               \
+                        for (long t = 0; t < t_count; t += ROWS) {                      \
+                            int rows = t_count - t < ROWS ? (int)(t_count - t) : ROWS;  \
+                            TILE_OF##_rows(x + t * stride + full, stride, row, 0,       \
+                                           KIND##_STEP, rows, sums + t * GROUP + c0,    \
+                                           GROUP);                                      \
+                        }                                                               \
+                    }                                                                   \
                 }                                                                       \
-                for (int r = 0; r < rows; r++)                                          \
-                    for (int c = 0; c < cols; c++)                                      \
-                        y[(t + r) * n_count + n0 + c] =                                 \
-                            STORE(out[r][c] + (bias ? BIAS(bias[n0 + c]) : 0.0f));      \
+                for (long t = 0; t < t_count; t++)                                      \
+                    for (long c = 0; c < cols; c++) {                                   \
+                        float sum = sums[t * GROUP + c];                                \
+                        if (bias) sum += BIAS(bias[n0 + c]);                            \
+                        y[t * n_count + n0 + c] = STORE(sum);                           \
+                    }                                                                   \
             }                                                                           \
+            free(sums);                                                                 \
         }                                                                               \
     }
 
 #define SAME(v) (v)
 
-LINEAR(linear_bf16, uint16_t, tile_bf16, narrow, widen)
-LINEAR(linear_f32, float, tile_f32, SAME, SAME)
+LINEAR(BF16, linear_bf16, uint16_t, tile_bf16, narrow, widen)
+LINEAR(F32, linear_f32, float, tile_f32, SAME, SAME)
 
-/* Rows of x as zero-padded float rows of `stride`. */
+/* Rows of x as zero-padded float rows of `stride`: of every BF16_STEP elements the even
+ * ones first, as the weights' words give them. */
 void widen_rows(const uint16_t *x, float *out, long t_count, long k_count, long stride) {
     for (long t = 0; t < t_count; t++) {
-        for (long k = 0; k < k_count; k++) out[t * stride + k] = widen(x[t * k_count + k]);
-        for (long k = k_count; k < stride; k++) out[t * stride + k] = 0.0f;
+        const uint16_t *from = x + t * k_count;
+        float *to = out + t * stride;
+        for (long k = 0; k < stride; k += BF16_STEP)
+            for (int h = 0; h < 2; h++)
+                for (int i = 0; i < LANES; i++) {
+                    long at = k + 2 * i + h;
+                    to[k + h * LANES + i] = at < k_count ? widen(from[at]) : 0.0f;
+                }
     }
 }
 

@@ -59,7 +59,9 @@ class Kernel:
         rows, inner = x.shape
         outer = weight.shape[0]
         y = torch.empty((rows, outer), dtype=x.dtype)
-        stride = -(-inner // self.lanes) * self.lanes
+        # Weights of bfloat16 come two to a register's lane.
+        step = self.lanes * (2 if x.dtype is torch.bfloat16 else 1)
+        stride = -(-inner // step) * step
         if x.dtype is torch.bfloat16:
             wide = torch.empty((rows, stride), dtype=torch.float32)
             self._widen(x.data_ptr(), wide.data_ptr(), rows, inner, stride)

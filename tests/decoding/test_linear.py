@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 70),
-    st.integers(1, 150),
+    st.one_of(st.integers(1, 150), st.integers(500, 1100)),
     st.integers(1, 70),
     st.booleans(),
     st.sampled_from([torch.bfloat16, torch.float32]),
@@ -78,15 +79,46 @@ def test_the_kernel_equals_the_exact_product_rounded_once(
 
 
 @needs_compiler
+@pytest.mark.parametrize("inner", [197, 1205])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
+def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
+    dtype: torch.dtype, inner: int
+) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(53, 197).to(dtype)
-    x = torch.randn(70, 197).to(dtype)
+    weight = torch.randn(53, inner).to(dtype)
+    x = torch.randn(70, inner).to(dtype)
     kernel = native.kernel().linear
     alone = torch.cat([kernel(row[None], weight, None) for row in x])
     for rows in range(1, 71):
         assert torch.equal(kernel(x[:rows], weight, None), alone[:rows])
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 builds")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("machine", "lanes"), [("haswell", 8), ("x86-64", 4)])
+def test_builds_for_narrower_registers_compute_the_same(
+    machine: str,
+    lanes: int,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if machine == "haswell" and not {"avx2", "fma"} <= set(native._cpu_flags().split()):
+        pytest.skip("this processor has no AVX2")
+    flags = [f for f in native.FLAGS if not f.startswith("-march")]
+    monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={machine}"))
+    monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
+    built = native.kernel.__wrapped__()
+    assert built.lanes == lanes
+    torch.manual_seed(0)
+    weight, x = torch.randn(37, 611).to(dtype), torch.randn(9, 611).to(dtype)
+    exact = x.double() @ weight.double().T
+    sizes = x.double().abs() @ weight.double().abs().T
+    found = built.linear(x, weight, None)
+    bound = sizes * 611 * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2
+    assert ((found.double() - exact).abs() <= bound).all()
+    assert torch.equal(built.linear(x[3:4], weight, None), found[3:4])
 
 
 @needs_compiler
