@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from adaptspec.decoding.engine import Engine, Finish, Run
 from adaptspec.decoding.stats import RunStats
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
+from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.models import LanguageModel, Prompt, load_model
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
 from adaptspec.selector import Choice, select
@@ -45,6 +47,8 @@ class Decoder:
         draft: A draft model for the strategies that need one.
         store: Where profiles are; they are read once, here.
         host: The plugins; None: those installed.
+        learn: Whether strategies keep what they learn across requests in files beside
+            the profiles. It may hold token ids of earlier outputs.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Decoder:
         draft: LanguageModel | None = None,
         store: ProfileStore | None = None,
         host: Host | None = None,
+        learn: bool = True,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
@@ -61,6 +66,11 @@ class Decoder:
         self.profiles: list[Profile] = (
             store.profiles(model=model.digest) if store is not None else []
         )
+        self._keeper: KnowledgeKeeper | None = None
+        folder = store.folder if store is not None and learn else None
+        if folder is not None:
+            self._keeper = KnowledgeKeeper(folder / "knowledge", model.digest)
+            weakref.finalize(self, self._keeper.save)  # at exit, too
         self._strategies: dict[tuple[str, str], Strategy] = {}
         self._choices: dict[str | None, Choice] = {}
         self._told: set[str] = set()
@@ -117,6 +127,8 @@ class Decoder:
         )
         for _ in run:
             pass
+        if self._keeper is not None:
+            self._keeper.refresh()
         generation = run.result
         return Result(
             text=self.model.decode(generation.token_ids),
@@ -170,6 +182,11 @@ class Decoder:
             before = self.model.decode(context)
             yield self.model.decode([*context, *pending])[len(before) :]
 
+    def save(self) -> None:
+        """Write down now what strategies have learnt; done at exit anyway."""
+        if self._keeper is not None:
+            self._keeper.save()
+
     def _run(
         self,
         prompt: Prompt,
@@ -196,9 +213,10 @@ class Decoder:
         """One instance per setting, so that what it learns lasts across requests."""
         key = (choice.strategy, repr(sorted(choice.params.items())))
         if key not in self._strategies:
-            cls = self.host.strategy(choice.strategy)
-            params = cls.Params.parse(choice.params, choice.strategy)
-            self._strategies[key] = cls(params)
+            strategy = self.host.create(choice.strategy, choice.params)
+            if self._keeper is not None:
+                self._keeper.adopt(strategy)
+            self._strategies[key] = strategy
         return self._strategies[key]
 
     def _runnable(self, choice: Choice) -> Choice:
@@ -233,6 +251,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     host: Host | None = None,
+    learn: bool = True,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -241,6 +260,7 @@ def load(
             used as it is and never changed.
         draft_model: The same for the draft.
         db: Path or SQLAlchemy URL of the profile database; None: the user's own.
+        learn: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -256,10 +276,10 @@ def load(
     if db is None or isinstance(db, str | Path):
         store = host.open_store(None if db is None else str(db))
         try:
-            return Decoder(target, draft, store, host)
+            return Decoder(target, draft, store, host, learn)
         finally:
             store.close()
-    return Decoder(target, draft, db, host)
+    return Decoder(target, draft, db, host, learn)
 
 
 def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environment:

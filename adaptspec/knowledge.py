@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = "adaptspec-knowledge-1"
 LOCK_SECONDS = 30.0
+EVERY_SECONDS = 60.0
 
 
 class KnowledgeWarning(UserWarning):
@@ -132,3 +134,54 @@ def _checksum(tensors: Mapping[str, Any]) -> str:
         octets = tensor.contiguous().reshape(-1).view(torch.uint8)
         digest.update(octets.numpy().tobytes())
     return digest.hexdigest()
+
+
+class KnowledgeKeeper:
+    """Exchanges the knowledge of a program's strategies with their files.
+
+    Trouble with a file is a warning, said once: decoding doesn't depend on it.
+
+    Args:
+        folder: Where the files are.
+        model: Digest of the target.
+        clock: Seconds, for :meth:`refresh`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._model, self._clock = folder, model, clock
+        self._kept: list[tuple[Strategy, KnowledgeFile]] = []
+        self._last = clock()
+        self._told = False
+
+    def adopt(self, strategy: Strategy) -> None:
+        """Give ``strategy`` what its file holds; keep what it learns from now on."""
+        if strategy.knowledge > 0:
+            file = KnowledgeFile(self._folder, self._model, type(strategy))
+            if self._exchange(strategy, file):
+                self._kept.append((strategy, file))
+
+    def refresh(self) -> None:
+        """:meth:`save` if the last exchange is ``EVERY_SECONDS`` old."""
+        if self._kept and self._clock() - self._last >= EVERY_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Exchange now."""
+        for strategy, file in self._kept:
+            self._exchange(strategy, file)
+        self._last = self._clock()
+
+    def _exchange(self, strategy: Strategy, file: KnowledgeFile) -> bool:
+        try:
+            file.exchange(strategy)
+        except KnowledgeError as error:
+            if not self._told:
+                warnings.warn(str(error), KnowledgeWarning, stacklevel=4)
+                self._told = True
+            return False
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from adaptspec.params import Scalar
@@ -133,6 +134,10 @@ class ProfileStore(Protocol):
     @property
     def url(self) -> str:
         """Where it is kept, without secrets."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files that belong to it are kept, None if nothing outlives it."""
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """Store ``profiles`` at once, replacing those of the same run, class, strategy

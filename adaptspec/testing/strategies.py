@@ -64,6 +64,22 @@ class StrategyContract:
     architectures: ClassVar[Sequence[str]] = ("llama", "mistral", "gpt2")
     draws: ClassVar[int] = 300
 
+    def models(self, architecture: str) -> tuple[LanguageModel, LanguageModel]:
+        """The target and draft of every test but those of :meth:`toys`.
+
+        Override it for a strategy that asks something else of the draft, such as
+        another tokenizer; the target must keep its weights, and a call must give what
+        the one before gave.
+        """
+        return target_and_draft(architecture)
+
+    def toys(self) -> tuple[LanguageModel, LanguageModel]:
+        """The target and draft of the frequency tests; override it as :meth:`models`.
+
+        The target's law over its five tokens is enumerated.
+        """
+        return toy_pair()
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each setting, bound and architecture."""
         if "setting" in metafunc.fixturenames:
@@ -82,7 +98,7 @@ class StrategyContract:
         assert undescribed == []
 
     def test_it_says_in_words_why_it_cannot_run(self) -> None:
-        model = target_and_draft("mamba")[0]
+        model = self.models("mamba")[0]
         for draft in (None, model):
             reason = self.strategy.unavailable(model, draft)
             if reason is None:
@@ -93,7 +109,7 @@ class StrategyContract:
 
     def test_it_runs_on_at_least_one_of_the_architectures(self) -> None:
         reasons = {
-            name: self.strategy.unavailable(*target_and_draft(name))
+            name: self.strategy.unavailable(*self.models(name))
             for name in self.architectures
         }
         assert None in reasons.values(), reasons
@@ -134,7 +150,7 @@ class StrategyContract:
         self, setting: Setting
     ) -> None:
         self._need_lossless(self._runnable())
-        model, draft = toy_pair()
+        model, draft = self.toys()
         prompt = [1, 4, 2]
         expected = toy_law(model, prompt, temperature=1.5)
         seen: Counter[tuple[int, ...]] = Counter()
@@ -203,7 +219,7 @@ class StrategyContract:
         self, setting: Setting
     ) -> None:
         architecture = self._runnable()
-        model, draft = target_and_draft(architecture)
+        model, draft = self.models(architecture)
         engine = Engine(model, draft)
         used = self.strategy(self.strategy.Params.parse(setting))
         controls = sampled(seed=1) if self.strategy.lossless else greedy()
@@ -214,7 +230,7 @@ class StrategyContract:
     def test_a_run_given_up_leaves_the_strategy_usable(self, setting: Setting) -> None:
         architecture = self._runnable()
         self._need_lossless(architecture)
-        engine = Engine(*target_and_draft(architecture))
+        engine = Engine(*self.models(architecture))
         strategy = self.strategy(self.strategy.Params.parse(setting))
         calls = itertools.count()
 
@@ -228,20 +244,20 @@ class StrategyContract:
         assert found.token_ids == own_greedy(architecture, PROMPTS[1])
 
     def test_a_sequence_can_be_closed_before_it_began(self, setting: Setting) -> None:
-        model, draft = target_and_draft(self._runnable())
+        model, draft = self.models(self._runnable())
         strategy = self.strategy(self.strategy.Params.parse(setting))
         strategy.start(_target(model, draft, PROMPTS[1], greedy())).close()
 
     def _runnable(self) -> str:
         for name in self.architectures:
-            if self.strategy.unavailable(*target_and_draft(name)) is None:
+            if self.strategy.unavailable(*self.models(name)) is None:
                 return name
         pytest.fail("the strategy runs on none of the architectures")
 
     def _need_lossless(self, architecture: str) -> None:
         if not self.strategy.lossless:
             pytest.skip("declared lossy")
-        reason = self.strategy.unavailable(*target_and_draft(architecture))
+        reason = self.strategy.unavailable(*self.models(architecture))
         if reason is not None:
             pytest.skip(reason)
 
@@ -253,7 +269,7 @@ class StrategyContract:
         architecture: str,
         draft: LanguageModel | None = None,
     ) -> Generation:
-        model, own_draft = target_and_draft(architecture)
+        model, own_draft = self.models(architecture)
         engine = Engine(model, draft or own_draft)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         return engine.generate(strategy, prompt, controls)
@@ -266,7 +282,7 @@ class StrategyContract:
         architecture: str,
     ) -> tuple[Generation, list[TokenTree]]:
         strategy = self.strategy(self.strategy.Params.parse(setting))
-        return record(strategy, *target_and_draft(architecture), prompt, controls)
+        return record(strategy, *self.models(architecture), prompt, controls)
 
     def _propose(
         self,
@@ -277,7 +293,7 @@ class StrategyContract:
         max_nodes: int,
     ) -> None:
         """One proposal from a drafter run by hand, as the engine would."""
-        model, draft = target_and_draft(architecture)
+        model, draft = self.models(architecture)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         target = _target(model, draft, ids, greedy())
         needs = strategy.needs(model)

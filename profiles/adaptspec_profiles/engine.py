@@ -67,6 +67,17 @@ def make_engine(url: str) -> Engine:
     return engine
 
 
+def beside(url: URL) -> Path | None:
+    """The folder for files that belong to the database at ``url``."""
+    if url.get_backend_name() != "sqlite":
+        from platformdirs import user_data_path
+
+        return user_data_path("adaptspec")
+    if not url.database or url.database == MEMORY:
+        return None
+    return Path(url.database).absolute().parent
+
+
 def safe_url(url: str) -> str:
     """What may be printed of ``url``: neither password nor query, which may hold one.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from adaptspec.profile import Profile, Trial
@@ -18,6 +19,11 @@ class MemoryStore:
         self._trials: dict[tuple[str, str, str, int], Trial] = {}
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
         self._next = 1
+
+    @property
+    def folder(self) -> Path | None:
+        """Nowhere."""
+        return None
 
     @property
     def url(self) -> str:

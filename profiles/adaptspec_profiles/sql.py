@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timezone
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import Environment, Measurement, Profile, Trial
 from adaptspec_profiles.convert import environment_digest
-from adaptspec_profiles.engine import make_engine, safe_url
+from adaptspec_profiles.engine import beside, make_engine, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
 
@@ -38,6 +39,11 @@ class SqlStore:
         except ProfileStoreError:
             self._engine.dispose()
             raise
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of an SQLite file; the user's own for a server."""
+        return beside(self._engine.url)
 
     @property
     def url(self) -> str:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+import adaptspec
 from adaptspec.errors import KnowledgeError
-from adaptspec.knowledge import KnowledgeFile, KnowledgeWarning
+from adaptspec.hookspecs import hookimpl
+from adaptspec.host import Host
+from adaptspec.knowledge import (
+    EVERY_SECONDS,
+    KnowledgeFile,
+    KnowledgeKeeper,
+    KnowledgeWarning,
+)
 from adaptspec.strategy import Drafter, Strategy, Target
+from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+from adaptspec_plugins.autoregressive import Autoregressive
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_profiles.sql import SqlStore
 
 MODEL = "0123456789abcdef"
 
@@ -161,3 +175,97 @@ def test_nothing_but_the_file_and_its_lock_is_left(tmp_path: Path) -> None:
     exchanged(tmp_path, Counting(), 1)
     left = {path.name for path in (tmp_path / MODEL).iterdir()}
     assert left <= {"counting.safetensors", "counting.safetensors.lock"}
+
+
+def learnt(host: Host, folder: Path, requests: int, **options: Any) -> list[int]:
+    """How many requests the strategy knew of at each of ``requests``."""
+    known = []
+    store = SqlStore(str(folder / "profiles.db"))
+    decoder = adaptspec.load(
+        tiny_module("llama"), db=store, tokenizer=tiny_tokenizer(), host=host, **options
+    )
+    for _ in range(requests):
+        Requests.seen.clear()
+        decoder.generate([1, 2, 3], strategy="requests", max_new_tokens=2)
+        known.extend(Requests.seen)
+    store.close()
+    del decoder  # saves, as the interpreter's exit does
+    gc.collect()
+    return known
+
+
+class Requests(Autoregressive):
+    """Plain decoding that knows how often it was asked."""
+
+    name = "requests"
+    summary = "counts requests"
+    knowledge = 1
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, params: Any = None) -> None:
+        super().__init__(params)
+        self.total = self.fresh = 0
+
+    def start(self, target: Target) -> Drafter:
+        self.fresh += 1
+        self.seen.append(self.total + self.fresh)
+        return super().start(target)
+
+    def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+        before = int(stored["count"]) if stored else 0
+        self.total, self.fresh = before + self.fresh, 0
+        return {"count": torch.tensor(self.total)}
+
+
+@pytest.fixture
+def host() -> Host:
+    plugin = SimpleNamespace(
+        register_strategies=hookimpl(
+            lambda: [Autoregressive, Requests], specname="register_strategies"
+        )
+    )
+    return Host({"test": plugin})
+
+
+def test_a_decoder_goes_on_with_what_the_last_one_learnt(
+    tmp_path: Path, host: Host
+) -> None:
+    assert learnt(host, tmp_path, 3) == [1, 2, 3]
+    assert learnt(host, tmp_path, 1) == [4]
+    assert (tmp_path / "knowledge").is_dir()
+
+
+def test_learning_can_be_switched_off(tmp_path: Path, host: Host) -> None:
+    assert learnt(host, tmp_path, 2, learn=False) == [1, 2]
+    assert learnt(host, tmp_path, 1, learn=False) == [1]
+    assert not (tmp_path / "knowledge").exists()
+
+
+def test_a_store_without_a_folder_keeps_nothing(host: Host) -> None:
+    decoder = adaptspec.load(
+        tiny_module("llama"), db=MemoryStore(), tokenizer=tiny_tokenizer(), host=host
+    )
+    assert decoder.generate([1], strategy="requests", max_new_tokens=1).token_ids
+
+
+def test_a_folder_that_cannot_be_written_is_told_once_and_decoding_goes_on(
+    tmp_path: Path, host: Host
+) -> None:
+    (tmp_path / "knowledge").write_text("in the way")
+    with pytest.warns(KnowledgeWarning, match="can't write") as told:
+        assert learnt(host, tmp_path, 2) == [1, 2]
+    assert len([w for w in told if w.category is KnowledgeWarning]) == 1
+
+
+def test_a_keeper_writes_when_the_last_time_is_long_ago(tmp_path: Path) -> None:
+    now = [0.0]
+    keeper = KnowledgeKeeper(tmp_path, MODEL, lambda: now[0])
+    strategy = Counting()
+    keeper.adopt(strategy)
+    strategy.fresh = 5
+    now[0] = EVERY_SECONDS - 1
+    keeper.refresh()
+    assert exchanged(tmp_path, Counting()) == 0
+    now[0] += 1
+    keeper.refresh()
+    assert exchanged(tmp_path, Counting()) == 5

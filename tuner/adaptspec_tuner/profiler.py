@@ -160,9 +160,8 @@ class Profiler:
         if setting.baseline:
             return self._run_baseline(setting, ids, length)
         if setting.key not in self._strategies:
-            cls = self._host.strategy(setting.strategy)
-            params = cls.Params.parse(setting.params, setting.strategy)
-            self._strategies[setting.key] = cls(params)
+            created = self._host.create(setting.strategy, setting.params)
+            self._strategies[setting.key] = created
         strategy = self._strategies[setting.key]
         run = self._engine.generate(strategy, ids, self._controls(length))
         stats = run.stats
