@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ class LatencyCurve:
 
     Args:
         rows: Measured numbers of tokens, ascending.
-        seconds: Median seconds for each.
+        seconds: Seconds for each.
         context: Cached tokens they attended to.
     """
 
@@ -53,8 +52,8 @@ def measure_latency(
 ) -> LatencyCurve:
     """Time forwards of each size in turn, so that drift falls on all alike.
 
-    Medians of the rounds; more tokens never cost less, so the curve is made
-    non-decreasing. Needs a model that verifies chains at least.
+    Noise only adds time and more tokens never cost less: the least of the rounds is
+    taken, and the curve made non-decreasing. Needs a model that verifies chains.
     """
     context = CONTEXT
     if model.max_length is not None:
@@ -77,6 +76,6 @@ def measure_latency(
             cache.truncate(context)
     seconds: list[float] = []
     for count in rows:
-        found = median(times[count])
+        found = min(times[count])
         seconds.append(max(found, seconds[-1]) if seconds else found)
     return LatencyCurve(tuple(rows), tuple(seconds), context)
