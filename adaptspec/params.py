@@ -6,9 +6,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptspec.errors import InvalidParamsError
 
@@ -100,6 +100,15 @@ class Params(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise InvalidParamsError(_explain(cls, error, owner)) from None
+
+
+class DraftingParams(Params):
+    """Base for strategies whose drafts may cost more than they gain."""
+
+    gate: Annotated[bool, Tunable()] = Field(
+        default=False,
+        description="pause drafting while it gains no time, by measured times",
+    )
 
 
 def _spec(name: str, info: Any) -> ParamSpec:

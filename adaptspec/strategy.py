@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptspec.decoding.cache import TreeCache
+    from adaptspec.decoding.gate import GateMemory
     from adaptspec.models import LanguageModel
 
 __all__ = [
@@ -150,7 +152,11 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: Context) -> TokenTree:
-        """Candidate continuations of ``context.ids``, rooted at its last token."""
+        """Candidate continuations of ``context.ids``, rooted at its last token.
+
+        Not asked at every step: a gate or a hybrid may pass some over, so what was
+        committed is read from ``context.ids``.
+        """
 
     def observe(self, outcome: Outcome) -> None:  # noqa: B027 - most need nothing
         """Learn from a target forward: once after the prefill, then after each step."""
@@ -187,6 +193,13 @@ class Strategy(ABC):
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
+
+    @functools.cached_property
+    def gate_memory(self) -> GateMemory:
+        """What the gate knows of this object's speed (``DraftingParams.gate``)."""
+        from adaptspec.decoding.gate import GateMemory
+
+        return GateMemory()
 
     def meet(self, strategies: Mapping[str, type[Strategy]]) -> None:  # noqa: B027
         """Told once, before the first :meth:`start`, of every strategy there is."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from adaptspec.decoding.controls import Controls, Processors
+from adaptspec.decoding.gate import Gate
 from adaptspec.decoding.sampling import Sampler
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.decoding.stopping import Stopping
@@ -131,6 +132,8 @@ class Run:
                 clock=perf_counter,
             )
         )
+        if getattr(self._strategy.params, "gate", False):
+            drafter = Gate(drafter, self._strategy.gate_memory, perf_counter)
         try:
             yield self._prefill(drafter, cache, needs)
             while self._finish is None:
