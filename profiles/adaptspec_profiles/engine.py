@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from adaptspec.errors import ProfileStoreError
 
 BUSY_SECONDS = 60
+LOG_AHEAD_SECONDS = 2
 MEMORY = ":memory:"
+READING = "adaptspec_reading"
+
+# Where hosts would each have a shared memory of their own for one write-ahead log.
+NETWORK = (
+    *("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "pvfs"),
+    *("gluster", "fuse.gluster", "fuse.sshfs", "fuse.ceph", "ocfs", "gfs", "webdav"),
+)
 
 
 def parsed_url(url: str) -> URL:
@@ -27,8 +37,9 @@ def parsed_url(url: str) -> URL:
 def make_engine(url: str) -> Engine:
     """An engine for a path or SQLAlchemy URL.
 
-    SQLite begins every transaction with ``BEGIN IMMEDIATE``: with pysqlite's own
-    transactions a migration that fails halfway would keep its first tables.
+    SQLite begins what may write with ``BEGIN IMMEDIATE``: with pysqlite's own
+    transactions a migration that fails halfway would keep its first tables. Its files
+    are switched to write-ahead logging, see :func:`_log_ahead`.
 
     Raises:
         ProfileStoreError: if the URL can't be used.
@@ -37,8 +48,10 @@ def make_engine(url: str) -> Engine:
         parsed = parsed_url(url)
         if parsed.get_backend_name() != "sqlite":
             return create_engine(parsed, pool_pre_ping=True)
-        if parsed.database and parsed.database != MEMORY:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        file = file_of(parsed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        on_network = file is not None and on_network_file_system(file)
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
     except ValueError:
         # Its text would be the piece that isn't a port: perhaps of a password.
@@ -48,7 +61,8 @@ def make_engine(url: str) -> Engine:
         ) from None
     except (ArgumentError, ModuleNotFoundError, OSError, SQLAlchemyError) as error:
         raise ProfileStoreError(
-            f"can't use the profile database {safe_url(url)}: {error} "
+            f"can't use the profile database {safe_url(url)}: "
+            f"{str(error).splitlines()[0]} "
             "(--db takes a file path or a SQLAlchemy URL)"
         ) from error
 
@@ -56,15 +70,53 @@ def make_engine(url: str) -> Engine:
     def _connect(connection: Any, record: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
+        if not on_network:
+            _log_ahead(cursor)
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reads = connection.get_execution_options().get(READING)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def reading(engine: Engine) -> Engine:
+    """``engine`` for transactions that only read: they take no lock to write."""
+    return engine.execution_options(**{READING: True})
+
+
+def on_network_file_system(path: Path) -> bool:
+    """Whether ``path`` lies on a file system that several hosts may share."""
+    import psutil  # type: ignore[import-untyped]
+
+    parts = path.resolve().parts
+    kind, depth = "", 0
+    try:
+        mounted = psutil.disk_partitions(all=True)
+    except OSError:  # no /proc
+        return False
+    for disk in mounted:
+        mount = Path(disk.mountpoint).parts
+        # The last of the longest: mounts may cover one another.
+        if depth <= len(mount) and parts[: len(mount)] == mount:
+            kind, depth = disk.fstype.lower(), len(mount)
+    return kind.startswith(NETWORK)
+
+
+def _log_ahead(cursor: Any) -> None:
+    """Let readers and a writer not wait for each other, where SQLite can.
+
+    The mode is kept in the file. SQLite itself stays in the old one for a database in
+    memory, a read-only file, and where it finds no shared memory; all works there, too.
+    """
+    cursor.execute(f"PRAGMA busy_timeout = {LOG_AHEAD_SECONDS * 1000}")
+    # Refused, or in use all that time: the next opening tries again.
+    with suppress(sqlite3.OperationalError):
+        cursor.execute("PRAGMA journal_mode = WAL")
 
 
 def beside(url: URL) -> Path | None:
@@ -73,9 +125,16 @@ def beside(url: URL) -> Path | None:
         from platformdirs import user_data_path
 
         return user_data_path("adaptspec")
-    if not url.database or url.database == MEMORY:
+    file = file_of(url)
+    return None if file is None else file.absolute().parent
+
+
+def file_of(url: URL) -> Path | None:
+    """The file of an SQLite URL; None in memory, or if only SQLite can tell."""
+    name = url.database
+    if not name or name == MEMORY or name.startswith("file:"):
         return None
-    return Path(url.database).absolute().parent
+    return Path(name)
 
 
 def safe_url(url: str) -> str:

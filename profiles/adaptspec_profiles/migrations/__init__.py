@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from adaptspec.errors import ProfileStoreError
+from adaptspec_profiles.engine import reading
 
 # Optuna keeps `alembic_version` in the same database.
 VERSION_TABLE = "adaptspec_version"
@@ -41,45 +42,52 @@ def migrate(
         ProfileStoreError: if the database is newer than this code.
     """
     script = script or script_directory()
+    known = [step.revision for step in script.walk_revisions()][::-1]
+    last = len(known) if target == "head" else known.index(target) + 1
     done: list[str] = []
-    while (step := _step(engine, script, target)) is not None:
-        done.append(step)
-    return done
+    while True:
+        current = _current(engine)
+        if current is not None and current not in known:
+            raise ProfileStoreError(
+                f"the profile database is at step {current!r}, newer than this "
+                f"adaptspec knows (last: {known[-1]!r}); upgrade adaptspec or "
+                "give another --db"
+            )
+        upcoming = 0 if current is None else known.index(current) + 1
+        if upcoming >= last:
+            return done
+        if _step(engine, script, current, known[upcoming]):
+            done.append(known[upcoming])
 
 
-def _step(engine: Engine, script: ScriptDirectory, target: str) -> str | None:
-    """Run the next step; None if there is none."""
-    goal = script.get_current_head() if target == "head" else target
+def _current(engine: Engine) -> str | None:
+    with reading(engine).begin() as connection:
+        return revision(connection)
+
+
+def _step(
+    engine: Engine, script: ScriptDirectory, current: str | None, upcoming: str
+) -> bool:
+    """Run the step after ``current``; False if another process did meanwhile."""
     try:
         with engine.begin() as connection:
             context = MigrationContext.configure(
                 connection, opts={"version_table": VERSION_TABLE}
             )
-            current = context.get_current_revision()
-            known = [s.revision for s in script.walk_revisions()][::-1]
-            if current is not None and current not in known:
-                raise ProfileStoreError(
-                    f"the profile database is at step {current!r}, newer than this "
-                    f"adaptspec knows (last: {known[-1]!r}); upgrade adaptspec or "
-                    "give another --db"
-                )
-            if current == goal:
-                return None
-            upcoming = known[0 if current is None else known.index(current) + 1]
-            module = script.get_revision(upcoming).module
+            if context.get_current_revision() != current:
+                return False
             context._ensure_version_table()
             with Operations.context(context):
-                module.upgrade()
+                script.get_revision(upcoming).module.upgrade()
             stamp = (
                 f"INSERT INTO {VERSION_TABLE} (version_num) VALUES ('{upcoming}')"
                 if current is None
                 else f"UPDATE {VERSION_TABLE} SET version_num = '{upcoming}'"
             )
             connection.exec_driver_sql(stamp)
-            return upcoming
+            return True
     except (OperationalError, ProgrammingError, IntegrityError):
-        # Another process may have done this very step meanwhile; then go on from there.
-        with engine.begin() as connection:
-            if revision(connection) == current:
-                raise
-        return upcoming
+        # Where transactions don't wait for each other, both have tried this step.
+        if _current(engine) == current:
+            raise
+        return False

@@ -1,0 +1,201 @@
+"""Transactions, write-ahead logging and migrations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect
+
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles import migrations, open_store
+from adaptspec_profiles.engine import make_engine, on_network_file_system
+from adaptspec_profiles.migrations import migrate
+
+GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
+SECOND_STEP = """
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision = 'x2', 'm001'
+def upgrade():
+    op.add_column('profiles', sa.Column('note', sa.String(), server_default='none'))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "p.db"
+
+
+@pytest.fixture
+def two_steps(tmp_path: Path) -> ScriptDirectory:
+    """The first release's step, and one that a later release might add."""
+    versions = tmp_path / "steps" / "versions"
+    ours = Path(migrations.__file__).parent / "versions" / "m001_first_tables.py"
+    versions.mkdir(parents=True)
+    shutil.copy(ours, versions)
+    (versions / "x2.py").write_text(SECOND_STEP)
+    return ScriptDirectory(str(versions.parent))
+
+
+@contextlib.contextmanager
+def raw(path: Path, timeout: float = 5.0) -> Iterator[sqlite3.Connection]:
+    """A connection that shares no code with ours."""
+    connection = sqlite3.connect(path, isolation_level=None, timeout=timeout)
+    with contextlib.closing(connection):
+        yield connection
+
+
+def mode(path: Path) -> str:
+    with raw(path) as connection:
+        return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
+
+
+def test_a_writer_doesnt_wait_for_a_reader(path: Path) -> None:
+    store = open_store(str(path))
+    with raw(path) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM profiles").fetchone() == (0,)
+        store.add_profiles([example_profile()])
+        assert reader.execute("SELECT count(*) FROM profiles").fetchone() == (0,)
+    assert len(store.profiles()) == 1
+    store.close()
+
+
+def test_files_log_ahead_and_leave_one_file_when_closed(path: Path) -> None:
+    store = open_store(str(path))
+    assert mode(path) == "wal"
+    store.close()
+    assert [f.name for f in path.parent.iterdir()] == ["p.db"]
+
+
+def test_an_older_file_is_switched_with_its_profiles(path: Path) -> None:
+    with raw(path) as connection:
+        connection.executescript(GOLDEN.read_text())
+    assert mode(path) == "delete"
+    store = open_store(str(path))
+    assert [replace(p, id=None) for p in store.profiles()] == [example_profile()]
+    store.close()
+    assert mode(path) == "wal"
+
+
+def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:
+    with raw(path) as connection:
+        connection.executescript(GOLDEN.read_text())
+    with raw(path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM profiles").fetchall()
+        store = open_store(str(path))
+        assert len(store.profiles()) == 1
+        store.close()
+    assert mode(path) == "delete"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX files")
+def test_a_folder_that_may_not_be_written_can_be_read(path: Path) -> None:
+    with raw(path) as connection:
+        connection.executescript(GOLDEN.read_text())
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        store = open_store(str(path))
+        assert len(store.profiles()) == 1
+        store.close()
+    finally:
+        path.parent.chmod(0o755)
+    assert mode(path) == "delete" or os.getuid() == 0  # root may write anything
+
+
+def disks(*mounts: tuple[str, str]) -> Any:
+    found = [types.SimpleNamespace(mountpoint=m, fstype=kind) for m, kind in mounts]
+    return lambda all: found
+
+
+@pytest.mark.parametrize(
+    ("mounts", "shared"),
+    [
+        ([("/", "ext4")], False),
+        ([("/", "nfs4")], True),
+        ([("/", "ext4"), ("HERE", "nfs")], True),
+        ([("HERE", "cifs"), ("/", "ext4")], True),
+        ([("/", "lustre"), ("HERE", "xfs")], False),
+        ([("HERE", "nfs4"), ("HERE", "tmpfs")], False),
+        ([("/", "ext4"), ("HERE-beside", "nfs4")], False),
+        ([], False),
+    ],
+)
+def test_a_file_that_hosts_may_share_keeps_sqlites_own_log(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mounts: list[tuple[str, str]],
+    shared: bool,
+) -> None:
+    here = str(path.parent.resolve())
+    placed = [(mount.replace("HERE", here), kind) for mount, kind in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", disks(*placed))
+    assert on_network_file_system(path) == shared
+    open_store(str(path)).close()
+    assert mode(path) == ("delete" if shared else "wal")
+
+
+def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
+    path: Path, two_steps: ScriptDirectory
+) -> None:
+    engine = make_engine(str(path))
+    assert migrate(engine, target="m001", script=two_steps) == ["m001"]
+    assert migrate(engine, target="m001", script=two_steps) == []
+    engine.dispose()
+    store = open_store(str(path))  # a release that knows the first step only
+    store.add_profiles([example_profile()])
+    store.close()
+    engine = make_engine(str(path))
+    columns = {c["name"] for c in inspect(engine).get_columns("profiles")}
+    assert "note" not in columns
+    assert migrate(engine, script=two_steps) == ["x2"]
+    assert migrate(engine, script=two_steps) == []
+    assert migrate(engine, target="m001", script=two_steps) == []  # never back
+    engine.dispose()
+    with raw(path) as connection:
+        rows = connection.execute("SELECT run, note FROM profiles").fetchall()
+    assert rows == [("r1", "none")]
+
+
+def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
+    path: Path, two_steps: ScriptDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(str(path))
+    read = migrations._current
+    calls: list[str | None] = []
+
+    def late(of: Any) -> str | None:
+        found = read(of)
+        if not calls:  # between our reading and our writing
+            calls.append(found)
+            migrate(of, target="m001", script=two_steps)
+        return found
+
+    monkeypatch.setattr(migrations, "_current", late)
+    assert migrate(engine, script=two_steps) == ["x2"]
+    engine.dispose()
+
+
+def test_a_step_that_always_fails_is_told_and_not_tried_for_ever(
+    path: Path, two_steps: ScriptDirectory
+) -> None:
+    engine = make_engine(str(path))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE profiles (id INTEGER)")
+    with pytest.raises(Exception, match="already exists"):
+        migrate(engine, script=two_steps)
+    assert inspect(engine).get_table_names() == ["profiles"]
+    engine.dispose()
