@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import Environment, Measurement, Profile, ProfileStore, Trial
+
+_scalars = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63) + 1, 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+)
+_params = st.dictionaries(st.text(max_size=8), _scalars, max_size=4)
+_json = st.recursive(
+    st.none() | _scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+_zones = st.integers(-14 * 60, 14 * 60).map(lambda m: timezone(timedelta(minutes=m)))
+_times = st.datetimes(datetime(2, 1, 1), datetime(9998, 1, 1), timezones=_zones)
+
+# One store is filled by all draws of a test: none may depend on its being empty.
+_drawn = settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.differing_executors,
+    ],
+)
 
 
 def example_profile(**changes: Any) -> Profile:
@@ -60,17 +92,136 @@ class ProfileStoreContract:
         assert [p.run for p in store.profiles(run="r3")] == ["r3"]
         assert store.profiles(model="nowhere") == []
 
-    def test_a_setting_measured_again_replaces_the_older_one(
+    def test_a_setting_measured_again_replaces_the_older_one_and_keeps_its_id(
         self, store: ProfileStore
     ) -> None:
-        store.add_profiles([example_profile()])
-        store.add_profiles([example_profile(params={"k": 9})])
-        store.add_profiles([example_profile(baseline=True)])
+        first = store.add_profiles([example_profile()])
+        other = store.add_profiles([example_profile(baseline=True)])
+        again = example_profile(params={"k": 9})
+        assert store.add_profiles([example_profile(), again]) == first * 2
+        assert first != other
         kept = store.profiles(run="r1")
         assert sorted((p.baseline, p.params.get("k")) for p in kept) == [
             (False, 9),
             (True, 4),
         ]
+
+    @_drawn
+    @given(st.text(), _params, _times, st.floats(0, 1e300))
+    def test_any_profile_comes_back_in_utc(
+        self,
+        store: ProfileStore,
+        text: str,
+        params: dict[str, Any],
+        time: datetime,
+        speed: float,
+    ) -> None:
+        measurement = replace(example_profile().measurement, tokens_per_second=speed)
+        put = example_profile(
+            run=text,
+            prompt_class=text,
+            params=params,
+            created=time,
+            measurement=measurement,
+        )
+        (profile_id,) = store.add_profiles([put])
+        found = store.profile(profile_id)
+        assert found == replace(put, id=profile_id)
+        # 1, 1.0 and True are equal, and not the same.
+        assert repr(sorted(found.params.items())) == repr(sorted(params.items()))
+        assert found.created.utcoffset() == timedelta(0)
+        assert found in store.profiles(run=text, prompt_class=text)
+
+    @_drawn
+    @given(st.text(), _params, st.dictionaries(st.text(), _json, max_size=3))
+    def test_any_trial_and_record_come_back(
+        self,
+        store: ProfileStore,
+        text: str,
+        params: dict[str, Any],
+        detail: dict[str, Any],
+    ) -> None:
+        number = len(store.trials(text))
+        trial = Trial(text, text, text, number, params, text, 1.5, detail)
+        store.add_trial(trial)
+        store.put_record(text, text, detail)
+        assert store.trials(text)[number] == trial
+        assert store.record(text, text) == detail
+        assert repr(store.record(text, text)) == repr(detail)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"created": datetime(2026, 1, 2)},
+            {"created": datetime.max.replace(tzinfo=timezone(-timedelta(hours=9)))},
+            {"created": datetime.min.replace(tzinfo=timezone(timedelta(hours=9)))},
+            {"params": {"k": math.nan}},
+            {"params": {"k": 2**63}},
+            {"params": {"k": None}},
+            {"params": {"k": (1, 2)}},
+            {"params": {1: 2}},
+            {"prompt_class": "\ud800"},
+            {"strategy": None},
+            {"measurement": replace(example_profile().measurement, ratio=math.inf)},
+            {"environment": replace(example_profile().environment, threads=2**70)},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_a_profile_that_no_database_could_give_back_is_refused_with_its_batch(
+        self, store: ProfileStore, changes: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ProfileStoreError, match=next(iter(changes))):
+            store.add_profiles([example_profile(), example_profile(**changes)])
+        assert store.profiles() == []
+
+    def test_a_number_that_is_none_is_refused_in_trials_and_records(
+        self, store: ProfileStore
+    ) -> None:
+        with pytest.raises(ProfileStoreError, match="value"):
+            store.add_trial(Trial("r1", "chat", "x", 0, {}, "complete", math.nan))
+        with pytest.raises(ProfileStoreError, match=r"a\.1"):
+            store.put_record("r1", "plain", {"a": [0.0, -math.inf]})
+        assert store.trials("r1") == []
+        assert store.record("r1", "plain") is None
+
+    def test_tuples_come_back_as_lists(self, store: ProfileStore) -> None:
+        store.put_record("r1", "plain", {"a": (1, (2,))})
+        store.add_trial(Trial("r1", "chat", "x", 0, {}, "complete", 1.0, {"n": (1,)}))
+        assert store.record("r1", "plain") == {"a": [1, [2]]}
+        assert store.trials("r1")[0].detail == {"n": [1]}
+
+    def test_what_the_caller_changes_later_stays_outside(
+        self, store: ProfileStore
+    ) -> None:
+        params: dict[str, Any] = {"k": 1}
+        detail: dict[str, Any] = {"n": [1]}
+        (profile_id,) = store.add_profiles([example_profile(params=params)])
+        store.add_trial(Trial("r1", "chat", "x", 0, params, "complete", 1.0, detail))
+        store.put_record("r1", "plain", detail)
+
+        def given_back() -> list[Any]:
+            profile = store.profile(profile_id)
+            assert profile is not None
+            every = [profile, *store.profiles()]
+            trial = store.trials("r1")[0]
+            return [
+                *(p.params for p in every),
+                *(p.environment.versions for p in every),
+                *(trial.params, trial.detail, store.record("r1", "plain")),
+            ]
+
+        before = repr(given_back())
+        for theirs in (params, detail, *given_back()):
+            theirs["more"] = 5
+        detail["n"].append(2)
+        assert repr(given_back()) == before
+
+    def test_an_id_that_no_profile_can_have_finds_none(
+        self, store: ProfileStore
+    ) -> None:
+        store.add_profiles([example_profile()])
+        for profile_id in (-1, 0, 2**63, 10**30):
+            assert store.profile(profile_id) is None
 
     def test_a_trial_is_stored_once(self, store: ProfileStore) -> None:
         trial = Trial("r1", "chat", "x", 0, {"k": 2}, "complete", 12.5, {"n": [1]})

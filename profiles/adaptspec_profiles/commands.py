@@ -117,8 +117,8 @@ def import_profiles(file: IO[str], db: str | None) -> None:
     """Add profiles that `export` wrote; importing twice adds nothing."""
     read = _read(file)
     with _store(db) as store:
-        store.add_profiles(read)
-    click.echo(f"{len(read)} profiles imported", err=True)
+        ids = store.add_profiles(read)
+    click.echo(f"{len(set(ids))} profiles imported", err=True)
 
 
 @profiles.command()
@@ -162,15 +162,23 @@ def _read(file: IO[str]) -> list[Profile]:
 
     try:
         document = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileStoreError(f"{file.name} is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileStoreError(
             f"{file.name} must have been written by `adaptspec profiles export` "
             f"(format {FORMAT!r})"
         )
+    records = document.get("profiles")
+    if not isinstance(records, list) or len(document) > 2:
+        keys = ", ".join(ascii(key) for key in document)
+        raise ProfileStoreError(
+            f"{file.name} must hold 'format' and a list 'profiles' and nothing else, "
+            f"got {keys}{'' if isinstance(records, list) else ' without that list'}; "
+            "export it again"
+        )
     read = []
-    for number, record in enumerate(document.get("profiles", []), 1):
+    for number, record in enumerate(records, 1):
         try:
             read.append(profile_from_json(record))
         except ProfileStoreError as error:

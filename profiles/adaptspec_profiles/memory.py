@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptspec.profile import Profile, Trial
+from adaptspec_profiles.convert import json_value, same_profile, same_trial
 
 
 class MemoryStore:
@@ -31,15 +32,15 @@ class MemoryStore:
         return "memory:"
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
-        """Store or replace."""
+        """All or, if one is refused, none."""
         ids = []
-        for profile in profiles:
+        for profile in [same_profile(profile) for profile in profiles]:
             setting = _setting(profile)
-            for old in [i for i, p in self._profiles.items() if _setting(p) == setting]:
-                del self._profiles[old]
-            self._profiles[self._next] = replace(profile, id=self._next)
-            ids.append(self._next)
-            self._next += 1
+            found = (i for i, p in self._profiles.items() if _setting(p) == setting)
+            if (profile_id := next(found, None)) is None:
+                profile_id, self._next = self._next, self._next + 1
+            self._profiles[profile_id] = replace(profile, id=profile_id)
+            ids.append(profile_id)
         return ids
 
     def profiles(
@@ -57,11 +58,12 @@ class MemoryStore:
             and prompt_class in (None, p.prompt_class)
             and run in (None, p.run)
         ]
-        return sorted(found, key=lambda p: (p.created, p.id or 0), reverse=True)
+        found.sort(key=lambda p: (p.created, p.id or 0), reverse=True)
+        return copy.deepcopy(found)
 
     def profile(self, profile_id: int) -> Profile | None:
         """One by id."""
-        return self._profiles.get(profile_id)
+        return copy.deepcopy(self._profiles.get(profile_id))
 
     def delete_run(self, run: str) -> int:
         """Forget a run."""
@@ -76,16 +78,18 @@ class MemoryStore:
 
     def add_trial(self, trial: Trial) -> None:
         """Store once."""
+        trial = same_trial(trial)
         key = (trial.run, trial.prompt_class, trial.strategy, trial.number)
         self._trials.setdefault(key, trial)
 
     def trials(self, run: str) -> list[Trial]:
         """In order."""
-        return [self._trials[key] for key in sorted(self._trials) if key[0] == run]
+        keys = sorted(key for key in self._trials if key[0] == run)
+        return copy.deepcopy([self._trials[key] for key in keys])
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
         """Store or replace."""
-        self._records[run, key] = copy.deepcopy(dict(value))
+        self._records[json_value(run), json_value(key)] = json_value(value)
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
         """A copy."""

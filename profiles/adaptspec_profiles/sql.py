@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import timezone
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import Environment, Measurement, Profile, Trial
-from adaptspec_profiles.convert import environment_digest
-from adaptspec_profiles.engine import beside, make_engine, safe_url
+from adaptspec_profiles.convert import (
+    LARGEST_INTEGER,
+    environment_digest,
+    json_value,
+    same_profile,
+    same_trial,
+)
+from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
 
@@ -52,22 +58,9 @@ class SqlStore:
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """One transaction for all."""
+        checked = [same_profile(profile) for profile in profiles]
         with self._writing() as session:
-            rows = []
-            for profile in profiles:
-                session.execute(
-                    delete(ProfileRow).where(
-                        ProfileRow.run == profile.run,
-                        ProfileRow.prompt_class == profile.prompt_class,
-                        ProfileRow.strategy == profile.strategy,
-                        ProfileRow.baseline == profile.baseline,
-                    )
-                )
-                row = _profile_row(profile, _environment(session, profile.environment))
-                session.add(row)
-                session.flush()
-                rows.append(row)
-            return [row.id for row in rows]
+            return [_put(session, profile) for profile in checked]
 
     def profiles(
         self,
@@ -85,12 +78,14 @@ class SqlStore:
         if run is not None:
             query = query.where(ProfileRow.run == run)
         query = query.order_by(ProfileRow.created.desc(), ProfileRow.id.desc())
-        with self._writing() as session:
+        with self._reading() as session:
             return [_profile(row) for row in session.scalars(query)]
 
     def profile(self, profile_id: int) -> Profile | None:
         """One by id."""
-        with self._writing() as session:
+        if not 0 < profile_id <= LARGEST_INTEGER:
+            return None
+        with self._reading() as session:
             row = session.get(ProfileRow, profile_id)
             return None if row is None else _profile(row)
 
@@ -108,6 +103,7 @@ class SqlStore:
 
     def add_trial(self, trial: Trial) -> None:
         """The same number again is ignored."""
+        trial = same_trial(trial)
         try:
             with self._writing() as session:
                 session.add(TrialRow(**_trial_fields(trial)))
@@ -120,13 +116,9 @@ class SqlStore:
 
     def trials(self, run: str) -> list[Trial]:
         """By class, strategy and number."""
-        query = (
-            select(TrialRow)
-            .where(TrialRow.run == run)
-            .order_by(TrialRow.prompt_class, TrialRow.strategy, TrialRow.number)
-        )
-        with self._writing() as session:
-            return [
+        with self._reading() as session:
+            rows = session.scalars(select(TrialRow).where(TrialRow.run == run))
+            found = [
                 Trial(
                     row.run,
                     row.prompt_class,
@@ -137,17 +129,20 @@ class SqlStore:
                     row.value,
                     row.detail,
                 )
-                for row in session.scalars(query)
+                for row in rows
             ]
+        # Not by the database, whose order of text may be a language's.
+        return sorted(found, key=_trial_key)
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
         """Replace an older one."""
+        checked = json_value(value)
         with self._writing() as session:
-            session.merge(RecordRow(run=run, key=key, value=dict(value)))
+            session.merge(RecordRow(run=run, key=key, value=checked))
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
         """As it was put."""
-        with self._writing() as session:
+        with self._reading() as session:
             row = session.get(RecordRow, (run, key))
             return None if row is None else dict(row.value)
 
@@ -155,16 +150,24 @@ class SqlStore:
         """Release connections."""
         self._engine.dispose()
 
+    def _writing(self) -> AbstractContextManager[Session]:
+        return self._transaction(self._engine)
+
+    def _reading(self) -> AbstractContextManager[Session]:
+        return self._transaction(reading(self._engine))
+
     @contextmanager
-    def _writing(self) -> Iterator[Session]:
+    def _transaction(self, engine: Engine) -> Iterator[Session]:
         try:
-            with Session(self._engine, expire_on_commit=False) as session:
+            with Session(engine, expire_on_commit=False) as session:
                 with session.begin():
                     yield session
         except SQLAlchemyError as error:
             raise self._failure("use", error) from error
+        except UnicodeEncodeError as error:  # from SQLite, as it is
+            raise self._failure("ask", error) from error
 
-    def _failure(self, what: str, error: SQLAlchemyError) -> ProfileStoreError:
+    def _failure(self, what: str, error: Exception) -> ProfileStoreError:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         return ProfileStoreError(
             f"can't {what} the profile database {self._url}: {reason} "
@@ -183,22 +186,43 @@ def _environment(session: Session, environment: Environment) -> EnvironmentRow:
     return row
 
 
-def _profile_row(profile: Profile, environment: EnvironmentRow) -> ProfileRow:
-    return ProfileRow(
-        environment=environment,
-        run=profile.run,
-        workload=profile.workload,
-        workload_name=profile.workload_name,
-        prompt_class=profile.prompt_class,
-        strategy=profile.strategy,
-        params=dict(profile.params),
-        lossless=profile.lossless,
-        baseline=profile.baseline,
-        created=profile.created.astimezone(timezone.utc).replace(tzinfo=None),
-        tokens_per_second=profile.measurement.tokens_per_second,
-        ratio=profile.measurement.ratio,
-        measurement=asdict(profile.measurement),
+def _put(session: Session, profile: Profile) -> int:
+    """Store a profile; one of its setting keeps the id that it has."""
+    environment = _environment(session, profile.environment)
+    row = session.scalar(
+        select(ProfileRow).where(
+            ProfileRow.run == profile.run,
+            ProfileRow.prompt_class == profile.prompt_class,
+            ProfileRow.strategy == profile.strategy,
+            ProfileRow.baseline == profile.baseline,
+        )
     )
+    fields = {**_profile_fields(profile), "environment": environment}
+    if row is None:
+        row = ProfileRow(**fields)
+        session.add(row)
+    else:
+        for name, value in fields.items():
+            setattr(row, name, value)
+    session.flush()
+    return row.id
+
+
+def _profile_fields(profile: Profile) -> dict[str, Any]:
+    return {
+        "run": profile.run,
+        "workload": profile.workload,
+        "workload_name": profile.workload_name,
+        "prompt_class": profile.prompt_class,
+        "strategy": profile.strategy,
+        "params": dict(profile.params),
+        "lossless": profile.lossless,
+        "baseline": profile.baseline,
+        "created": profile.created.replace(tzinfo=None),
+        "tokens_per_second": profile.measurement.tokens_per_second,
+        "ratio": profile.measurement.ratio,
+        "measurement": asdict(profile.measurement),
+    }
 
 
 def _profile(row: ProfileRow) -> Profile:

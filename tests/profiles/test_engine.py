@@ -61,6 +61,24 @@ def mode(path: Path) -> str:
         return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
 
 
+def test_a_reader_neither_waits_for_a_writer_nor_sees_its_half(path: Path) -> None:
+    store = open_store(str(path))
+    store.add_profiles([example_profile()])
+    with raw(path) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("UPDATE profiles SET run = 'half'")
+        assert [p.run for p in store.profiles()] == ["r1"]
+        assert store.trials("r1") == []
+        assert store.record("r1", "plain") is None
+        second = open_store(str(path))  # and opening it only reads
+        (found,) = second.profiles()
+        assert second.profile(found.id or 0) == found
+        second.close()
+        writer.execute("COMMIT")
+    assert [p.run for p in store.profiles()] == ["half"]
+    store.close()
+
+
 def test_a_writer_doesnt_wait_for_a_reader(path: Path) -> None:
     store = open_store(str(path))
     with raw(path) as reader:

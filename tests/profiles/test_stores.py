@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,26 @@ for number in range(count):
     print(number, flush=True)
 store.add_profiles([example_profile(run=name)])
 store.close()
+"""
+
+
+# Imports file after file of as many profiles, each file a run of its own.
+IMPORTER = """
+import json, sys
+from pathlib import Path
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles.commands import profiles
+from adaptspec_profiles.convert import FORMAT, profile_to_json
+url, folder, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+for number in range(10_000):
+    records = [
+        profile_to_json(example_profile(run=str(number), prompt_class=str(i)))
+        for i in range(size)
+    ]
+    file = folder / "next.json"
+    file.write_text(json.dumps({"format": FORMAT, "profiles": records}))
+    profiles.main(["import", str(file), "--db", url], standalone_mode=False)
+    print(number, flush=True)
 """
 
 
@@ -96,6 +117,33 @@ def test_a_killed_writer_loses_nothing_it_finished(tmp_path: Path) -> None:
     numbers = [t.number for t in store.trials("a")]
     assert numbers == list(range(len(numbers)))
     assert len(numbers) > seen
+    store.close()
+
+
+def test_profiles_after_a_killed_import_are_those_of_whole_files(
+    tmp_path: Path,
+) -> None:
+    path, size = tmp_path / "p.db", 40
+    importer = subprocess.Popen(
+        [sys.executable, "-c", IMPORTER, str(path), str(tmp_path), str(size)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert importer.stdout is not None
+    seen = -1
+    for line in importer.stdout:
+        seen = int(line)
+        if seen >= 5:
+            break
+    importer.send_signal(signal.SIGKILL)
+    importer.communicate()
+    store = open_store(str(path))
+    runs = Counter(p.run for p in store.profiles())
+    assert set(runs.values()) == {size}
+    assert set(runs) >= {str(number) for number in range(seen + 1)}
+    assert len(runs) <= seen + 20
+    store.add_profiles([example_profile(run="after")])
+    assert len(store.profiles(run="after")) == 1
     store.close()
 
 
@@ -270,6 +318,127 @@ def test_the_commands_list_show_export_and_import(tmp_path: Path) -> None:
     run.invoke(profiles_command, ["delete", "r1", "--db", second])
     empty = run.invoke(profiles_command, ["list", "--json", "--db", second])
     assert json.loads(empty.stdout) == []
+
+
+def test_importing_twice_adds_nothing_and_keeps_the_ids(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "a.db"), str(tmp_path / "b.db")
+    for db, runs in ((first, "uvw"), (second, "x")):
+        store = open_store(db)
+        for run in runs:
+            store.add_profiles([example_profile(run=run)])
+        store.close()
+    exported = tmp_path / "x.json"
+    run_command("export", "-o", str(exported), "--db", first)
+    seen = []
+    for _ in range(2):
+        assert "3 profiles" in run_command("import", str(exported), "--db", second)
+        listed = json.loads(run_command("list", "--json", "--db", second))
+        seen.append({d["run"]: d["id"] for d in listed})
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == set("uvwx")
+    assert len(set(seen[0].values())) == 4
+
+
+def run_command(*arguments: str) -> str:
+    done = CliRunner().invoke(profiles_command, arguments)
+    assert done.exit_code == 0, done.exception
+    return done.output
+
+
+GOOD = profile_to_json(example_profile())
+EXPORTED = {"format": "adaptspec-profiles-1", "profiles": [GOOD]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"format": ', "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
+        ("1" * 6000, "is not JSON"),
+        ([GOOD], "must have been written by"),
+        ({**EXPORTED, "profiles": None}, "a list 'profiles'"),
+        ({"format": EXPORTED["format"]}, "a list 'profiles'"),
+        ({**EXPORTED, "notes": 1}, "nothing else, got 'format', 'profiles', 'notes'"),
+        ({**EXPORTED, "profiles": [GOOD, None]}, "profile 2: an object is expected"),
+    ],
+    ids=range(8),
+)
+def test_a_file_that_no_export_wrote_is_refused_in_one_line(
+    tmp_path: Path, content: Any, said: str
+) -> None:
+    path, db = tmp_path / "x.json", str(tmp_path / "p.db")
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    done = CliRunner().invoke(profiles_command, ["import", str(path), "--db", db])
+    assert isinstance(done.exception, ProfileStoreError)
+    assert said in str(done.exception)
+    assert len(str(done.exception).splitlines()) == 1
+    assert not Path(db).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"speed": 3}, "speed: no such field; known: environment,"),
+        (
+            {"environment": {**GOOD["environment"], "gpu": 1}},
+            "environment.gpu: no such",
+        ),
+        ({"environment": None}, "environment: input should be an object, got None"),
+        ({"measurement": {**GOOD["measurement"], "ratio": "2"}}, "measurement.ratio"),
+        ({"measurement": {**GOOD["measurement"], "ratio": float("nan")}}, "finite"),
+        ({"params": {"k": float("inf")}}, "params.k: must be a finite number"),
+        ({"params": {"k": [1]}}, "params.k: must be a number, text, true or false"),
+        ({"created": "9999-12-31T23:59:59-12:00"}, "created: must lie in the years"),
+        ({"created": "0001-01-01T00:00:00+12:00"}, "created: must lie in the years"),
+        ({"created": "2026-01-01T00:00:00"}, "created: must be a time with its zone"),
+        ({"created": 5}, "created: input should be a valid datetime"),
+        ({"lossless": "yes"}, "lossless: input should be a valid boolean"),
+        ({"run": "\ud800"}, "run: must be text that UTF-8 can hold"),
+    ],
+    ids=range(13),
+)
+def test_what_is_wrong_in_a_record_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProfileStoreError) as caught:
+        profile_from_json({**GOOD, **changes})
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["99999999999999999999", "0"])
+def test_an_id_that_cant_be_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    asked = ["show", name, "--db", str(tmp_path / "p.db")]
+    done = CliRunner().invoke(profiles_command, asked)
+    assert isinstance(done.exception, ProfileStoreError)
+    assert str(done.exception).startswith(f"no profile {name}; ")
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://h:port/x", "sqlite://h:1/x", "://", "sqlite+no:///x"]
+)
+def test_a_bad_url_is_an_error_of_one_line(url: str) -> None:
+    with pytest.raises(ProfileStoreError, match="--db takes") as caught:
+        open_store(url)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_name_that_is_not_text_is_an_error_of_one_line(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "p.db"))
+    for ask in (store.trials, store.delete_run):
+        with pytest.raises(ProfileStoreError, match="surrogates not allowed"):
+            ask("\udcff")  # as the shell gives an argument that is not UTF-8
+    store.close()
+
+
+def test_sqlites_own_uris_make_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store(str(tmp_path / "p.db")).close()
+    store = open_store(f"sqlite:///file:{tmp_path}/p.db?mode=rw&uri=true")
+    assert store.profiles() == []
+    assert store.folder is None
+    store.close()
+    assert [f.name for f in tmp_path.iterdir()] == ["p.db"]
 
 
 def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
