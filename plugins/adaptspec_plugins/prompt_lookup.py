@@ -7,12 +7,13 @@ several matches merged into a tree, and copies that run on periodically past the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import Params, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 
 # Most recent matches of one n-gram looked at in a step: keeps a step's time flat where
@@ -59,6 +60,11 @@ class PromptLookup(Strategy):
     summary = "copies what followed the same n-gram earlier in prompt and output"
     reference = "https://github.com/apoorvumang/prompt-lookup-decoding"
     Params = PromptLookupParams
+    joins: ClassVar[Mapping[str, Scalar]] = {
+        "num_tokens": 16,
+        "branches": 2,
+        "max_ngram": 5,
+    }
     params: PromptLookupParams
 
     def start(self, target: Target) -> Drafter:
@@ -81,15 +87,42 @@ class _Lookup(Drafter):
         length = min(self._params.num_tokens, context.room - 1, context.max_nodes)
         if length < 1:
             return TokenTree.root_only(ids[-1])
-        paths: list[list[int]] = []
+        paths = self._paths(length)
+        tree = TokenTree.from_paths(
+            ids[-1], [path for path, _ in paths], context.max_nodes
+        )
+        return replace(tree, evidence=_evidence(tree, paths))
+
+    def _paths(self, length: int) -> list[tuple[tuple[int, ...], int]]:
+        """Distinct continuations, each with the size of the n-gram that matched."""
+        paths: dict[tuple[int, ...], int] = {}
         search = _recent if self._params.policy == "recent" else _frequent
-        for starts in self.index.matches():
+        for n, starts in self.index.matches():
             for path in search(self.index.tokens, starts, length):
-                if path not in paths:
-                    paths.append(path)
+                paths.setdefault(tuple(path), n)
                 if len(paths) == self._branches:
-                    return TokenTree.from_paths(ids[-1], paths, context.max_nodes)
-        return TokenTree.from_paths(ids[-1], paths, context.max_nodes)
+                    return list(paths.items())
+        return list(paths.items())
+
+
+def _evidence(
+    tree: TokenTree, paths: Sequence[tuple[tuple[int, ...], int]]
+) -> list[int]:
+    """Per node: size of the match, depth, and how many continuations came before."""
+    evidence = [0] * len(tree)
+    nodes = {
+        (tree.parents[node], tree.tokens[node]): node for node in range(1, len(tree))
+    }
+    for rank, (path, n) in enumerate(paths):
+        node = 0
+        for depth, token in enumerate(path, 1):
+            child = nodes.get((node, token))
+            if child is None:
+                break
+            if not evidence[child]:
+                evidence[child] = 64 * min(n, 15) + 4 * min(depth, 15) + min(rank, 3)
+            node = child
+    return evidence
 
 
 class NgramIndex:
@@ -117,15 +150,15 @@ class NgramIndex:
                     starts.setdefault(tuple(self.tokens[end - n :]), []).append(end)
             self.tokens.append(token)
 
-    def matches(self) -> Iterator[Sequence[int]]:
-        """For the last n tokens, longest n first: where earlier ones were continued.
+    def matches(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """For the last n tokens, longest n first: n, where earlier ones went on.
 
         Oldest first, the ``MOST_MATCHES`` newest; sizes without a match are left out.
         """
         for n, starts in self._starts.items():
             found = starts.get(tuple(self.tokens[-n:]))
             if found:
-                yield found[-MOST_MATCHES:]
+                yield n, found[-MOST_MATCHES:]
 
 
 def continuation(tokens: Sequence[int], start: int, length: int) -> list[int]:

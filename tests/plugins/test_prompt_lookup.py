@@ -67,7 +67,7 @@ def test_the_index_finds_what_a_scan_finds_however_it_was_fed(
     for begin, end in itertools.pairwise(bounds):
         index.extend(ids[begin:end])
     expected = [naive_starts(ids, n) for n in range(low + more, low - 1, -1)]
-    found = [list(starts) for starts in index.matches()]
+    found = [list(starts) for _, starts in index.matches()]
     assert found == [starts[-MOST_MATCHES:] for starts in expected if starts]
 
 

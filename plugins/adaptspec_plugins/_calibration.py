@@ -1,0 +1,203 @@
+"""How often a drafter's nodes are accepted, learnt while decoding.
+
+Three stages, each the cure for the last one's fault: counts per drafter and evidence;
+a logistic mixture of the drafters that name one token (they are not independent, so no
+fixed rule combines them); a table of what was predicted against what came.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from math import exp, log
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.knowledge import KnowledgeWarning
+
+if TYPE_CHECKING:
+    import torch
+
+# (member's index, its evidence) for each member that proposes a node.
+Marks = Sequence[tuple[int, int]]
+
+BUCKETS = 1024
+# Counts halve in about 350 observations: a few answers, so a table follows the kind of
+# text and never outgrows 1 / (1 - KEPT).
+KEPT = 0.998
+MOST_SEEN = 1 / (1 - KEPT)
+# A bucket counts for itself once it was seen this often; before, for its member.
+THIN = 4.0
+# Before anything is known: right once in three, as if seen thrice.
+PRIOR_ACCEPTED, PRIOR_SEEN = 1.0, 3.0
+# Steps along the gradient of the log loss. The offset is a sequence's own: it must
+# move within some ten observations. The weights are every sequence's.
+OFFSET_STEP, OFFSET_BOUND = 0.1, 2.0
+WEIGHT_STEP, WEIGHT_BOUND = 0.02, 3.0
+BINS, BIN_BOUND = 20, 6.0
+# Pseudo-observations without error in each bin of the last stage.
+BIN_PRIOR = 20.0
+LEAST, MOST = 0.002, 0.995
+
+
+class Counts:
+    """One member's accepted and seen nodes per evidence, old ones fading."""
+
+    def __init__(self) -> None:
+        self.accepted = [0.0] * BUCKETS
+        self.seen = [0.0] * BUCKETS
+        self._all_accepted = 0.0
+        self._all_seen = 0.0
+        self._base: torch.Tensor | None = None
+
+    def chance(self, evidence: int) -> float:
+        """Mean of the bucket's posterior, shrunk to the member's mean while thin."""
+        mean = (self._all_accepted + PRIOR_ACCEPTED) / (self._all_seen + PRIOR_SEEN)
+        return (self.accepted[evidence] + THIN * mean) / (self.seen[evidence] + THIN)
+
+    def learn(self, evidence: int, right: bool) -> None:
+        """Count one node whose parent was accepted."""
+        self.accepted[evidence] = self.accepted[evidence] * KEPT + right
+        self.seen[evidence] = self.seen[evidence] * KEPT + 1.0
+        self._all_accepted = self._all_accepted * KEPT + right
+        self._all_seen = self._all_seen * KEPT + 1.0
+
+    def sync(self, stored: torch.Tensor | None) -> torch.Tensor:
+        """Add what others stored since the last call; ``[1024, 2]`` to be stored.
+
+        Columns are accepted and seen. None for ``stored`` keeps what is known here.
+        """
+        import torch
+
+        known = torch.tensor([self.accepted, self.seen]).T.contiguous()
+        if stored is not None:
+            others = stored if self._base is None else stored - self._base
+            known = known + others
+            seen = known[:, 1].clamp(0.0, MOST_SEEN)
+            share = (known[:, 0] / known[:, 1].clamp_min(1e-6)).clamp(0.0, 1.0)
+            known = torch.stack([share * seen, seen], 1)
+        self._base = known.clone()
+        self.accepted, self.seen = known.T.tolist()
+        accepted, seen = known.sum(0).tolist()
+        fade = min(1.0, MOST_SEEN / max(seen, 1e-6))
+        self._all_accepted, self._all_seen = accepted * fade, seen * fade
+        return known
+
+
+class Calibration:
+    """Chances that a node is accepted if its parent is.
+
+    Args:
+        names: The members; marks carry their indices.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.counts = {name: Counts() for name in names}
+        self._by_index = list(self.counts.values())
+        # Who names the token, and whether someone names another -> bias and weights.
+        self._weights: dict[tuple[int, bool], list[float]] = {}
+        self._surplus = [0.0] * BINS  # right less predicted
+        self._binned = [0.0] * BINS
+
+    def fresh_offsets(self) -> list[float]:
+        """One sequence's log-odds offset of each member, learnt from 0."""
+        return [0.0] * len(self._by_index)
+
+    def chance(self, marks: Marks, rivals: bool, offsets: Sequence[float]) -> float:
+        """How likely the node is right, given that its parent is.
+
+        Args:
+            marks: Who proposes it on which evidence; sorted by member.
+            rivals: Whether a member proposes only siblings of it.
+            offsets: The sequence's.
+        """
+        mixed = self._mixed(marks, rivals, offsets)[0]
+        at = _bin(mixed)
+        chance = _squash(mixed) + self._surplus[at] / (self._binned[at] + BIN_PRIOR)
+        return min(max(chance, LEAST), MOST)
+
+    def learn(
+        self, marks: Marks, rivals: bool, offsets: list[float], right: bool
+    ) -> None:
+        """Learn from a node whose parent was accepted; moves ``offsets``."""
+        mixed, weights, inputs = self._mixed(marks, rivals, offsets)
+        at, error = _bin(mixed), right - _squash(mixed)
+        self._surplus[at] = self._surplus[at] * KEPT + error
+        self._binned[at] = self._binned[at] * KEPT + 1.0
+        weights[0] += WEIGHT_STEP * error
+        for i, (member, evidence) in enumerate(marks):
+            self._by_index[member].learn(evidence, right)
+            step = OFFSET_STEP * error * weights[i + 1]
+            offsets[member] = _clip(offsets[member] + step, OFFSET_BOUND)
+            moved = weights[i + 1] + WEIGHT_STEP * error * inputs[i]
+            weights[i + 1] = _clip(moved, WEIGHT_BOUND)
+
+    def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+        """Merge the counts of every member; names nobody has here are left out."""
+        held = {}
+        for name, counts in self.counts.items():
+            key = f"calibration/{name}"
+            found = (stored or {}).get(key)
+            if found is not None and (problem := _problem(found)):
+                warnings.warn(
+                    f"hybrid: {key} is not used and will be replaced: {problem}",
+                    KnowledgeWarning,
+                    stacklevel=2,
+                )
+                found = None
+            held[key] = counts.sync(found)
+        return held
+
+    def _mixed(
+        self, marks: Marks, rivals: bool, offsets: Sequence[float]
+    ) -> tuple[float, list[float], list[float]]:
+        """Log-odds of the mixture, its weights (bias first) and inputs."""
+        members = 0
+        for member, _ in marks:
+            members |= 1 << member
+        weights = self._weights.get((members, rivals))
+        if weights is None:
+            # Between the mean of the log-odds (all say the same) and their sum.
+            weights = [0.0] + [1 / len(marks) ** 0.6] * len(marks)
+            self._weights[members, rivals] = weights
+        inputs = [
+            _stretch(self._by_index[member].chance(evidence)) + offsets[member]
+            for member, evidence in marks
+        ]
+        mixed = weights[0]
+        for weight, value in zip(weights[1:], inputs, strict=True):
+            mixed += weight * value
+        return mixed, weights, inputs
+
+
+def _problem(tensor: torch.Tensor) -> str | None:
+    """Why stored counts can't be used, or None."""
+    import torch
+
+    if tuple(tensor.shape) != (BUCKETS, 2) or tensor.dtype != torch.float32:
+        return (
+            f"it must be float32 [{BUCKETS}, 2], "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
+        return "counts must be finite and not negative"
+    if bool((tensor[:, 0] > tensor[:, 1] + 1e-3).any()):
+        return "accepted <= seen must hold"
+    return None
+
+
+def _stretch(chance: float) -> float:
+    chance = min(max(chance, LEAST), MOST)
+    return log(chance / (1.0 - chance))
+
+
+def _squash(log_odds: float) -> float:
+    return 1.0 / (1.0 + exp(-_clip(log_odds, 30.0)))
+
+
+def _clip(value: float, bound: float) -> float:
+    return min(max(value, -bound), bound)
+
+
+def _bin(log_odds: float) -> int:
+    share = (_clip(log_odds, BIN_BOUND) + BIN_BOUND) / (2 * BIN_BOUND)
+    return min(int(share * BINS), BINS - 1)

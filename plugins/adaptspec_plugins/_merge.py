@@ -1,0 +1,230 @@
+"""Several drafters' proposals as one trie, and the part of it that pays.
+
+Sequoia (arXiv:2402.12374) sizes trees by the hardware's latency; here each node has a
+chance of its own, so the best tree of every size is found without its recursion.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adaptspec.decoding.tree import Law, TokenTree
+from adaptspec.errors import InvalidTreeError
+from adaptspec_plugins._calibration import BUCKETS, Marks
+
+Chance = Callable[[Marks, bool], float]
+
+# Siblings exclude each other; some chance stays for a token nobody proposed.
+MOST_TOGETHER = 0.98
+# Evidence of drafters that give none: their own order, this deep and wide.
+PLACES = 16
+
+
+class Candidates:
+    """Every proposal after one root, each token path once, with who proposed it.
+
+    Args:
+        root: The last committed token, node 0.
+        max_depth: Deeper nodes are left out.
+    """
+
+    def __init__(self, root: int, max_depth: int) -> None:
+        self.tokens = [root]
+        self.parents = [-1]
+        self.depths = [0]
+        self.marks: list[list[tuple[int, int]]] = [[]]
+        self.children: list[dict[int, int]] = [{}]
+        self._max_depth = max_depth
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.tokens)
+
+    def add(self, tree: TokenTree, member: int, name: str = "") -> None:
+        """Merge one member's proposal; probes are left out.
+
+        Raises:
+            InvalidTreeError: if its tokens were sampled: a mixture of laws can't be
+                verified exactly.
+        """
+        if tree.law is not Law.DETERMINISTIC:
+            raise InvalidTreeError(
+                f"members of a hybrid must propose deterministically, {name!r} "
+                f"proposes {tree.law.value}; give it `joins` that don't sample"
+            )
+        evidence = tree.evidence or _places(tree)
+        here = [0] * len(tree)
+        for node in range(1, len(tree)):
+            parent = here[tree.parents[node]]
+            if parent < 0 or node in tree.probes:
+                here[node] = -1
+                continue
+            token = tree.tokens[node]
+            child = self.children[parent].get(token)
+            if child is None:
+                if self.depths[parent] >= self._max_depth:
+                    here[node] = -1
+                    continue
+                child = self._append(token, parent)
+            here[node] = child
+            marks = self.marks[child]
+            if all(other != member for other, _ in marks):
+                marks.append((member, min(max(evidence[node], 0), BUCKETS - 1)))
+                marks.sort()
+
+    def rivalled(self, node: int) -> list[tuple[int, bool]]:
+        """The children of ``node``, and if a member proposes only siblings of it."""
+        children = list(self.children[node].values())
+        if len(children) == 1:
+            return [(children[0], False)]
+        masks = [sum(1 << member for member, _ in self.marks[c]) for c in children]
+        everyone = 0
+        for mask in masks:
+            everyone |= mask
+        return [
+            (child, bool(everyone & ~mask))
+            for child, mask in zip(children, masks, strict=True)
+        ]
+
+    def shares(self, node: int, chance: Chance) -> list[tuple[int, float]]:
+        """The children of ``node`` with their chances if ``node`` is accepted."""
+        found = [
+            (c, chance(self.marks[c], rivals)) for c, rivals in self.rivalled(node)
+        ]
+        total = sum(share for _, share in found)
+        if total > MOST_TOGETHER and len(found) > 1:
+            found = [(c, share * MOST_TOGETHER / total) for c, share in found]
+        return found
+
+    def tree(self, nodes: Sequence[tuple[int, float]]) -> TokenTree:
+        """The tree of ``nodes``, given with their chances, likeliest path first."""
+        chances = dict(nodes)
+        tokens, parents = [self.tokens[0]], [-1]
+        waiting = [(0, 0)]
+        while waiting:
+            node, new = waiting.pop()
+            if node:
+                tokens.append(self.tokens[node])
+                parents.append(new)
+                new = len(tokens) - 1
+            kept = [c for c in self.children[node].values() if c in chances]
+            # Popped from the end: the likeliest child follows its parent at once.
+            kept.sort(key=lambda child: (chances[child], -child))
+            waiting.extend((child, new) for child in kept)
+        return TokenTree(tokens, parents)
+
+    def walk(self, emitted: Sequence[int]) -> list[int]:
+        """The nodes that spell ``emitted``, root first, as far as there are any."""
+        path = [0]
+        for token in emitted:
+            child = self.children[path[-1]].get(token)
+            if child is None:
+                break
+            path.append(child)
+        return path
+
+    def _append(self, token: int, parent: int) -> int:
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.marks.append([])
+        self.children.append({})
+        self.children[parent][token] = node
+        return node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of the candidates to verify.
+
+    Args:
+        nodes: Nodes and the chances that they are emitted.
+        tokens: Expected tokens of the step: one and the sum of the chances.
+        seconds: Expected time of the step, what was spent on drafting included.
+    """
+
+    nodes: Sequence[tuple[int, float]]
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens per second."""
+        return self.tokens / self.seconds
+
+
+def best_first(
+    candidates: Candidates, chance: Chance, most: int
+) -> list[tuple[int, float]]:
+    """Up to ``most`` nodes with the chances of their paths, likeliest first.
+
+    A child is never likelier than its parent, so each prefix is closed under parents
+    and no other closed set of its size has a larger sum.
+    """
+    found: list[tuple[int, float]] = []
+    waiting = [(-1.0, 0)]
+    while waiting and len(found) <= most:
+        negative, node = heapq.heappop(waiting)
+        found.append((node, -negative))
+        for child, share in candidates.shares(node, chance):
+            heapq.heappush(waiting, (negative * share, child))
+    return found[1 : most + 1]
+
+
+def best_tree(
+    nodes: Sequence[tuple[int, float]], seconds: Callable[[int], float], spent: float
+) -> Plan:
+    """As many of ``nodes`` as give the most tokens per second, perhaps none.
+
+    Args:
+        nodes: From :func:`best_first`.
+        seconds: Of a forward over so many rows, the root's included.
+        spent: Seconds of the step outside the forward.
+    """
+    best = Plan((), 1.0, spent + seconds(1))
+    tokens = 1.0
+    for size, (_, chance) in enumerate(nodes, 1):
+        tokens += chance
+        time = spent + seconds(1 + size)
+        if tokens * best.seconds > best.tokens * time:
+            best = Plan(nodes[:size], tokens, time)
+    return best
+
+
+def best_chain(
+    candidates: Candidates,
+    chance: Chance,
+    most: int,
+    seconds: Callable[[int], float],
+    spent: float,
+) -> Plan:
+    """The path that gives the most tokens per second, perhaps none."""
+    best, end = Plan((), 1.0, spent + seconds(1)), 0
+    chances, tokens = {0: 1.0}, {0: 1.0}
+    for node in range(len(candidates)):
+        for child, share in candidates.shares(node, chance):
+            chances[child] = chances[node] * share
+            tokens[child] = tokens[node] + chances[child]
+        time = spent + seconds(1 + candidates.depths[node])
+        if candidates.depths[node] <= most and (
+            tokens[node] * best.seconds > best.tokens * time
+        ):
+            best, end = Plan((), tokens[node], time), node
+    nodes: list[tuple[int, float]] = []
+    while end > 0:
+        nodes.append((end, chances[end]))
+        end = candidates.parents[end]
+    return Plan(nodes[::-1], best.tokens, best.seconds)
+
+
+def _places(tree: TokenTree) -> list[int]:
+    """Each node's depth and place among its siblings as one number."""
+    places = [0] * len(tree)
+    for children in tree.children:
+        for place, child in enumerate(children):
+            depth = min(tree.depths[child], PLACES - 1)
+            places[child] = depth * PLACES + min(place, PLACES - 1)
+    return places
