@@ -27,6 +27,11 @@ from adaptspec.selector import Choice, select
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
 
+NO_STORE = (
+    "plain decoding: there is no store of profiles; none was given, and no working "
+    "plugin opens one (adaptspec strategies names plugins that failed)"
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -45,7 +50,8 @@ class Decoder:
     Args:
         model: The target.
         draft: A draft model for the strategies that need one.
-        store: Where profiles are; they are read once, here.
+        store: Where profiles are; they are read once, here. Without one, plain decoding
+            is chosen.
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
             the profiles. It may hold token ids of earlier outputs.
@@ -66,6 +72,7 @@ class Decoder:
         self.profiles: list[Profile] = (
             store.profiles(model=model.digest) if store is not None else []
         )
+        self._profiled = store is not None
         self._keeper: KnowledgeKeeper | None = None
         folder = store.folder if store is not None and learn else None
         if folder is not None:
@@ -86,6 +93,8 @@ class Decoder:
             return Choice(prompt_class, strategy, dict(params or {}), "asked for")
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
+        if not self._profiled:
+            return Choice(prompt_class, PLAIN, {}, NO_STORE)
         if prompt_class not in self._choices:
             self._choices[prompt_class] = self._runnable(
                 select(self.profiles, self.environment, prompt_class)
@@ -259,7 +268,8 @@ def load(
         model: A folder or hub name, or a loaded ``AutoModelForCausalLM``, which is
             used as it is and never changed.
         draft_model: The same for the draft.
-        db: Path or SQLAlchemy URL of the profile database; None: the user's own.
+        db: Path or SQLAlchemy URL of the profile database; None: the user's own, or no
+            profiles if no plugin opens one.
         learn: See :class:`Decoder`.
 
     Raises:
@@ -273,6 +283,8 @@ def load(
         if draft_model is None
         else _language_model(draft_model, None, dtype, target.device)
     )
+    if db is None and not _opens_stores(host):
+        return Decoder(target, draft, None, host, learn)
     if db is None or isinstance(db, str | Path):
         store = host.open_store(None if db is None else str(db))
         try:
@@ -280,6 +292,13 @@ def load(
         finally:
             store.close()
     return Decoder(target, draft, db, host, learn)
+
+
+def _opens_stores(host: Host) -> bool:
+    return any(
+        "open_profile_store" in plugin.hooks and plugin.error is None
+        for plugin in host.plugins
+    )
 
 
 def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environment:

@@ -137,3 +137,26 @@ def test_generate_prints_the_text_and_its_figures(
     assert plain["tokens_per_forward"] == 1
     assert plain["strategy"] == "autoregressive"
     assert set(plain["seconds"]) == {"prefill", "target", "draft", "rest"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    tiny_module("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_generate_works_without_a_plugin_that_opens_profiles(
+    folder: Path, capsys: pytest.CaptureFixture[str], plugins: dict[str, Any]
+) -> None:
+    del plugins["profiles"]
+    asked = ["generate", "-m", str(folder), "--raw", "-n", "5", "w3 w4 w3"]
+    assert run(*asked, "-s", "prompt_lookup") == 0
+    assert "prompt_lookup (asked for)" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="no store of profiles"):
+        assert run(*asked) == 0
+    printed = capsys.readouterr().err
+    assert "no working plugin opens one" in printed
+    assert run(*asked, "--db", str(folder / "p.db")) == 1
+    assert "no plugin opens the profile database" in capsys.readouterr().err

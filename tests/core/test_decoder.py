@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 import adaptspec
+import adaptspec_plugins
 from adaptspec.decoder import Decoder, PlainDecodingWarning, environment_of
 from adaptspec.errors import (
     AdaptSpecError,
     InvalidParamsError,
     InvalidPromptError,
     ModelLoadError,
+    ProfileStoreError,
     UnknownStrategyError,
 )
+from adaptspec.host import Host
 from adaptspec.models import LanguageModel
 from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
@@ -176,3 +179,18 @@ def test_digests_tell_models_apart_and_know_them_again(module: Any) -> None:
     environment = environment_of(one, other)
     assert environment.draft == other.digest
     assert environment.key() == replace(environment, versions={}).key()
+
+
+def test_without_a_store_plugin_nothing_is_profiled_and_strategies_can_be_asked_for(
+    module: Any,
+) -> None:
+    host = Host({"bundled": adaptspec_plugins})
+    decoder = adaptspec.load(module, tokenizer=tiny_tokenizer(), host=host)
+    asked = decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=5)
+    assert asked.choice.strategy == "prompt_lookup"
+    with pytest.warns(PlainDecodingWarning, match="no working plugin opens one"):
+        chosen = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=5)
+    assert chosen.choice.strategy == PLAIN
+    assert chosen.token_ids == asked.token_ids
+    with pytest.raises(ProfileStoreError, match=r"no plugin opens.*mine\.db"):
+        adaptspec.load(module, db="mine.db", host=host)
