@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adaptspec.cli.output import print_json
+from adaptspec.cli.output import print_json, without_loading_bars
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 
@@ -67,7 +67,8 @@ def generate(
         from adaptspec.default_model import default_model_path
 
         model = str(default_model_path(lambda line: click.echo(line, err=True)))
-    decoder = load(model, draft_model, db, dtype=dtype, host=host)
+    with without_loading_bars():
+        decoder = load(model, draft_model, db, dtype=dtype, host=host)
     chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
     asked: Any = [{"role": "user", "content": text}] if chat else text
     result = decoder.generate(

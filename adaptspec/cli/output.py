@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 PIPE_WIDTH = 200
@@ -34,3 +36,20 @@ def print_json(value: Any) -> None:
     import click
 
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Inside, transformers shows no bar for loading weights; a download's bar stays."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()  # the hub's, too
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import adaptspec_plugins
 import adaptspec_profiles.plugin
@@ -160,3 +161,17 @@ def test_generate_works_without_a_plugin_that_opens_profiles(
     assert "no working plugin opens one" in printed
     assert run(*asked, "--db", str(folder / "p.db")) == 1
     assert "no plugin opens the profile database" in capsys.readouterr().err
+
+
+def test_generate_prints_one_line_on_stderr_whatever_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in capsys.readouterr().err  # else this tests nothing
+    asked = ["generate", "-m", str(folder), "--db", str(folder / "p.db"), "--raw"]
+    assert run(*asked, "-n", "3", "-s", "autoregressive", "w3 w4") == 0
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "tokens/s" in lines[0]
+    AutoModelForCausalLM.from_pretrained(folder)  # bars are as they were
+    assert "Loading weights" in capsys.readouterr().err

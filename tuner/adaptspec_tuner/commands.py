@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptspec.cli.output import print_json, stderr_console, stdout_console
+from adaptspec.cli.output import (
+    print_json,
+    stderr_console,
+    stdout_console,
+    without_loading_bars,
+)
 from adaptspec.errors import AdaptSpecError
 
 if TYPE_CHECKING:
@@ -104,25 +109,26 @@ def tune(
 
         model = str(default_model_path(lambda text: errors.print(text, markup=False)))
     try:
-        result = run_tune(
-            model,
-            draft_model,
-            prompts,
-            db=db,
-            budget=seconds,
-            strategies=names,
-            trials=trials,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            seed=seed,
-            limit=limit,
-            baselines=baselines,
-            fresh=fresh,
-            host=host,
-            progress=Progress(errors, time.monotonic),
-        )
+        with without_loading_bars():
+            result = run_tune(
+                model,
+                draft_model,
+                prompts,
+                db=db,
+                budget=seconds,
+                strategies=names,
+                trials=trials,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                seed=seed,
+                limit=limit,
+                baselines=baselines,
+                fresh=fresh,
+                host=host,
+                progress=Progress(errors, time.monotonic),
+            )
     except Interrupted as stopped:
         if stopped.result.classes:
             _show(stopped.result, as_json)
