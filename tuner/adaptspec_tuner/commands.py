@@ -66,7 +66,11 @@ def parse_budget(text: str) -> float:
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most prompts per class.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Most prompts per class. A strategy needs 4, 2 of them held out, to win.",
+)
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.profile import PLAIN, Environment, Profile
-from adaptspec.selector import Choice
+from adaptspec.selector import FEWEST_PROMPTS, Choice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,11 @@ class ClassResult:
             self.profiles,
             key=lambda p: (not self.won(p), -p.measurement.ratio),
         )
+
+    @property
+    def few(self) -> bool:
+        """Whether it was confirmed on too few prompts for a strategy to be chosen."""
+        return all(p.measurement.prompts < FEWEST_PROMPTS for p in self.profiles)
 
     def won(self, profile: Profile) -> bool:
         """Whether ``profile`` is the winner."""
@@ -93,6 +98,13 @@ def print_result(result: TuneResult, console: Console) -> None:
     say = dict(markup=False, highlight=False, soft_wrap=True)
     if any(found.reused for found in result.classes):
         console.print("* one prompt only: reported on what it was tuned on", **say)  # type: ignore[arg-type]
+    if few := [found.name for found in result.classes if found.few]:
+        console.print(
+            f"too few held-out prompts: {', '.join(few)}: a strategy is chosen on "
+            f"{FEWEST_PROMPTS} or more, so give {2 * FEWEST_PROMPTS} prompts a class "
+            "or more, half are held out, and a budget that confirms them",
+            **say,  # type: ignore[arg-type]
+        )
     for name, reason in result.unavailable.items():
         console.print(f"not run: {name}: {reason}", **say)  # type: ignore[arg-type]
     if result.classes:
