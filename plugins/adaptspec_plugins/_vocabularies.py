@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -282,17 +282,17 @@ def _is_invalid(character: str) -> bool:
     return "\udc80" <= character <= "\udcff"
 
 
-def _spelling(tokens: Sequence[str]) -> Any:
+def _spelling(tokens: Sequence[str]) -> Callable[[str], bytes]:
     """How a tokenizer's names for its tokens turn into bytes."""
     if any("\u2581" in token for token in tokens):
         return _spell_marked
     octets = _octets()
 
     def spell(token: str) -> bytes:
-        found = [octets.get(character) for character in token]
-        if None in found:
+        try:
+            return token.translate(octets).encode("latin-1")
+        except UnicodeEncodeError:
             return token.encode()
-        return bytes(byte for byte in found if byte is not None)
 
     return spell
 
@@ -303,11 +303,8 @@ def _spell_marked(token: str) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
-def _octets() -> dict[str, int]:
+def _octets() -> dict[int, int]:
     """Byte-level tokenizers' characters: printable Latin-1 as it is, the rest after."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {
-        **{chr(byte): byte for byte in plain},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
-    }
+    return {256 + i: byte for i, byte in enumerate(others)}
