@@ -1,0 +1,86 @@
+"""The examples of the pages are whole, work, and are what is shipped."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import adaptspec_profiles.plugin
+from adaptspec import hookspecs
+from adaptspec.cli import build_cli
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine
+from adaptspec.host import Host
+from adaptspec.testing.fakes import hf_greedy, random_ids, tiny_model
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_profiles.sql import SqlStore
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def code(page: str, section: str) -> str:
+    """The Python block of a section, named by what its heading starts with."""
+    text = (DOCS / page).read_text().split(f"\n## {section}", 1)[1]
+    return text.split("\n## ", 1)[0].split("```python\n", 1)[1].split("```", 1)[0]
+
+
+@pytest.fixture
+def host() -> Host:
+    """The four plugins of hooks.md beside the first-party store."""
+    plugins: dict[str, Any] = {"profiles": adaptspec_profiles.plugin}
+    for hook in HOOKS:
+        module = types.ModuleType(hook)
+        exec(code("hooks.md", f"`{hook}("), vars(module))
+        plugins[hook] = module
+    found = Host(plugins)
+    assert [p.error for p in found.plugins] == [None] * len(plugins)
+    return found
+
+
+HOOKS = [n for n, f in vars(hookspecs).items() if hasattr(f, "adaptspec_spec")]
+
+
+def test_the_strategy_of_the_page_drafts_and_changes_nothing(host: Host) -> None:
+    model = tiny_model("llama")
+    prompt = random_ids(9)
+    for limit in (1, 2, 30):
+        run = Engine(model, None).generate(
+            host.create("repeat"), prompt, Controls(max_new_tokens=limit)
+        )
+        assert run.token_ids == hf_greedy(model, prompt, limit)
+    assert run.stats.proposed > 0
+
+
+def test_the_baseline_of_the_page_says_what_generate_says(host: Host) -> None:
+    model = tiny_model("llama")
+    prompt = random_ids(9)
+    run = host.baselines["no_cache"]().run(model, None, prompt, 7)
+    assert run.token_ids == hf_greedy(model, prompt, 7)
+    assert run.tokens_per_second > 0
+
+
+def test_the_command_of_the_page_counts(host: Host) -> None:
+    done = CliRunner().invoke(build_cli(host), ["count"], obj=host)
+    assert done.output.strip() == str(len(host.strategies)) == "1"
+
+
+def test_the_store_of_the_page_takes_its_url_and_leaves_others(
+    host: Host, tmp_path: Path
+) -> None:
+    assert isinstance(host.open_store("scratch:"), MemoryStore)
+    store = host.open_store(str(tmp_path / "p.db"))
+    assert isinstance(store, SqlStore)
+    store.close()
+
+
+@pytest.mark.parametrize("section", ["1.", "2.", "3.", "4."])
+def test_the_tutorial_shows_what_the_example_package_ships(section: str) -> None:
+    package = DOCS / "examples" / "adaptspec-echo"
+    shipped = "\n".join(f.read_text() for f in sorted(package.rglob("*.py")))
+    pieces = code("writing-a-plugin.md", section).split("\n\n")
+    for piece in pieces:
+        assert piece.strip() in shipped
