@@ -7,15 +7,18 @@ al. 2024, arXiv:2408.07978), so that sampling emits what plain sampling would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
-from adaptspec.strategy import Context, Drafter, Law, Strategy, Target, TokenTree
+from adaptspec.params import Params, Scalar, Tunable
+from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
+from adaptspec_plugins._draft_chain import DraftChain, DraftLaw
 from adaptspec_plugins._draft_sequence import DraftSequence
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DraftModelParams(Params):
@@ -30,7 +33,7 @@ class DraftModelParams(Params):
         lt=1.0,
         description="stop after a token the draft gives less probability than this",
     )
-    draft_law: Literal["independent", "coupled"] = Field(
+    draft_law: DraftLaw = Field(
         default="independent",
         description=(
             "under sampling: accept more, or emit plain sampling's tokens exactly"
@@ -52,6 +55,13 @@ class DraftModel(Strategy):
     reference = "arXiv:2211.17192"
     Params = DraftModelParams
     needs_draft = True
+    # Coupled, so that it proposes deterministically under sampling too. Past a token
+    # the draft doubts, another forward of it seldom pays.
+    joins: ClassVar[Mapping[str, Scalar]] = {
+        "k": 6,
+        "stop": 0.3,
+        "draft_law": "coupled",
+    }
     params: DraftModelParams
 
     def start(self, target: Target) -> Drafter:
@@ -62,45 +72,17 @@ class DraftModel(Strategy):
 class _ChainDrafter(Drafter):
     def __init__(self, params: DraftModelParams, target: Target) -> None:
         assert target.draft is not None
-        self._params = params
-        self._sampling = target.sampling
-        self._sampled = not target.sampling.greedy and params.draft_law == "independent"
+        self._k = params.k
+        self._chain = DraftChain(
+            target.sampling, params.draft_law, params.stop, params.draft_temperature
+        )
         self._sequence = DraftSequence(target.draft, target.model.vocab_size)
 
     def propose(self, context: Context) -> TokenTree:
-        count = min(self._params.k, self._sequence.room(context))
-        root = context.ids[-1]
-        if count < 1:
-            return TokenTree.root_only(root)
-        logits = self._sequence.begin(context)[0]
-        ids = list(context.ids)
-        laws: list[torch.Tensor] = []
-        while True:
-            token, confidence = self._next(ids, logits, laws)
-            ids.append(token)
-            drafted = len(ids) - len(context.ids)
-            # Stopping after the doubtful token, never before it: whether a token is
-            # drafted must not depend on which token it is.
-            if drafted == count or confidence < self._params.stop:
-                break
-            logits = self._sequence.extend([token], [drafted - 1])[0]
-        law = Law.INDEPENDENT if self._sampled else Law.DETERMINISTIC
-        return TokenTree.chain(root, ids[len(context.ids) :], law, laws)
+        def after(drafted: Sequence[int]) -> torch.Tensor:
+            if not drafted:
+                return self._sequence.begin(context)[0]
+            return self._sequence.extend(drafted[-1:], [len(drafted) - 1])[0]
 
-    def _next(
-        self, ids: Sequence[int], logits: torch.Tensor, laws: list[torch.Tensor]
-    ) -> tuple[int, float]:
-        """The next draft token and the draft's probability of it (1 if nobody asks)."""
-        if self._sampling.greedy:
-            # The law, not the logits: processors (repetition penalty) move the argmax.
-            token = int(self._sampling.probs(ids, logits).argmax())
-            if self._params.stop == 0:
-                return token, 1.0
-            return token, float(logits.float().softmax(-1)[token])
-        probs = self._sampling.probs(ids, logits / self._params.draft_temperature)
-        if self._sampled:
-            laws.append(probs)
-            [token] = self._sampling.draw(probs)
-        else:
-            token = self._sampling.coupled(probs, len(ids))
-        return token, float(probs[token]) if self._params.stop > 0 else 1.0
+        count = min(self._k, self._sequence.room(context))
+        return self._chain.draft(context.ids, count, after)

@@ -1,0 +1,93 @@
+"""A chain of tokens drawn from a model's logits, greedily, sampled or coupled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from adaptspec.strategy import Law, SamplingLaw, TokenTree
+
+if TYPE_CHECKING:
+    import torch
+
+DEEPEST, BINS = 16, 16  # told apart in a node's evidence
+
+DraftLaw = Literal["independent", "coupled"]
+
+
+class DraftChain:
+    """Draws draft tokens one after the other, each from the law after those before.
+
+    Args:
+        sampling: The controls in force.
+        draft_law: Under sampling: independent draws that carry their laws, or the
+            tokens that the target's own noise picks.
+        stop: The chain ends after a token of less probability than this.
+        temperature: Under sampling: factor on the temperature of the draft's law.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingLaw,
+        draft_law: DraftLaw,
+        stop: float,
+        temperature: float = 1.0,
+    ) -> None:
+        self._sampling = sampling
+        self._sampled = not sampling.greedy and draft_law == "independent"
+        self._stop = stop
+        self._temperature = temperature
+
+    def draft(
+        self,
+        ids: Sequence[int],
+        count: int,
+        after: Callable[[Sequence[int]], torch.Tensor],
+    ) -> TokenTree:
+        """A chain of up to ``count`` tokens behind ``ids``; its root alone below one.
+
+        ``after(drafted)`` gives the draft's logits ``[vocab]`` after the tokens drafted
+        so far; each call has one token more, the first none. Where probabilities are
+        asked for (``stop``), each node's evidence is its depth and its probability.
+        """
+        if count < 1:
+            return TokenTree.root_only(ids[-1])
+        tokens = list(ids)
+        drafted: list[int] = []
+        laws: list[torch.Tensor] = []
+        evidence = [0]
+        while True:
+            token, confidence = self._next(tokens, after(drafted), laws)
+            tokens.append(token)
+            drafted.append(token)
+            evidence.append(_evidence(len(drafted), confidence))
+            # Stopping after the doubtful token, never before it: whether a token is
+            # drafted must not depend on which token it is.
+            if len(drafted) == count or confidence < self._stop:
+                break
+        law = Law.INDEPENDENT if self._sampled else Law.DETERMINISTIC
+        tree = TokenTree.chain(ids[-1], drafted, law, laws)
+        return replace(tree, evidence=evidence) if self._stop > 0 else tree
+
+    def _next(
+        self, ids: Sequence[int], logits: torch.Tensor, laws: list[torch.Tensor]
+    ) -> tuple[int, float]:
+        """The next draft token and the draft's probability of it (1 if nobody asks)."""
+        if self._sampling.greedy:
+            # The law, not the logits: processors (repetition penalty) move the argmax.
+            token = int(self._sampling.probs(ids, logits).argmax())
+            if self._stop == 0:
+                return token, 1.0
+            return token, float(logits.float().softmax(-1)[token])
+        probs = self._sampling.probs(ids, logits / self._temperature)
+        if self._sampled:
+            laws.append(probs)
+            [token] = self._sampling.draw(probs)
+        else:
+            token = self._sampling.coupled(probs, len(ids))
+        return token, float(probs[token]) if self._stop > 0 else 1.0
+
+
+def _evidence(depth: int, confidence: float) -> int:
+    return (min(depth, DEEPEST) - 1) * BINS + min(int(confidence * BINS), BINS - 1)
