@@ -163,6 +163,29 @@ class LanguageModel:
         """An empty cache with room for ``capacity`` tokens."""
         return TreeCache(self._layers, capacity)
 
+    def shallow(self, layers: int) -> LanguageModel:
+        """The lowest ``layers`` decoder layers, the final norm and the head.
+
+        A view: every module and weight is this model's, and none is changed. Run it on
+        ``cache.lower(layers)`` of a cache of this model. ``source`` stays the whole.
+
+        Raises:
+            ValueError: if ``layers`` isn't fewer than this model's, or its decoder
+                layers aren't one list of modules.
+        """
+        if not 1 <= layers < self._layers:
+            raise ValueError(f"1 <= layers < {self._layers} must hold, got {layers}")
+        _ = self.capability  # its probe settles use_masks, which the view takes over
+        view = copy.copy(self)
+        for name in ("capability", "latency", "reaches"):
+            view.__dict__.pop(name, None)
+        view.model = _cut(self.model, self._layers, layers)
+        view.config = view.model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        view.name = f"{self.name}, lowest {layers} layers"
+        view.digest = f"{self.digest}-{layers}"
+        view._layers = layers
+        return view
+
     def plain_cache(self) -> PlainCache:
         """The model's own cache, for models whose state can't be rolled back."""
         from transformers import DynamicCache
@@ -468,6 +491,45 @@ def _view(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         shared[id(tensor)] = tensor
     return copy.deepcopy(model, shared)
+
+
+def _cut(model: nn.Module, total: int, layers: int) -> nn.Module:
+    """``model`` with ``layers`` of its ``total`` decoder layers.
+
+    Copied are the modules above the layers, their list and their configurations.
+    """
+    lists = [
+        name
+        for name, child in model.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) == total
+    ]
+    outermost = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
+    if len(outermost) != 1:
+        found = ", ".join(outermost) or "none"
+        raise ValueError(f"one list of {total} layers is needed to cut, found {found}")
+    configs: dict[int, Any] = {}  # deepcopy's memo: configurations may share a part
+    top = module = _twin(model, configs, layers)
+    for name in outermost[0].split("."):
+        child = _twin(module._modules[name], configs, layers)
+        module._modules[name] = child
+        module = child
+    for name in list(module._modules)[layers:]:
+        del module._modules[name]
+    return top
+
+
+def _twin(module: Any, configs: dict[int, Any], layers: int) -> nn.Module:
+    """A copy with a module dictionary and configuration of its own."""
+    twin: nn.Module = copy.copy(module)
+    twin._modules = dict(module._modules)
+    if "config" in module.__dict__:
+        config: Any = copy.deepcopy(module.config, configs)
+        twin.config = config
+        text = config.get_text_config(decoder=True)
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = list(text.layer_types[:layers])
+    return twin
 
 
 def _use_masked_attention(view: nn.Module) -> None:
