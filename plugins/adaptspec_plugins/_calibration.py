@@ -32,10 +32,12 @@ PRIOR_ACCEPTED, PRIOR_SEEN = 1.0, 3.0
 # Steps along the gradient of the log loss. The offset is a sequence's own: it must
 # move within some ten observations. The weights are every sequence's.
 OFFSET_STEP, OFFSET_BOUND = 0.1, 2.0
-WEIGHT_STEP, WEIGHT_BOUND = 0.02, 3.0
+# At the n-th observation of a set of weights 2 / (n + 10), never less than this.
+WEIGHT_STEP, WEIGHT_BOUND = 0.02, 4.0
+MOST_RIVALS = 2  # told apart in the choice of weights
 BINS, BIN_BOUND = 20, 6.0
 # Pseudo-observations without error in each bin of the last stage.
-BIN_PRIOR = 20.0
+BIN_PRIOR = 10.0
 LEAST, MOST = 0.002, 0.995
 
 
@@ -93,43 +95,50 @@ class Calibration:
     def __init__(self, names: Sequence[str]) -> None:
         self.counts = {name: Counts() for name in names}
         self._by_index = list(self.counts.values())
-        # Who names the token, and whether someone names another -> bias and weights.
-        self._weights: dict[tuple[int, bool], list[float]] = {}
-        self._surplus = [0.0] * BINS  # right less predicted
-        self._binned = [0.0] * BINS
+        # Who names the token, and how many at most name another -> bias, weights of
+        # the members and, last, of the rival.
+        self._weights: dict[tuple[int, int], list[float]] = {}
+        self._updates: dict[tuple[int, int], int] = {}
+        self._surplus = [0.0] * (BINS * (MOST_RIVALS + 1))  # right less predicted
+        self._binned = [0.0] * (BINS * (MOST_RIVALS + 1))
 
     def fresh_offsets(self) -> list[float]:
         """One sequence's log-odds offset of each member, learnt from 0."""
         return [0.0] * len(self._by_index)
 
-    def chance(self, marks: Marks, rivals: bool, offsets: Sequence[float]) -> float:
+    def chance(self, marks: Marks, rival: Marks, offsets: Sequence[float]) -> float:
         """How likely the node is right, given that its parent is.
 
         Args:
             marks: Who proposes it on which evidence; sorted by member.
-            rivals: Whether a member proposes only siblings of it.
+            rival: Those of its strongest sibling's that propose only siblings of it.
             offsets: The sequence's.
         """
-        mixed = self._mixed(marks, rivals, offsets)[0]
-        at = _bin(mixed)
+        mixed = self._mixed(marks, rival, offsets)[0]
+        at = _bin(mixed, rival)
         chance = _squash(mixed) + self._surplus[at] / (self._binned[at] + BIN_PRIOR)
         return min(max(chance, LEAST), MOST)
 
     def learn(
-        self, marks: Marks, rivals: bool, offsets: list[float], right: bool
+        self, marks: Marks, rival: Marks, offsets: list[float], right: bool
     ) -> None:
         """Learn from a node whose parent was accepted; moves ``offsets``."""
-        mixed, weights, inputs = self._mixed(marks, rivals, offsets)
-        at, error = _bin(mixed), right - _squash(mixed)
+        mixed, weights, inputs = self._mixed(marks, rival, offsets)
+        at, error = _bin(mixed, rival), right - _squash(mixed)
         self._surplus[at] = self._surplus[at] * KEPT + error
         self._binned[at] = self._binned[at] * KEPT + 1.0
-        weights[0] += WEIGHT_STEP * error
+        key = _key(marks, rival)
+        count = self._updates.get(key, 0)
+        self._updates[key] = count + 1
+        rate = max(WEIGHT_STEP, 2 / (count + 10)) * error
+        weights[0] = _clip(weights[0] + rate, 2 * WEIGHT_BOUND)
         for i, (member, evidence) in enumerate(marks):
             self._by_index[member].learn(evidence, right)
             step = OFFSET_STEP * error * weights[i + 1]
             offsets[member] = _clip(offsets[member] + step, OFFSET_BOUND)
-            moved = weights[i + 1] + WEIGHT_STEP * error * inputs[i]
-            weights[i + 1] = _clip(moved, WEIGHT_BOUND)
+        for i, value in enumerate(inputs, 1):
+            moved = weights[i] + rate * value
+            weights[i] = _clip(moved, WEIGHT_BOUND)
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
         """Merge the counts of every member; names nobody has here are left out."""
@@ -148,21 +157,21 @@ class Calibration:
         return held
 
     def _mixed(
-        self, marks: Marks, rivals: bool, offsets: Sequence[float]
+        self, marks: Marks, rival: Marks, offsets: Sequence[float]
     ) -> tuple[float, list[float], list[float]]:
         """Log-odds of the mixture, its weights (bias first) and inputs."""
-        members = 0
-        for member, _ in marks:
-            members |= 1 << member
-        weights = self._weights.get((members, rivals))
+        key = _key(marks, rival)
+        weights = self._weights.get(key)
         if weights is None:
             # Between the mean of the log-odds (all say the same) and their sum.
-            weights = [0.0] + [1 / len(marks) ** 0.6] * len(marks)
-            self._weights[members, rivals] = weights
+            weights = [0.0] + [1 / len(marks) ** 0.6] * len(marks) + [0.0]
+            self._weights[key] = weights
         inputs = [
             _stretch(self._by_index[member].chance(evidence)) + offsets[member]
             for member, evidence in marks
         ]
+        against = [self._by_index[other].chance(evidence) for other, evidence in rival]
+        inputs.append(_stretch(max(against)) if against else 0.0)
         mixed = weights[0]
         for weight, value in zip(weights[1:], inputs, strict=True):
             mixed += weight * value
@@ -198,6 +207,13 @@ def _clip(value: float, bound: float) -> float:
     return min(max(value, -bound), bound)
 
 
-def _bin(log_odds: float) -> int:
+def _bin(log_odds: float, rival: Marks) -> int:
     share = (_clip(log_odds, BIN_BOUND) + BIN_BOUND) / (2 * BIN_BOUND)
-    return min(int(share * BINS), BINS - 1)
+    return min(int(share * BINS), BINS - 1) + BINS * min(len(rival), MOST_RIVALS)
+
+
+def _key(marks: Marks, rival: Marks) -> tuple[int, int]:
+    members = 0
+    for member, _ in marks:
+        members |= 1 << member
+    return members, min(len(rival), MOST_RIVALS)

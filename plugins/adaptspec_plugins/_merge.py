@@ -14,10 +14,10 @@ from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.errors import InvalidTreeError
 from adaptspec_plugins._calibration import BUCKETS, Marks
 
-Chance = Callable[[Marks, bool], float]
+Chance = Callable[[Marks, Marks], float]
 
-# Siblings exclude each other; some chance stays for a token nobody proposed.
-MOST_TOGETHER = 0.98
+# Some chance stays for a token nobody proposed.
+MOST_TOGETHER = 0.99
 # Evidence of drafters that give none: their own order, this deep and wide.
 PLACES = 16
 
@@ -74,29 +74,44 @@ class Candidates:
                 marks.append((member, min(max(evidence[node], 0), BUCKETS - 1)))
                 marks.sort()
 
-    def rivalled(self, node: int) -> list[tuple[int, bool]]:
-        """The children of ``node``, and if a member proposes only siblings of it."""
+    def rivalled(self, node: int) -> list[tuple[int, Marks]]:
+        """The children of ``node``, each with the marks of its strongest rival.
+
+        That is the sibling with most members that don't propose the child itself; only
+        their marks are given, none where every member proposes the child.
+        """
         children = list(self.children[node].values())
         if len(children) == 1:
-            return [(children[0], False)]
+            return [(children[0], ())]
         masks = [sum(1 << member for member, _ in self.marks[c]) for c in children]
-        everyone = 0
-        for mask in masks:
-            everyone |= mask
-        return [
-            (child, bool(everyone & ~mask))
-            for child, mask in zip(children, masks, strict=True)
-        ]
+        found: list[tuple[int, Marks]] = []
+        for child, mask in zip(children, masks, strict=True):
+            others = [(other & ~mask).bit_count() for other in masks]
+            strongest = max(others)
+            rival = self.marks[children[others.index(strongest)]] if strongest else ()
+            found.append((child, [m for m in rival if not mask >> m[0] & 1]))
+        return found
 
     def shares(self, node: int, chance: Chance) -> list[tuple[int, float]]:
-        """The children of ``node`` with their chances if ``node`` is accepted."""
+        """The children of ``node`` with their chances if ``node`` is accepted.
+
+        Siblings exclude each other: where their chances exceed certainty, the
+        likeliest keeps its own and the others share what is left.
+        """
         found = [
-            (c, chance(self.marks[c], rivals)) for c, rivals in self.rivalled(node)
+            (child, chance(self.marks[child], rival))
+            for child, rival in self.rivalled(node)
         ]
-        total = sum(share for _, share in found)
-        if total > MOST_TOGETHER and len(found) > 1:
-            found = [(c, share * MOST_TOGETHER / total) for c, share in found]
-        return found
+        if len(found) < 2 or sum(share for _, share in found) <= MOST_TOGETHER:
+            return found
+        likeliest = max(found, key=lambda pair: pair[1])
+        kept = min(likeliest[1], MOST_TOGETHER)
+        rest = sum(share for _, share in found) - likeliest[1]
+        scale = (MOST_TOGETHER - kept) / rest
+        return [
+            (child, kept if child == likeliest[0] else share * scale)
+            for child, share in found
+        ]
 
     def tree(self, nodes: Sequence[tuple[int, float]]) -> TokenTree:
         """The tree of ``nodes``, given with their chances, likeliest path first."""

@@ -221,8 +221,8 @@ class _HybridDrafter(Drafter):
         nodes = best_first(self._candidates, self._chance, most)
         return best_tree(nodes, self._forward, spent)
 
-    def _chance(self, marks: Marks, rivals: bool) -> float:
-        return self._calibration.chance(marks, rivals, self._offsets)
+    def _chance(self, marks: Marks, rival: Marks) -> float:
+        return self._calibration.chance(marks, rival, self._offsets)
 
     def _send(self, tree: TokenTree) -> TokenTree:
         self._sent = self._clock()
@@ -235,10 +235,10 @@ class _HybridDrafter(Drafter):
         """
         path = candidates.walk(emitted)
         for at, node in enumerate(path[: len(emitted)]):
-            for child, rivals in candidates.rivalled(node):
+            for child, rival in candidates.rivalled(node):
                 right = candidates.tokens[child] == emitted[at]
                 self._calibration.learn(
-                    candidates.marks[child], rivals, self._offsets, right
+                    candidates.marks[child], rival, self._offsets, right
                 )
         if self._plan is None:
             return
