@@ -65,7 +65,11 @@ class UniversalDraft(Strategy):
         for each in (model, draft):
             if each.tokenizer is None:
                 return f"needs both models' tokenizers: {each.name} has none"
-        pairing = pair(model, draft)
+        try:
+            pairing = pair(model, draft)
+        except (AttributeError, TypeError, ValueError) as error:
+            # Tokenizers of other libraries come in under the same attribute.
+            return f"the tokenizers can't be compared: {error}"
         if pairing.same:
             return "the draft shares the target's vocabulary: use draft_model"
         if draft.capability.level == "plain":

@@ -624,6 +624,7 @@ def test_reasons_why_it_cannot_run_name_the_way_out() -> None:
     model, draft = contract_pair("llama")
     unread = noisy_draft(tiny_model("llama"))
     words = tiny_model("llama", tokenizer=tiny_tokenizer())
+    foreign = tiny_model("llama", tokenizer=object())
     mamba = tiny_model("mamba", tokenizer=byte_level("kitchen", 70))
     assert UniversalDraft.unavailable(model, draft) is None
     for target, other, expected in (
@@ -633,6 +634,7 @@ def test_reasons_why_it_cannot_run_name_the_way_out() -> None:
         (model, noisy_draft(model), "use draft_model"),
         (model, words, "byte for byte"),
         (words, model, "byte for byte"),
+        (model, foreign, "get_vocab"),
         (model, mamba, "the draft model can't roll back"),
         (mamba, draft, "the target can't verify drafts"),
     ):
