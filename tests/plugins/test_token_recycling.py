@@ -245,9 +245,7 @@ def test_the_tree_is_closed_and_holds_the_likeliest_known_paths(
     assert all(0 <= evidence <= 1023 for evidence in tree.evidence)
 
 
-def test_candidates_of_equal_evidence_have_equal_chances_below_their_parent(
-    target: LanguageModel, prompt: list[int]
-) -> None:
+def test_candidates_of_equal_evidence_have_equal_chances_below_their_parent() -> None:
     seen: dict[int, set[float]] = {}
     rows = [[(token * 5 + rank) % 31 for rank in range(6)] for token in range(31)]
     for root in range(31):
