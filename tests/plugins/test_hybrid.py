@@ -386,7 +386,7 @@ def calibration(hybrid: Hybrid) -> Calibration:
 
 
 def test_chances_become_those_of_each_drafter_and_evidence() -> None:
-    simulated = world(3000)
+    simulated = world(2000)
     hybrid = hybrid_of(
         simulated.member("fair", 0.4),
         simulated.member(
@@ -411,7 +411,7 @@ def test_chances_become_those_of_each_drafter_and_evidence() -> None:
 def test_as_many_tokens_come_as_were_expected_however_drafters_depend(
     sources: tuple[str, ...],
 ) -> None:
-    simulated = world(4000)
+    simulated = world(2500)
     hybrid = hybrid_of(
         *(
             simulated.member(f"member{i}", 0.6, source=source)
@@ -424,9 +424,9 @@ def test_as_many_tokens_come_as_were_expected_however_drafters_depend(
 
 
 def test_expectations_follow_a_text_that_changes() -> None:
-    simulated = world(4000)
-    member = simulated.member("fickle", lambda at: 0.9 if at < 2000 else 0.2)
-    steps = [s for s in simulated.decode(hybrid_of(member)) if s.at > 2300]
+    simulated = world(2000)
+    member = simulated.member("fickle", lambda at: 0.9 if at < 1000 else 0.2)
+    steps = [s for s in simulated.decode(hybrid_of(member)) if s.at > 1200]
     expected = sum(step.expected for step in steps)
     assert sum(step.emitted for step in steps) == pytest.approx(expected, rel=0.05)
 
@@ -483,7 +483,7 @@ def sure_then_unsure(simulated: World) -> type[Strategy]:
 
 
 def test_the_model_is_asked_where_the_free_drafters_are_unsure_and_only_there() -> None:
-    simulated = world(4000)
+    simulated = world(2400)
     model = simulated.member("model", 0.85, takes=0.6, needs_draft=True)
     steps = simulated.decode(hybrid_of(sure_then_unsure(simulated), model))
     asked = set(simulated.asked["model"])
@@ -498,7 +498,7 @@ def test_with_a_model_worth_its_time_the_text_comes_sooner_than_with_either_alon
     None
 ):
     def total(free: bool, use_draft: bool) -> float:
-        simulated = world(4000)
+        simulated = world(2000)
         members = [simulated.member("model", 0.85, takes=0.6, needs_draft=True)]
         if free:
             members.append(sure_then_unsure(simulated))

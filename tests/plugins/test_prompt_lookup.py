@@ -119,6 +119,27 @@ def test_branches_are_distinct_continuations_of_matches_and_as_many_as_there_are
     assert len(set(proposed)) == len(proposed) == min(branches, len(real))
 
 
+@given(Tokens, st.integers(1, 4))
+def test_nodes_of_one_evidence_share_match_depth_and_rank(
+    ids: list[int], branches: int
+) -> None:
+    tree = propose(ids, max_ngram=3, branches=branches, num_tokens=20)
+    copies: list[tuple[int, list[int]]] = []
+    for n in (3, 2, 1):
+        for begin in reversed(naive_starts(ids, n)):
+            copy = naive_continuation(ids, begin, 20)
+            if copy not in [known for _, known in copies]:
+                copies.append((n, copy))
+    for node in range(1, len(tree)):
+        path = tree.path_tokens(node)
+        rank, n = next(
+            (rank, n)
+            for rank, (n, copy) in enumerate(copies)
+            if copy[: len(path)] == path
+        )
+        assert tree.evidence[node] == 64 * n + 4 * min(len(path), 15) + rank
+
+
 def test_the_majority_beats_the_most_recent_match_only_when_asked_to() -> None:
     ids = [1, 7, 1, 7, 1, 9, 1]
     assert propose(ids, num_tokens=1, max_ngram=1).tokens[1] == 9
