@@ -1,0 +1,104 @@
+"""``adaptspec tune`` as a process, on tiny random models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
+
+# The first-party plugins by name: the tests don't depend on what else is installed.
+# A test run in a shell's background ignores Ctrl-C, and so would what it starts.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import adaptspec_plugins
+from adaptspec import cli, host
+from adaptspec_profiles import plugin as profiles
+from adaptspec_tuner import plugin as tuner
+mine = host.Host({"bundled": adaptspec_plugins, "profiles": profiles, "tuner": tuner})
+host.Host.installed = classmethod(lambda cls: mine)
+cli.main(["tune", *sys.argv[1:]])
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts ``tune`` with these arguments; what still runs is killed at the end."""
+    paths = [str(Path(p or ".").resolve()) for p in sys.path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "ADAPTSPEC_NATIVE": "0",  # nothing here needs the kernel built first
+        "OMP_NUM_THREADS": "1",
+    }
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:  # closes its pipes
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a target and of a draft that often agrees with it."""
+    target = tiny_model("llama", tokenizer=tiny_tokenizer())
+    folders = []
+    for model in (target, noisy_draft(target)):
+        folder = tmp_path_factory.mktemp("model")
+        model.source.save_pretrained(folder)  # type: ignore[operator]
+        tiny_tokenizer().save_pretrained(folder)
+        folders.append(str(folder))
+    return folders[0], folders[1]
+
+
+@pytest.fixture(scope="session")
+def four_classes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A workload of four classes with four prompts each."""
+    path = tmp_path_factory.mktemp("workload") / "prompts.jsonl"
+    lines = [
+        json.dumps({"class": name, "prompt": f"w{i} w3 w4 w{5 + i} w3 w4"})
+        for name in ("a", "b", "c", "d")
+        for i in range(2, 6)
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def rows() -> Callable[[Path, str], list[tuple[Any, ...]]]:
+    """What SQLite itself answers, beside the writers; nothing before the tables."""
+
+    def rows(db: Path, query: str) -> list[tuple[Any, ...]]:
+        if not db.exists():
+            return []
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            try:
+                return connection.execute(query).fetchall()
+            except sqlite3.OperationalError:
+                return []
+
+    return rows
