@@ -252,9 +252,10 @@ class Omniscient:
     def _next(self, rest: bytes) -> int:
         if not rest:
             return int(self.tokenizer.eos_token_id)
-        if 0x80 <= rest[0] < 0xC0:  # in the middle of a character
+        text = rest[:32].decode(errors="ignore")
+        if not text or 0x80 <= rest[0] < 0xC0:  # within a character
             return token_id(self.tokenizer, NAMES[rest[0]])
-        return encoded(self.tokenizer, rest[:32].decode(errors="ignore"))[0]
+        return encoded(self.tokenizer, text)[0]
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
@@ -303,6 +304,27 @@ def test_the_draft_reads_what_was_committed_and_drafts_what_follows_it(
             assert drafted
             assert rest.startswith(spelled(harbour, drafted))
         done += data.draw(st.integers(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("committed", "whole", "proposed"),
+    [
+        (b".\xe6\x97", b".\xe6\x97\xa5!", b"\xa5!<eos>"),
+        (b".\xe6\x97", b".xyz", b""),
+        (b".", b".ab\xe6\x97", b"ab"),
+    ],
+    ids=["finished", "another character begun", "the draft ends within one"],
+)
+def test_characters_cut_in_two_by_either_side_are_never_proposed_in_part(
+    committed: bytes, whole: bytes, proposed: bytes
+) -> None:
+    harbour, kitchen = byte_level("harbour", 330), byte_level("kitchen", 310)
+    draft = Omniscient(kitchen, "")
+    draft.text = whole
+    drafter = start(Stub(harbour), draft, mode="text", k=12)
+    ids = [token_id(harbour, NAMES[byte]) for byte in committed]
+    tree = drafter.propose(Context(ids, 40, 128, 0))
+    assert spelled(harbour, tree.tokens[1:]) == proposed
 
 
 @pytest.mark.parametrize("k", [5, 12])
