@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptspec.decoding.tree import TokenTree
-from adaptspec.params import Params, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 from adaptspec_plugins._successors import (
     COMPARED,
@@ -41,14 +41,14 @@ DEEPEST = 4  # told apart in a node's evidence
 LAST_RANK = 7  # the same
 
 
-class TokenRecyclingParams(Params):
+class TokenRecyclingParams(DraftingParams):
     """The budget of nodes decides most; the width matters little above 4."""
 
     k: Annotated[int, Tunable(2, 12)] = Field(
         default=8, ge=1, le=WIDEST, description="successors kept of each token"
     )
     nodes: Annotated[int, Tunable(4, 48, log=True)] = Field(
-        default=12, ge=1, le=128, description="candidates proposed at each step"
+        default=16, ge=1, le=128, description="most candidates proposed at each step"
     )
     persist: bool = Field(
         default=True, description="whether what one request taught serves the next"
