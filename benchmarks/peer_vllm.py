@@ -21,7 +21,7 @@ SETTINGS = {
 }
 
 
-def serve(model: str, draft: str, method: str) -> None:
+def serve(model: str, draft: str, method: str, max_length: str = "2048") -> None:
     """Answer ``{"ids": [...], "length": n}`` lines until the input ends."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -49,7 +49,7 @@ def serve(model: str, draft: str, method: str) -> None:
     engine = LLM(
         model,
         dtype="bfloat16",
-        max_model_len=2048,
+        max_model_len=int(max_length),
         max_num_seqs=1,
         enable_prefix_caching=False,
         speculative_config=speculative,
@@ -72,4 +72,4 @@ def serve(model: str, draft: str, method: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:4])
+    serve(*sys.argv[1:5])

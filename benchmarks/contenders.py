@@ -1,0 +1,129 @@
+"""Who is measured: our strategies, Hugging Face's, and vLLM in its own process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine
+from adaptspec.host import Host
+from adaptspec.models import LanguageModel
+
+HF, PLAIN = "hf_generate", "autoregressive"
+
+# Theirs, shorter than their defaults too, which may not be their best.
+SWEEP = {
+    "hf_prompt_lookup": ("prompt_lookup_num_tokens", (3, 5, 10)),
+    "hf_assisted": ("num_assistant_tokens", (3, 5, 20)),
+}
+# Ours -> theirs of the same kind.
+RIVALS = {"prompt_lookup": "hf_prompt_lookup", "draft_model": "hf_assisted"}
+
+# ids, new tokens -> tokens, ms a token, tokens per forward
+Contender = Callable[[Sequence[int], int], tuple[list[int], float, float | None]]
+
+
+def family(label: str) -> str:
+    """The strategy a label such as ``prompt_lookup:5`` is a setting of."""
+    return label.partition(":")[0]
+
+
+def ours(
+    engine: Engine,
+    host: Host,
+    name: str,
+    params: Mapping[str, Any],
+    keep: bool = False,
+) -> Contender:
+    """One of our strategies; ``keep`` lets it remember earlier prompts."""
+    held = host.create(name, params)
+
+    def run(ids: Sequence[int], length: int) -> tuple[list[int], float, float | None]:
+        controls = Controls.for_model(
+            engine.model, temperature=0, max_new_tokens=length
+        )
+        strategy = held if keep else host.create(name, params)
+        done = engine.generate(strategy, ids, controls)
+        speed = done.stats.tokens_per_second
+        return (
+            done.token_ids,
+            1e3 / speed if speed else float("nan"),
+            done.stats.tokens_per_forward,
+        )
+
+    return run
+
+
+def theirs(
+    model: LanguageModel,
+    draft: LanguageModel | None,
+    host: Host,
+    name: str,
+    params: Mapping[str, Any],
+) -> Contender:
+    """One of Hugging Face's, on an untouched model."""
+    cls = host.baselines[name]
+    baseline = cls(cls.Params.parse(params, name))
+
+    def run(ids: Sequence[int], length: int) -> tuple[list[int], float, float | None]:
+        done = baseline.run(model, draft, ids, length)
+        speed = done.tokens_per_second
+        forwards = done.target_forwards
+        decoded = len(done.token_ids) - done.first_tokens
+        return (
+            done.token_ids,
+            1e3 / speed if speed else float("nan"),
+            decoded / forwards if forwards else None,
+        )
+
+    return run
+
+
+class Peer:
+    """vLLM in its own process and Python, asked prompt by prompt."""
+
+    def __init__(
+        self, python: str, model: str, draft: str, method: str, max_length: int
+    ) -> None:
+        script = str(Path(__file__).with_name("peer_vllm.py"))
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, script, model, draft, method, str(max_length)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-20:]
+            raise click.ClickException("vLLM ended:\n" + "\n".join(last))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __call__(
+        self, ids: Sequence[int], length: int
+    ) -> tuple[list[int], float, float | None]:
+        """As every contender."""
+        assert self._process.stdin is not None
+        asked = json.dumps({"ids": list(ids), "length": length})
+        print(asked, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return answer["tokens"], answer["ms_per_token"], None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()

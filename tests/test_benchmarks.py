@@ -1,0 +1,144 @@
+"""The benchmark runs end to end on tiny models, and its ratios are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import tables
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return tables
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_module("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
+    workload = tmp_path / "w.jsonl"
+    lines = [
+        {"id": "a", "class": "x", "prompt": "one two one two one"},
+        {"id": "b", "class": "y", "prompt": "three four"},
+        {"id": "c", "class": "y", "prompt": "five " * 60},
+    ]
+    workload.write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "out.json"
+    done = run(
+        *("-m", str(model), "--draft-model", str(model), "--workload", str(workload)),
+        *("--per-class", "5", "--max-prompt-tokens", "40", "-n", "6", "--repeats", "2"),
+        *("--strategies", "prompt_lookup,draft_model", "--hf-sweep"),
+        *("--contender", "prompt_lookup:2=prompt_lookup:num_tokens=2"),
+        *("--parts", "verify,curve,drafting,choosing,help", "--json", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "y: 1 prompts over 40 tokens" in done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["settings"]) == {
+        *("hf_generate", "autoregressive", "draft_model"),
+        *("hf_prompt_lookup:3", "hf_prompt_lookup:5", "hf_prompt_lookup:10"),
+        *("hf_assisted:3", "hf_assisted:5", "hf_assisted:20"),
+        *("prompt_lookup", "prompt_lookup:2"),
+    }
+    assert len(result["runs"]) == 2 * 2 * 11
+    assert {row["class"] for row in result["table"]} == {"x", "y", "all"}
+    for row in result["table"]:
+        assert row["identical"] == row["prompts"], row
+        assert row["contender"] in done.stdout
+    for step in result["verify_step"]:
+        assert all(math.isfinite(x) and x > 0 for x in step["ratio"])
+    assert all(ms > 0 for ms in result["forward_ms"].values())
+    drafted = {(d["strategy"], d["context"]) for d in result["drafting"]}
+    assert {("prompt_lookup", 1024), ("prompt_lookup", 16384)} <= drafted
+    assert result["choosing_ms"] > 0
+
+
+def test_bad_options_are_one_line(model: Path) -> None:
+    assert "got sped" in run("-m", str(model), "--parts", "sped").stderr
+    broken = run("-m", str(model), "--contender", "x", "--parts", "none")
+    assert "LABEL=strategy" in broken.stderr
+    missing = run("-m", "nowhere-at-all", "--parts", "none")
+    assert missing.returncode == 1
+    assert "Traceback" not in missing.stderr
+    short = run("-m", str(model), "--max-prompt-tokens", "0", "--parts", "none")
+    assert "no prompt is short enough" in short.stderr
+
+
+def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> None:
+    times = {
+        ("hf_generate", "p"): [100.0, 90.0, 110.0],
+        ("hf_generate", "q"): [200.0, 210.0, 190.0],
+        ("autoregressive", "p"): [50.0, 70.0, 60.0],
+        ("autoregressive", "q"): [100.0, 100.0, 100.0],
+        ("hf_prompt_lookup:3", "p"): [40.0] * 3,
+        ("hf_prompt_lookup:3", "q"): [200.0] * 3,
+        ("hf_prompt_lookup:10", "p"): [100.0] * 3,
+        ("hf_prompt_lookup:10", "q"): [50.0] * 3,
+        ("prompt_lookup", "p"): [20.0] * 3,
+        ("prompt_lookup", "q"): [25.0, math.nan, 25.0],
+    }
+    runs = [
+        tables.Run(name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat)
+        for (name, prompt), found in times.items()
+        for repeat, ms in enumerate(found)
+    ]
+    rows = {
+        (row["class"], row["contender"]): row
+        for row in tables.summarise(runs, {("prompt_lookup", "q"): True})
+    }
+    ours = rows["all", "prompt_lookup"]
+    assert ours["ms_per_token"][1] == median([20.0, 25.0])
+    assert ours["times_hf"][1] == median([100 / 20, 200 / 25])
+    assert ours["times_plain"][1] == median([60 / 20, 100 / 25])
+    assert ours["near_ties"] == 1
+    assert rows["class p", "prompt_lookup"]["rival"] == "hf_prompt_lookup:3"
+    assert rows["class p", "prompt_lookup"]["times_rival"][1] == 2.0
+    assert rows["class q", "prompt_lookup"]["rival"] == "hf_prompt_lookup:10"
+    assert rows["class q", "prompt_lookup"]["times_rival"][1] == 2.0
+    assert ours["rival"] == "hf_prompt_lookup:10"  # medians 120 and 75
+    assert rows["all", "autoregressive"]["rival"] is None
+    assert rows["all", "hf_generate"]["times_hf"] == [1.0, 1.0, 1.0]
+
+
+def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -> None:
+    runs = [
+        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None),
+        tables.Run("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
+        tables.Run("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
+    ]
+    rows = {
+        row["contender"]: row
+        for row in tables.summarise(runs, {})
+        if row["class"] == "c"
+    }
+    assert rows["hf_generate"]["identical"] == 1
+    assert rows["prompt_lookup"]["identical"] == 0
