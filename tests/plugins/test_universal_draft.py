@@ -541,6 +541,14 @@ def test_the_drafts_cache_holds_what_it_has_read_after_every_rejection(
         compared.append(len(tokens))
         return logits
 
+    read = _Sequence.read
+
+    def whole(self: _Sequence, ids: Sequence[int], same: int) -> torch.Tensor:
+        logits = read(self, ids, same)
+        assert self._tokens == list(ids)
+        return logits
+
+    monkeypatch.setattr(_Sequence, "read", whole)
     monkeypatch.setattr(_Sequence, "feed", checked)
     prompt = random_ids(30, seed=5, vocab_size=60)
     stats = generate(pair, prompt, Controls.greedy(40), mode=mode).stats
