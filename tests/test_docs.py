@@ -73,7 +73,7 @@ def test_every_command_and_option_is_documented(host: Host) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
         for piece in page.read_text().split("](")[1:]:
             target = piece.split(")", 1)[0]
             if "://" not in target:

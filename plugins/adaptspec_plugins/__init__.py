@@ -12,13 +12,30 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_strategies() -> list[type[Strategy]]:
-    """Plain decoding, prompt lookup, and drafts of a smaller model."""
+    """Plain decoding, free drafters, drafts of a model, and the mixture of them."""
     from adaptspec_plugins.autoregressive import Autoregressive
     from adaptspec_plugins.draft_model import DraftModel
     from adaptspec_plugins.draft_tree import DraftTree
+    from adaptspec_plugins.early_exit import EarlyExit
+    from adaptspec_plugins.hybrid import Hybrid
+    from adaptspec_plugins.lookahead import Lookahead
     from adaptspec_plugins.prompt_lookup import PromptLookup
+    from adaptspec_plugins.suffix import Suffix
+    from adaptspec_plugins.token_recycling import TokenRecycling
+    from adaptspec_plugins.universal_draft import UniversalDraft
 
-    return [Autoregressive, PromptLookup, DraftModel, DraftTree]
+    return [
+        Autoregressive,
+        PromptLookup,
+        Suffix,
+        TokenRecycling,
+        Lookahead,
+        EarlyExit,
+        DraftModel,
+        DraftTree,
+        UniversalDraft,
+        Hybrid,
+    ]
 
 
 @hookimpl

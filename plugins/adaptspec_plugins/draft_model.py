@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptspec.params import Params, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 from adaptspec_plugins._draft_chain import DraftChain, DraftLaw
 from adaptspec_plugins._draft_sequence import DraftSequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class DraftModelParams(Params):
+class DraftModelParams(DraftingParams):
     """``draft_law`` and ``draft_temperature`` matter only under sampling."""
 
     k: Annotated[int, Tunable(1, 12)] = Field(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Law, Strategy, Target, TokenTree
 from adaptspec_plugins._draft_sequence import DraftSequence
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptspec.models import LanguageModel
 
 
-class DraftTreeParams(Params):
+class DraftTreeParams(DraftingParams):
     """``mode`` matters only under sampling: greedy drafts are always deterministic."""
 
     nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
 from adaptspec_plugins._draft_chain import DraftChain, DraftLaw
 
@@ -35,7 +35,7 @@ TOLERATED_LOSS = 2.0
 MEMORY = 0.95
 
 
-class EarlyExitParams(Params):
+class EarlyExitParams(DraftingParams):
     """``draft_law`` matters only under sampling."""
 
     depth: Annotated[float, Tunable(0.1, 0.75, step=0.05)] = Field(

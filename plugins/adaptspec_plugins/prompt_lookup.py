@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from adaptspec.params import Params, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 
 # Most recent matches of one n-gram looked at in a step: keeps a step's time flat where
@@ -21,7 +21,7 @@ from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 MOST_MATCHES = 64
 
 
-class PromptLookupParams(Params):
+class PromptLookupParams(DraftingParams):
     """Tuned bounds of the n-gram sizes don't overlap: every tuned pair is valid."""
 
     num_tokens: Annotated[int, Tunable(2, 24, log=True)] = Field(

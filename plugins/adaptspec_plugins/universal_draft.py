@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Law, Strategy, Target, TokenTree
 from adaptspec_plugins._vocabularies import LOOKBEHIND, Reading, complete, pair
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptspec.models import LanguageModel
 
 
-class UniversalDraftParams(Params):
+class UniversalDraftParams(DraftingParams):
     """Both modes emit the target's own law; ``text`` plain sampling's tokens, too."""
 
     mode: Annotated[Literal["text", "intersection"], Tunable()] = Field(
