@@ -27,13 +27,17 @@ KEPT = 0.998
 MOST_SEEN = 1 / (1 - KEPT)
 # A bucket counts for itself once it was seen this often; before, for its member.
 THIN = 4.0
-# Before anything is known: right once in three, as if seen thrice.
-PRIOR_ACCEPTED, PRIOR_SEEN = 1.0, 3.0
-# Steps along the gradient of the log loss. The offset is a sequence's own: it must
-# move within some ten observations. The weights are every sequence's.
-OFFSET_STEP, OFFSET_BOUND = 0.1, 2.0
+# Before anything is known, as if seen thrice: right once, or twice if it is a model. A
+# timid start costs a free drafter nothing, since it learns unverified; a model that
+# promises little isn't asked.
+PRIOR, MODEL_PRIOR, PRIOR_SEEN = 1.0, 2.0, 3.0
+# A sequence shifts a member's log-odds: how far, as a variance over sequences; how fast
+# the shift is still followed late in a sequence, as the least variance.
+SPREAD, LEAST_SPREAD = 1.0, 0.15
+OFFSET_BOUND = 3.0
+# Steps along the gradient of the log loss, which every sequence shares.
 # At the n-th observation of a set of weights 2 / (n + 10), never less than this.
-WEIGHT_STEP, WEIGHT_BOUND = 0.02, 4.0
+WEIGHT_STEP, WEIGHT_BOUND = 0.005, 4.0
 MOST_RIVALS = 2  # told apart in the choice of weights
 BINS, BIN_BOUND = 20, 6.0
 # Pseudo-observations without error in each bin of the last stage.
@@ -44,7 +48,8 @@ LEAST, MOST = 0.002, 0.995
 class Counts:
     """One member's accepted and seen nodes per evidence, old ones fading."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: float = PRIOR) -> None:
+        self._prior = prior
         self.accepted = [0.0] * BUCKETS
         self.seen = [0.0] * BUCKETS
         self._all_accepted = 0.0
@@ -53,7 +58,7 @@ class Counts:
 
     def chance(self, evidence: int) -> float:
         """Mean of the bucket's posterior, shrunk to the member's mean while thin."""
-        mean = (self._all_accepted + PRIOR_ACCEPTED) / (self._all_seen + PRIOR_SEEN)
+        mean = (self._all_accepted + self._prior) / (self._all_seen + PRIOR_SEEN)
         return (self.accepted[evidence] + THIN * mean) / (self.seen[evidence] + THIN)
 
     def learn(self, evidence: int, right: bool) -> None:
@@ -85,15 +90,37 @@ class Counts:
         return known
 
 
+class Shifts:
+    """How far one sequence's log-odds are from the members' own, and how surely.
+
+    A Kalman filter of a constant, seen through a logistic: it leaps at first and
+    settles.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.offsets = [0.0] * members
+        self._precisions = [1 / SPREAD] * members
+
+    def learn(self, member: int, weight: float, chance: float, error: float) -> None:
+        """Move one member's, whose log-odds entered a prediction with ``weight``."""
+        precision = self._precisions[member] + weight * weight * chance * (1 - chance)
+        self._precisions[member] = min(precision, 1 / LEAST_SPREAD)
+        moved = self.offsets[member] + weight * error / precision
+        self.offsets[member] = _clip(moved, OFFSET_BOUND)
+
+
 class Calibration:
     """Chances that a node is accepted if its parent is.
 
     Args:
         names: The members; marks carry their indices.
+        models: Those of them that draft with a model.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.counts = {name: Counts() for name in names}
+    def __init__(self, names: Sequence[str], models: Sequence[str] = ()) -> None:
+        self.counts = {
+            name: Counts(MODEL_PRIOR if name in models else PRIOR) for name in names
+        }
         self._by_index = list(self.counts.values())
         # Who names the token, and how many at most name another -> bias, weights of
         # the members and, last, of the rival.
@@ -102,29 +129,28 @@ class Calibration:
         self._surplus = [0.0] * (BINS * (MOST_RIVALS + 1))  # right less predicted
         self._binned = [0.0] * (BINS * (MOST_RIVALS + 1))
 
-    def fresh_offsets(self) -> list[float]:
-        """One sequence's log-odds offset of each member, learnt from 0."""
-        return [0.0] * len(self._by_index)
+    def fresh(self) -> Shifts:
+        """The shifts of a sequence that begins."""
+        return Shifts(len(self._by_index))
 
-    def chance(self, marks: Marks, rival: Marks, offsets: Sequence[float]) -> float:
+    def chance(self, marks: Marks, rival: Marks, shifts: Shifts) -> float:
         """How likely the node is right, given that its parent is.
 
         Args:
             marks: Who proposes it on which evidence; sorted by member.
             rival: Those of its strongest sibling's that propose only siblings of it.
-            offsets: The sequence's.
+            shifts: The sequence's.
         """
-        mixed = self._mixed(marks, rival, offsets)[0]
+        mixed = self._mixed(marks, rival, shifts)[0]
         at = _bin(mixed, rival)
         chance = _squash(mixed) + self._surplus[at] / (self._binned[at] + BIN_PRIOR)
         return min(max(chance, LEAST), MOST)
 
-    def learn(
-        self, marks: Marks, rival: Marks, offsets: list[float], right: bool
-    ) -> None:
-        """Learn from a node whose parent was accepted; moves ``offsets``."""
-        mixed, weights, inputs = self._mixed(marks, rival, offsets)
-        at, error = _bin(mixed, rival), right - _squash(mixed)
+    def learn(self, marks: Marks, rival: Marks, shifts: Shifts, right: bool) -> None:
+        """Learn from a node whose parent was accepted; moves ``shifts``."""
+        mixed, weights, inputs = self._mixed(marks, rival, shifts)
+        at, chance = _bin(mixed, rival), _squash(mixed)
+        error = right - chance
         self._surplus[at] = self._surplus[at] * KEPT + error
         self._binned[at] = self._binned[at] * KEPT + 1.0
         key = _key(marks, rival)
@@ -134,8 +160,7 @@ class Calibration:
         weights[0] = _clip(weights[0] + rate, 2 * WEIGHT_BOUND)
         for i, (member, evidence) in enumerate(marks):
             self._by_index[member].learn(evidence, right)
-            step = OFFSET_STEP * error * weights[i + 1]
-            offsets[member] = _clip(offsets[member] + step, OFFSET_BOUND)
+            shifts.learn(member, weights[i + 1], chance, error)
         for i, value in enumerate(inputs, 1):
             moved = weights[i] + rate * value
             weights[i] = _clip(moved, WEIGHT_BOUND)
@@ -157,7 +182,7 @@ class Calibration:
         return held
 
     def _mixed(
-        self, marks: Marks, rival: Marks, offsets: Sequence[float]
+        self, marks: Marks, rival: Marks, shifts: Shifts
     ) -> tuple[float, list[float], list[float]]:
         """Log-odds of the mixture, its weights (bias first) and inputs."""
         key = _key(marks, rival)
@@ -167,7 +192,7 @@ class Calibration:
             weights = [0.0] + [1 / len(marks) ** 0.6] * len(marks) + [0.0]
             self._weights[key] = weights
         inputs = [
-            _stretch(self._by_index[member].chance(evidence)) + offsets[member]
+            _stretch(self._by_index[member].chance(evidence)) + shifts.offsets[member]
             for member, evidence in marks
         ]
         against = [self._by_index[other].chance(evidence) for other, evidence in rival]

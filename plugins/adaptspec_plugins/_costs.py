@@ -17,9 +17,12 @@ COSTLY = 0.05
 # A member cheaper than this share is never worth resting.
 FREE = 0.002
 # Calls before a costly member is judged: its counts must know something first.
-FIRST_CALLS = 8
-# Called only where it promises this much more speed: the promise is an estimate.
-MARGIN = 1.01
+FIRST_CALLS = 4
+# Called only where it promises this much more speed: the promise is an estimate. A
+# sequence's first calls may promise less, since sequences differ more than that.
+MARGIN, FIRST_MARGIN = 1.01, 0.85
+# Calls after which a sequence's own experience counts as much as all others'.
+OWN = 4
 # Expected accepted tokens without the member, the upper ends of all classes but one.
 CLASSES = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Steps before an idle member is tried again, doubled each time that it doesn't pay:
@@ -73,9 +76,10 @@ class MemberCost:
 
     def __init__(self, needs_draft: bool) -> None:
         self.seconds = Mean()  # of a proposal after the sequence's first
-        self.first_seconds = Mean()  # of the first, per token of its prompt
         self.gain = Mean()  # accepted tokens a step that no other member proposed
         self._needs_draft = needs_draft
+        self._first_seconds = 0.0  # of all first proposals, with their prompts' tokens
+        self._firsts, self._read = 0, 0
         self._tokens = [Mean() for _ in range(len(CLASSES) + 1)]
         self._verify = [Mean() for _ in range(len(CLASSES) + 1)]
 
@@ -83,28 +87,53 @@ class MemberCost:
         """Whether it is asked only where it pays; ``plain`` is t(1) in seconds."""
         return self._needs_draft or self.seconds.value > COSTLY * plain
 
+    def took(self, seconds: float, prompt: int | None) -> None:
+        """A proposal took ``seconds``; the sequence's first read ``prompt`` tokens."""
+        if prompt is None:
+            self.seconds.add_seconds(seconds)
+            return
+        self._first_seconds += seconds
+        self._firsts += 1
+        self._read += prompt
+
+    def reading(self, prompt: int) -> float:
+        """Seconds that a first proposal takes more than others."""
+        more = self._first_seconds - self._firsts * self.seconds.value
+        return max(0.0, more) * prompt / max(1, self._read)
+
     def called(self, before: Plan, after: Plan, spent: float) -> None:
         """Its proposals turned one plan into another; ``spent`` is in after alone."""
         at = _class(before.tokens)
         self._tokens[at].add(after.tokens - before.tokens)
         self._verify[at].add(after.seconds - before.seconds - spent)
 
-    def promise(self, plan: Plan) -> Plan | None:
+    def promise(self, plan: Plan, surplus: float = 0.0) -> Plan | None:
         """The plan expected after calling it, None while that isn't known.
 
         A class without observations takes those of the nearest less sure one, where
         the member brings more if anything.
+
+        Args:
+            surplus: Tokens it brings in this sequence beyond those it brings in all.
         """
-        if self.seconds.count + self.first_seconds.count < FIRST_CALLS:
+        if self.seconds.count + self._firsts < FIRST_CALLS:
             return None
-        at = _class(plan.tokens)
-        known = [i for i, mean in enumerate(self._tokens) if mean.count]
-        at = max((i for i in known if i <= at), default=min(known, default=at))
+        at = self._known_class(plan)
         return Plan(
             (),
-            plan.tokens + self._tokens[at].value,
+            plan.tokens + max(0.0, self._tokens[at].value + surplus),
             plan.seconds + self.seconds.value + self._verify[at].value,
         )
+
+    def surplus(self, before: Plan, after: Plan) -> float:
+        """Tokens that a call brings beyond the mean of its class."""
+        mean = self._tokens[self._known_class(before)].value
+        return after.tokens - before.tokens - mean
+
+    def _known_class(self, plan: Plan) -> int:
+        at = _class(plan.tokens)
+        known = [i for i, mean in enumerate(self._tokens) if mean.count]
+        return max((i for i in known if i <= at), default=min(known, default=at))
 
 
 class Turns:
@@ -116,6 +145,7 @@ class Turns:
         self._idle = 0
         self._awake = 0
         self._patience = PATIENCE
+        self._surplus = Mean()
 
     def wants_call(self, plan: Plan, room: int, prompt: int) -> bool:
         """Whether a costly member pays now; ``plan`` is the step without it.
@@ -124,11 +154,13 @@ class Turns:
             room: Tokens still to come, over which its first call is paid off.
             prompt: Tokens its first call reads.
         """
-        promised = self.cost.promise(plan)
-        pays = promised is None or promised.rate > MARGIN * plan.rate
+        own = self._surplus.value * self._surplus.count / (self._surplus.count + OWN)
+        promised = self.cost.promise(plan, own)
+        margin = FIRST_MARGIN if self.calls < FIRST_CALLS else MARGIN
+        pays = promised is None or promised.rate > margin * plan.rate
         if pays and promised is not None and not self.calls:
             saved = room * (1 / plan.rate - 1 / promised.rate)
-            pays = saved > self.cost.first_seconds.value * prompt
+            pays = saved > self.cost.reading(prompt)
         if pays:
             self._patience = PATIENCE
             return True
@@ -155,6 +187,11 @@ class Turns:
         self._patience = min(2 * self._patience, MOST_PATIENCE)
         return False
 
+    def judged(self, before: Plan, after: Plan, spent: float) -> None:
+        """A costly member's call turned one plan into another in ``spent`` seconds."""
+        self._surplus.add(self.cost.surplus(before, after))
+        self.cost.called(before, after, spent)
+
     def skipped(self) -> None:
         """The member was left out of a step."""
         self._idle += 1
@@ -164,10 +201,7 @@ class Turns:
         self._idle = 0
         self._awake += 1
         self.calls += 1
-        if self.calls > 1:
-            self.cost.seconds.add_seconds(seconds)
-        else:
-            self.cost.first_seconds.add(seconds / prompt)
+        self.cost.took(seconds, prompt if self.calls == 1 else None)
 
 
 def _class(tokens: float) -> int:

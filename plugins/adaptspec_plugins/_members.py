@@ -37,7 +37,10 @@ class Members:
             strategy = cls(cls.Params.parse(cls.joins or {}, cls.name))
             strategy.meet(strategies)
             self._members.append(Member(index, strategy))
-        self.calibration = Calibration([cls.name for cls in joining])
+        self.calibration = Calibration(
+            [cls.name for cls in joining],
+            [cls.name for cls in joining if cls.needs_draft],
+        )
 
     def __iter__(self) -> Iterator[Member]:
         """In the order of their indices."""

@@ -144,7 +144,7 @@ class _HybridDrafter(Drafter):
         self._calibration = calibration
         self._forward = forward
         self._max_nodes = max_nodes
-        self._offsets = calibration.fresh_offsets()
+        self._shifts = calibration.fresh()
         self._observing = Mean()
         self._candidates: Candidates | None = None
         self._plan: Plan | None = None
@@ -182,7 +182,7 @@ class _HybridDrafter(Drafter):
                 continue
             spent = self._ask(run, context)
             before, plan = plan, self._best(most, self._clock() - began)
-            run.cost.called(before, plan, spent)
+            run.turns.judged(before, plan, spent)
         self._plan = plan
         return self._send(candidates.tree(plan.nodes))
 
@@ -222,7 +222,7 @@ class _HybridDrafter(Drafter):
         return best_tree(nodes, self._forward, spent)
 
     def _chance(self, marks: Marks, rival: Marks) -> float:
-        return self._calibration.chance(marks, rival, self._offsets)
+        return self._calibration.chance(marks, rival, self._shifts)
 
     def _send(self, tree: TokenTree) -> TokenTree:
         self._sent = self._clock()
@@ -238,7 +238,7 @@ class _HybridDrafter(Drafter):
             for child, rival in candidates.rivalled(node):
                 right = candidates.tokens[child] == emitted[at]
                 self._calibration.learn(
-                    candidates.marks[child], rival, self._offsets, right
+                    candidates.marks[child], rival, self._shifts, right
                 )
         if self._plan is None:
             return

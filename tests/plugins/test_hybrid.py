@@ -559,7 +559,7 @@ def learnt(seed: int, right: int, wrong: int) -> Calibration:
     outcomes = [True] * right + [False] * wrong
     Random(seed).shuffle(outcomes)
     for outcome in outcomes:
-        found.learn([(0, 9)], (), found.fresh_offsets(), outcome)
+        found.learn([(0, 9)], (), found.fresh(), outcome)
     return found
 
 
