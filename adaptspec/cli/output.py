@@ -41,14 +41,16 @@ def print_json(value: Any) -> None:
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
     """Inside, transformers shows no bar for loading weights; a download's bar stays."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
+    import huggingface_hub.utils
+    import transformers.utils
 
+    logging: Any = transformers.utils.logging
+    hub: Any = huggingface_hub.utils
     if not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()  # the hub's, too
-    enable_progress_bars()
+    hub.enable_progress_bars()
     try:
         yield
     finally:

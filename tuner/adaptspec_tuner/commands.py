@@ -37,7 +37,7 @@ def parse_budget(text: str) -> float:
 
 @click.command()
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
-@click.option("--draft-model", help="Draft model folder, of the same vocabulary.")
+@click.option("--draft-model", help="Draft model folder, best of the same vocabulary.")
 @click.option("--workload", type=Path, help="JSON lines; default: the examples.")
 @click.option("--budget", default="8m", show_default=True, help="90s, 10m, 1h...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
