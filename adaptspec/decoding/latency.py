@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from adaptspec.decoding.tree import TokenTree
 
 if TYPE_CHECKING:
+    from adaptspec.decoding.cache import TreeCache
     from adaptspec.models import LanguageModel
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 128
-ROUNDS = 3
+ROUNDS = 4
+LONGEST_SECONDS = 3.0  # no further round after this: large models need fewer
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,33 @@ def measure_latency(
         context = max(1, min(CONTEXT, model.max_length - max(rows)))
     cache = model.new_cache(context + max(rows))
     model.prefill([i % model.vocab_size for i in range(context)], cache)
-    times: dict[int, list[float]] = {count: [] for count in rows}
     token = min(5, model.vocab_size - 1)
-    for turn in range(rounds + 1):
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    started = perf_counter()
+    _timed(model, cache, 1, context, token)  # warm-up
+    for _ in range(rounds):
         for count in rows:
-            tree = TokenTree.chain(token, [token] * (count - 1))
-            started = perf_counter()
-            model.verify(tree, cache)
-            if model.device.type == "cuda":
-                import torch
-
-                torch.cuda.synchronize(model.device)
-            if turn:  # the first is a warm-up
-                times[count].append(perf_counter() - started)
-            cache.truncate(context)
+            times[count].append(_timed(model, cache, count, context, token))
+        if perf_counter() - started > LONGEST_SECONDS:
+            break
     seconds: list[float] = []
     for count in rows:
         found = min(times[count])
         seconds.append(max(found, seconds[-1]) if seconds else found)
     return LatencyCurve(tuple(rows), tuple(seconds), context)
+
+
+def _timed(
+    model: LanguageModel, cache: TreeCache, count: int, context: int, token: int
+) -> float:
+    """Seconds of one forward of ``count`` tokens."""
+    tree = TokenTree.chain(token, [token] * (count - 1))
+    started = perf_counter()
+    model.verify(tree, cache)
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)
+    seconds = perf_counter() - started
+    cache.truncate(context)
+    return seconds

@@ -1,0 +1,47 @@
+"""The latency curve: what it interpolates, and that measuring leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptspec.decoding import latency as subject
+from adaptspec.decoding.latency import LatencyCurve, measure_latency
+from adaptspec.testing.fakes import tiny_model
+
+
+def test_between_and_beyond_the_measured_sizes_it_is_a_line() -> None:
+    curve = LatencyCurve((1, 3, 5), (1.0, 2.0, 6.0))
+    assert [curve(rows) for rows in (1, 2, 3, 4, 5, 7)] == [1, 1.5, 2, 4, 6, 10]
+    assert LatencyCurve((1,), (2.0,))(50) == 2.0
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=6), st.integers(1, 40))
+def test_it_never_falls(rises: list[float], rows: int) -> None:
+    seconds = [sum(rises[: i + 1]) for i in range(len(rises))]
+    curve = LatencyCurve([1 + 4 * i for i in range(len(rises))], seconds)
+    assert curve(rows) <= curve(rows + 1)
+
+
+def test_noise_cannot_make_more_tokens_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = {1: [5.0, 3.0], 2: [4.0, 2.0], 4: [9.0, 7.0]}
+    left = {count: list(times) for count, times in noisy.items()}
+    warm_up = [True]
+
+    def timed(model: object, cache: object, count: int, *rest: int) -> float:
+        if warm_up.pop() if warm_up else False:
+            return 100.0
+        return left[count].pop(0)
+
+    monkeypatch.setattr(subject, "_timed", timed)
+    curve = measure_latency(tiny_model("llama"), rows=(1, 2, 4), rounds=2)
+    assert curve.seconds == (3.0, 3.0, 7.0)
+
+
+def test_a_real_measurement_covers_all_sizes() -> None:
+    model = tiny_model("gpt2")  # learned positions: it must stay inside them
+    curve = measure_latency(model, rows=(1, 2, 8), rounds=1)
+    assert tuple(curve.rows) == (1, 2, 8)
+    assert all(seconds > 0 for seconds in curve.seconds)
+    assert model.latency is model.latency
