@@ -17,10 +17,10 @@ COSTLY = 0.05
 # A member cheaper than this share is never worth resting.
 FREE = 0.002
 # Calls before a costly member is judged: its counts must know something first.
-FIRST_CALLS = 4
+FIRST_CALLS = 2
 # Called only where it promises this much more speed: the promise is an estimate. A
 # sequence's first calls may promise less, since sequences differ more than that.
-MARGIN, FIRST_MARGIN = 1.01, 0.85
+MARGIN, FIRST_MARGIN = 1.01, 0.93
 # Calls after which a sequence's own experience counts as much as all others'.
 OWN = 4
 # Expected accepted tokens without the member, the upper ends of all classes but one.

