@@ -23,16 +23,12 @@ SWEEP = {
     "hf_prompt_lookup": ("prompt_lookup_num_tokens", (3, 5, 10)),
     "hf_assisted": ("num_assistant_tokens", (3, 5, 20)),
 }
-# Ours -> theirs of the same kind.
+# Ours -> theirs of the same kind; the others are held against all of theirs.
 RIVALS = {"prompt_lookup": "hf_prompt_lookup", "draft_model": "hf_assisted"}
+THEIRS = ("hf_generate", "hf_prompt_lookup", "hf_assisted")
 
 # ids, new tokens -> tokens, ms a token, tokens per forward
 Contender = Callable[[Sequence[int], int], tuple[list[int], float, float | None]]
-
-
-def family(label: str) -> str:
-    """The strategy a label such as ``prompt_lookup:5`` is a setting of."""
-    return label.partition(":")[0]
 
 
 def ours(
@@ -87,7 +83,11 @@ def theirs(
 
 
 class Peer:
-    """vLLM in its own process and Python, asked prompt by prompt."""
+    """vLLM in its own process and Python, asked prompt by prompt.
+
+    Raises:
+        ClickException: with the last lines it printed, where it ends.
+    """
 
     def __init__(
         self, python: str, model: str, draft: str, method: str, max_length: int

@@ -153,7 +153,8 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
                 proposed = perf_counter() - started
                 kept = [n for n in range(len(tree)) if n not in tree.unread]
                 rows = {node: row for row, node in enumerate(kept)}
-                outcome = Outcome(tree, [0], ids[-1:], rows, logits[: len(kept)])
+                coming = text[length + step + 1 : length + step + 2] or [0]
+                outcome = Outcome(tree, [0], coming, rows, logits[: len(kept)])
                 started = perf_counter()
                 drafter.observe(outcome)
                 times.append(1e3 * (proposed + perf_counter() - started))

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,10 @@ def decode_all(
             first = (turn + repeat) % len(names)
             for name in names[first:] + names[:first]:
                 tokens, ms, per = contenders[name](ids, length)
-                runs.append(Run(name, prompt_id, prompt_class, tokens, ms, per, repeat))
+                timed = None if ms != ms else ms
+                runs.append(
+                    Run(name, prompt_id, prompt_class, tokens, timed, per, repeat)
+                )
         done(runs)
     return runs
 
@@ -236,6 +239,8 @@ def main(
             param_hint="--parts",
         )
     console, progress = Console(), Console(stderr=True)
+    if not console.is_terminal:  # a log has no margin
+        console = Console(width=150)
     host = Host.installed()
     prompts_file = read_workload(Path(workload)) if workload else example_workload()
     model = load_model(model_path, dtype=dtype)
@@ -271,9 +276,17 @@ def main(
         settings = parse_params(params)
         found: dict[str, Contender] = {}
         used: dict[str, Any] = {}
+        kinds: dict[str, str] = {}
         theirs_wanted = baselines.split(",") if baselines else sorted(host.baselines)
         for name in dict.fromkeys([HF, *theirs_wanted]):
-            if host.baselines[name].unavailable(untouched, plain_draft) is not None:
+            if name not in host.baselines:
+                raise click.BadParameter(
+                    f"{', '.join(sorted(host.baselines))} expected, got {name!r}",
+                    param_hint="--baselines",
+                )
+            reason = host.baselines[name].unavailable(untouched, plain_draft)
+            if reason is not None:
+                progress.print(f"not run: {name}: {reason}", markup=False)
                 continue
             values: list[dict[str, Any]] = [settings.get(name, {})]
             if hf_sweep and name in SWEEP:
@@ -281,7 +294,7 @@ def main(
                 values = [{**values[0], field: number} for number in tried]
             for value in values:
                 label = name if len(values) == 1 else f"{name}:{value[field]}"
-                used[label] = value
+                used[label], kinds[label] = value, name
                 found[label] = theirs(untouched, plain_draft, host, name, value)
         engine = Engine(model, draft)
         ours_wanted = [
@@ -290,25 +303,38 @@ def main(
         ]
         more = [parse_contender(value) for value in contender]
         for label, name, chosen in [(PLAIN, PLAIN, {}), *ours_wanted, *more]:
-            if host.strategy(name).unavailable(model, draft) is None:
-                used[label] = chosen
-                found[label] = ours(engine, host, name, chosen, keep)
-        peers: dict[str, Peer] = {}
-        if vllm_python:
-            for method in vllm_method:
-                peers[f"vllm_{method}"] = Peer(
-                    vllm_python, model_path, draft_path or "", method, vllm_length
+            if reason := host.strategy(name).unavailable(model, draft):
+                progress.print(f"not run: {label}: {reason}", markup=False)
+                continue
+            if label in kinds and (kinds[label], used[label]) != (name, chosen):
+                raise click.BadParameter(
+                    f"{label!r} is taken; give another label", param_hint="--contender"
                 )
+            used[label], kinds[label] = chosen, name
+            found[label] = ours(engine, host, name, chosen, keep)
+        peers: dict[str, Peer] = {}
+        if vllm_python and "draft_model" in vllm_method and draft_path is None:
+            raise click.ClickException("vLLM's draft_model needs --draft-model")
         texts = {prompt[0]: prompt[2] for prompt in prompts}
         result["settings"] = used
 
+        ties: dict[tuple[str, str], bool] = {}
+        judged = 0
+
         def note(runs: list[Run]) -> None:
-            ties = explained(model, runs, texts)
-            result["table"] = summarise(runs, ties)
-            result["runs"] = [asdict(replace(run, tokens=[])) for run in runs]
+            nonlocal judged
+            ties.update(explained(model, runs[judged:], texts))
+            judged = len(runs)
+            result["table"] = summarise(runs, ties, kinds)
+            result["runs"] = [asdict(run) for run in runs]
             write()
 
         try:
+            for method in vllm_method if vllm_python else ():
+                kinds[f"vllm_{method}"] = "vllm"
+                peers[f"vllm_{method}"] = Peer(
+                    vllm_python or "", model_path, draft_path or "", method, vllm_length
+                )
             decode_all({**found, **peers}, prompts, repeats, progress.print, note)
         finally:
             for peer in peers.values():

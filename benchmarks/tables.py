@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from contenders import HF, PLAIN, RIVALS, family
+from contenders import HF, PLAIN, RIVALS, THEIRS
 
 ALL = "all"
 
@@ -23,7 +23,7 @@ class Run:
     prompt: str
     prompt_class: str
     tokens: list[int]
-    ms_per_token: float
+    ms_per_token: float | None  # None for an output of one token
     tokens_per_forward: float | None
     repeat: int = 0
 
@@ -40,24 +40,29 @@ def per_prompt(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
     """(contender, prompt) -> median ms a token over the repeats."""
     times: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        if run.ms_per_token == run.ms_per_token:  # not an output of one token
+        if run.ms_per_token is not None:
             times.setdefault((run.contender, run.prompt), []).append(run.ms_per_token)
     return {key: median(found) for key, found in times.items()}
 
 
 def summarise(
-    runs: Sequence[Run], ties: Mapping[tuple[str, str], bool]
+    runs: Sequence[Run],
+    ties: Mapping[tuple[str, str], bool],
+    strategies: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """A row per class and contender, the class ``all`` last.
 
     Ratios are paired by prompt: to ``generate``, to our plain decoding, and to the best
-    setting of Hugging Face's own strategy of the same kind, best in that class.
+    setting of Hugging Face's own strategy of the same kind (of all theirs, where there
+    is none), best in that class. ``strategies`` says what each contender is.
     """
     ms = per_prompt(runs)
     names = list(dict.fromkeys(run.contender for run in runs))
     classes = [*dict.fromkeys(run.prompt_class for run in runs), ALL]
     of_class = {run.prompt: run.prompt_class for run in runs}
-    tokens = {(r.contender, r.prompt): r.tokens for r in runs}
+    tokens: dict[tuple[str, str], list[list[int]]] = {}
+    for run in runs:
+        tokens.setdefault((run.contender, run.prompt), []).append(run.tokens)
     rows = []
     for prompt_class in classes:
         prompts = [p for p, c in of_class.items() if prompt_class in (c, ALL)]
@@ -74,7 +79,9 @@ def summarise(
                 pairs = [(ms[other, p], ms[name, p]) for p in timed if (other, p) in ms]
                 return spread([a / b for a, b in pairs]) if pairs else None
 
-            rival = best_of(RIVALS.get(family(name)), names, prompts, ms)
+            wanted = rivals_of(strategies[name])
+            rivals = [other for other in names if strategies[other] in wanted]
+            rival = best_of(rivals, prompts, ms)
             per_forward = [
                 r.tokens_per_forward
                 for r in runs
@@ -92,7 +99,8 @@ def summarise(
                     "times_rival": ratios(rival),
                     "tokens_per_forward": median(per_forward) if per_forward else None,
                     "identical": sum(
-                        tokens[name, p] == tokens.get((PLAIN, p)) for p in timed
+                        all(t == tokens[PLAIN, p][0] for t in tokens[name, p])
+                        for p in timed
                     ),
                     "near_ties": sum(ties.get((name, p), False) for p in timed),
                 }
@@ -100,19 +108,22 @@ def summarise(
     return rows
 
 
+def rivals_of(strategy: str) -> Sequence[str]:
+    """Theirs that a strategy of ours is held against; none for theirs."""
+    if strategy in (*THEIRS, PLAIN) or strategy.startswith("vllm"):
+        return ()
+    return (RIVALS[strategy],) if strategy in RIVALS else THEIRS
+
+
 def best_of(
-    wanted: str | None,
-    names: Sequence[str],
-    prompts: Sequence[str],
-    ms: Mapping[tuple[str, str], float],
+    names: Sequence[str], prompts: Sequence[str], ms: Mapping[tuple[str, str], float]
 ) -> str | None:
-    """The setting of a strategy with the least median time on these prompts."""
-    settings = {
-        name: [ms[name, p] for p in prompts if (name, p) in ms]
+    """The contender with the least median time on these prompts."""
+    timed = {
+        name: median(found)
         for name in names
-        if wanted is not None and family(name) == wanted
+        if (found := [ms[name, p] for p in prompts if (name, p) in ms])
     }
-    timed = {name: median(found) for name, found in settings.items() if found}
     return min(timed, key=lambda name: timed[name], default=None)
 
 

@@ -89,12 +89,16 @@ def test_bad_options_are_one_line(model: Path) -> None:
     missing = run("-m", "nowhere-at-all", "--parts", "none")
     assert missing.returncode == 1
     assert "Traceback" not in missing.stderr
+    taken = run("-m", str(model), "--contender", "hf_generate=suffix:tree=no")
+    assert "'hf_generate' is taken" in taken.stderr
+    unknown = run("-m", str(model), "--baselines", "nobody", "--parts", "none")
+    assert "got 'nobody'" in unknown.stderr
     short = run("-m", str(model), "--max-prompt-tokens", "0", "--parts", "none")
     assert "no prompt is short enough" in short.stderr
 
 
 def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> None:
-    times = {
+    times: dict[tuple[str, str], list[float | None]] = {
         ("hf_generate", "p"): [100.0, 90.0, 110.0],
         ("hf_generate", "q"): [200.0, 210.0, 190.0],
         ("autoregressive", "p"): [50.0, 70.0, 60.0],
@@ -104,8 +108,15 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
         ("hf_prompt_lookup:10", "p"): [100.0] * 3,
         ("hf_prompt_lookup:10", "q"): [50.0] * 3,
         ("prompt_lookup", "p"): [20.0] * 3,
-        ("prompt_lookup", "q"): [25.0, math.nan, 25.0],
+        ("prompt_lookup", "q"): [25.0, None, 25.0],
+        ("mine", "p"): [80.0] * 3,
+        ("mine", "q"): [25.0] * 3,
     }
+
+    def kind(name: str) -> str:
+        return {"mine": "hybrid"}.get(name, name.partition(":")[0])
+
+    kinds = {name: kind(name) for name, _ in times}
     runs = [
         tables.Run(name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat)
         for (name, prompt), found in times.items()
@@ -113,7 +124,7 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
     ]
     rows = {
         (row["class"], row["contender"]): row
-        for row in tables.summarise(runs, {("prompt_lookup", "q"): True})
+        for row in tables.summarise(runs, {("prompt_lookup", "q"): True}, kinds)
     }
     ours = rows["all", "prompt_lookup"]
     assert ours["ms_per_token"][1] == median([20.0, 25.0])
@@ -126,19 +137,26 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
     assert rows["class q", "prompt_lookup"]["times_rival"][1] == 2.0
     assert ours["rival"] == "hf_prompt_lookup:10"  # medians 120 and 75
     assert rows["all", "autoregressive"]["rival"] is None
+    assert rows["class p", "mine"]["rival"] == "hf_prompt_lookup:3"
+    assert rows["class p", "mine"]["times_rival"][1] == 0.5
+    assert rows["class q", "mine"]["times_rival"][1] == 2.0
     assert rows["all", "hf_generate"]["times_hf"] == [1.0, 1.0, 1.0]
 
 
 def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -> None:
     runs = [
         tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None),
+        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None, 1),
+        tables.Run("suffix", "p", "c", [1, 4], 2.0, None),
+        tables.Run("suffix", "p", "c", [1, 2], 2.0, None, 1),
         tables.Run("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
         tables.Run("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
     ]
     rows = {
         row["contender"]: row
-        for row in tables.summarise(runs, {})
+        for row in tables.summarise(runs, {}, {run.contender: "x" for run in runs})
         if row["class"] == "c"
     }
     assert rows["hf_generate"]["identical"] == 1
     assert rows["prompt_lookup"]["identical"] == 0
+    assert rows["suffix"]["identical"] == 0  # one of its repeats differed
