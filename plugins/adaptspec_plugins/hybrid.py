@@ -191,6 +191,7 @@ class _HybridDrafter(Drafter):
         if outcome.tree is not None and self._candidates is not None:
             self._forward.observe(len(outcome.tree), began - self._sent)
             self._learn(self._candidates, outcome.emitted)
+            self._candidates = None  # a gate may pass the next step over
         for run in self._runs:
             run.observe(outcome)
         if outcome.tree is not None:

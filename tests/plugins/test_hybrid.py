@@ -327,7 +327,12 @@ class World:
             },
         )
 
-    def decode(self, hybrid: Hybrid, begin: int = 10) -> list[Step]:
+    def decode(
+        self,
+        hybrid: Hybrid,
+        begin: int = 10,
+        passed_over: Callable[[int], bool] = lambda step: False,
+    ) -> list[Step]:
         """Run the text through; the steps in order."""
         ready = SimpleNamespace(level="tree", reason="")
         model: Any = SimpleNamespace(
@@ -348,7 +353,9 @@ class World:
             context = Context(
                 list(self.text[:at]), len(self.text) - at, 128, len(steps)
             )
-            tree = drafter.propose(context)
+            tree = TokenTree.root_only(self.text[at - 1])
+            if not passed_over(len(steps)):
+                tree = drafter.propose(context)
             expected = drafter._plan.tokens if drafter._plan else 1.0
             self.clock.now += self.seconds(len(tree))
             path = [0]
@@ -453,6 +460,16 @@ def test_nodes_behind_the_end_of_the_output_are_not_counted() -> None:
     [step] = simulated.decode(hybrid)
     assert step.emitted == 2
     assert calibration(hybrid).counts["good"].seen[1:5] == [1, 0, 0, 0]
+
+
+def test_a_step_it_was_not_asked_for_teaches_nothing() -> None:
+    simulated = world(40)
+    hybrid = hybrid_of(simulated.member("good", 1.0))
+    simulated.decode(hybrid, passed_over=lambda step: step % 2 == 1)
+    # Each step has four right tokens; twice learnt from, the second would look wrong.
+    counts = calibration(hybrid).counts["good"]
+    assert counts.accepted == counts.seen
+    assert sum(counts.seen) > 8
 
 
 def test_a_drafter_that_is_never_right_leaves_the_tree_and_a_good_one_stays() -> None:
