@@ -36,6 +36,7 @@ DEFAULT_NEW_TOKENS = 64
 FINALISTS = 3
 REPEATS = 3
 PLAIN_SHARE = 0.25  # of the budget, at most
+FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
 
 
@@ -218,11 +219,15 @@ def tune_with(
                 lambda: clock() < deadline - total * (1 - PLAIN_SHARE),
                 warn,
             )
+            usable = affordable(
+                [p for p in tuning.prompts if p.id in plain],
+                {key: sample.seconds for key, sample in plain.items()},
+                len(strategies),
+                (search_end - clock()) * FIRST_TRIALS_SHARE,
+            )
             for cls in strategies:
-                for name, prompts in tuning.by_class().items():
-                    usable = [p for p in prompts if p.id in plain]
-                    if usable:
-                        search.add(name, cls, usable, plain)
+                for name, prompts in usable.items():
+                    search.add(name, cls, prompts, plain)
             for arm in search.search():
                 warn(
                     f"{arm.prompt_class}: no time for {arm.name}; give a larger "
@@ -284,6 +289,32 @@ def tune_with(
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     return result
+
+
+def affordable(
+    prompts: Sequence[Prompt],
+    seconds: Mapping[str, float],
+    strategies: int,
+    budget: float,
+) -> dict[str, list[Prompt]]:
+    """The prompts of each class that trials run on: all, or as many as time allows.
+
+    One trial of every strategy on them takes about ``budget`` seconds at most; a class
+    keeps one prompt at least. A strategy seen on one prompt may still be confirmed, one
+    never tried can't.
+
+    Args:
+        seconds: Prompt id -> what plain decoding took.
+    """
+    classes: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        classes.setdefault(prompt.prompt_class, []).append(prompt)
+    whole = strategies * sum(seconds[prompt.id] for prompt in prompts)
+    share = min(1.0, max(0.0, budget) / whole) if whole > 0 else 1.0
+    return {
+        name: found[: max(1, int(len(found) * share))]
+        for name, found in classes.items()
+    }
 
 
 def run_id(
