@@ -83,19 +83,22 @@ def theirs(
 
 
 class Peer:
-    """vLLM in its own process and Python, asked prompt by prompt.
+    """Another engine in its own process and Python, asked prompt by prompt.
+
+    Args:
+        python: The interpreter that has it.
+        script: A file beside this one: a JSON line per prompt in, one per answer out.
+        arguments: The script's.
 
     Raises:
         ClickException: with the last lines it printed, where it ends.
     """
 
-    def __init__(
-        self, python: str, model: str, draft: str, method: str, max_length: int
-    ) -> None:
-        script = str(Path(__file__).with_name("peer_vllm.py"))
+    def __init__(self, python: str, script: str, *arguments: str) -> None:
+        self._name = script
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [python, script, model, draft, method, str(max_length)],
+            [python, str(Path(__file__).with_name(script)), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -109,7 +112,7 @@ class Peer:
         if not line:
             self._errors.seek(0)
             last = self._errors.read().strip().splitlines()[-20:]
-            raise click.ClickException("vLLM ended:\n" + "\n".join(last))
+            raise click.ClickException(f"{self._name} ended:\n" + "\n".join(last))
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -201,6 +201,7 @@ def chosen_prompts(
 @click.option(
     "--vllm-length", default=2048, show_default=True, help="Its longest text."
 )
+@click.option("--flashspec-python", help="A Python that has flashspec: adds it.")
 @click.option(
     "--parts",
     default=",".join(PARTS),
@@ -227,6 +228,7 @@ def main(
     vllm_python: str | None,
     vllm_method: tuple[str, ...],
     vllm_length: int,
+    flashspec_python: str | None,
     parts: str,
     no_decode: bool,
     output: str | None,
@@ -333,7 +335,16 @@ def main(
             for method in vllm_method if vllm_python else ():
                 kinds[f"vllm_{method}"] = "vllm"
                 peers[f"vllm_{method}"] = Peer(
-                    vllm_python or "", model_path, draft_path or "", method, vllm_length
+                    vllm_python or "",
+                    "peer_vllm.py",
+                    *(model_path, draft_path or "", method, str(vllm_length)),
+                )
+            if flashspec_python:
+                kinds["flashspec"] = "flashspec"
+                peers["flashspec"] = Peer(
+                    flashspec_python,
+                    "peer_flashspec.py",
+                    *(model_path, draft_path or model_path),
                 )
             decode_all({**found, **peers}, prompts, repeats, progress.print, note)
         finally:

@@ -110,7 +110,7 @@ def summarise(
 
 def rivals_of(strategy: str) -> Sequence[str]:
     """Theirs that a strategy of ours is held against; none for theirs."""
-    if strategy in (*THEIRS, PLAIN) or strategy.startswith("vllm"):
+    if strategy in (*THEIRS, PLAIN, "vllm", "flashspec"):
         return ()
     return (RIVALS[strategy],) if strategy in RIVALS else THEIRS
 
