@@ -141,7 +141,7 @@ class ProfileStore(Protocol):
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """Store ``profiles`` at once, replacing those of the same run, class, strategy
-        and baseline flag; return their ids."""
+        and baseline flag, which keep their ids; return the ids."""
 
     def profiles(
         self,

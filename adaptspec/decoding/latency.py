@@ -59,9 +59,11 @@ def measure_latency(
     """
     context = CONTEXT
     if model.max_length is not None:
-        context = max(1, min(CONTEXT, model.max_length - max(rows)))
+        rows = [count for count in rows if count < model.max_length] or [1]
+        context = max(0, min(CONTEXT, model.max_length - max(rows)))
     cache = model.new_cache(context + max(rows))
-    model.prefill([i % model.vocab_size for i in range(context)], cache)
+    if context:
+        model.prefill([i % model.vocab_size for i in range(context)], cache)
     token = min(5, model.vocab_size - 1)
     times: dict[int, list[float]] = {count: [] for count in rows}
     started = perf_counter()

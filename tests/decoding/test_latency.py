@@ -45,3 +45,11 @@ def test_a_real_measurement_covers_all_sizes() -> None:
     assert tuple(curve.rows) == (1, 2, 8)
     assert all(seconds > 0 for seconds in curve.seconds)
     assert model.latency is model.latency
+
+
+def test_a_model_of_few_positions_is_measured_inside_them() -> None:
+    model = tiny_model("gpt2")
+    length = model.max_length
+    assert length is not None
+    curve = measure_latency(model, rows=(1, length - 1, length, 4 * length), rounds=1)
+    assert tuple(curve.rows) == (1, length - 1)
