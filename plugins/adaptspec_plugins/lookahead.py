@@ -109,23 +109,28 @@ class LookaheadDrafter(Drafter):
             self._pooled = max(0, len(ids) - params.ngram + 1)
         self._root, self._tops = ids[-1], None
         depth = context.room - 1
-        grown = _Growing(self._root)
-        for gram in self.pool.get(self._root):
-            grown.add_path(gram[:depth], context.max_nodes)
         columns = len(self.levels[0]) + 1
         reach = columns + len(self.levels) - 2
         cells = columns * len(self.levels) - 1
-        # A cut window would lose the guesses it was evaluated for.
-        if reach <= depth and len(grown.tokens) - 1 + cells <= context.max_nodes:
+        # A cut window would lose the guesses it was evaluated for; without it there
+        # would be no new ones, so it comes before the last candidates.
+        fits = reach <= depth and cells <= context.max_nodes
+        grown = _Growing(self._root)
+        for gram in self.pool.get(self._root):
+            most = context.max_nodes - cells if fits else context.max_nodes
+            grown.add_path(gram[:depth], most)
+        if fits:
             self._tops = self._add_window(grown)
         return grown.tree(set(self._tops or ()))
 
     def observe(self, outcome: Outcome) -> None:
         """Collect the new guesses as n-grams, and slide the window by one token."""
-        if outcome.tree is None or self._tops is None:
+        tops, self._tops = self._tops, None
+        if outcome.tree is None or tops is None:
             return
-        rows = [outcome.rows[node] for node in self._tops]
-        self._tops = None
+        if any(node not in outcome.rows for node in tops):  # cut by somebody
+            return
+        rows = [outcome.rows[node] for node in tops]
         fresh: list[int] = outcome.logits[rows].argmax(-1).tolist()
         if len(self.levels) == self._params.ngram - 1:
             for column, guess in enumerate(fresh):

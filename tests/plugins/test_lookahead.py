@@ -230,3 +230,24 @@ def test_guesses_are_accepted_on_a_model_that_repeats_itself(
     done = Engine(target).generate(strategy, [5, 17, 3], Controls.greedy(120))
     assert done.stats.accepted > 20
     assert done.stats.tokens_per_forward > 1.2
+
+
+def test_many_candidates_leave_the_window_its_place(prompt: list[int]) -> None:
+    drafter = LookaheadDrafter(LookaheadParams(window=3, ngram=4, guesses=9), prompt)
+    drafter.levels = [[1, 2], [3, 4, 5], [6, 7, 8]]
+    for first in range(9):
+        drafter.pool.add(60, [10 + first, 30, 40])
+    tree = drafter.propose(Context([60], 100, 14, 0))
+    assert len(tree) - 1 == 14
+    assert len(tree.probes) == 8
+    assert drafter._tops is not None
+
+
+def test_a_window_that_was_cut_is_tried_again(prompt: list[int]) -> None:
+    drafter = LookaheadDrafter(LookaheadParams(), prompt)
+    tree = drafter.propose(Context([60], 100, 100, 0))
+    before = [list(level) for level in drafter.levels]
+    none: Any = None
+    drafter.observe(Outcome(tree.cut(1, 1), [0], [5], {0: 0, 1: 1}, none))
+    assert drafter.levels == before
+    assert drafter.propose(Context([60], 100, 100, 1)).tokens == tree.tokens
