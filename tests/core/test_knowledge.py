@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,22 +77,29 @@ def test_two_objects_that_share_a_file_lose_nothing_of_each_other(
     assert exchanged(tmp_path, other) == 111
 
 
-def _count_often(folder: str, times: int) -> None:
+def count_often(folder: str) -> None:
     strategy = Counting()
-    for _ in range(times):
+    for _ in range(15):
         exchanged(Path(folder), strategy, 1)
 
 
+def process(function: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Another process that loads this file and calls a function of it."""
+    code = (
+        "import importlib.util as u, sys\n"
+        "s = u.spec_from_file_location('held', sys.argv[1])\n"
+        "m = sys.modules['held'] = u.module_from_spec(s)\n"
+        "s.loader.exec_module(m)\n"
+        "getattr(m, sys.argv[2])(sys.argv[3])\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, __file__, function, str(folder)]
+    )
+
+
 def test_four_processes_writing_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_count_often, args=(str(tmp_path), 15)) for _ in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    workers = [process("count_often", tmp_path) for _ in range(4)]
+    assert [worker.wait() for worker in workers] == [0] * 4
     assert exchanged(tmp_path, Counting()) == 60
 
 
@@ -107,7 +115,7 @@ class Killed(Counting):
         return answer
 
 
-def _die(folder: str) -> None:
+def die(folder: str) -> None:
     exchanged(Path(folder), Killed(), 5)
 
 
@@ -115,12 +123,7 @@ def test_a_process_killed_while_it_holds_the_file_leaves_it_whole(
     tmp_path: Path,
 ) -> None:
     exchanged(tmp_path, Counting(), 1)
-    worker = multiprocessing.get_context("spawn").Process(
-        target=_die, args=(str(tmp_path),)
-    )
-    worker.start()
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL
+    assert process("die", tmp_path).wait() == -signal.SIGKILL
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert exchanged(tmp_path, Counting(), 2) == 3

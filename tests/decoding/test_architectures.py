@@ -97,8 +97,10 @@ def refusal(strategy: str, architecture: str) -> str | None:
     """What must stand in the refusal, by name of strategy and architecture."""
     if architecture in PLAIN and strategy != "autoregressive":
         return "roll(ed)? back"
-    if architecture in CHAINS and strategy == "draft_tree":
+    if architecture in CHAINS and strategy in ("draft_tree", "lookahead"):
         return "tree attention"
+    if strategy == "universal_draft":  # its own tests give the models tokenizers
+        return "tokenizers"
     return None
 
 

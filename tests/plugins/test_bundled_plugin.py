@@ -15,7 +15,13 @@ def test_the_host_takes_every_bundled_strategy_and_baseline() -> None:
         "autoregressive",
         "draft_model",
         "draft_tree",
+        "early_exit",
+        "hybrid",
+        "lookahead",
         "prompt_lookup",
+        "suffix",
+        "token_recycling",
+        "universal_draft",
     ]
     assert sorted(host.baselines) == ["hf_assisted", "hf_generate", "hf_prompt_lookup"]
     assert [plugin.error for plugin in host.plugins] == [None]
