@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from adaptspec.decoding.argmax import argmax_rows
 from adaptspec.decoding.attention import use_grouped_attention
 from adaptspec.decoding.cache import TreeCache
 from adaptspec.decoding.latency import LatencyCurve
@@ -52,6 +53,11 @@ class Forward:
     logits: torch.Tensor  # [rows, vocab]
     rows: dict[int, int]
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
+
+    @functools.cached_property
+    def best(self) -> Sequence[int]:
+        """The likeliest token of each row; of equals, the first."""
+        return argmax_rows(self.logits)
 
 
 @dataclass

@@ -27,6 +27,7 @@ __all__ = [
     "Needs",
     "NoParams",
     "Outcome",
+    "Replay",
     "SamplingLaw",
     "Strategy",
     "Target",
@@ -55,6 +56,22 @@ class Needs:
     prefill_logits: int = 1
 
 
+@dataclass(frozen=True)
+class Replay:
+    """What must be recorded of plain decoding to try a strategy without the target.
+
+    A strategy declares it if all that it reads of the target is in a recording: the
+    tokens, and of ``Outcome`` the logits of accepted nodes. It must cope with nodes
+    that have no row.
+
+    Args:
+        logits: So many of the likeliest tokens after each position, with their logits;
+            the others' are -inf then.
+    """
+
+    logits: int = 0
+
+
 class SamplingLaw(Protocol):
     """The sampling controls in force, for drafters that sample or rank."""
 
@@ -70,6 +87,12 @@ class SamplingLaw(Protocol):
         """The law ``[vocab]`` of the token after ``ids`` under the controls (float32).
 
         Greedy gives a one-hot law.
+        """
+
+    def likeliest(self, ids: Sequence[int], logits: torch.Tensor) -> int:
+        """The most likely token after ``ids`` under the controls; of equals, the first.
+
+        What ``probs`` is one-hot at if ``greedy``, without building that law.
         """
 
     def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
@@ -133,6 +156,7 @@ class Outcome:
         rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
         logits: ``[rows, vocab]`` as the model gave them.
         hidden: Layer -> ``[nodes or prompt positions, hidden]`` as asked by ``Needs``.
+        best: Row -> likeliest token, where the engine looked for it; else empty.
     """
 
     tree: TokenTree | None
@@ -141,6 +165,7 @@ class Outcome:
     rows: dict[int, int]
     logits: torch.Tensor
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    best: Sequence[int] = ()
 
     def logits_at(self, node: int) -> torch.Tensor:
         """Logits ``[vocab]`` of the token after ``node``."""
@@ -177,6 +202,8 @@ class Strategy(ABC):
         lossless: False only for what changes the output's law; shown everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
+        replays: What a recording of plain decoding must hold for the tuner to score it
+            without the target; None: it is always measured.
         knowledge: Version of the knowledge it keeps across requests, 0 for none; see
             :meth:`sync`.
     """
@@ -189,6 +216,7 @@ class Strategy(ABC):
     needs_trees: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
+    replays: ClassVar[Replay | None] = None
     knowledge: ClassVar[int] = 0
 
     def __init__(self, params: Any = None) -> None:

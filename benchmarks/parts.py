@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from adaptspec.decoder import environment_of
+from adaptspec.decoding.argmax import argmax_rows
 from adaptspec.decoding.controls import Controls, Processors
 from adaptspec.decoding.engine import Engine, Run
 from adaptspec.decoding.sampling import Sampler
@@ -154,7 +155,9 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
                 kept = [n for n in range(len(tree)) if n not in tree.unread]
                 rows = {node: row for row, node in enumerate(kept)}
                 coming = text[length + step + 1 : length + step + 2] or [0]
-                outcome = Outcome(tree, [0], coming, rows, logits[: len(kept)])
+                seen = logits[: len(kept)]
+                best = argmax_rows(seen)  # the engine's own work
+                outcome = Outcome(tree, [0], coming, rows, seen, {}, best)
                 started = perf_counter()
                 drafter.observe(outcome)
                 times.append(1e3 * (proposed + perf_counter() - started))

@@ -139,6 +139,19 @@ class TreeCache(Cache):
         for layer in self.rows:
             layer.length = min(layer.length, length)
 
+    @torch.inference_mode()
+    def repeat(self, length: int) -> None:
+        """Fill up to ``length`` rows with copies of those there, for timing only."""
+        for layer in self.rows:
+            if not layer.is_initialized:
+                continue
+            assert layer.keys is not None
+            assert layer.values is not None
+            count = layer.length
+            rows = torch.arange(count, length, device=layer.device) % count
+            keys, values = layer.keys, layer.values
+            layer.update(keys.index_select(2, rows), values.index_select(2, rows))
+
     def lower(self, layers: int) -> TreeCache:
         """The cache of the lowest ``layers`` layers, sharing rows (early exit)."""
         view = TreeCache(0)

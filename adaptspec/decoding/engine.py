@@ -33,13 +33,21 @@ class Generation:
 
 
 class Engine:
-    """Decodes one sequence at a time with a target and, where wanted, a draft model."""
+    """Decodes one sequence at a time with a target and, where wanted, a draft model.
+
+    Args:
+        clock: Seconds; what drafters and statistics see.
+    """
 
     def __init__(
-        self, model: LanguageModel, draft: LanguageModel | None = None
+        self,
+        model: LanguageModel,
+        draft: LanguageModel | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.model = model
         self.draft = draft
+        self.clock = clock
 
     def generate(
         self,
@@ -88,6 +96,7 @@ class Run:
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
         self._model, self._draft, self._strategy = model, engine.draft, strategy
+        self._clock = engine.clock
         self._controls = controls
         self._prompt = len(ids)
         self._room = controls.max_new_tokens
@@ -129,11 +138,11 @@ class Run:
                 prompt=tuple(self._ids),
                 sampling=self._sampler,
                 trees=level == "tree",
-                clock=perf_counter,
+                clock=self._clock,
             )
         )
         if getattr(self._strategy.params, "gate", False):
-            drafter = Gate(drafter, self._strategy.gate_memory, perf_counter)
+            drafter = Gate(drafter, self._strategy.gate_memory, self._clock)
         try:
             yield self._prefill(drafter, cache, needs)
             while self._finish is None:
@@ -142,41 +151,43 @@ class Run:
             drafter.close()
 
     def _prefill(self, drafter: Drafter, cache: Any, needs: Needs) -> list[int]:
-        started = perf_counter()
+        started = self._clock()
         prompt = list(self._ids)
         hidden = needs.hidden_layers if needs.prefill_hidden != "none" else ()
         forward = self._model.prefill(
             prompt, cache, last=max(1, needs.prefill_logits), hidden_layers=hidden
         )
         last = forward.rows[len(prompt) - 1]
-        token = self._sampler.choose(self._ids, forward.logits[last])
-        emitted = self._commit([token])
-        if needs.prefill_hidden == "last":
-            kept = {layer: states[-1:] for layer, states in forward.hidden.items()}
-            forward = Forward(forward.logits, forward.rows, kept)
-        drafter.observe(
-            Outcome(None, (), emitted, forward.rows, forward.logits, forward.hidden)
+        token = (
+            forward.best[last]
+            if self._batched_argmax
+            else self._sampler.choose(self._ids, forward.logits[last])
         )
-        self._stats.seconds_prefill = perf_counter() - started
+        emitted = self._commit([token])
+        seen = forward.hidden
+        if needs.prefill_hidden == "last":
+            seen = {layer: states[-1:] for layer, states in seen.items()}
+        drafter.observe(self._outcome(None, (), emitted, forward, seen))
+        self._stats.seconds_prefill = self._clock() - started
         return emitted
 
     def _step(
         self, drafter: Drafter, cache: Any, needs: Needs, level: str
     ) -> list[int]:
-        started = perf_counter()
+        started = self._clock()
         left = self._room - (len(self._ids) - self._prompt)
         root, cached = self._ids[-1], len(self._ids) - 1
         depth = min(left - 1, depth_limit(self._model.config, cached))
         nodes = self._controls.max_nodes
         context = Context(self._ids, depth + 1, nodes, len(self._stats.steps))
         tree = drafter.propose(context)
-        proposed = perf_counter()
+        proposed = self._clock()
         tree.check(root, self._model.vocab_size)
         if level != "tree":
             tree = tree.principal_chain() if level == "chain" else tree.select([0])
         tree = tree.cut(nodes, depth)
 
-        verifying = perf_counter()
+        verifying = self._clock()
         if level == "plain":
             forward = self._model.prefill(
                 [root], cache, hidden_layers=needs.hidden_layers
@@ -184,7 +195,7 @@ class Run:
         else:
             forward = self._model.verify(tree, cache, hidden_layers=needs.hidden_layers)
         self._synchronize()
-        verified = perf_counter()
+        verified = self._clock()
 
         accepted = self._accept(tree, forward)
         tokens = [tree.tokens[node] for node in accepted.path[1:]] + [accepted.token]
@@ -192,11 +203,9 @@ class Run:
         path = accepted.path[: len(emitted)]
         if level != "plain":
             cache.keep(cached, path)
-        committed = perf_counter()
-        drafter.observe(
-            Outcome(tree, path, emitted, forward.rows, forward.logits, forward.hidden)
-        )
-        observed = perf_counter()
+        committed = self._clock()
+        drafter.observe(self._outcome(tree, path, emitted, forward, forward.hidden))
+        observed = self._clock()
         self._stats.steps.append(
             StepStats(
                 proposed=tree.proposed,
@@ -209,10 +218,21 @@ class Run:
         )
         return emitted
 
+    def _outcome(
+        self,
+        tree: TokenTree | None,
+        path: Sequence[int],
+        emitted: Sequence[int],
+        forward: Forward,
+        hidden: dict[int, torch.Tensor],
+    ) -> Outcome:
+        best = forward.best if self._batched_argmax else ()
+        return Outcome(tree, path, emitted, forward.rows, forward.logits, hidden, best)
+
     def _accept(self, tree: TokenTree, forward: Forward) -> Accepted:
         if self._batched_argmax:
             # One host sync per step: the loop must know which tokens were accepted.
-            best: list[int] = forward.logits.float().argmax(-1).tolist()
+            best = forward.best
             return accept_matching(tree, lambda node, _: best[forward.rows[node]])
         if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
             return accept_matching(

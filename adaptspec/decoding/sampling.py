@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adaptspec.decoding.argmax import argmax_rows
+
 if TYPE_CHECKING:
     from adaptspec.decoding.controls import Processors
 
@@ -54,8 +56,12 @@ class Sampler:
     def choose(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The target's token after ``ids``: its position is ``len(ids)``."""
         if self.greedy:
-            return int(self._processors(ids, logits).argmax())
+            return self.likeliest(ids, logits)
         return self.coupled(self.probs(ids, logits), len(ids))
+
+    def likeliest(self, ids: Sequence[int], logits: torch.Tensor) -> int:
+        """The most likely token after ``ids``; of equals, the first."""
+        return argmax_rows(self._processors(ids, logits)[None])[0]
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
         """The token the target's own noise at ``position`` picks from ``probs``."""

@@ -75,8 +75,8 @@ class DraftChain:
     ) -> tuple[int, float]:
         """The next draft token and the draft's probability of it (1 if nobody asks)."""
         if self._sampling.greedy:
-            # The law, not the logits: processors (repetition penalty) move the argmax.
-            token = int(self._sampling.probs(ids, logits).argmax())
+            # Under the controls: a repetition penalty moves the argmax.
+            token = self._sampling.likeliest(ids, logits)
             if self._stop == 0:
                 return token, 1.0
             return token, float(logits.float().softmax(-1)[token])

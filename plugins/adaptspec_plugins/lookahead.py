@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from adaptspec.decoding.argmax import argmax_rows
 from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
 
@@ -130,8 +131,8 @@ class LookaheadDrafter(Drafter):
             return
         if any(node not in outcome.rows for node in tops):  # cut by somebody
             return
-        rows = [outcome.rows[node] for node in tops]
-        fresh: list[int] = outcome.logits[rows].argmax(-1).tolist()
+        best = outcome.best or argmax_rows(outcome.logits)
+        fresh = [best[outcome.rows[node]] for node in tops]
         if len(self.levels) == self._params.ngram - 1:
             for column, guess in enumerate(fresh):
                 first = self.levels[0][column - 1] if column else self._root
