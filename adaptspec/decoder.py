@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptspec.costs import stored_costs, use_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
 from adaptspec.decoding.stats import RunStats
@@ -73,6 +74,10 @@ class Decoder:
             store.profiles(model=model.digest) if store is not None else []
         )
         self._profiled = store is not None
+        if store is not None and self.profiles:
+            costs = stored_costs(store, self.environment)
+            if costs is not None:
+                use_costs(costs, model, draft)
         self._keeper: KnowledgeKeeper | None = None
         folder = store.folder if store is not None and learn else None
         if folder is not None:
