@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ class Forward:
     logits: torch.Tensor  # [rows, vocab]
     rows: dict[int, int]
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
+    # Whether ``best`` is what decoding chose, whatever the controls (a recording).
+    decided: ClassVar[bool] = False
 
     @functools.cached_property
     def best(self) -> Sequence[int]:

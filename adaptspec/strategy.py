@@ -27,7 +27,6 @@ __all__ = [
     "Needs",
     "NoParams",
     "Outcome",
-    "Replay",
     "SamplingLaw",
     "Strategy",
     "Target",
@@ -54,22 +53,6 @@ class Needs:
     hidden_layers: tuple[int, ...] = ()
     prefill_hidden: Literal["none", "last", "all"] = "none"
     prefill_logits: int = 1
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What must be recorded of plain decoding to try a strategy without the target.
-
-    A strategy declares it if all that it reads of the target is in a recording: the
-    tokens, and of ``Outcome`` the logits of accepted nodes. It must cope with nodes
-    that have no row.
-
-    Args:
-        logits: So many of the likeliest tokens after each position, with their logits;
-            the others' are -inf then.
-    """
-
-    logits: int = 0
 
 
 class SamplingLaw(Protocol):
@@ -202,8 +185,8 @@ class Strategy(ABC):
         lossless: False only for what changes the output's law; shown everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
-        replays: What a recording of plain decoding must hold for the tuner to score it
-            without the target; None: it is always measured.
+        replays: Whether all it reads of the target are the committed tokens: the tuner
+            then scores it against a recording of plain decoding, too.
         knowledge: Version of the knowledge it keeps across requests, 0 for none; see
             :meth:`sync`.
     """
@@ -216,7 +199,7 @@ class Strategy(ABC):
     needs_trees: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
-    replays: ClassVar[Replay | None] = None
+    replays: ClassVar[bool] = False
     knowledge: ClassVar[int] = 0
 
     def __init__(self, params: Any = None) -> None:

@@ -160,7 +160,7 @@ class Run:
         last = forward.rows[len(prompt) - 1]
         token = (
             forward.best[last]
-            if self._batched_argmax
+            if self._batched_argmax or forward.decided
             else self._sampler.choose(self._ids, forward.logits[last])
         )
         emitted = self._commit([token])
@@ -230,7 +230,7 @@ class Run:
         return Outcome(tree, path, emitted, forward.rows, forward.logits, hidden, best)
 
     def _accept(self, tree: TokenTree, forward: Forward) -> Accepted:
-        if self._batched_argmax:
+        if self._batched_argmax or forward.decided:
             # One host sync per step: the loop must know which tokens were accepted.
             best = forward.best
             return accept_matching(tree, lambda node, _: best[forward.rows[node]])

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from adaptspec.params import DraftingParams, Scalar, Tunable
-from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Strategy,
+    Target,
+    TokenTree,
+)
 from adaptspec_plugins._draft_chain import DraftChain, DraftLaw
 from adaptspec_plugins._draft_sequence import DraftSequence
 
@@ -54,6 +60,7 @@ class DraftModel(Strategy):
     summary = "a smaller model of the same vocabulary drafts a chain"
     reference = "arXiv:2211.17192"
     Params = DraftModelParams
+    replays = True
     needs_draft = True
     # Coupled, so that it proposes deterministically under sampling too. Past a token
     # the draft doubts, another forward of it seldom pays.

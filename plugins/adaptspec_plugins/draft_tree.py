@@ -18,7 +18,14 @@ import torch
 from pydantic import Field
 
 from adaptspec.params import DraftingParams, Tunable
-from adaptspec.strategy import Context, Drafter, Law, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Law,
+    Strategy,
+    Target,
+    TokenTree,
+)
 from adaptspec_plugins._draft_sequence import DraftSequence
 
 if TYPE_CHECKING:
@@ -68,6 +75,7 @@ class DraftTree(Strategy):
     summary = "a smaller model of the same vocabulary drafts a tree"
     reference = "arXiv:2406.16858"
     Params = DraftTreeParams
+    replays = True
     needs_draft = True
     needs_trees = True
     params: DraftTreeParams

@@ -14,7 +14,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from adaptspec.params import DraftingParams, Scalar, Tunable
-from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Strategy,
+    Target,
+    TokenTree,
+)
 
 # Most recent matches of one n-gram looked at in a step: keeps a step's time flat where
 # a token repeats thousands of times.
@@ -60,6 +66,7 @@ class PromptLookup(Strategy):
     summary = "copies what followed the same n-gram earlier in prompt and output"
     reference = "https://github.com/apoorvumang/prompt-lookup-decoding"
     Params = PromptLookupParams
+    replays = True
     joins: ClassVar[Mapping[str, Scalar]] = {
         "num_tokens": 16,
         "branches": 2,

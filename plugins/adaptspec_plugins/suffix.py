@@ -17,7 +17,13 @@ from pydantic import Field
 
 from adaptspec.knowledge import KnowledgeWarning
 from adaptspec.params import DraftingParams, Tunable
-from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Strategy,
+    Target,
+    TokenTree,
+)
 from adaptspec_plugins._suffix_index import Draft, SuffixIndex
 
 # Upper ends of the buckets of what a node's evidence says.
@@ -70,6 +76,7 @@ class Suffix(Strategy):
     summary = "copies what most often followed the same ending, here or in past outputs"
     reference = "arXiv:2411.04975"
     Params = SuffixParams
+    replays = True
     joins = {"max_tokens": 24, "min_probability": 0.05}  # noqa: RUF012
     knowledge = 1
     params: SuffixParams

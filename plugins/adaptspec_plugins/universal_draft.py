@@ -15,7 +15,14 @@ import torch
 from pydantic import Field
 
 from adaptspec.params import DraftingParams, Tunable
-from adaptspec.strategy import Context, Drafter, Law, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Law,
+    Strategy,
+    Target,
+    TokenTree,
+)
 from adaptspec_plugins._vocabularies import LOOKBEHIND, Reading, complete, pair
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ class UniversalDraft(Strategy):
     summary = "a model with another tokenizer drafts a chain"
     reference = "arXiv:2502.05202"
     Params = UniversalDraftParams
+    replays = True
     params: UniversalDraftParams
 
     @classmethod

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptspec.decoding.controls import Controls
-    from adaptspec.decoding.engine import Engine
+    from adaptspec.decoding.engine import Engine, Generation
     from adaptspec.host import Host
     from adaptspec.models import LanguageModel
     from adaptspec.strategy import Strategy
@@ -72,6 +72,21 @@ class Sample:
     def from_json(cls, record: Mapping[str, Any]) -> Sample:
         """The sample a record holds."""
         return replace(cls(**record), tokens=tuple(record["tokens"]))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Plain greedy decoding of one prompt.
+
+    Args:
+        prompt: Token ids.
+        tokens: What was generated.
+        most: How many tokens might have been.
+    """
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    most: int
 
 
 class Measurer(Protocol):
@@ -143,6 +158,10 @@ class Profiler:
         """New strategy objects from here on."""
         self._strategies.clear()
 
+    def recording(self, prompt: Prompt, tokens: Sequence[int]) -> Recording:
+        """Plain decoding's ``tokens`` with the prompt they answer."""
+        return Recording(self._encoded(prompt), tokens, self._length(prompt))
+
     def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
         from adaptspec.decoding.controls import Processors
@@ -163,19 +182,7 @@ class Profiler:
             created = self._host.create(setting.strategy, setting.params)
             self._strategies[setting.key] = created
         strategy = self._strategies[setting.key]
-        run = self._engine.generate(strategy, ids, self._controls(length))
-        stats = run.stats
-        return Sample(
-            tokens=tuple(run.token_ids),
-            speed=stats.tokens_per_second,
-            seconds=stats.seconds_prefill + stats.seconds_decode,
-            forwards=stats.target_forwards,
-            proposed=stats.proposed,
-            accepted=stats.accepted,
-            seconds_target=stats.seconds_target,
-            seconds_draft=stats.seconds_draft,
-            seconds_rest=stats.seconds_rest,
-        )
+        return sample_of(self._engine.generate(strategy, ids, self._controls(length)))
 
     def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
         cls = self._host.baselines[setting.strategy]
@@ -202,6 +209,22 @@ class Profiler:
         if prompt.id not in self._ids:
             self._ids[prompt.id] = self._engine.model.encode(prompt.content)
         return self._ids[prompt.id]
+
+
+def sample_of(run: Generation) -> Sample:
+    """What one generation took."""
+    stats = run.stats
+    return Sample(
+        tokens=tuple(run.token_ids),
+        speed=stats.tokens_per_second,
+        seconds=stats.seconds_prefill + stats.seconds_decode,
+        forwards=stats.target_forwards,
+        proposed=stats.proposed,
+        accepted=stats.accepted,
+        seconds_target=stats.seconds_target,
+        seconds_draft=stats.seconds_draft,
+        seconds_rest=stats.seconds_rest,
+    )
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.params import Params, Scalar
-from adaptspec.profile import ProfileStore, Trial
+from adaptspec.profile import Trial
 from adaptspec_tuner.profiler import PLAIN_SETTING, Measurer, Sample, Setting
 from adaptspec_tuner.space import defaults, distributions, suggest, tuned
 
@@ -26,13 +26,34 @@ HOPELESS_TRIALS = 3
 DUPLICATES = 10  # in a row: the space is as good as searched
 FAILURES = 5  # in a row
 
+
+class TrialStore(Protocol):
+    """As much of a :class:`~adaptspec.profile.ProfileStore` as a search uses."""
+
+    def trials(self, run: str) -> list[Trial]:
+        """A run's finished trials."""
+
+    def add_trial(self, trial: Trial) -> None:
+        """Store a finished trial."""
+
+    def record(self, run: str, key: str) -> dict[str, Any] | None:
+        """A run's JSON record."""
+
+    def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
+        """Keep a run's JSON record."""
+
+
 Say = Callable[[str], None]
 Doing = Callable[[str], None]
 
 
 @dataclass
 class Arm:
-    """One strategy for one class: its study and its finished trials."""
+    """One strategy for one class: its study and its finished trials.
+
+    Args:
+        predicted: Setting key -> the ratio to plain decoding that a replay promised.
+    """
 
     prompt_class: str
     name: str
@@ -41,6 +62,7 @@ class Arm:
     plain: Mapping[str, Sample]
     study: optuna.Study
     trials: list[Trial] = field(default_factory=list)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     exhausted: bool = False
 
     @property
@@ -54,10 +76,10 @@ class Arm:
         """The best ratio to plain decoding so far, 0 before any."""
         return float(self.best.detail["ratio"]) if self.best else 0.0
 
-    def done(self, most: int) -> bool:
-        """Whether more trials aren't worth it."""
+    def done(self, most: int, hopeless: int = HOPELESS_TRIALS) -> bool:
+        """Whether it needs no more trials; of a slow arm ``hopeless`` are enough."""
         if self.ratio < HOPELESS:
-            most = min(most, HOPELESS_TRIALS)
+            most = min(most, hopeless)
         return self.exhausted or len(self.trials) >= most
 
 
@@ -70,12 +92,13 @@ class Search:
         doing: Told what is being measured.
         seed: Of the samplers.
         most: Trials of one arm, those of earlier runs included.
+        hopeless: Trials after which an arm far slower than plain decoding is given up.
     """
 
     def __init__(
         self,
         measurer: Measurer,
-        store: ProfileStore,
+        store: TrialStore,
         run: str,
         *,
         in_time: Callable[[], bool],
@@ -83,7 +106,9 @@ class Search:
         doing: Doing,
         seed: int = 0,
         most: int = 40,
+        hopeless: int = HOPELESS_TRIALS,
     ) -> None:
+        self._hopeless = hopeless
         self._measurer, self._store, self._run = measurer, store, run
         self._in_time, self._warn, self._doing = in_time, warn, doing
         self._seed, self._most = seed, most
@@ -105,14 +130,20 @@ class Search:
         strategy: type[Strategy],
         prompts: Sequence[Prompt],
         plain: Mapping[str, Sample],
+        promising: Sequence[Trial] = (),
     ) -> None:
-        """Search ``strategy`` on ``prompts``; what an earlier run finished counts."""
+        """Search ``strategy`` on ``prompts``; what an earlier run finished counts.
+
+        Args:
+            promising: Replayed trials whose settings are to be tried first.
+        """
         trials = [
             t
             for t in self._store.trials(self._run)
             if (t.prompt_class, t.strategy) == (prompt_class, strategy.name)
         ]
-        study = _study(strategy.Params, trials, self._seed)
+        first = [dict(trial.params) for trial in promising]
+        study = _study(strategy.Params, trials, self._seed, first)
         self.arms.append(
             Arm(
                 prompt_class,
@@ -122,6 +153,10 @@ class Search:
                 plain,
                 study,
                 trials,
+                {
+                    Setting(strategy.name, trial.params).key: trial.detail["ratio"]
+                    for trial in promising
+                },
                 exhausted=bool(trials) and not distributions(strategy.Params),
             )
         )
@@ -140,7 +175,7 @@ class Search:
         lead: dict[str, float] = {}
         for arm in self.arms:
             lead[arm.prompt_class] = max(lead.get(arm.prompt_class, 0.0), arm.ratio)
-        opened = [arm for arm in self.arms if not arm.done(self._most)]
+        opened = [arm for arm in self.arms if not arm.done(self._most, self._hopeless)]
 
         def spent(arm: Arm) -> float:
             share = arm.ratio / lead[arm.prompt_class] if arm.ratio else 0.1
@@ -181,6 +216,8 @@ class Search:
         detail: dict[str, Any] = {"ratios": [], "running": [], "near_ties": 0}
         speeds: list[float] = []
         setting = Setting(arm.name, params)
+        if setting.key in arm.predicted:
+            detail["predicted"] = arm.predicted[setting.key]
         self._measurer.forget()
         self._doing(f"{arm.prompt_class}: {arm.name}, trial {number + 1}")
 
@@ -229,8 +266,13 @@ class Search:
         return finished("complete")
 
 
-def _study(params: type[Params], trials: Sequence[Trial], seed: int) -> optuna.Study:
-    """A study that knows ``trials`` and tries the defaults first."""
+def _study(
+    params: type[Params],
+    trials: Sequence[Trial],
+    seed: int,
+    first: Sequence[Mapping[str, Scalar]] = (),
+) -> optuna.Study:
+    """A study that knows ``trials`` and tries ``first``, then the defaults."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -249,9 +291,11 @@ def _study(params: type[Params], trials: Sequence[Trial], seed: int) -> optuna.S
         )
         for trial in trials:
             study.add_trial(_frozen(params, trial))
-        start = defaults(params)
-        if all(dict(t.params) != start for t in trials):
-            study.enqueue_trial(tuned(params, start))
+        known = [dict(trial.params) for trial in trials]
+        for setting in [*first, defaults(params)]:
+            if dict(setting) not in known:
+                known.append(dict(setting))
+                study.enqueue_trial(tuned(params, setting))
     return study
 
 

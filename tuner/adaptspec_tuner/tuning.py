@@ -11,10 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.costs import measure_costs, store_costs, stored_costs, use_costs
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
 from adaptspec.selector import select
 from adaptspec_tuner.confirm import confirm
+from adaptspec_tuner.presearch import prediction_error, presearch
 from adaptspec_tuner.profiler import Measurer, Profiler, Sample, Setting
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import ClassResult, TuneResult
@@ -29,7 +31,9 @@ from adaptspec_tuner.workloads import (
 
 if TYPE_CHECKING:
     from adaptspec.host import Host
+    from adaptspec.profile import Trial
     from adaptspec.strategy import Strategy
+    from adaptspec_tuner.replay import Replayer
 
 DEFAULT_BUDGET = 480.0  # seconds
 DEFAULT_NEW_TOKENS = 64
@@ -38,6 +42,8 @@ REPEATS = 3
 PLAIN_SHARE = 0.25  # of the budget, at most
 FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
+COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
+REPLAY_SHARE = 0.15  # of the search, for trials without the target
 
 
 EXAMPLE_TOKENS = 48
@@ -100,6 +106,7 @@ def tune(
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
     from adaptspec.models import LanguageModel, load_model
+    from adaptspec_tuner.replay import Replayer
 
     host = host or Host.installed()
     chosen = _chosen(host, strategies)
@@ -136,13 +143,29 @@ def tune(
         else:
             compared.append(Setting(baseline.name, _defaults(baseline), baseline=True))
     store = host.open_store(db) if db is None or isinstance(db, str) else db
+    environment = environment_of(target, draft)
+    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft)
+    progress = progress or Progress(None, clock)
+
+    def replayer(plain: Sequence[tuple[Prompt, Sample]]) -> Replayer | None:
+        if target.capability.level == "plain":
+            return None
+        costs = stored_costs(store, environment)
+        if costs is None:
+            progress.doing("measuring forwards", started + budget - clock())
+            costs = measure_costs(target, draft, longest=budget * COSTS_SHARE)
+            store_costs(store, environment, costs)
+        use_costs(costs, target, draft)
+        recordings = {p.id: profiler.recording(p, s.tokens) for p, s in plain}
+        return Replayer(engine, host, costs.target, recordings)
+
     try:
         return tune_with(
-            Profiler(engine, host, max_new_tokens, theirs, their_draft),
+            profiler,
             [c for c in chosen if c.name not in unavailable],
             workload,
             store,
-            environment_of(target, draft),
+            environment,
             deadline=started + budget,
             clock=clock,
             trials=trials,
@@ -151,7 +174,8 @@ def tune(
             baselines=compared,
             unavailable=unavailable,
             fresh=fresh,
-            progress=progress or Progress(None, clock),
+            progress=progress,
+            replayer=replayer,
         )
     finally:
         if store is not db:
@@ -174,8 +198,14 @@ def tune_with(
     baselines: Sequence[Setting] = (),
     unavailable: Mapping[str, str] | None = None,
     fresh: bool = False,
+    replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None]
+    | None = None,
 ) -> TuneResult:
-    """The same with everything that touches a model, clock or disk passed in."""
+    """The same with everything that touches a model, clock or disk passed in.
+
+    Args:
+        replayer: From plain decoding of the tuning prompts to what predicts from it.
+    """
     run = run_id(environment, workload, {**(options or {}), "seed": seed})
     if fresh:
         store.delete_run(run)
@@ -219,19 +249,51 @@ def tune_with(
                 lambda: clock() < deadline - total * (1 - PLAIN_SHARE),
                 warn,
             )
+            recorded = [p for p in tuning.prompts if p.id in plain]
             usable = affordable(
-                [p for p in tuning.prompts if p.id in plain],
+                recorded,
                 {key: sample.seconds for key, sample in plain.items()},
                 len(strategies),
                 (search_end - clock()) * FIRST_TRIALS_SHARE,
             )
+            promising: Mapping[tuple[str, str], list[Trial]] = {}
+            replaying = [cls for cls in strategies if cls.replays]
+            predictor = None
+            if replayer is not None and replaying and clock() < search_end:
+                predictor = replayer([(p, plain[p.id]) for p in recorded])
+            if predictor is not None:
+                doing("trying settings against the recorded answers")
+                end = clock() + REPLAY_SHARE * max(0.0, search_end - clock())
+                tried = presearch(
+                    predictor,
+                    replaying,
+                    {
+                        name: [p for p in recorded if p.prompt_class == name]
+                        for name in usable
+                    },
+                    in_time=lambda: clock() < end,
+                    clock=clock,
+                    warn=warn,
+                    seed=seed,
+                )
+                promising = tried.best
+                warn(
+                    f"replay: {tried.trials} settings tried without the target in "
+                    f"{tried.seconds:.0f} s"
+                )
             for cls in strategies:
                 for name, prompts in usable.items():
-                    search.add(name, cls, prompts, plain)
+                    best = promising.get((name, cls.name), [])
+                    search.add(name, cls, prompts, plain, best)
             for arm in search.search():
                 warn(
                     f"{arm.prompt_class}: no time for {arm.name}; give a larger "
                     "--budget"
+                )
+            if (error := prediction_error(search.arms)) is not None:
+                warn(
+                    f"replay: predictions of {error[1]} measured settings were off by "
+                    f"{error[0]:.1%} (median)"
                 )
             names = list(held_out.classes)
             for index, name in enumerate(names):

@@ -1,0 +1,204 @@
+"""Replay against the real engine: the same steps without the target's forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import adaptspec_plugins
+from adaptspec.costs import ForwardCosts
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine
+from adaptspec.host import Host
+from adaptspec.models import LanguageModel
+from adaptspec.profile import Trial
+from adaptspec.testing.fakes import noisy_draft, random_ids, tiny_model
+from adaptspec_tuner.presearch import prediction_error, presearch
+from adaptspec_tuner.profiler import Recording, Setting
+from adaptspec_tuner.replay import RecordedTarget, Replayer, VirtualClock
+from adaptspec_tuner.search import Arm
+from adaptspec_tuner.workloads import Prompt
+
+NEW = 40
+FLAT = ForwardCosts((0, 1000), (1, 100), ((1.0, 1.0), (1.0, 1.0)))
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("autoregressive", {}),
+    ("prompt_lookup", {"num_tokens": 6, "min_ngram": 1, "branches": 3}),
+    ("suffix", {}),
+    ("draft_model", {"k": 3}),
+    ("draft_model", {"k": 5, "stop": 0.4}),
+    ("draft_tree", {}),
+]
+HOST = Host({"bundled": adaptspec_plugins})
+
+
+def recorded(model: LanguageModel, seed: int = 0) -> Recording:
+    """Plain decoding of a prompt that repeats itself."""
+    ids = random_ids(8, seed) * 3
+    done = Engine(model).generate(HOST.create("autoregressive", {}), ids, controls())
+    return Recording(ids, done.token_ids, NEW)
+
+
+def controls(most: int = NEW, **changes: Any) -> Controls:
+    return Controls(max_new_tokens=most, temperature=0.0, **changes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize(("name", "params"), SETTINGS)
+def test_it_takes_the_steps_of_a_real_run(
+    architecture: str, name: str, params: dict[str, Any]
+) -> None:
+    model = tiny_model(architecture)
+    draft = noisy_draft(model)
+    strategy = HOST.strategy(name)
+    if reason := strategy.unavailable(model, draft):
+        pytest.skip(reason)
+    recording = recorded(model)
+    clock = VirtualClock()
+    target = RecordedTarget(model, FLAT, clock)
+    target.play(recording)
+    replay = Engine(target, draft, clock).generate(
+        HOST.create(name, params), recording.prompt, controls()
+    )
+    real = Engine(model, draft).generate(
+        HOST.create(name, params), recording.prompt, controls()
+    )
+    assert replay.token_ids == real.token_ids == list(recording.tokens)
+    assert replay.finish == real.finish
+    assert [(s.proposed, s.accepted, s.emitted) for s in replay.stats.steps] == [
+        (s.proposed, s.accepted, s.emitted) for s in real.stats.steps
+    ]
+
+
+def test_strategies_that_read_more_than_tokens_do_not_claim_to_replay() -> None:
+    claimed = {name for name, cls in HOST.strategies.items() if cls.replays}
+    assert claimed == {
+        *("prompt_lookup", "suffix", "draft_model", "draft_tree", "universal_draft")
+    }
+
+
+def test_time_is_the_cost_models_by_tokens_and_context() -> None:
+    model = tiny_model("llama")
+    recording = recorded(model)
+    costs = ForwardCosts((0, 128), (1, 11), ((10.0, 20.0), (20.0, 30.0)))
+    replayer = Replayer(Engine(model), HOST, costs, {"p": recording})
+    prompt = Prompt("p", text="")
+    plain = replayer.measure(Setting("autoregressive"), prompt)
+    assert plain.seconds_target == pytest.approx(10.0 * (NEW - 1), rel=0.25)
+    wide = replayer.measure(
+        Setting("prompt_lookup", {"num_tokens": 10, "branches": 1}), prompt
+    )
+    most = 20.0 * wide.forwards
+    assert 10.0 * wide.forwards < wide.seconds_target <= most * 1.02
+    assert wide.tokens == plain.tokens
+    # Behind 128 cached tokens every forward takes ten seconds more.
+    far = Recording([3] * 129, recording.tokens, NEW)
+    deep = Replayer(Engine(model), HOST, costs, {"p": far})
+    assert deep.measure(Setting("autoregressive"), prompt).seconds_target == (
+        pytest.approx(20.0 * (NEW - 1), rel=0.15)
+    )
+
+
+def test_the_target_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    recording = recorded(model)
+    replayer = Replayer(Engine(model), HOST, FLAT, {"p": recording})
+
+    def run(*arguments: object, **named: object) -> None:
+        raise AssertionError("a forward of the target")
+
+    monkeypatch.setattr(model.model, "forward", run)
+    sample = replayer.measure(Setting("suffix"), Prompt("p", text=""))
+    assert list(sample.tokens) == list(recording.tokens)
+
+
+def test_controls_that_move_the_argmax_are_in_the_record_already() -> None:
+    """A model whose generation configuration penalises repetition."""
+    model = tiny_model("llama")
+    ids = random_ids(8) * 3
+    chosen = controls(repetition_penalty=1.5)
+    plain = Engine(model).generate(HOST.create("autoregressive", {}), ids, chosen)
+    assert plain.token_ids != list(recorded(model).tokens)
+    clock = VirtualClock()
+    target = RecordedTarget(model, FLAT, clock)
+    target.play(Recording(ids, plain.token_ids, NEW))
+    replay = Engine(target, None, clock).generate(
+        HOST.create("prompt_lookup", {}), ids, chosen
+    )
+    assert replay.token_ids == plain.token_ids
+
+
+def test_an_answer_that_ended_early_ends_there_again() -> None:
+    model = tiny_model("llama")
+    recording = recorded(model)
+    eos = recording.tokens[20]
+    at = list(recording.tokens).index(eos)
+    clock = VirtualClock()
+    target = RecordedTarget(model, FLAT, clock)
+    target.play(Recording(recording.prompt, recording.tokens[: at + 1], NEW))
+    done = Engine(target, None, clock).generate(
+        HOST.create("suffix", {}), recording.prompt, controls(eos_token_ids=(eos,))
+    )
+    assert done.finish == "eos"
+    assert done.token_ids == list(recording.tokens[: at + 1])
+
+
+def test_a_presearch_finds_the_draft_length_that_the_hardware_pays_for() -> None:
+    """A text that goes on for ever; rows are free, or from the fifth on dear."""
+    model = tiny_model("llama")
+    ids = random_ids(6) * 4
+    recording = Recording(ids, [ids[i % 6] for i in range(NEW)], NEW)
+    prompts = {"c": [Prompt("p", "c", text="")]}
+    found = {}
+    for kind, last in (("free", 1.0), ("dear", 400.0)):
+        line = (1.0, 1.0, last)
+        tried = presearch(
+            Replayer(
+                Engine(model),
+                HOST,
+                ForwardCosts((0, 1000), (1, 4, 101), (line, line)),
+                {"p": recording},
+            ),
+            [HOST.strategy("prompt_lookup")],
+            prompts,
+            in_time=lambda: True,
+            clock=lambda: 0.0,
+            warn=lambda text: None,
+            trials=80,
+        )
+        assert tried.trials > 10
+        found[kind] = tried.best["c", "prompt_lookup"][0]
+    assert int(found["free"].params["num_tokens"]) > 8
+    assert found["free"].detail["ratio"] > 8
+    assert found["dear"].params["num_tokens"] in (2, 3)
+    assert 2.5 < found["dear"].detail["ratio"] <= 4
+
+
+def test_the_error_of_predictions_is_a_median_over_what_was_measured() -> None:
+    def trial(predicted: float | None, ratio: float, state: str = "complete") -> Trial:
+        detail = {"ratio": ratio}
+        if predicted is not None:
+            detail["predicted"] = predicted
+        return Trial("r", "c", "s", 0, {}, state, 1.0, detail)
+
+    def arm(*trials: Trial) -> Arm:
+        params = HOST.strategy("suffix").Params
+        return Arm("c", "s", params, [], {}, None, list(trials))  # type: ignore[arg-type]
+
+    trials = [trial(1.1, 1.0), trial(1.0, 2.0), trial(1.2, 1.0), trial(None, 3.0)]
+    found = prediction_error([arm(*trials), arm(trial(9.0, 1.0, "pruned"))])
+    assert found is not None
+    assert found[0] == pytest.approx(0.2)
+    assert found[1] == 3
+    assert prediction_error([arm(trial(None, 1.0))]) is None
+
+
+def test_its_logits_take_no_memory() -> None:
+    model = tiny_model("llama")
+    target = RecordedTarget(model, FLAT, VirtualClock())
+    target.play(Recording([1], [2, 3], 2))
+    logits = target.prefill([1], target.new_cache()).logits
+    assert isinstance(logits, torch.Tensor)
+    assert logits.untyped_storage().nbytes() <= 8
