@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,40 @@ def real_model_path() -> Path:
     from adaptspec.default_model import default_model_path
 
     return Path(default_model_path())
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """A PostgreSQL server's URL without a database; skips where it isn't installed."""
+    pytest.importorskip("psycopg", reason="needs the driver psycopg")
+    from adaptspec.testing.databases import postgres_binaries
+    from adaptspec.testing.databases import postgres_server as running
+
+    if (binaries := postgres_binaries()) is None:
+        pytest.skip("needs PostgreSQL's server (initdb, pg_ctl, postgres)")
+    with running(binaries) as url:
+        yield url
+
+
+@pytest.fixture
+def new_postgres_database(postgres_server: str) -> Callable[[], str]:
+    """Makes empty databases; their URLs."""
+    import psycopg
+
+    def create() -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        server = f"{postgres_server}/postgres"
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return f"{postgres_server}/{name}"
+
+    return create
+
+
+@pytest.fixture
+def postgres_url(new_postgres_database: Callable[[], str]) -> str:
+    """The URL of an empty database."""
+    return new_postgres_database()
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,8 @@ def json_value(value: Any, where: str = "") -> Any:
             value.encode()
         except UnicodeEncodeError:
             raise _bad(where, "must be text that UTF-8 can hold", value) from None
+        if "\0" in value:  # PostgreSQL has no place for it
+            raise _bad(where, "must be text without a zero character", value)
         return str(value)
     if isinstance(value, int):
         if abs(value) > LARGEST_INTEGER:

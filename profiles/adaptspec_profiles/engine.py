@@ -18,6 +18,8 @@ BUSY_SECONDS = 60
 LOG_AHEAD_SECONDS = 2
 MEMORY = ":memory:"
 READING = "adaptspec_reading"
+POSTGRES = ("postgresql", "postgres")
+POSTGRES_DRIVER = "postgresql+psycopg"
 
 # Where hosts would each have a shared memory of their own for one write-ahead log.
 NETWORK = (
@@ -29,7 +31,11 @@ NETWORK = (
 def parsed_url(url: str) -> URL:
     """``url`` itself, or the SQLite URL of a path, whatever characters it has."""
     if "://" in url:
-        return make_url(url)
+        parsed = make_url(url)
+        if parsed.drivername in POSTGRES:
+            # SQLAlchemy's own default differs between its versions.
+            parsed = parsed.set(drivername=POSTGRES_DRIVER)
+        return parsed
     path = url if url == MEMORY else str(Path(url).expanduser().absolute())
     return URL.create("sqlite", database=path)
 
@@ -59,7 +65,17 @@ def make_engine(url: str) -> Engine:
             f"can't use the profile database {safe_url(url)}: it can't be parsed; "
             "is its port a number? (--db takes a file path or a SQLAlchemy URL)"
         ) from None
-    except (ArgumentError, ModuleNotFoundError, OSError, SQLAlchemyError) as error:
+    except ImportError as error:
+        # psycopg without its C library is one, too.
+        way = "is its driver installed?"
+        if url.partition("://")[0] in (*POSTGRES, POSTGRES_DRIVER):
+            way = "its driver comes with `pip install 'adaptspec[postgres]'`"
+        raise ProfileStoreError(
+            f"can't use the profile database {safe_url(url)}: "
+            f"{str(error).splitlines()[0]}; {way} "
+            "(--db takes a file path or a SQLAlchemy URL)"
+        ) from error
+    except (ArgumentError, OSError, SQLAlchemyError) as error:
         raise ProfileStoreError(
             f"can't use the profile database {safe_url(url)}: "
             f"{str(error).splitlines()[0]} "

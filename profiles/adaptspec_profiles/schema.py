@@ -16,6 +16,12 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.types import TypeEngine
+
+
+def text(length: int) -> TypeEngine[str]:
+    """Text that SQLite doesn't measure, and no server shall cut or refuse."""
+    return String(length).with_variant(String(), "postgresql")
 
 
 class Base(DeclarativeBase):
@@ -28,13 +34,13 @@ class EnvironmentRow(Base):
     __tablename__ = "environments"
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
-    digest: Mapped[str] = mapped_column(String(64), unique=True)
-    model: Mapped[str] = mapped_column(String(64), index=True)
+    digest: Mapped[str] = mapped_column(text(64), unique=True)
+    model: Mapped[str] = mapped_column(text(64), index=True)
     model_name: Mapped[str] = mapped_column(String)
-    draft: Mapped[str | None] = mapped_column(String(64))
+    draft: Mapped[str | None] = mapped_column(text(64))
     draft_name: Mapped[str | None] = mapped_column(String)
-    dtype: Mapped[str] = mapped_column(String(32))
-    device: Mapped[str] = mapped_column(String(32))
+    dtype: Mapped[str] = mapped_column(text(32))
+    device: Mapped[str] = mapped_column(text(32))
     device_name: Mapped[str] = mapped_column(String)
     threads: Mapped[int] = mapped_column(Integer)
     versions: Mapped[dict[str, str]] = mapped_column(JSON)
@@ -53,8 +59,8 @@ class ProfileRow(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     environment_id: Mapped[int] = mapped_column(ForeignKey("environments.id"))
     environment: Mapped[EnvironmentRow] = relationship(lazy="joined")
-    run: Mapped[str] = mapped_column(String(64), index=True)
-    workload: Mapped[str] = mapped_column(String(64))
+    run: Mapped[str] = mapped_column(text(64), index=True)
+    workload: Mapped[str] = mapped_column(text(64))
     workload_name: Mapped[str] = mapped_column(String)
     prompt_class: Mapped[str] = mapped_column(String)
     strategy: Mapped[str] = mapped_column(String)
@@ -78,12 +84,12 @@ class TrialRow(Base):
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
-    run: Mapped[str] = mapped_column(String(64))
+    run: Mapped[str] = mapped_column(text(64))
     prompt_class: Mapped[str] = mapped_column(String)
     strategy: Mapped[str] = mapped_column(String)
     number: Mapped[int] = mapped_column(Integer)
     params: Mapped[dict[str, Any]] = mapped_column(JSON)
-    state: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(text(16))
     value: Mapped[float | None] = mapped_column(Float)
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
@@ -93,6 +99,6 @@ class RecordRow(Base):
 
     __tablename__ = "tuning_records"
 
-    run: Mapped[str] = mapped_column(String(64), primary_key=True)
-    key: Mapped[str] = mapped_column(String(128), primary_key=True)
+    run: Mapped[str] = mapped_column(text(64), primary_key=True)
+    key: Mapped[str] = mapped_column(text(128), primary_key=True)
     value: Mapped[dict[str, Any]] = mapped_column(JSON)

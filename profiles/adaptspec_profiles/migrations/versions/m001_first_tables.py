@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from adaptspec_profiles.schema import text
+
 revision = "m001"
 down_revision = None
 
@@ -14,13 +16,13 @@ def upgrade() -> None:
     op.create_table(
         "environments",
         sa.Column("id", sa.Integer(), primary_key=True),
-        sa.Column("digest", sa.String(64), nullable=False, unique=True),
-        sa.Column("model", sa.String(64), nullable=False),
+        sa.Column("digest", text(64), nullable=False, unique=True),
+        sa.Column("model", text(64), nullable=False),
         sa.Column("model_name", sa.String(), nullable=False),
-        sa.Column("draft", sa.String(64)),
+        sa.Column("draft", text(64)),
         sa.Column("draft_name", sa.String()),
-        sa.Column("dtype", sa.String(32), nullable=False),
-        sa.Column("device", sa.String(32), nullable=False),
+        sa.Column("dtype", text(32), nullable=False),
+        sa.Column("device", text(32), nullable=False),
         sa.Column("device_name", sa.String(), nullable=False),
         sa.Column("threads", sa.Integer(), nullable=False),
         sa.Column("versions", sa.JSON(), nullable=False),
@@ -35,8 +37,8 @@ def upgrade() -> None:
             sa.ForeignKey("environments.id"),
             nullable=False,
         ),
-        sa.Column("run", sa.String(64), nullable=False),
-        sa.Column("workload", sa.String(64), nullable=False),
+        sa.Column("run", text(64), nullable=False),
+        sa.Column("workload", text(64), nullable=False),
         sa.Column("workload_name", sa.String(), nullable=False),
         sa.Column("prompt_class", sa.String(), nullable=False),
         sa.Column("strategy", sa.String(), nullable=False),
@@ -55,12 +57,12 @@ def upgrade() -> None:
     op.create_table(
         "tuning_trials",
         sa.Column("id", sa.Integer(), primary_key=True),
-        sa.Column("run", sa.String(64), nullable=False),
+        sa.Column("run", text(64), nullable=False),
         sa.Column("prompt_class", sa.String(), nullable=False),
         sa.Column("strategy", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("params", sa.JSON(), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("state", text(16), nullable=False),
         sa.Column("value", sa.Float()),
         sa.Column("detail", sa.JSON(), nullable=False),
         sa.UniqueConstraint(
@@ -69,7 +71,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "tuning_records",
-        sa.Column("run", sa.String(64), primary_key=True),
-        sa.Column("key", sa.String(128), primary_key=True),
+        sa.Column("run", text(64), primary_key=True),
+        sa.Column("key", text(128), primary_key=True),
         sa.Column("value", sa.JSON(), nullable=False),
     )

@@ -1,0 +1,161 @@
+"""The store on a real PostgreSQL server: the contract, crowds, kills, its errors."""
+
+from __future__ import annotations
+
+import builtins
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from sqlalchemy import inspect
+
+from adaptspec.errors import ProfileStoreError
+from adaptspec.profile import ProfileStore, Trial
+from adaptspec.testing.stores import ProfileStoreContract, example_profile
+from adaptspec_profiles import open_store
+from adaptspec_profiles.engine import make_engine
+from adaptspec_profiles.migrations import VERSION_TABLE, migrate
+from adaptspec_profiles.schema import Base
+
+WRITER = """
+import sys
+from adaptspec.profile import Trial
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles import open_store
+url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = open_store(url)
+for number in range(count):
+    store.add_trial(Trial("shared", "chat", "x", number, {"by": name}, "complete", 1.0))
+    store.add_trial(Trial(name, "chat", "x", number, {}, "complete", 1.0))
+    store.put_record("shared", f"key {number}", {"by": name})
+    store.add_profiles([example_profile(run="shared", prompt_class=str(number))])
+    print(number, flush=True)
+store.add_profiles([example_profile(run=name)])
+store.close()
+"""
+
+
+class TestPostgresStore(ProfileStoreContract):
+    @pytest.fixture
+    def store(self, postgres_url: str) -> Any:
+        store = open_store(postgres_url)
+        yield store
+        store.close()
+
+
+@pytest.fixture
+def store(postgres_url: str) -> Any:
+    store = open_store(postgres_url)
+    yield store
+    store.close()
+
+
+def start_writer(url: str, name: str, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, url, name, str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_three_processes_create_and_write_one_empty_database(postgres_url: str) -> None:
+    names = ["a", "b", "c"]
+    writers = [start_writer(postgres_url, name, 25) for name in names]
+    for writer in writers:
+        writer.communicate(timeout=120)
+        assert writer.returncode == 0
+    store = open_store(postgres_url)
+    assert [t.number for t in store.trials("shared")] == list(range(25))
+    for name in names:
+        assert [t.number for t in store.trials(name)] == list(range(25))
+    shared = store.profiles(run="shared")
+    assert sorted(int(p.prompt_class) for p in shared) == list(range(25))
+    assert sorted(p.run for p in store.profiles(prompt_class="chat")) == names
+    store.close()
+
+
+def test_a_killed_writer_loses_nothing_it_finished(postgres_url: str) -> None:
+    writer = start_writer(postgres_url, "a", 10_000)
+    assert writer.stdout is not None
+    seen = -1
+    for line in writer.stdout:
+        seen = int(line)
+        if seen >= 20:
+            break
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    store = open_store(postgres_url)
+    numbers = [t.number for t in store.trials("a")]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) > seen
+    store.add_profiles([example_profile(run="after")])
+    assert len(store.profiles(run="after")) == 1
+    store.close()
+
+
+def test_models_and_migrations_give_one_schema(new_postgres_database: Any) -> None:
+    migrated, created = [make_engine(new_postgres_database()) for _ in range(2)]
+    migrate(migrated)
+    Base.metadata.create_all(created)
+    ours, theirs = inspect(migrated), inspect(created)
+    tables = set(theirs.get_table_names())
+    assert set(ours.get_table_names()) == tables | {VERSION_TABLE}
+    for table in tables:
+        assert [str(c) for c in ours.get_columns(table)] == [
+            str(c) for c in theirs.get_columns(table)
+        ]
+        assert ours.get_unique_constraints(table) == theirs.get_unique_constraints(
+            table
+        )
+    migrated.dispose()
+    created.dispose()
+
+
+def test_names_are_kept_however_long(store: ProfileStore) -> None:
+    name = "x" * 600
+    store.put_record(name[:500], f"plain/{name}/1", {"speed": 1.0})
+    store.add_trial(Trial("r1", name, name, 0, {}, "complete", 1.0))
+    assert store.record(name[:500], f"plain/{name}/1") == {"speed": 1.0}
+    assert [t.prompt_class for t in store.trials("r1")] == [name]
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_every_usual_scheme_opens_it(postgres_url: str, scheme: str) -> None:
+    url = postgres_url.replace("postgresql", scheme, 1)
+    store = open_store(url)
+    store.add_profiles([example_profile()])
+    assert len(store.profiles()) == 1
+    store.close()
+
+
+def test_a_wrong_login_is_an_error_of_one_line_without_the_password(
+    postgres_url: str,
+) -> None:
+    url = postgres_url.replace("postgres@", "nobody-here:s3cr3t@")
+    with pytest.raises(ProfileStoreError, match="--db takes") as caught:
+        open_store(url)
+    assert "s3cr3t" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_driver_is_one_line_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "psycopg":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="psycopg")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for module in [m for m in sys.modules if m.split(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ProfileStoreError) as caught:
+        open_store("postgresql://u:s3cr3t@localhost:1/x")
+    text = str(caught.value)
+    assert "pip install 'adaptspec[postgres]'" in text
+    assert len(text.splitlines()) == 1
+    assert "s3cr3t" not in text
