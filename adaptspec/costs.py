@@ -213,7 +213,7 @@ def _measure(
     contexts: Sequence[int],
     longest: float,
 ) -> ForwardCosts:
-    from adaptspec.decoding.latency import measure_latency
+    from adaptspec.decoding.latency import measure_latency, never_falling
 
     curves: dict[int, LatencyCurve] = {}
     for context in contexts:
@@ -225,8 +225,10 @@ def _measure(
     common = set.intersection(*(set(curve.rows) for curve in curves.values()))
     ordered = [curves[context] for context in sorted(curves)]
     kept = sorted(common)
+    # Nor do more cached tokens cost less.
+    columns = [never_falling([curve(count) for curve in ordered]) for count in kept]
     return ForwardCosts(
         [curve.context for curve in ordered],
         kept,
-        [[curve(count) for count in kept] for curve in ordered],
+        [list(line) for line in zip(*columns, strict=True)],
     )

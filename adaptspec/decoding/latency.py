@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,8 @@ def measure_latency(
     """Time forwards of each size in turn, so that drift falls on all alike.
 
     A forward here ends with the choice of each row's likeliest token. Noise only adds
-    time and more tokens never cost less: the least of the rounds is taken, and the
-    curve made non-decreasing. Needs a model that verifies chains.
+    time and more tokens never cost less: so each size costs at most the least time of
+    its rounds and of larger sizes. Needs a model that verifies chains.
 
     Args:
         rounds: At most.
@@ -87,11 +88,13 @@ def measure_latency(
             times[count].append(_timed(model, cache, count, context, token))
         if perf_counter() - started > longest:
             break
-    seconds: list[float] = []
-    for count in rows:
-        found = min(times[count])
-        seconds.append(max(found, seconds[-1]) if seconds else found)
-    return LatencyCurve(tuple(rows), tuple(seconds), context)
+    least = [min(times[count]) for count in rows]
+    return LatencyCurve(tuple(rows), tuple(never_falling(least)), context)
+
+
+def never_falling(seconds: Sequence[float]) -> list[float]:
+    """Each of ``seconds``, or the least of those after it if that is less."""
+    return list(accumulate(reversed(seconds), min))[::-1]
 
 
 def _timed(
