@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -25,6 +25,10 @@ from adaptspec_profiles.convert import (
 from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
+
+
+T = TypeVar("T")
+RACES = 10  # lost to other writers, before it counts as a failure
 
 
 class SqlStore:
@@ -59,8 +63,11 @@ class SqlStore:
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """One transaction for all."""
         checked = [same_profile(profile) for profile in profiles]
-        with self._writing() as session:
+
+        def put(session: Session) -> list[int]:
             return [_put(session, profile) for profile in checked]
+
+        return self._write(put)
 
     def profiles(
         self,
@@ -137,8 +144,9 @@ class SqlStore:
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
         """Replace an older one."""
         checked = json_value(value)
-        with self._writing() as session:
-            session.merge(RecordRow(run=run, key=key, value=checked))
+        self._write(
+            lambda session: session.merge(RecordRow(run=run, key=key, value=checked))
+        )
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
         """As it was put."""
@@ -149,6 +157,22 @@ class SqlStore:
     def close(self) -> None:
         """Release connections."""
         self._engine.dispose()
+
+    def _write(self, work: Callable[[Session], T]) -> T:
+        """Run ``work`` in a transaction, again where another process came first.
+
+        On a server two may find a row missing and both insert it; SQLite lets one
+        writer in at a time.
+        """
+        for _ in range(RACES):
+            try:
+                with self._writing() as session:
+                    return work(session)
+            except ProfileStoreError as error:
+                if not isinstance(error.__cause__, IntegrityError):
+                    raise
+        with self._writing() as session:
+            return work(session)
 
     def _writing(self) -> AbstractContextManager[Session]:
         return self._transaction(self._engine)
