@@ -26,7 +26,6 @@ from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
 
-
 T = TypeVar("T")
 RACES = 10  # lost to other writers, before it counts as a failure
 
