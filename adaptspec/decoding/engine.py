@@ -36,18 +36,18 @@ class Engine:
     """Decodes one sequence at a time with a target and, where wanted, a draft model.
 
     Args:
-        clock: Seconds; what drafters and statistics see.
+        clock: Seconds; what drafters and statistics see. Default: ``perf_counter``.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         draft: LanguageModel | None = None,
-        clock: Callable[[], float] = perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.model = model
         self.draft = draft
-        self.clock = clock
+        self.clock = clock or perf_counter
 
     def generate(
         self,

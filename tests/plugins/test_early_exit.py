@@ -197,14 +197,14 @@ def test_a_proposal_given_up_halfway_leaves_the_cache_as_it_was(
     model = deep_model()
     drafter, cache = start(model, PROMPT, {"depth": 0.75, "tokens": 5})
     left = iter(range(2))
-    probs = Sampler.probs
+    likeliest = Sampler.likeliest
 
-    def interrupted(self: Sampler, ids: Any, logits: Any) -> torch.Tensor:
+    def interrupted(self: Sampler, ids: Any, logits: Any) -> int:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return probs(self, ids, logits)
+        return likeliest(self, ids, logits)
 
-    monkeypatch.setattr(Sampler, "probs", interrupted)
+    monkeypatch.setattr(Sampler, "likeliest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drafter.propose(Context(list(PROMPT), 50, 128, 0))
     assert [layer.length for layer in cache.rows] == [len(PROMPT) - 1] * LAYERS
