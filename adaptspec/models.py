@@ -129,9 +129,9 @@ class LanguageModel:
         signature = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature
-        # State-space models call their cache by another name.
-        self._cache_argument = next(
-            (n for n in ("past_key_values", "cache_params") if n in signature),
+        # The name changed in transformers 5.24; state-space models have their own.
+        self.cache_argument = next(
+            (n for n in ("cache", "past_key_values", "cache_params") if n in signature),
             "past_key_values",
         )
         self._layers = int(self.config.num_hidden_layers)
@@ -362,7 +362,7 @@ class LanguageModel:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": mask,
-            self._cache_argument: cache,
+            self.cache_argument: cache,
             "use_cache": True,
         }
         if self._takes_positions:

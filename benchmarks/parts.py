@@ -98,8 +98,9 @@ def verify_steps(model: LanguageModel, context: int = 128) -> list[dict[str, Any
 @torch.inference_mode()
 def bare_forward(model: LanguageModel, ids: Sequence[int], cache: DynamicCache) -> None:
     """The module's own forward, logits of all rows as a verification needs them."""
-    keep = {"logits_to_keep": 1} if len(ids) > max(STEP_ROWS) else {}
-    model.model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, **keep)
+    keep: dict[str, Any] = {"logits_to_keep": 1} if len(ids) > max(STEP_ROWS) else {}
+    keep[model.cache_argument] = cache
+    model.model(input_ids=torch.tensor([list(ids)]), **keep)
 
 
 def filler(count: int, vocab_size: int) -> list[int]:
