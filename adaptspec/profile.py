@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
+SPEED, LATENCY = "speed", "latency"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Measurement:
         tokens_per_second: Median over prompts of decoding speed (prefill excluded).
         tokens_per_second_low: First quartile over prompts.
         tokens_per_second_high: Third quartile over prompts.
-        ratio: Median over prompts of speed relative to plain decoding, paired.
-        ratio_low: First quartile of that ratio.
-        ratio_high: Third quartile of that ratio.
+        ratio: How much better than plain decoding in the objective: geometric mean
+            over prompts, paired.
+        ratio_low: First quartile over prompts of that ratio.
+        ratio_high: Third quartile over prompts of that ratio.
         tokens_per_forward: Mean tokens committed per target forward.
         acceptance: Accepted / proposed tokens, 0 where nothing was proposed.
         prompts: How many prompts were measured.
@@ -71,6 +73,16 @@ class Measurement:
         seconds_target: Time in the target's forwards.
         seconds_draft: Time in drafting.
         seconds_rest: Everything else.
+        interval_low: Lower end of the 95% bootstrap interval of ``ratio``; None where
+            it isn't known (one prompt, or an older version's measurement).
+        interval_high: Upper end.
+        latency_p95: Milliseconds per token that 95% of a generation's tokens took at
+            most, a step's time shared by its tokens: median over prompts; None if not
+            measured.
+        peak_memory: Bytes at the highest, the model's weights included; None if not
+            measured.
+        objective: ``speed`` (tokens per second) or ``latency`` (``latency_p95``, less
+            is better): what ``ratio`` and its interval are about.
     """
 
     tokens_per_second: float
@@ -88,6 +100,11 @@ class Measurement:
     seconds_target: float
     seconds_draft: float
     seconds_rest: float
+    interval_low: float | None = None
+    interval_high: float | None = None
+    latency_p95: float | None = None
+    peak_memory: int | None = None
+    objective: str = SPEED
 
 
 @dataclass(frozen=True)

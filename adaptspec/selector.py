@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptspec.params import Scalar
-from adaptspec.profile import PLAIN, Environment, Profile
+from adaptspec.profile import LATENCY, PLAIN, Environment, Profile
 
 # Ratios this close count as equal; the simpler strategy then wins.
 TIE = 0.02
 
 # One prompt has no spread: its ratio may be the machine's mood.
 FEWEST_PROMPTS = 2
+
+# What a stale gain must have been above for sure to be used still.
+STALE_MARGIN = 1.1
+# Speed is theirs: another minor version makes a profile stale.
+DECISIVE = ("adaptspec", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ def select(
     """The fastest lossless setting measured in ``environment`` for ``prompt_class``.
 
     Plain decoding is chosen where nothing was measured, where the measurement was taken
-    elsewhere, and where nothing beat it: the lower quartile of a strategy's ratio to
-    plain decoding must be above 1, over two prompts or more. Ties within 2% go to the
-    strategy with fewer parameters, then to the name that sorts first. Without a class
-    the only profiled one is used, else ``default``.
+    elsewhere, and where nothing beat it: the lower end of the bootstrap interval of a
+    strategy's ratio to plain decoding must be above 1, over two prompts or more. A
+    profile measured with another minor version of torch, transformers or AdaptSpec is
+    stale: its interval must have been above 1.1, and the reason says so. Ties within 2%
+    go to the strategy with fewer parameters, then to the name that sorts first. Without
+    a class the only profiled one is used, else ``default``.
     """
     usable = [p for p in profiles if p.lossless and not p.baseline]
     here = [p for p in usable if p.environment.key() == environment.key()]
@@ -58,11 +65,14 @@ def select(
         return _plain(
             prompt_class, f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"
         )
+    stale = stale_versions(found[0].environment, environment)
+    bar = STALE_MARGIN if stale else 1.0
     faster = [
         p
         for p in found
         if p.strategy != PLAIN
-        and p.measurement.ratio_low > 1.0
+        and p.measurement.interval_low is not None
+        and p.measurement.interval_low > bar
         and p.measurement.prompts >= FEWEST_PROMPTS
     ]
     if not faster and max(p.measurement.prompts for p in found) < FEWEST_PROMPTS:
@@ -71,19 +81,50 @@ def select(
             f"{wanted!r} was measured on one held-out prompt, {FEWEST_PROMPTS} are "
             "needed; tune with four prompts or more of the class",
         )
+    if not faster and all(p.measurement.interval_low is None for p in found):
+        return _plain(
+            wanted,
+            f"{wanted!r} was measured by an older version, without intervals; run tune "
+            "again",
+        )
+    if not faster and stale:
+        return _plain(
+            wanted,
+            f"the profile of {wanted!r} is stale ({stale}), and no gain was above "
+            f"{STALE_MARGIN} for sure; run tune again",
+        )
     if not faster:
         return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
     best = max(p.measurement.ratio for p in faster)
     tied = [p for p in faster if p.measurement.ratio >= best * (1 - TIE)]
     winner = min(tied, key=_simplest_first)
+    latency = winner.measurement.objective == LATENCY
+    what = " in p95 latency per token" if latency else ""
     reason = (
-        f"measured {winner.measurement.ratio:.2f}x plain decoding on {wanted!r} "
-        f"(quartiles {winner.measurement.ratio_low:.2f}-"
-        f"{winner.measurement.ratio_high:.2f}, {winner.measurement.prompts} prompts)"
+        f"measured {winner.measurement.ratio:.2f}x plain decoding{what} on {wanted!r} "
+        f"(95% interval {winner.measurement.interval_low:.2f}-"
+        f"{winner.measurement.interval_high:.2f}, {winner.measurement.prompts} prompts)"
     )
-    if changed := _changed(winner.environment, environment):
+    if stale:
+        reason += f"; the profile is stale ({stale}): run tune again"
+    elif changed := _changed(winner.environment, environment):
         reason += f"; measured with other versions: {changed}"
     return Choice(wanted, winner.strategy, dict(winner.params), reason)
+
+
+def stale_versions(then: Environment, now: Environment) -> str:
+    """What minor versions changed since; empty where a profile is fresh."""
+    return ", ".join(
+        f"{name} {then.versions[name]} then, {now.versions[name]} now"
+        for name in DECISIVE
+        if name in then.versions
+        and name in now.versions
+        and _minor(then.versions[name]) != _minor(now.versions[name])
+    )
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
 
 
 def _simplest_first(profile: Profile) -> tuple[int, float, str, float, str]:
@@ -93,7 +134,7 @@ def _simplest_first(profile: Profile) -> tuple[int, float, str, float, str]:
         len(profile.params),
         -measurement.ratio,
         profile.strategy,
-        -measurement.ratio_low,
+        -(measurement.interval_low or 0.0),
         repr(sorted(profile.params.items())),
     )
 

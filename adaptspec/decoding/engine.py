@@ -214,6 +214,7 @@ class Run:
                 seconds_target=verified - verifying,
                 seconds_draft=(proposed - started) + (observed - committed),
                 seconds_rest=(verifying - proposed) + (committed - verified),
+                depth=tree.depth,
             )
         )
         return emitted

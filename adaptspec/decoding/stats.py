@@ -15,6 +15,12 @@ class StepStats(NamedTuple):
     seconds_target: float
     seconds_draft: float
     seconds_rest: float
+    depth: int = 0  # of the deepest candidate
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.seconds_target + self.seconds_draft + self.seconds_rest
 
 
 @dataclass
@@ -72,6 +78,36 @@ class RunStats:
     def seconds_decode(self) -> float:
         """Time after the prefill."""
         return self.seconds_target + self.seconds_draft + self.seconds_rest
+
+    @property
+    def positions(self) -> list[tuple[int, int]]:
+        """By depth from 1: steps that accepted a candidate there, and that had one."""
+        deepest = max((step.depth for step in self.steps), default=0)
+        return [
+            (
+                sum(step.accepted >= depth for step in self.steps),
+                sum(step.depth >= depth for step in self.steps),
+            )
+            for depth in range(1, deepest + 1)
+        ]
+
+    @property
+    def latency_p95(self) -> float:
+        """Milliseconds that 95% of the tokens took at most; 0 without a step.
+
+        A step's time is shared equally by the tokens it committed.
+        """
+        shares = sorted(
+            (1e3 * step.seconds / step.emitted, step.emitted)
+            for step in self.steps
+            if step.emitted
+        )
+        left = 0.95 * sum(count for _, count in shares)
+        for milliseconds, count in shares:
+            left -= count
+            if left <= 1e-9:
+                return milliseconds
+        return 0.0
 
     @property
     def tokens_per_second(self) -> float:

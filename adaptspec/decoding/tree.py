@@ -120,6 +120,15 @@ class TokenTree:
             depths[node] = depths[self.parents[node]] + 1
         return depths
 
+    @property
+    def depth(self) -> int:
+        """Distance of the deepest candidate from the root, probes not counted."""
+        if not self.probes:
+            return max(self.depths)
+        return max(
+            depth for node, depth in enumerate(self.depths) if node not in self.probes
+        )
+
     @cached_property
     def children(self) -> list[list[int]]:
         """Acceptable children of each node, in draw order."""

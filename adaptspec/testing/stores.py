@@ -51,7 +51,8 @@ def example_profile(**changes: Any) -> Profile:
         "m1", "target", "d1", "draft", "bfloat16", "cpu", "A CPU", 2, {"torch": "2.13"}
     )
     measurement = Measurement(
-        20.0, 18.0, 22.0, 1.5, 1.2, 1.7, 2.5, 0.6, 4, 400, 3, 1, 10.0, 2.0, 0.5
+        *(20.0, 18.0, 22.0, 1.5, 1.2, 1.7, 2.5, 0.6, 4, 400, 3, 1, 10.0, 2.0, 0.5),
+        *(1.25, 1.65, 80.0, 2**31, "latency"),
     )
     profile = Profile(
         environment=environment,

@@ -24,7 +24,7 @@ def measured(
     measurement = replace(
         example_profile().measurement,
         ratio=ratio,
-        ratio_low=ratio if low is None else low,
+        interval_low=ratio if low is None else low,
     )
     return example_profile(strategy=strategy, measurement=measurement, **changes)
 
@@ -85,11 +85,40 @@ def test_only_the_newest_run_counts() -> None:
     assert select([old, new], HERE, "chat").strategy == "b"
 
 
-def test_other_versions_are_used_and_told() -> None:
-    now = replace(HERE, versions={"torch": "9.9"})
+def test_another_patch_is_used_and_told() -> None:
+    now = replace(HERE, versions={"torch": "2.13.1"})
     choice = select([measured("a", 2.0)], now, "chat")
     assert choice.strategy == "a"
-    assert "torch 2.13 then, 9.9 now" in choice.reason
+    assert "torch 2.13 then, 2.13.1 now" in choice.reason
+    assert "stale" not in choice.reason
+
+
+@pytest.mark.parametrize(("low", "used"), [(1.2, "a"), (1.05, PLAIN), (0.9, PLAIN)])
+def test_another_minor_version_makes_a_profile_stale(low: float, used: str) -> None:
+    now = replace(HERE, versions={"torch": "2.14.0"})
+    choice = select([measured("a", 1.5, low=low)], now, "chat")
+    assert choice.strategy == used
+    assert "stale (torch 2.13 then, 2.14.0 now)" in choice.reason
+    assert "run tune again" in choice.reason
+
+
+def test_a_measurement_without_an_interval_is_not_enough() -> None:
+    lucky = measured("a", 2.0)
+    unknown = replace(lucky.measurement, interval_low=None, interval_high=None)
+    choice = select([replace(lucky, measurement=unknown)], HERE, "chat")
+    assert choice.strategy == PLAIN
+    assert "older version" in choice.reason
+
+
+def test_the_reason_says_what_was_improved() -> None:
+    speed = measured("a", 2.0)
+    one = replace(speed.measurement, objective="speed")
+    other = replace(speed.measurement, objective="latency")
+    said = [
+        select([replace(speed, measurement=m)], HERE, "chat").reason
+        for m in (one, other)
+    ]
+    assert ["latency" in reason for reason in said] == [False, True]
 
 
 names = st.sampled_from(["a", "b", "c", "d", PLAIN])
@@ -139,7 +168,7 @@ def may_be_chosen(profile: Profile, among: list[Profile]) -> bool:
     return (
         profile in here
         and profile.strategy != PLAIN
-        and profile.measurement.ratio_low > 1
+        and (profile.measurement.interval_low or 0) > 1
         and profile.measurement.prompts >= 2
         and not any(p.created > profile.created for p in here)
     )

@@ -13,12 +13,10 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
-from adaptspec.profile import Trial
 from adaptspec.testing.fakes import noisy_draft, random_ids, tiny_model
-from adaptspec_tuner.presearch import prediction_error, presearch
+from adaptspec_tuner.presearch import presearch
 from adaptspec_tuner.profiler import Recording, Setting
 from adaptspec_tuner.replay import RecordedTarget, Replayer, VirtualClock
-from adaptspec_tuner.search import Arm
 from adaptspec_tuner.workloads import Prompt
 
 NEW = 40
@@ -174,25 +172,6 @@ def test_a_presearch_finds_the_draft_length_that_the_hardware_pays_for() -> None
     assert found["free"].detail["ratio"] > 8
     assert found["dear"].params["num_tokens"] in (2, 3)
     assert 2.5 < found["dear"].detail["ratio"] <= 4
-
-
-def test_the_error_of_predictions_is_a_median_over_what_was_measured() -> None:
-    def trial(predicted: float | None, ratio: float, state: str = "complete") -> Trial:
-        detail = {"ratio": ratio}
-        if predicted is not None:
-            detail["predicted"] = predicted
-        return Trial("r", "c", "s", 0, {}, state, 1.0, detail)
-
-    def arm(*trials: Trial) -> Arm:
-        params = HOST.strategy("suffix").Params
-        return Arm("c", "s", params, [], {}, None, list(trials))  # type: ignore[arg-type]
-
-    trials = [trial(1.1, 1.0), trial(1.0, 2.0), trial(1.2, 1.0), trial(None, 3.0)]
-    found = prediction_error([arm(*trials), arm(trial(9.0, 1.0, "pruned"))])
-    assert found is not None
-    assert found[0] == pytest.approx(0.2)
-    assert found[1] == 3
-    assert prediction_error([arm(trial(None, 1.0))]) is None
 
 
 def test_its_logits_take_no_memory() -> None:

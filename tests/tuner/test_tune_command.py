@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec_profiles.sql import SqlStore
-from adaptspec_tuner.commands import parse_budget
+from adaptspec_tuner.commands import parse_budget, parse_memory
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,27 @@ def test_a_bad_option_is_one_line_and_exit_code_1(
 
 def test_a_budget_is_read_in_seconds_minutes_and_hours() -> None:
     assert [parse_budget(t) for t in ("90s", "10m", "1.5h", "2")] == [
-        90.0,
-        600.0,
-        5400.0,
-        120.0,
+        (90.0, None),
+        (600.0, None),
+        (5400.0, None),
+        (120.0, None),
     ]
-    with pytest.raises(AdaptSpecError):
-        parse_budget("0s")
+
+
+def test_a_budget_may_be_a_number_of_trials() -> None:
+    found = [parse_budget(t) for t in ("60 trials", "1trial")]
+    assert found == [(math.inf, 60), (math.inf, 1)]
+
+
+@pytest.mark.parametrize("text", ["0s", "0 trials", "1.5 trials", "-1m", "soon", ""])
+def test_a_budget_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(AdaptSpecError, match="--budget must be"):
+        parse_budget(text)
+
+
+def test_memory_is_read_in_the_usual_units() -> None:
+    sizes = {"6GiB": 6 * 2**30, "1.5G": 3 * 2**29, "800 MB": 800 * 2**20, "17": 17}
+    assert {text: parse_memory(text) for text in sizes} == sizes
+    for text in ("0", "much", "-1G", ""):
+        with pytest.raises(AdaptSpecError, match="--max-memory must be"):
+            parse_memory(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -25,21 +26,55 @@ if TYPE_CHECKING:
 SECONDS = {"s": 1, "m": 60, "h": 3600, "": 60}
 
 
-def parse_budget(text: str) -> float:
-    """Seconds of ``90s``, ``10m``, ``1.5h``; a bare number is minutes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+def parse_budget(text: str) -> tuple[float, int | None]:
+    """Seconds of ``90s``, ``10m``, ``1.5h`` (a bare number is minutes), or trials.
+
+    ``60 trials`` is as many measured trials, whatever time they take.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?|trials?)\s*", text)
     if found is None or float(found[1]) <= 0:
         raise AdaptSpecError(
-            f"--budget must be a time such as 90s, 10m or 1h, got {text!r}"
+            "--budget must be a time such as 90s, 10m or 1h, or a number of trials "
+            f"such as '60 trials', got {text!r}"
         )
-    return float(found[1]) * SECONDS[found[2]]
+    if found[2].startswith("trial"):
+        if "." in found[1]:
+            raise AdaptSpecError(
+                f"--budget must be a whole number of trials, got {text!r}"
+            )
+        return math.inf, int(found[1])
+    return float(found[1]) * SECONDS[found[2]], None
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of ``6GiB``, ``800MiB``, ``6G`` or a bare number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?\s*", text)
+    size = (
+        float(found[1]) * 2 ** (10 * "KMGT".find(found[2] or "-") + 10) if found else 0
+    )
+    if size < 1:
+        raise AdaptSpecError(f"--max-memory must be a size such as 6GiB, got {text!r}")
+    return int(size)
 
 
 @click.command()
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder, best of the same vocabulary.")
 @click.option("--workload", type=Path, help="JSON lines; default: the examples.")
-@click.option("--budget", default="8m", show_default=True, help="90s, 10m, 1h...")
+@click.option(
+    "--budget",
+    default="8m",
+    show_default=True,
+    help="90s, 10m, 1h..., or '60 trials' in all.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["speed", "latency"]),
+    default="speed",
+    show_default=True,
+    help="Tokens per second, or the 95th percentile of the time per token.",
+)
+@click.option("--max-memory", help="Refuse settings that take more: 6GiB, 800MiB...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--strategies", help="Only these, separated by commas.")
 @click.option(
@@ -81,6 +116,8 @@ def tune(
     draft_model: str | None,
     workload: Path | None,
     budget: str,
+    objective: str,
+    max_memory: str | None,
     db: str | None,
     strategies: str | None,
     trials: int,
@@ -98,7 +135,8 @@ def tune(
 
     Stopped with Ctrl-C or cut off, the same command continues.
     """
-    seconds = parse_budget(budget)
+    seconds, trials_in_all = parse_budget(budget)
+    most_memory = None if max_memory is None else parse_memory(max_memory)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
     from adaptspec_tuner.progress import Progress
     from adaptspec_tuner.tuning import Interrupted
@@ -120,6 +158,9 @@ def tune(
                 prompts,
                 db=db,
                 budget=seconds,
+                budget_trials=trials_in_all,
+                objective=objective,
+                max_memory=most_memory,
                 strategies=names,
                 trials=trials,
                 max_new_tokens=max_new_tokens,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
-from adaptspec.profile import Measurement
+from adaptspec.profile import SPEED, Measurement
+from adaptspec_tuner.bootstrap import interval, overall
 from adaptspec_tuner.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -20,33 +24,56 @@ if TYPE_CHECKING:
     from adaptspec_tuner.workloads import Prompt
 
 
+@dataclass(frozen=True)
+class Confirmed:
+    """One setting on the held-out prompts.
+
+    Args:
+        samples: Prompt id -> one per repeat.
+    """
+
+    setting: Setting
+    measurement: Measurement
+    lossless: bool
+    samples: Mapping[str, Sequence[Sample]]
+
+
 def confirm(
     measurer: Measurer,
     finalists: Sequence[Setting],
     prompts: Sequence[Prompt],
     *,
     repeats: int,
-    in_time: Callable[[], bool],
+    in_time: Callable[[float], bool],
     warn: Callable[[str], None],
-) -> dict[str, tuple[Setting, Measurement, bool]]:
-    """Key -> setting, measurement, lossless; plain decoding comes first.
+    objective: str = SPEED,
+    clock: Callable[[], float] = monotonic,
+    expected: float = 0.0,
+) -> dict[str, Confirmed]:
+    """What was found by setting key; plain decoding comes first.
 
-    Prompt by prompt, the order reversed each time. Time out ends it after the prompt
-    at hand, one prompt at least; a setting that fails is dropped with a warning.
-    Prompts on which plain decoding ends with its first token tell nothing.
+    Prompt by prompt, the order reversed each time, one prompt at least. A setting that
+    fails is dropped with a warning. Prompts on which plain decoding ends with its first
+    token tell nothing.
+
+    Args:
+        in_time: Whether work of so many seconds may start: what the longest prompt so
+            far took, with all settings.
+        expected: Seconds that a prompt will take, before one was seen.
     """
     settings = [PLAIN_SETTING, *finalists]
     # setting key -> prompt id -> its samples, one per repeat
     samples: dict[str, dict[str, list[Sample]]] = {s.key: {} for s in settings}
-    turn = 0
+    turn, longest = 0, expected
     for _ in range(repeats):
         # Or repeats would measure drafts copied from the same prompt's last answer.
         measurer.forget()
         for prompt in prompts:
-            if turn and not in_time():
+            if turn and not in_time(longest):
                 break
             order = settings if turn % 2 == 0 else settings[::-1]
             turn += 1
+            started = clock()
             for setting in list(order):
                 try:
                     sample = measurer.measure(setting, prompt)
@@ -58,6 +85,8 @@ def confirm(
                     settings = [s for s in settings if s.key != setting.key]
                     continue
                 samples[setting.key].setdefault(prompt.id, []).append(sample)
+            taken = clock() - started
+            longest = taken if turn == 1 else max(longest, taken)
     plain = {
         key: runs for key, runs in samples[PLAIN_SETTING.key].items() if runs[0].speed
     }
@@ -82,32 +111,62 @@ def confirm(
                 f"NOT LOSSLESS: {setting.strategy} {dict(setting.params)} changed "
                 f"{agreed.count('mismatch')} of {len(agreed)} outputs; never selected"
             )
-        measurement = _measurement(ours, plain, agreed)
-        confirmed[setting.key] = (setting, measurement, lossless)
+        measurement = _measurement(ours, plain, agreed, objective)
+        confirmed[setting.key] = Confirmed(setting, measurement, lossless, ours)
     return confirmed
+
+
+def as_record(confirmed: Mapping[str, Confirmed]) -> dict[str, Any]:
+    """Speeds by prompt and acceptance by position, for the report.
+
+    ``prompts``: prompt id -> setting key -> tokens/s per repeat; ``positions``: setting
+    key -> ``[accepted, offered]`` by depth from 1.
+    """
+    prompts: dict[str, dict[str, list[float]]] = {}
+    positions: dict[str, list[list[int]]] = {}
+    for key, found in confirmed.items():
+        summed: list[list[int]] = []
+        for prompt, runs in found.samples.items():
+            prompts.setdefault(prompt, {})[key] = [run.speed for run in runs]
+            for run in runs:
+                for depth, (accepted, offered) in enumerate(run.positions):
+                    if depth == len(summed):
+                        summed.append([0, 0])
+                    summed[depth][0] += accepted
+                    summed[depth][1] += offered
+        positions[key] = summed
+    return {"prompts": prompts, "positions": positions}
 
 
 def _measurement(
     ours: dict[str, list[Sample]],
     plain: dict[str, list[Sample]],
     agreed: Sequence[Agreement],
+    objective: str,
 ) -> Measurement:
     speeds = [median(run.speed for run in runs) for runs in ours.values()]
+    # A generation that ended at once has speed 0, of which there is no logarithm.
     ratios = [
-        median(a.speed / b.speed for a, b in zip(runs, plain[key], strict=False))
+        [
+            max(a.gain(b, objective), 1e-6)
+            for a, b in zip(runs, plain[key], strict=False)
+        ]
         for key, runs in ours.items()
     ]
     every = [run for runs in ours.values() for run in runs]
     tokens = sum(len(run.tokens) for run in every)
     forwards = sum(run.forwards for run in every)
     proposed = sum(run.proposed for run in every)
+    latencies = [run.latency_p95 for run in every if run.latency_p95]
     low, middle, high = spread(speeds)
-    ratio_low, ratio, ratio_high = spread(ratios)
+    ratio_low, _, ratio_high = spread([median(repeats) for repeats in ratios])
+    interval_low, interval_high = interval(ratios)
+    known = interval_high < math.inf
     return Measurement(
         tokens_per_second=middle,
         tokens_per_second_low=low,
         tokens_per_second_high=high,
-        ratio=ratio,
+        ratio=overall(ratios),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
         # The first token of each generation is the prefill's.
@@ -120,6 +179,11 @@ def _measurement(
         seconds_target=sum(run.seconds_target for run in every),
         seconds_draft=sum(run.seconds_draft for run in every),
         seconds_rest=sum(run.seconds_rest for run in every),
+        interval_low=interval_low if known else None,
+        interval_high=interval_high if known else None,
+        latency_p95=median(latencies) if latencies else None,
+        peak_memory=max((run.peak_memory for run in every), default=0) or None,
+        objective=objective,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adaptspec_tuner.profiler import PLAIN_SETTING
@@ -77,17 +76,6 @@ def presearch(
         clock() - started,
         {(arm.prompt_class, arm.name): _best(arm) for arm in search.arms},
     )
-
-
-def prediction_error(arms: Sequence[Arm]) -> tuple[float, int] | None:
-    """Median of |predicted / measured - 1| over the arms' trials, and their number."""
-    errors = [
-        abs(float(trial.detail["predicted"]) / float(trial.detail["ratio"]) - 1)
-        for arm in arms
-        for trial in arm.trials
-        if trial.state == "complete" and "predicted" in trial.detail
-    ]
-    return (median(errors), len(errors)) if errors else None
 
 
 def _best(arm: Arm) -> list[Trial]:

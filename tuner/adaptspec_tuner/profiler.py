@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from adaptspec.errors import AdaptSpecError
 from adaptspec.params import Scalar
-from adaptspec.profile import PLAIN
+from adaptspec.profile import LATENCY, PLAIN, SPEED
+from adaptspec_tuner.memory import PeakMemory
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,9 @@ class Sample:
     Args:
         seconds: Wall time, prefill included.
         speed: Tokens per second after the first; 0 if there was only one.
+        latency_p95: Milliseconds per token, see ``RunStats``; 0 if not measured.
+        positions: By depth from 1: steps that accepted a candidate, that had one.
+        peak_memory: Bytes, 0 if not measured.
     """
 
     tokens: tuple[int, ...]
@@ -63,6 +68,17 @@ class Sample:
     seconds_target: float = 0.0
     seconds_draft: float = 0.0
     seconds_rest: float = 0.0
+    latency_p95: float = 0.0
+    positions: tuple[tuple[int, int], ...] = ()
+    peak_memory: int = 0
+
+    def gain(self, plain: Sample, objective: str = SPEED) -> float:
+        """How much better than ``plain`` in the objective: above 1 is better."""
+        if objective == LATENCY:
+            if not (self.latency_p95 and plain.latency_p95):
+                return 0.0
+            return plain.latency_p95 / self.latency_p95
+        return self.speed / plain.speed if plain.speed else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
@@ -71,7 +87,13 @@ class Sample:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Sample:
         """The sample a record holds."""
-        return replace(cls(**record), tokens=tuple(record["tokens"]))
+        return replace(
+            cls(**record),
+            tokens=tuple(record["tokens"]),
+            positions=tuple(
+                (accepted, offered) for accepted, offered in record.get("positions", ())
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +135,7 @@ class Profiler:
         max_new_tokens: For prompts that don't say.
         theirs: What baselines run on; default: the engine's target.
         their_draft: The same for its draft.
+        max_memory: Bytes; a setting that takes more is refused.
     """
 
     def __init__(
@@ -122,8 +145,11 @@ class Profiler:
         max_new_tokens: int,
         theirs: LanguageModel | None = None,
         their_draft: LanguageModel | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self._engine, self._host = engine, host
+        self._peak = PeakMemory(engine.model.device)
+        self._max_memory = max_memory
         self._theirs = theirs or engine.model
         self._their_draft = their_draft or engine.draft
         self._max_new_tokens = max_new_tokens
@@ -132,13 +158,27 @@ class Profiler:
         self._ids: dict[str, list[int]] = {}
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
-        """One generation; a setting's first is preceded by a short warm-up."""
+        """One generation; a setting's first is preceded by a short warm-up.
+
+        Raises:
+            AdaptSpecError: if it took more than ``max_memory``.
+        """
         ids, length = self._encoded(prompt), self._length(prompt)
         if setting.key not in self._warm:
             self._run(setting, ids, min(WARM_UP_TOKENS, length))
             self._warm.add(setting.key)
             self._strategies.pop(setting.key, None)  # what it learnt from the prompt
-        return self._run(setting, ids, length)
+        self._peak.reset()
+        sample = self._run(setting, ids, length)
+        if not (taken := self._peak.bytes()):
+            return sample
+        taken -= self._unused(setting)
+        if self._max_memory is not None and taken > self._max_memory:
+            raise AdaptSpecError(
+                f"{setting.strategy} takes {taken / 2**30:.2f} GiB of memory, "
+                f"--max-memory is {self._max_memory / 2**30:.2f} GiB"
+            )
+        return replace(sample, peak_memory=taken)
 
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
@@ -161,6 +201,17 @@ class Profiler:
     def recording(self, prompt: Prompt, tokens: Sequence[int]) -> Recording:
         """Plain decoding's ``tokens`` with the prompt they answer."""
         return Recording(self._encoded(prompt), tokens, self._length(prompt))
+
+    def _unused(self, setting: Setting) -> int:
+        """Bytes of loaded weights that ``setting`` would do without."""
+        draft = self._engine.draft
+        if draft is None or setting.baseline:
+            return 0
+        cls = self._host.strategy(setting.strategy)
+        # A hybrid's drafters may use the draft model by parameter.
+        if cls.needs_draft or any("draft" in name for name in setting.params):
+            return 0
+        return sum(p.nbytes for p in draft.model.parameters())
 
     def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
@@ -224,6 +275,8 @@ def sample_of(run: Generation) -> Sample:
         seconds_target=stats.seconds_target,
         seconds_draft=stats.seconds_draft,
         seconds_rest=stats.seconds_rest,
+        latency_p95=stats.latency_p95,
+        positions=tuple(stats.positions),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,8 @@ class Progress(AbstractContextManager["Progress"]):
 
     def doing(self, what: str, seconds_left: float) -> None:
         """What is being done now."""
-        line = f"{what} ({minutes(seconds_left)} left)"
+        left = f" ({minutes(seconds_left)} left)" if isfinite(seconds_left) else ""
+        line = what + left
         if self._status is not None:
             from rich.text import Text
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.profile import PLAIN, Environment, Profile
 from adaptspec.selector import FEWEST_PROMPTS, Choice
+from adaptspec_tuner.progress import minutes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +57,7 @@ class TuneResult:
     classes: list[ClassResult]
     notes: list[str]
     unavailable: Mapping[str, str]
+    spent: dict[str, float] = field(default_factory=dict)  # part -> seconds
 
     def as_json(self) -> dict[str, Any]:
         """The table as data."""
@@ -67,7 +69,26 @@ class TuneResult:
             "classes": [_class_json(result) for result in self.classes],
             "unavailable": dict(self.unavailable),
             "notes": list(self.notes),
+            "spent": dict(self.spent),
         }
+
+
+def break_even(seconds: float, classes: Sequence[ClassResult]) -> float | None:
+    """Generated tokens after which the time saved equals ``seconds``.
+
+    The classes in equal parts. None where nothing is saved.
+    """
+    saved = []
+    for found in classes:
+        plain = [p for p in found.profiles if p.strategy == PLAIN and not p.baseline]
+        won = [p for p in found.profiles if found.won(p)]
+        speeds = [p.measurement.tokens_per_second for p in [*plain, *won]]
+        if len(speeds) == 2 and all(speeds) and found.choice.strategy != PLAIN:
+            saved.append(1 / speeds[0] - 1 / speeds[1])
+        else:
+            saved.append(0.0)
+    total = sum(saved)
+    return seconds * len(saved) / total if total > 0 else None
 
 
 def print_result(result: TuneResult, console: Console) -> None:
@@ -82,7 +103,8 @@ def print_result(result: TuneResult, console: Console) -> None:
     table.add_column("class")
     table.add_column("strategy")
     table.add_column("tokens/s [quartiles]", justify="right")
-    table.add_column("x plain", justify="right")
+    table.add_column("x plain [95% interval]", justify="right")
+    table.add_column("p95 ms/token", justify="right")
     table.add_column("tokens/forward", justify="right")
     table.add_column("identical", justify="right")
     for found in result.classes:
@@ -107,6 +129,15 @@ def print_result(result: TuneResult, console: Console) -> None:
         )
     for name, reason in result.unavailable.items():
         console.print(f"not run: {name}: {reason}", **say)  # type: ignore[arg-type]
+    if result.classes and result.spent:
+        seconds = sum(result.spent.values())
+        tokens = break_even(seconds, result.classes)
+        repaid = (
+            "nothing was found that repays it"
+            if tokens is None
+            else f"repaid after {tokens:,.0f} tokens of use, the classes in equal parts"
+        )
+        console.print(f"Tuning took {minutes(seconds)}: {repaid}.", **say)  # type: ignore[arg-type]
     if result.classes:
         first = result.classes[0].name
         console.print(
@@ -133,13 +164,19 @@ def _described(found: ClassResult, profile: Profile) -> str:
     return f"{head}\n{params}" if params else head
 
 
-def _figures(profile: Profile) -> tuple[str, str, str, str]:
+def _figures(profile: Profile) -> tuple[str, ...]:
     m = profile.measurement
     ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
     return (
         f"{m.tokens_per_second:.1f} "
         f"[{m.tokens_per_second_low:.1f}..{m.tokens_per_second_high:.1f}]",
-        f"{m.ratio:.2f} [{m.ratio_low:.2f}..{m.ratio_high:.2f}]",
+        f"{m.ratio:.2f}"
+        + (
+            ""
+            if m.interval_low is None or m.interval_high is None
+            else f" [{m.interval_low:.2f}..{m.interval_high:.2f}]"
+        ),
+        "-" if m.latency_p95 is None else f"{m.latency_p95:.1f}",
         f"{m.tokens_per_forward:.2f}",
         f"{m.identical}/{m.prompts}{ties}",
     )

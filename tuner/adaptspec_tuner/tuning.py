@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.costs import measure_costs, store_costs, stored_costs, use_costs
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
-from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
-from adaptspec.selector import select
-from adaptspec_tuner.confirm import confirm
-from adaptspec_tuner.presearch import prediction_error, presearch
-from adaptspec_tuner.profiler import Measurer, Profiler, Sample, Setting
+from adaptspec.profile import (
+    LATENCY,
+    PLAIN,
+    SPEED,
+    Environment,
+    Profile,
+    ProfileStore,
+)
+from adaptspec.selector import select, stale_versions
+from adaptspec_tuner.bootstrap import overall
+from adaptspec_tuner.confirm import Confirmed, as_record, confirm
+from adaptspec_tuner.presearch import presearch
+from adaptspec_tuner.profiler import (
+    PLAIN_SETTING,
+    Measurer,
+    Profiler,
+    Sample,
+    Setting,
+)
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import ClassResult, TuneResult
 from adaptspec_tuner.search import HOPELESS, Arm, Search
+from adaptspec_tuner.spending import Spending
 from adaptspec_tuner.workloads import (
     Prompt,
     Workload,
@@ -43,6 +60,7 @@ PLAIN_SHARE = 0.25  # of the budget, at most
 FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
 COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
+LONGEST_COSTS = 40.0  # seconds, whatever the budget
 REPLAY_SHARE = 0.15  # of the search, for trials without the target
 
 
@@ -70,6 +88,9 @@ def tune(
     *,
     db: str | ProfileStore | None = None,
     budget: float = DEFAULT_BUDGET,
+    budget_trials: int | None = None,
+    objective: str = SPEED,
+    max_memory: int | None = None,
     strategies: Sequence[str] | None = None,
     trials: int = 40,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
@@ -88,7 +109,10 @@ def tune(
 
     Args:
         model: A folder, hub name, loaded model or ``LanguageModel``.
-        budget: Seconds, loading included; passed by one trial at most.
+        budget: Seconds, loading included.
+        budget_trials: Measured trials in all, instead of ``budget``.
+        objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
+        max_memory: Bytes; settings that take more are refused.
         strategies: Only these; default: every one that can run.
         trials: Most trials per class and strategy.
         limit: Most prompts per class.
@@ -108,6 +132,17 @@ def tune(
     from adaptspec.models import LanguageModel, load_model
     from adaptspec_tuner.replay import Replayer
 
+    if objective not in (SPEED, LATENCY):
+        raise AdaptSpecError(
+            f"objective must be {SPEED!r} or {LATENCY!r}, got {objective!r}"
+        )
+    if baselines and objective != SPEED:
+        raise AdaptSpecError(
+            "baselines tell tokens per second only; leave --baselines out or take "
+            f"--objective {SPEED}"
+        )
+    if budget_trials is not None:
+        budget = math.inf
     host = host or Host.installed()
     chosen = _chosen(host, strategies)
     if workload is None:
@@ -144,7 +179,7 @@ def tune(
             compared.append(Setting(baseline.name, _defaults(baseline), baseline=True))
     store = host.open_store(db) if db is None or isinstance(db, str) else db
     environment = environment_of(target, draft)
-    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft)
+    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft, max_memory)
     progress = progress or Progress(None, clock)
 
     def replayer(plain: Sequence[tuple[Prompt, Sample]]) -> Replayer | None:
@@ -153,12 +188,18 @@ def tune(
         costs = stored_costs(store, environment)
         if costs is None:
             progress.doing("measuring forwards", started + budget - clock())
-            costs = measure_costs(target, draft, longest=budget * COSTS_SHARE)
+            longest = min(LONGEST_COSTS, budget * COSTS_SHARE)
+            costs = measure_costs(target, draft, longest=longest)
             store_costs(store, environment, costs)
         use_costs(costs, target, draft)
         recordings = {p.id: profiler.recording(p, s.tokens) for p, s in plain}
         return Replayer(engine, host, costs.target, recordings)
 
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if objective != SPEED:
+        options["objective"] = objective
+    if max_memory is not None:
+        options["max_memory"] = max_memory
     try:
         return tune_with(
             profiler,
@@ -170,7 +211,10 @@ def tune(
             clock=clock,
             trials=trials,
             seed=seed,
-            options={"max_new_tokens": max_new_tokens},
+            options=options,
+            objective=objective,
+            budget_trials=budget_trials,
+            started=started,
             baselines=compared,
             unavailable=unavailable,
             fresh=fresh,
@@ -198,17 +242,23 @@ def tune_with(
     baselines: Sequence[Setting] = (),
     unavailable: Mapping[str, str] | None = None,
     fresh: bool = False,
+    objective: str = SPEED,
+    budget_trials: int | None = None,
+    started: float | None = None,
     replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None]
     | None = None,
 ) -> TuneResult:
     """The same with everything that touches a model, clock or disk passed in.
 
     Args:
-        replayer: From plain decoding of the tuning prompts to what predicts from it.
+        replayer: From plain decoding of prompts to what predicts from it.
+        deadline: Infinite where ``budget_trials`` is the budget.
+        started: When loading began.
     """
     run = run_id(environment, workload, {**(options or {}), "seed": seed})
     if fresh:
         store.delete_run(run)
+    spending = Spending(store, run, clock, clock() if started is None else started)
     total = max(0.0, deadline - clock())
     notes: list[str] = []
     classes: list[ClassResult] = []
@@ -229,26 +279,33 @@ def tune_with(
     def doing(text: str) -> None:
         progress.doing(text, deadline - clock())
 
-    search_end = deadline - total * CONFIRM_SHARE
+    def before(share: float) -> float:
+        """The moment after which ``share`` of the time is left."""
+        return deadline if math.isinf(total) else deadline - total * share
+
+    search_end, plain_end = before(CONFIRM_SHARE), before(1 - PLAIN_SHARE)
+
+    def in_time() -> bool:
+        tried = sum(len(arm.trials) for arm in search.arms)
+        return clock() < search_end and (budget_trials is None or tried < budget_trials)
+
     search = Search(
         measurer,
         store,
         run,
-        in_time=lambda: clock() < search_end,
+        in_time=in_time,
         warn=warn,
         doing=doing,
         seed=seed,
         most=trials,
     )
+    if changed := _stale(store, environment):
+        warn(changed)
     tuning, held_out = split(workload, seed)
     try:
         with progress:
-            plain = _plain(
-                search,
-                tuning,
-                lambda: clock() < deadline - total * (1 - PLAIN_SHARE),
-                warn,
-            )
+            spending.begin("plain")
+            plain = _plain(search, tuning, lambda: clock() < plain_end, warn)
             recorded = [p for p in tuning.prompts if p.id in plain]
             usable = affordable(
                 recorded,
@@ -260,8 +317,10 @@ def tune_with(
             replaying = [cls for cls in strategies if cls.replays]
             predictor = None
             if replayer is not None and replaying and clock() < search_end:
+                spending.begin("costs")
                 predictor = replayer([(p, plain[p.id]) for p in recorded])
             if predictor is not None:
+                spending.begin("replay")
                 doing("trying settings against the recorded answers")
                 end = clock() + REPLAY_SHARE * max(0.0, search_end - clock())
                 tried = presearch(
@@ -285,38 +344,48 @@ def tune_with(
                 for name, prompts in usable.items():
                     best = promising.get((name, cls.name), [])
                     search.add(name, cls, prompts, plain, best)
+            spending.begin("trials")
             for arm in search.search():
                 warn(
                     f"{arm.prompt_class}: no time for {arm.name}; give a larger "
                     "--budget"
                 )
-            if (error := prediction_error(search.arms)) is not None:
-                warn(
-                    f"replay: predictions of {error[1]} measured settings were off by "
-                    f"{error[0]:.1%} (median)"
-                )
             names = list(held_out.classes)
+            errors: list[float] = []
             for index, name in enumerate(names):
-                if index and clock() >= deadline:
+                finalists = _finalists(
+                    [a for a in search.arms if a.prompt_class == name]
+                )
+                # Of one prompt with all settings, if none is slower than plain.
+                expected = (1 + len(finalists) + len(baselines)) * median(
+                    [s.seconds for p, s in _of_class(plain, tuning, name)] or [0.0]
+                )
+                if index and clock() + expected > deadline:
                     left = ", ".join(names[index:])
                     warn(f"no time to confirm {left}; the same command continues")
                     break
                 share = clock() + (deadline - clock()) / (len(names) - index)
+                spending.begin("confirm")
                 doing(f"{name}: confirming on held-out prompts")
-                finalists = _finalists(
-                    [a for a in search.arms if a.prompt_class == name]
-                )
                 confirmed = confirm(
                     measurer,
                     [*finalists, *baselines],
                     held_out.by_class()[name],
                     repeats=REPEATS,
-                    in_time=lambda end=share: clock() < end,  # type: ignore[misc]
+                    in_time=lambda seconds, end=share: clock() + seconds <= end,  # type: ignore[misc]
                     warn=warn,
+                    objective=objective,
+                    clock=clock,
+                    expected=expected,
                 )
                 if not confirmed:
                     warn(f"{name}: plain decoding ends at once; nothing to compare")
                     continue
+                if replayer is not None and clock() < deadline:
+                    spending.begin("replay")
+                    errors += _predict(
+                        replayer, replaying, held_out, confirmed, store, run, name
+                    )
                 now = datetime.now(timezone.utc)
                 profiles = [
                     Profile(
@@ -324,16 +393,17 @@ def tune_with(
                         workload.digest,
                         workload.name,
                         name,
-                        setting.strategy,
-                        dict(setting.params),
-                        measurement,
+                        found.setting.strategy,
+                        dict(found.setting.params),
+                        found.measurement,
                         now,
-                        lossless=lossless,
-                        baseline=setting.baseline,
+                        lossless=found.lossless,
+                        baseline=found.setting.baseline,
                         run=run,
                     )
-                    for setting, measurement, lossless in confirmed.values()
+                    for found in confirmed.values()
                 ]
+                store.put_record(run, f"confirm/{name}", as_record(confirmed))
                 store.add_profiles(profiles)
                 classes.append(
                     ClassResult(
@@ -348,9 +418,83 @@ def tune_with(
                         reused=name in held_out.reused,
                     )
                 )
+            if errors:
+                warn(
+                    f"replay: its predictions of {len(errors)} confirmed settings were "
+                    f"off by {median(errors):.1%} (median)"
+                )
     except KeyboardInterrupt:
         raise Interrupted(result) from None
+    finally:
+        spending.end()
+        result.spent.update(spending.parts)
     return result
+
+
+def _of_class(
+    plain: Mapping[str, Sample], workload: Workload, name: str
+) -> list[tuple[Prompt, Sample]]:
+    prompts = workload.by_class().get(name, ())
+    return [(p, plain[p.id]) for p in prompts if p.id in plain]
+
+
+def _predict(
+    replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None],
+    strategies: Sequence[type[Strategy]],
+    held_out: Workload,
+    confirmed: Mapping[str, Confirmed],
+    store: ProfileStore,
+    run: str,
+    name: str,
+) -> list[float]:
+    """Predict what was just confirmed, on the same prompts; how far each was off."""
+    names = {cls.name for cls in strategies}
+    plain = confirmed[PLAIN_SETTING.key].samples
+    prompts = [p for p in held_out.by_class()[name] if plain.get(p.id)]
+    told = [
+        f
+        for f in confirmed.values()
+        if f.setting.strategy in names
+        and f.measurement.objective == SPEED
+        and not f.setting.baseline
+    ]
+    predictor = replayer([(p, plain[p.id][0]) for p in prompts]) if told else None
+    if predictor is None:
+        return []
+    bare = {p.id: predictor.measure(PLAIN_SETTING, p) for p in prompts}
+    predicted: dict[str, float] = {}
+    errors = []
+    for found in told:
+        predictor.forget()
+        gains = [
+            [max(predictor.measure(found.setting, p).gain(bare[p.id]), 1e-6)]
+            for p in prompts
+        ]
+        ratio = overall(gains)
+        predicted[found.setting.key] = ratio
+        errors.append(abs(ratio / found.measurement.ratio - 1))
+    store.put_record(run, f"predicted/{name}", predicted)
+    return errors
+
+
+def _stale(store: ProfileStore, environment: Environment) -> str:
+    """Why profiles of this model taken before no longer hold; empty if they do."""
+    before = [
+        p.environment
+        for p in store.profiles()
+        if p.environment.model_name == environment.model_name
+    ]
+    if not before:
+        return ""
+    if all(place.model != environment.model for place in before):
+        return (
+            f"the weights of {environment.model_name} changed since it was profiled; "
+            "measuring again"
+        )
+    here = [place for place in before if place.key() == environment.key()]
+    if here and (changed := stale_versions(here[0], environment)):
+        return f"its profiles are stale ({changed}); measuring again"
+    return ""
 
 
 def affordable(
