@@ -124,7 +124,7 @@ def test_ratios_are_paired_by_prompt_and_carry_their_interval() -> None:
         [FAST],
         PROMPTS,
         repeats=2,
-        in_time=lambda seconds: True,
+        in_time=lambda seconds, prompts: True,
         warn=pytest.fail,
     )
     assert list(found) == [PLAIN_SETTING.key, FAST.key]
@@ -144,7 +144,7 @@ def test_for_latency_the_ratio_is_that_of_the_latencies() -> None:
         [FAST],
         PROMPTS,
         repeats=1,
-        in_time=lambda seconds: True,
+        in_time=lambda seconds, prompts: True,
         warn=pytest.fail,
         objective=LATENCY,
     )
@@ -159,7 +159,7 @@ def test_settings_take_turns_in_changing_order_and_start_each_repeat_afresh() ->
         [FAST],
         PROMPTS[:2],
         repeats=2,
-        in_time=lambda seconds: True,
+        in_time=lambda seconds, prompts: True,
         warn=pytest.fail,
     )
     once = [(PLAIN, "0"), ("fast", "0"), ("fast", "1"), (PLAIN, "1")]
@@ -176,7 +176,7 @@ def test_a_prompt_that_would_end_too_late_is_not_begun(
         [FAST],
         PROMPTS,
         repeats=1,
-        in_time=lambda seconds: scripted.clock.now + seconds <= budget,
+        in_time=lambda seconds, prompts: scripted.clock.now + seconds <= budget,
         warn=pytest.fail,
         clock=scripted.clock,
     )
@@ -189,7 +189,7 @@ def test_the_record_has_speeds_by_prompt_and_acceptance_by_position() -> None:
         [FAST],
         PROMPTS[:2],
         repeats=2,
-        in_time=lambda seconds: True,
+        in_time=lambda seconds, prompts: True,
         warn=pytest.fail,
     )
     record = as_record(found)

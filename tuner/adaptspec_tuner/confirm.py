@@ -44,7 +44,7 @@ def confirm(
     prompts: Sequence[Prompt],
     *,
     repeats: int,
-    in_time: Callable[[float], bool],
+    in_time: Callable[[float, int], bool],
     warn: Callable[[str], None],
     objective: str = SPEED,
     clock: Callable[[], float] = monotonic,
@@ -57,8 +57,8 @@ def confirm(
     token tell nothing.
 
     Args:
-        in_time: Whether work of so many seconds may start: what the longest prompt so
-            far took, with all settings.
+        in_time: Whether another prompt may begin, given the seconds that the longest
+            so far took with all settings, and how many were finished.
         expected: Seconds that a prompt will take, before one was seen.
     """
     settings = [PLAIN_SETTING, *finalists]
@@ -69,7 +69,7 @@ def confirm(
         # Or repeats would measure drafts copied from the same prompt's last answer.
         measurer.forget()
         for prompt in prompts:
-            if turn and not in_time(longest):
+            if turn and not in_time(longest, turn):
                 break
             order = settings if turn % 2 == 0 else settings[::-1]
             turn += 1

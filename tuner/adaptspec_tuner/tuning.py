@@ -23,7 +23,7 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
 )
-from adaptspec.selector import select, stale_versions
+from adaptspec.selector import FEWEST_PROMPTS, select, stale_versions
 from adaptspec_tuner.bootstrap import overall
 from adaptspec_tuner.confirm import Confirmed, as_record, confirm
 from adaptspec_tuner.presearch import presearch
@@ -350,21 +350,25 @@ def tune_with(
                     f"{arm.prompt_class}: no time for {arm.name}; give a larger "
                     "--budget"
                 )
-            names = list(held_out.classes)
+            # A run that is continued begins with the classes it has no result of.
+            done = {p.prompt_class for p in store.profiles(run=run)}
+            names = sorted(held_out.classes, key=lambda name: name in done)
             errors: list[float] = []
             for index, name in enumerate(names):
-                finalists = _finalists(
-                    [a for a in search.arms if a.prompt_class == name]
-                )
-                # Of one prompt with all settings, if none is slower than plain.
-                expected = (1 + len(finalists) + len(baselines)) * median(
+                # Of one prompt with one setting, if it is no slower than plain.
+                once = median(
                     [s.seconds for p, s in _of_class(plain, tuning, name)] or [0.0]
                 )
-                if index and clock() + expected > deadline:
+                share = (deadline - clock()) / (len(names) - index)
+                finalists = _finalists(
+                    [a for a in search.arms if a.prompt_class == name],
+                    _settings_in(share, once) - 1 - len(baselines),
+                )
+                expected = (1 + len(finalists) + len(baselines)) * once
+                if index and clock() + FEWEST_PROMPTS * expected > deadline:
                     left = ", ".join(names[index:])
                     warn(f"no time to confirm {left}; the same command continues")
                     break
-                share = clock() + (deadline - clock()) / (len(names) - index)
                 spending.begin("confirm")
                 doing(f"{name}: confirming on held-out prompts")
                 confirmed = confirm(
@@ -372,7 +376,7 @@ def tune_with(
                     [*finalists, *baselines],
                     held_out.by_class()[name],
                     repeats=REPEATS,
-                    in_time=lambda seconds, end=share: clock() + seconds <= end,  # type: ignore[misc]
+                    in_time=_until(clock, clock() + share, deadline),
                     warn=warn,
                     objective=objective,
                     clock=clock,
@@ -555,10 +559,33 @@ def _plain(
     return measured
 
 
-def _finalists(arms: Sequence[Arm]) -> list[Setting]:
-    """The best setting of the best strategies; hopeless ones only for want of any."""
+def _settings_in(seconds: float, once: float) -> int:
+    """How many settings can be confirmed on as many prompts as a choice takes."""
+    if math.isinf(seconds) or once <= 0:
+        return FINALISTS + 1
+    return int(seconds / (FEWEST_PROMPTS * once))
+
+
+def _until(
+    clock: Callable[[], float], share: float, deadline: float
+) -> Callable[[float, int], bool]:
+    """Whether a prompt may begin; as many as a choice takes may use others' time."""
+
+    def in_time(seconds: float, prompts: int) -> bool:
+        return clock() + seconds <= (share if prompts >= FEWEST_PROMPTS else deadline)
+
+    return in_time
+
+
+def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
+    """The best setting of the best strategies; hopeless ones only for want of any.
+
+    Args:
+        most: How many there is time for; one is taken anyway.
+    """
+    most = min(FINALISTS, max(1, most))
     ranked = sorted((a for a in arms if a.best), key=lambda a: -a.ratio)
-    worth = [a for a in ranked if a.ratio >= HOPELESS][:FINALISTS] or ranked[:1]
+    worth = [a for a in ranked if a.ratio >= HOPELESS][:most] or ranked[:1]
     return [Setting(a.name, dict(a.best.params)) for a in worth if a.best]
 
 
