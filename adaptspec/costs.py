@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = (128, 1024, 4096)
 DRAFT_ROWS = (1, 2, 3, 4, 6, 8, 16)
+ROUNDS = 24  # at most
 LONGEST = 40.0  # seconds for all contexts of the target; the draft gets half of it
 KEY = "costs"
 FORMAT = 1
@@ -213,12 +214,12 @@ def _measure(
     contexts: Sequence[int],
     longest: float,
 ) -> ForwardCosts:
-    from adaptspec.decoding.latency import measure_latency, never_falling
+    from adaptspec.decoding.latency import measure_latency, rising
 
     curves: dict[int, LatencyCurve] = {}
     for context in contexts:
         curve = measure_latency(
-            model, rows, context=context, longest=longest / len(contexts) / 2
+            model, rows, ROUNDS, context=context, longest=longest / len(contexts) / 2
         )
         curves.setdefault(curve.context, curve)
     # Models of few positions may have room for fewer tokens behind a long context.
@@ -226,7 +227,7 @@ def _measure(
     ordered = [curves[context] for context in sorted(curves)]
     kept = sorted(common)
     # Nor do more cached tokens cost less.
-    columns = [never_falling([curve(count) for curve in ordered]) for count in kept]
+    columns = [rising([curve(count) for curve in ordered]) for count in kept]
     return ForwardCosts(
         [curve.context for curve in ordered],
         kept,

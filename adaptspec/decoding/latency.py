@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,9 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 128
 PREFILLED = 16  # tokens really read; the other rows are copies
 ROUNDS = 4
+COMMON_ROWS = 16
+RARELY = 4  # larger sizes are timed in one round of so many
+ENOUGH = 5  # rounds for a median
 LONGEST_SECONDS = 3.0  # no further round after this: large models need fewer
 
 
@@ -61,9 +64,11 @@ def measure_latency(
 ) -> LatencyCurve:
     """Time forwards of each size in turn, so that drift falls on all alike.
 
-    A forward here ends with the choice of each row's likeliest token. Noise only adds
-    time and more tokens never cost less: so each size costs at most the least time of
-    its rounds and of larger sizes. Needs a model that verifies chains.
+    A forward here ends with the choice of each row's likeliest token. The time of a size
+    is the median of its rounds, as decoding meets the machine's moods too; of a few
+    rounds the least, as noise only adds time. More tokens never cost less. Sizes above
+    16 tokens, which are rarely drafted, are timed every fourth round only. Needs a model
+    that verifies chains.
 
     Args:
         rounds: At most.
@@ -83,18 +88,34 @@ def measure_latency(
     times: dict[int, list[float]] = {count: [] for count in rows}
     started = perf_counter()
     _timed(model, cache, 1, context, token)  # warm-up
-    for _ in range(rounds):
+    for turn in range(rounds):
         for count in rows:
-            times[count].append(_timed(model, cache, count, context, token))
+            if turn % RARELY == 0 or count <= COMMON_ROWS:
+                times[count].append(_timed(model, cache, count, context, token))
         if perf_counter() - started > longest:
             break
-    least = [min(times[count]) for count in rows]
-    return LatencyCurve(tuple(rows), tuple(never_falling(least)), context)
+    typical = [
+        median(seconds) if len(seconds) >= ENOUGH else min(seconds)
+        for seconds in times.values()
+    ]
+    return LatencyCurve(tuple(rows), tuple(rising(typical)), context)
 
 
-def never_falling(seconds: Sequence[float]) -> list[float]:
-    """Each of ``seconds``, or the least of those after it if that is less."""
-    return list(accumulate(reversed(seconds), min))[::-1]
+def rising(seconds: Sequence[float]) -> list[float]:
+    """The nearest sequence that never falls: neighbours that do are averaged.
+
+    Pool adjacent violators (Ayer and others 1955, An empirical distribution function
+    for sampling with incomplete information).
+    """
+    pools: list[tuple[float, int]] = []
+    for value in seconds:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, size = pools.pop()
+            mean = (mean * count + other * size) / (count + size)
+            count += size
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _timed(

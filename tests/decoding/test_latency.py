@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptspec.decoding import latency as subject
-from adaptspec.decoding.latency import LatencyCurve, measure_latency
+from adaptspec.decoding.latency import LatencyCurve, measure_latency, rising
 from adaptspec.testing.fakes import tiny_model
 
 
@@ -36,7 +36,43 @@ def test_noise_cannot_make_more_tokens_cheaper(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(subject, "_timed", timed)
     curve = measure_latency(tiny_model("llama"), rows=(1, 2, 4), rounds=2)
-    assert curve.seconds == (2.0, 2.0, 7.0)
+    assert curve.seconds == (2.5, 2.5, 7.0)  # the least of two rounds, averaged
+
+
+def test_of_many_rounds_the_median_counts_and_large_sizes_take_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[int] = []
+
+    def timed(model: object, cache: object, count: int, *rest: int) -> float:
+        counts.append(count)
+        turn = counts.count(count)
+        return count + (0.5 if turn % 2 else 0.0) + (9.0 if turn == 3 else 0.0)
+
+    monkeypatch.setattr(subject, "_timed", timed)
+    curve = measure_latency(tiny_model("llama"), rows=(2, 64), rounds=9)
+    assert curve.seconds == (2.5, 64.0)
+    assert counts.count(2) == 9
+    assert counts.count(64) == 3
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8))
+def test_the_nearest_sequence_that_never_falls(seconds: list[float]) -> None:
+    """Against its closed form: the greatest over starts of the least mean over ends."""
+    places = range(len(seconds))
+
+    def mean(first: int, last: int) -> float:
+        return sum(seconds[first : last + 1]) / (last + 1 - first)
+
+    expected = [
+        max(
+            min(mean(first, last) for last in places if last >= at)
+            for first in places
+            if first <= at
+        )
+        for at in places
+    ]
+    assert rising(seconds) == pytest.approx(expected)
 
 
 def test_a_real_measurement_covers_all_sizes() -> None:
