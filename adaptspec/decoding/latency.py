@@ -64,10 +64,10 @@ def measure_latency(
 ) -> LatencyCurve:
     """Time forwards of each size in turn, so that drift falls on all alike.
 
-    A forward here ends with the choice of each row's likeliest token. The time of a size
-    is the median of its rounds, as decoding meets the machine's moods too; of a few
-    rounds the least, as noise only adds time. More tokens never cost less. Sizes above
-    16 tokens, which are rarely drafted, are timed every fourth round only. Needs a model
+    A forward here ends with the choice of each row's likeliest token. A size's time is
+    the median of its rounds, as decoding meets the machine's moods too; of a few rounds
+    the least, as noise only adds time. More tokens never cost less. Sizes above 16
+    tokens, which are rarely drafted, are timed every fourth round only. Needs a model
     that verifies chains.
 
     Args:

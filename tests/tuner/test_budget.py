@@ -1,0 +1,186 @@
+"""What a budget buys: whole classes, in time, and an account of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from adaptspec.params import Params, Tunable
+from adaptspec.profile import PLAIN, Environment
+from adaptspec.selector import FEWEST_PROMPTS
+from adaptspec.strategy import Drafter, Strategy, Target
+from adaptspec.testing.fakes import FakeClock
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.profiler import Agreement, Sample, Setting
+from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.report import TuneResult
+from adaptspec_tuner.tuning import Interrupted, tune_with
+from adaptspec_tuner.workloads import Prompt, Workload
+
+PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
+CLASSES = ("chat", "code", "maths")
+WORKLOAD = Workload(
+    "w", tuple(Prompt(f"{c}{i}", c, text="x") for c in CLASSES for i in range(8))
+)
+
+
+class KnobParams(Params):
+    k: Annotated[int, Tunable(1, 40)] = Field(default=4)
+
+
+class Knob(Strategy):
+    name = "knob"
+    summary = "a strategy that is never run"
+    Params = KnobParams
+
+    def start(self, target: Target) -> Drafter:
+        raise NotImplementedError
+
+
+class Slower(Knob):
+    name = "slower"
+
+
+class Trace:
+    """Generations of one second each; knobs are twice as fast, but not in maths."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.measured: list[tuple[str, str]] = []
+        self.stop_at = math.inf
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        if self.clock.now >= self.stop_at:
+            raise KeyboardInterrupt
+        speed = {PLAIN: 10.0, "knob": 20.0, "slower": 9.0}[setting.strategy]
+        if prompt.prompt_class == "maths" and setting.strategy == "knob":
+            speed = 8.0
+        self.clock.advance(10.0 / speed)
+        self.measured.append((setting.strategy, prompt.id))
+        return Sample((1, 2, 3), speed, 10.0 / speed, forwards=2)
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        return "identical"
+
+    def forget(self) -> None:
+        pass
+
+
+def run(
+    trace: Trace,
+    store: MemoryStore,
+    budget: float,
+    place: Environment = PLACE,
+    **options: Any,
+) -> TuneResult:
+    return tune_with(
+        trace,
+        [Knob, Slower],
+        WORKLOAD,
+        store,
+        place,
+        deadline=trace.clock.now + budget,
+        clock=trace.clock,
+        progress=Progress(None, trace.clock),
+        **{"trials": 50, **options},
+    )
+
+
+@pytest.mark.parametrize("budget", [60.0, 100.0, 200.0, 400.0])
+def test_a_budget_is_kept_within_five_percent(budget: float) -> None:
+    trace = Trace()
+    result = run(trace, MemoryStore(), budget)
+    assert 0.7 * budget <= trace.clock.now <= 1.05 * budget
+    assert sum(result.spent.values()) == pytest.approx(trace.clock.now)
+
+
+@pytest.mark.parametrize("budget", [45.0, 60.0, 100.0])
+def test_classes_that_are_confirmed_are_confirmed_on_enough_prompts(
+    budget: float,
+) -> None:
+    result = run(Trace(), MemoryStore(), budget)
+    assert result.classes
+    for found in result.classes:
+        assert all(p.measurement.prompts >= FEWEST_PROMPTS for p in found.profiles)
+
+
+def test_a_budget_of_trials_is_that_many_in_all() -> None:
+    store = MemoryStore()
+    result = run(Trace(), store, math.inf, budget_trials=9)
+    assert len(store.trials(result.run)) == 9
+    assert {found.name for found in result.classes} == set(CLASSES)
+
+
+def test_a_continued_run_confirms_first_what_it_has_no_result_of() -> None:
+    trace, store = Trace(), MemoryStore()
+    run(trace, store, 400.0, trials=1)
+    first = {p.prompt_class for p in store.profiles()}
+    assert first == set(CLASSES)
+    store, trace = MemoryStore(), Trace()
+    trace.stop_at = 80.0  # while it confirms
+    with pytest.raises(Interrupted):
+        run(trace, store, 400.0, trials=1)
+    confirmed = {p.prompt_class for p in store.profiles()}
+    assert set() < confirmed < set(CLASSES)
+    trace.stop_at, before = math.inf, len(trace.measured)
+    result = run(trace, store, 400.0, trials=1)
+    again = [prompt.rstrip("0123456789") for _, prompt in trace.measured[before:]]
+    assert again[0] not in confirmed
+    assert {found.name for found in result.classes} == set(CLASSES)
+
+
+def test_what_is_repaid_counts_every_run_of_a_continued_one() -> None:
+    trace, store = Trace(), MemoryStore()
+    trace.stop_at = 30.0
+    with pytest.raises(Interrupted) as stopped:
+        run(trace, store, 400.0)
+    assert sum(stopped.value.result.spent.values()) == pytest.approx(trace.clock.now)
+    trace.stop_at = math.inf
+    result = run(trace, store, 200.0)
+    record = store.record(result.run, "spent")
+    assert record is not None
+    assert record["seconds"] == pytest.approx(trace.clock.now)
+
+
+def test_speeds_by_prompt_are_kept_for_the_report() -> None:
+    store = MemoryStore()
+    result = run(Trace(), store, 400.0)
+    record = store.record(result.run, "confirm/code")
+    assert record is not None
+    assert len(record["prompts"]) == 4
+    for speeds in record["prompts"].values():
+        assert sorted({value for runs in speeds.values() for value in runs}) == [
+            9.0,
+            10.0,
+            20.0,
+        ]
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"versions": {"torch": "2.13.0"}}, None),
+        ({"versions": {"torch": "2.14.0"}}, "stale (torch 2.13.1 then, 2.14.0 now)"),
+        ({"model": "other"}, "the weights of model changed"),
+        ({"dtype": "bfloat16"}, None),
+        ({"model": "other", "model_name": "another"}, None),
+    ],
+)
+def test_profiles_that_no_longer_hold_are_named_and_measured_again(
+    now: dict[str, Any], said: str | None
+) -> None:
+    store = MemoryStore()
+    before = replace(PLACE, versions={"torch": "2.13.1"})
+    run(Trace(), store, 200.0, before, trials=1)
+    trace = Trace()
+    result = run(trace, store, 200.0, replace(before, **now), trials=1)
+    told = [note for note in result.notes if "measuring again" in note]
+    assert [said in note for note in told if said] == ([True] if said else [])
+    assert trace.measured
