@@ -1,4 +1,4 @@
-"""The tuner's plugin: light, adds the ``tune`` command."""
+"""The tuner's plugin: light, adds the ``tune`` and ``report`` commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """``adaptspec tune``."""
+    """``adaptspec tune`` and ``adaptspec report``."""
     from adaptspec_tuner.commands import tune
+    from adaptspec_tuner.report_command import report
 
     cli.add_command(tune)
+    cli.add_command(report)

@@ -1,0 +1,115 @@
+"""The report for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.profile import LATENCY, PLAIN
+from adaptspec_tuner.progress import minutes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from adaptspec_tuner.report_data import ClassReport, Report, Row
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the table of settings and what is said of the run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(heading(report)))
+    for column in ("class", "strategy", COLUMN[report.objective], "tokens/s"):
+        table.add_column(column)
+    for column in ("tokens/forward", "acceptance", "predicted", "identical"):
+        table.add_column(column, justify="right")
+    for found in report.classes:
+        for number, row in enumerate(found.rows):
+            table.add_row(
+                Text(found.name if number == 0 else ""),
+                Text(("> " if row.winner else "") + label(row)),
+                ratio(row),
+                f"{row.tokens_per_second:.1f}",
+                f"{row.tokens_per_forward:.2f}",
+                f"{row.acceptance:.0%}" if row.strategy != PLAIN else "-",
+                "-" if row.predicted is None else f"{row.predicted:.2f}",
+                identical(row),
+                style="bold" if row.winner else None,
+                end_section=number == len(found.rows) - 1,
+            )
+    console.print(table)
+    say: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+    for found in report.classes:
+        console.print(f"{found.name}: {found.reason}", **say)
+        if gap := oracle(found):
+            console.print(f"    {gap}", **say)
+    for line in summary(report):
+        console.print(line, **say)
+
+
+COLUMN = {
+    "speed": "x plain [95% interval]",
+    LATENCY: "x plain in p95 latency [95% interval]",
+}
+
+
+def heading(report: Report) -> str:
+    """Model, machine and workload."""
+    place = report.environment
+    draft = f" with {place.draft_name}" if place.draft_name else ""
+    return (
+        f"{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
+        f"{place.threads} threads, held-out prompts of {report.workload}"
+    )
+
+
+def label(row: Row) -> str:
+    """The strategy's name with what must be known of it."""
+    marks = " (baseline)" if row.baseline else ""
+    return row.strategy + marks + ("" if row.lossless else " (NOT LOSSLESS)")
+
+
+def ratio(row: Row) -> str:
+    """With its interval, if that is known."""
+    if row.interval is None:
+        return f"{row.ratio:.2f}"
+    return f"{row.ratio:.2f} [{row.interval[0]:.2f}..{row.interval[1]:.2f}]"
+
+
+def identical(row: Row) -> str:
+    """On how many prompts plain decoding's tokens came out."""
+    ties = f" (+{row.near_ties} near ties)" if row.near_ties else ""
+    return f"{row.identical}/{row.prompts}{ties}"
+
+
+def oracle(found: ClassReport) -> str:
+    """What choosing by prompt would add; empty where it isn't known."""
+    if found.oracle is None:
+        return ""
+    return (
+        f"one setting for all its prompts: {found.oracle.fixed:.2f}x "
+        f"({found.oracle.strategy}); the best for each prompt: "
+        f"{found.oracle.best:.2f}x ({found.oracle.gap:+.1%})"
+    )
+
+
+def summary(report: Report) -> list[str]:
+    """Cost, break-even and how good the predictions were."""
+    lines = []
+    if report.spent:
+        parts = ", ".join(f"{part} {minutes(s)}" for part, s in report.spent.items())
+        lines.append(f"Tuning took {minutes(sum(report.spent.values()))} ({parts}).")
+        lines.append(
+            "Nothing was found that repays it."
+            if report.break_even is None
+            else f"It is repaid after {report.break_even:,.0f} tokens of use, the "
+            "classes in equal parts."
+        )
+    else:
+        lines.append("What tuning took was not recorded.")
+    if report.prediction_error is not None:
+        lines.append(
+            "The replay's predictions of the confirmed settings were off by "
+            f"{report.prediction_error:.1%} (median)."
+        )
+    return lines
