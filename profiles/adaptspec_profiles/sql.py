@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Engine, delete, func, select
+from sqlalchemy import Engine, delete, func, inspect, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -26,6 +26,9 @@ from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
 
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
 T = TypeVar("T")
 RACES = 10  # lost to other writers, before it counts as a failure
 
@@ -40,6 +43,7 @@ class SqlStore:
     def __init__(self, url: str) -> None:
         self._url = safe_url(url)
         self._engine = make_engine(url)
+        self._studies: RDBStorage | None = None
         try:
             migrate(self._engine)
         except SQLAlchemyError as error:
@@ -58,6 +62,18 @@ class SqlStore:
     def url(self) -> str:
         """The SQLAlchemy URL, its password hidden."""
         return self._url
+
+    def studies(self) -> RDBStorage:
+        """Optuna's storage in the same database, its tables created if need be.
+
+        Raises:
+            ProfileStoreError: if they are another version's.
+        """
+        from adaptspec_profiles.studies import open_studies
+
+        if self._studies is None:
+            self._studies = open_studies(self._engine.url)
+        return self._studies
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """One transaction for all."""
@@ -96,7 +112,11 @@ class SqlStore:
             return None if row is None else _profile(row)
 
     def delete_run(self, run: str) -> int:
-        """Profiles, trials and records of a run."""
+        """Profiles, trials, records and studies of a run."""
+        if inspect(self._engine).has_table("studies"):
+            from adaptspec_profiles.studies import delete_studies
+
+            delete_studies(self.studies(), run)
         with self._writing() as session:
             count = session.scalar(
                 select(func.count())
@@ -155,6 +175,11 @@ class SqlStore:
 
     def close(self) -> None:
         """Release connections."""
+        if self._studies is not None:
+            from adaptspec_profiles.studies import close_studies
+
+            close_studies(self._studies)
+            self._studies = None
         self._engine.dispose()
 
     def _write(self, work: Callable[[Session], T]) -> T:

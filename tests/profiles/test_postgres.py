@@ -159,3 +159,20 @@ def test_a_missing_driver_is_one_line_with_the_command_that_installs_it(
     assert "pip install 'adaptspec[postgres]'" in text
     assert len(text.splitlines()) == 1
     assert "s3cr3t" not in text
+
+
+def test_optunas_studies_live_in_the_same_database_and_go_with_their_run(
+    store: Any, postgres_url: str
+) -> None:
+    import optuna
+
+    study = optuna.create_study(storage=store.studies(), study_name="r1/chat/x")
+    study.optimize(lambda trial: trial.suggest_float("k", 0, 1), n_trials=2)
+    kept = optuna.create_study(storage=store.studies(), study_name="r2/chat/x")
+    engine = make_engine(postgres_url)
+    tables = set(inspect(engine).get_table_names())
+    engine.dispose()
+    assert {"studies", "trials", "tuning_trials"} <= tables
+    store.delete_run("r1")
+    names = optuna.get_all_study_names(store.studies())
+    assert names == [kept.study_name]

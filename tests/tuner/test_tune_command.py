@@ -46,7 +46,7 @@ def test_a_killed_run_continues_and_no_finished_trial_is_lost_or_repeated(
     after = trials_in(db)
     assert after[: len(finished)] == finished
     assert len({params for _, params in after}) == len(after)
-    assert [number for number, _ in after] == list(range(len(after)))
+    assert len({number for number, _ in after}) == len(after)
     result = json.loads(out)
     (found,) = result["classes"]
     assert found["trials"]["prompt_lookup"] == len(after)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.params import Params, Scalar
-from adaptspec.profile import Trial
+from adaptspec.profile import SPEED, Trial
 from adaptspec_tuner.profiler import PLAIN_SETTING, Measurer, Sample, Setting
-from adaptspec_tuner.space import defaults, distributions, suggest, tuned
+from adaptspec_tuner.space import distributions
+from adaptspec_tuner.studies import Study
 
 if TYPE_CHECKING:
-    import optuna
+    from optuna.storages import BaseStorage
+    from optuna.trial import Trial as Asked
 
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.workloads import Prompt
@@ -60,7 +61,7 @@ class Arm:
     params: type[Params]
     prompts: Sequence[Prompt]
     plain: Mapping[str, Sample]
-    study: optuna.Study
+    study: Study
     trials: list[Trial] = field(default_factory=list)
     predicted: Mapping[str, float] = field(default_factory=dict)
     exhausted: bool = False
@@ -93,6 +94,9 @@ class Search:
         seed: Of the samplers.
         most: Trials of one arm, those of earlier runs included.
         hopeless: Trials after which an arm far slower than plain decoding is given up.
+        objective: What a trial's ratio to plain decoding is about.
+        storage: Optuna's, where the studies are kept; None keeps them in memory.
+        labels: Shown by Optuna's tools with each study.
     """
 
     def __init__(
@@ -107,7 +111,12 @@ class Search:
         seed: int = 0,
         most: int = 40,
         hopeless: int = HOPELESS_TRIALS,
+        objective: str = SPEED,
+        storage: BaseStorage | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
+        self._objective, self._storage = objective, storage
+        self._labels = dict(labels or {})
         self._hopeless = hopeless
         self._measurer, self._store, self._run = measurer, store, run
         self._in_time, self._warn, self._doing = in_time, warn, doing
@@ -137,13 +146,20 @@ class Search:
         Args:
             promising: Replayed trials whose settings are to be tried first.
         """
-        trials = [
-            t
-            for t in self._store.trials(self._run)
-            if (t.prompt_class, t.strategy) == (prompt_class, strategy.name)
-        ]
-        first = [dict(trial.params) for trial in promising]
-        study = _study(strategy.Params, trials, self._seed, first)
+        trials = self._stored(prompt_class, strategy.name)
+        study = Study(
+            strategy.Params,
+            trials,
+            seed=self._seed,
+            first=[dict(trial.params) for trial in promising],
+            storage=self._storage,
+            name=f"{self._run}/{prompt_class}/{strategy.name}",
+            labels={
+                **self._labels,
+                "class": prompt_class,
+                "strategy": strategy.name,
+            },
+        )
         self.arms.append(
             Arm(
                 prompt_class,
@@ -183,24 +199,37 @@ class Search:
 
         return min(opened, key=spent, default=None)
 
+    def _stored(self, prompt_class: str, name: str) -> list[Trial]:
+        return [
+            t
+            for t in self._store.trials(self._run)
+            if (t.prompt_class, t.strategy) == (prompt_class, name)
+        ]
+
     def _try(self, arm: Arm) -> None:
         for _ in range(DUPLICATES):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Optuna's experimental options
-                asked = arm.study.ask()
-                params = suggest(arm.params, asked)
+            asked, params = arm.study.ask()
+            if self._storage is not None:  # others may have finished some
+                arm.trials = self._stored(arm.prompt_class, arm.name)
+            begun = arm.study.begun_elsewhere(asked, arm.trials)
+            if len(arm.trials) + len(begun) >= self._most:
+                arm.study.withdraw(asked)
+                arm.exhausted = True
+                return
             known = next((t for t in arm.trials if dict(t.params) == params), None)
-            if known is None:
+            if known is not None:
+                arm.study.tell(asked, known)
+            elif params in begun:
+                arm.study.withdraw(asked)
+            else:
                 break
-            _tell(arm.study, asked, known)
         else:
             arm.exhausted = True
             return
-        number = max((t.number for t in arm.trials), default=-1) + 1
-        trial = self._measure(arm, number, params, asked)
+        trial = self._measure(arm, params, asked)
         self._store.add_trial(trial)
         arm.trials.append(trial)
-        _tell(arm.study, asked, trial)
+        arm.study.tell(asked, trial)
         last = arm.trials[-FAILURES:]
         failing = len(last) == FAILURES and all(t.state == "failed" for t in last)
         if failing or not distributions(arm.params):
@@ -209,9 +238,8 @@ class Search:
     def _measure(
         self,
         arm: Arm,
-        number: int,
         params: Mapping[str, Scalar],
-        asked: optuna.trial.Trial,
+        asked: Asked,
     ) -> Trial:
         detail: dict[str, Any] = {"ratios": [], "running": [], "near_ties": 0}
         speeds: list[float] = []
@@ -219,7 +247,7 @@ class Search:
         if setting.key in arm.predicted:
             detail["predicted"] = arm.predicted[setting.key]
         self._measurer.forget()
-        self._doing(f"{arm.prompt_class}: {arm.name}, trial {number + 1}")
+        self._doing(f"{arm.prompt_class}: {arm.name}, trial {asked.number + 1}")
 
         def finished(state: str) -> Trial:
             value = median(speeds) if speeds and state != "failed" else None
@@ -229,7 +257,7 @@ class Search:
                 self._run,
                 arm.prompt_class,
                 arm.name,
-                number,
+                asked.number,
                 dict(params),
                 state,
                 value,
@@ -257,76 +285,13 @@ class Search:
                 return finished("failed")
             detail["near_ties"] += agreement == "near_tie"
             speeds.append(sample.speed)
-            detail["ratios"].append(sample.speed / plain.speed)
+            detail["ratios"].append(sample.gain(plain, self._objective))
             running = _geometric_mean(detail["ratios"])
             detail["running"].append(running)
-            asked.report(running, step)
-            if step + 1 < len(arm.prompts) and asked.should_prune():
+            slow = arm.study.report(asked, step, running)
+            if slow and step + 1 < len(arm.prompts):
                 return finished("pruned")
         return finished("complete")
-
-
-def _study(
-    params: type[Params],
-    trials: Sequence[Trial],
-    seed: int,
-    first: Sequence[Mapping[str, Scalar]] = (),
-) -> optuna.Study:
-    """A study that knows ``trials`` and tries ``first``, then the defaults."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna's experimental options
-        sampler = optuna.samplers.TPESampler(
-            # Continued, it must not draw again what it drew before.
-            seed=seed + len(trials),
-            n_startup_trials=4,
-            multivariate=True,
-            group=True,
-        )
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
-        study = optuna.create_study(
-            direction="maximize", sampler=sampler, pruner=pruner
-        )
-        for trial in trials:
-            study.add_trial(_frozen(params, trial))
-        known = [dict(trial.params) for trial in trials]
-        for setting in [*first, defaults(params)]:
-            if dict(setting) not in known:
-                known.append(dict(setting))
-                study.enqueue_trial(tuned(params, setting))
-    return study
-
-
-def _frozen(params: type[Params], trial: Trial) -> optuna.trial.FrozenTrial:
-    import optuna
-
-    space = distributions(params)
-    values = tuned(params, trial.params)
-    failed = trial.state == "failed"
-    return optuna.trial.create_trial(
-        params=values,
-        distributions={name: space[name] for name in values},
-        value=None if failed else float(trial.detail["ratio"]),
-        state=_state(trial),
-        intermediate_values=dict(enumerate(trial.detail.get("running", ()))),
-    )
-
-
-def _tell(study: optuna.Study, asked: optuna.trial.Trial, trial: Trial) -> None:
-    if trial.state == "complete":
-        study.tell(asked, float(trial.detail["ratio"]))
-    else:
-        study.tell(asked, state=_state(trial))
-
-
-def _state(trial: Trial) -> optuna.trial.TrialState:
-    import optuna
-
-    return optuna.trial.TrialState[
-        {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[trial.state]
-    ]
 
 
 def _geometric_mean(ratios: Sequence[float]) -> float:

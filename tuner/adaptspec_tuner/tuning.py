@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptspec.costs import measure_costs, store_costs, stored_costs, use_costs
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
@@ -65,6 +65,14 @@ REPLAY_SHARE = 0.15  # of the search, for trials without the target
 
 
 EXAMPLE_TOKENS = 48
+
+
+@runtime_checkable
+class KeepsStudies(Protocol):
+    """A store with room for Optuna's own tables."""
+
+    def studies(self) -> Any:
+        """Optuna's storage."""
 
 
 class Interrupted(AdaptSpecError):
@@ -298,6 +306,9 @@ def tune_with(
         doing=doing,
         seed=seed,
         most=trials,
+        objective=objective,
+        storage=store.studies() if isinstance(store, KeepsStudies) else None,
+        labels={"model": environment.model_name, "workload": workload.name},
     )
     if changed := _stale(store, environment):
         warn(changed)
@@ -422,6 +433,7 @@ def tune_with(
                         reused=name in held_out.reused,
                     )
                 )
+            classes.sort(key=lambda found: held_out.classes.index(found.name))
             if errors:
                 warn(
                     f"replay: its predictions of {len(errors)} confirmed settings were "
