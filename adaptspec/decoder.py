@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from adaptspec.classify import KEY as CLASSIFIER
+from adaptspec.classify import UNKNOWN, Classifier, prompt_text
 from adaptspec.costs import stored_costs, use_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
@@ -34,6 +37,9 @@ NO_STORE = (
 )
 
 
+UNLIKE = "plain decoding: the prompt is unlike those that were tuned on"
+
+
 @dataclass(frozen=True)
 class Result:
     """What was generated, with what, and how it went."""
@@ -43,6 +49,7 @@ class Result:
     choice: Choice
     stats: RunStats
     finish: Finish
+    seconds_classifying: float = 0.0  # the prompt, where its class wasn't given
 
 
 class Decoder:
@@ -74,6 +81,14 @@ class Decoder:
             store.profiles(model=model.digest) if store is not None else []
         )
         self._profiled = store is not None
+        if store is not None and not self.profiles:
+            # Another version of the same model: select says so.
+            self.profiles = [
+                p
+                for p in store.profiles()
+                if p.environment.model_name == self.environment.model_name
+            ]
+        self._classifier = self._stored_classifier(store)
         if store is not None and self.profiles:
             costs = stored_costs(store, self.environment)
             if costs is not None:
@@ -101,9 +116,10 @@ class Decoder:
         if not self._profiled:
             return Choice(prompt_class, PLAIN, {}, NO_STORE)
         if prompt_class not in self._choices:
-            self._choices[prompt_class] = self._runnable(
-                select(self.profiles, self.environment, prompt_class)
-            )
+            chosen = select(self.profiles, self.environment, prompt_class)
+            if self._classifier is not None and prompt_class == UNKNOWN:
+                chosen = Choice(prompt_class, PLAIN, {}, UNLIKE)
+            self._choices[prompt_class] = self._runnable(chosen)
         return self._choices[prompt_class]
 
     def generate(
@@ -130,6 +146,10 @@ class Decoder:
         Raises:
             AdaptSpecError: for a bad prompt, control, strategy or parameter.
         """
+        started = perf_counter()
+        if prompt_class is None and strategy is None:
+            prompt_class = self.classify(prompt)
+        classifying = perf_counter() - started
         choice, run = self._run(
             prompt,
             prompt_class,
@@ -150,6 +170,7 @@ class Decoder:
             choice=choice,
             stats=generation.stats,
             finish=generation.finish,
+            seconds_classifying=classifying if self._classifier else 0.0,
         )
 
     def stream(
@@ -167,6 +188,8 @@ class Decoder:
 
         A piece comes per token, or per few where a character spans several tokens.
         """
+        if prompt_class is None and strategy is None:
+            prompt_class = self.classify(prompt)
         _, run = self._run(
             prompt,
             prompt_class,
@@ -195,6 +218,36 @@ class Decoder:
         if pending:
             before = self.model.decode(context)
             yield self.model.decode([*context, *pending])[len(before) :]
+
+    def classify(self, prompt: Prompt) -> str | None:
+        """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
+
+        None where classes weren't discovered (``adaptspec tune --classes auto``).
+        """
+        if self._classifier is None:
+            return None
+        text = prompt_text(prompt)
+        if text is None:  # token ids
+            if self.model.tokenizer is None:
+                return UNKNOWN
+            text = self.model.decode(list(prompt))  # type: ignore[arg-type]
+        return self._classifier.classify(text)
+
+    def _stored_classifier(self, store: ProfileStore | None) -> Classifier | None:
+        """The newest run's, if that run discovered its classes."""
+        key = self.environment.key()
+        here = [p for p in self.profiles if p.environment.key() == key]
+        if store is None or not here:
+            return None
+        newest = max(here, key=lambda p: (p.created, p.run))
+        record = store.record(newest.run, CLASSIFIER)
+        if record is None:
+            return None
+        try:
+            return Classifier.from_json(record)
+        except AdaptSpecError as error:
+            warnings.warn(f"classes aren't discovered: {error}", stacklevel=3)
+            return None
 
     def save(self) -> None:
         """Write down now what strategies have learnt; done at exit anyway."""

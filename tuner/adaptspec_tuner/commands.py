@@ -74,6 +74,13 @@ def parse_memory(text: str) -> int:
     show_default=True,
     help="Tokens per second, or the 95th percentile of the time per token.",
 )
+@click.option(
+    "--classes",
+    type=click.Choice(["declared", "auto"]),
+    default="declared",
+    show_default=True,
+    help="As the workload says, or discovered from the prompts.",
+)
 @click.option("--max-memory", help="Refuse settings that take more: 6GiB, 800MiB...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--strategies", help="Only these, separated by commas.")
@@ -117,6 +124,7 @@ def tune(
     workload: Path | None,
     budget: str,
     objective: str,
+    classes: str,
     max_memory: str | None,
     db: str | None,
     strategies: str | None,
@@ -161,6 +169,7 @@ def tune(
                 budget_trials=trials_in_all,
                 objective=objective,
                 max_memory=most_memory,
+                classes=classes,
                 strategies=names,
                 trials=trials,
                 max_new_tokens=max_new_tokens,

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from adaptspec.classify import KEY as CLASSIFIER
+from adaptspec.classify import Classifier
 from adaptspec.costs import measure_costs, store_costs, stored_costs, use_costs
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import (
@@ -25,6 +27,7 @@ from adaptspec.profile import (
 )
 from adaptspec.selector import FEWEST_PROMPTS, select, stale_versions
 from adaptspec_tuner.bootstrap import overall
+from adaptspec_tuner.classes import classified, discover, probed, replayed_gains
 from adaptspec_tuner.confirm import Confirmed, as_record, confirm
 from adaptspec_tuner.presearch import presearch
 from adaptspec_tuner.profiler import (
@@ -39,6 +42,7 @@ from adaptspec_tuner.report import ClassResult, TuneResult
 from adaptspec_tuner.search import HOPELESS, Arm, Search
 from adaptspec_tuner.spending import Spending
 from adaptspec_tuner.workloads import (
+    DEFAULT_CLASS,
     Prompt,
     Workload,
     example_workload,
@@ -61,6 +65,7 @@ FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
 COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
 LONGEST_COSTS = 40.0  # seconds, whatever the budget
+DECLARED, AUTO = "declared", "auto"  # where prompts' classes come from
 REPLAY_SHARE = 0.15  # of the search, for trials without the target
 
 
@@ -99,6 +104,7 @@ def tune(
     budget_trials: int | None = None,
     objective: str = SPEED,
     max_memory: int | None = None,
+    classes: str = DECLARED,
     strategies: Sequence[str] | None = None,
     trials: int = 40,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
@@ -121,6 +127,7 @@ def tune(
         budget_trials: Measured trials in all, instead of ``budget``.
         objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
         max_memory: Bytes; settings that take more are refused.
+        classes: ``declared`` in the workload, or ``auto``: discovered from the prompts.
         strategies: Only these; default: every one that can run.
         trials: Most trials per class and strategy.
         limit: Most prompts per class.
@@ -143,6 +150,10 @@ def tune(
     if objective not in (SPEED, LATENCY):
         raise AdaptSpecError(
             f"objective must be {SPEED!r} or {LATENCY!r}, got {objective!r}"
+        )
+    if classes not in (DECLARED, AUTO):
+        raise AdaptSpecError(
+            f"classes must be {DECLARED!r} or {AUTO!r}, got {classes!r}"
         )
     if baselines and objective != SPEED:
         raise AdaptSpecError(
@@ -208,6 +219,8 @@ def tune(
         options["objective"] = objective
     if max_memory is not None:
         options["max_memory"] = max_memory
+    if classes != DECLARED:
+        options["classes"] = classes
     try:
         return tune_with(
             profiler,
@@ -222,6 +235,7 @@ def tune(
             options=options,
             objective=objective,
             budget_trials=budget_trials,
+            discovered=classes == AUTO,
             started=started,
             baselines=compared,
             unavailable=unavailable,
@@ -252,6 +266,7 @@ def tune_with(
     fresh: bool = False,
     objective: str = SPEED,
     budget_trials: int | None = None,
+    discovered: bool = False,
     started: float | None = None,
     replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None]
     | None = None,
@@ -260,6 +275,7 @@ def tune_with(
 
     Args:
         replayer: From plain decoding of prompts to what predicts from it.
+        discovered: Whether classes are discovered; those declared are left aside.
         deadline: Infinite where ``budget_trials`` is the budget.
         started: When loading began.
     """
@@ -269,13 +285,13 @@ def tune_with(
     spending = Spending(store, run, clock, clock() if started is None else started)
     total = max(0.0, deadline - clock())
     notes: list[str] = []
-    classes: list[ClassResult] = []
+    results: list[ClassResult] = []
     result = TuneResult(
         run,
         environment,
         workload.name,
         store.url,
-        classes,
+        results,
         notes,
         dict(unavailable or {}),
     )
@@ -312,12 +328,35 @@ def tune_with(
     )
     if changed := _stale(store, environment):
         warn(changed)
-    tuning, held_out = split(workload, seed)
+    tuning, held_out = split(_unclassed(workload) if discovered else workload, seed)
     try:
         with progress:
             spending.begin("plain")
             plain = _plain(search, tuning, lambda: clock() < plain_end, warn)
             recorded = [p for p in tuning.prompts if p.id in plain]
+            replaying = [cls for cls in strategies if cls.replays]
+            predictor = None
+            if replayer is not None and replaying and clock() < search_end:
+                spending.begin("costs")
+                predictor = replayer([(p, plain[p.id]) for p in recorded])
+            if discovered:
+                spending.begin("classes")
+                doing("discovering classes")
+                end = clock() + REPLAY_SHARE * max(0.0, search_end - clock())
+                classifier = _classifier(
+                    store,
+                    run,
+                    predictor,
+                    replaying,
+                    recorded,
+                    in_time=lambda: clock() < end,
+                    seed=seed,
+                )
+                tuning = classified(tuning, classifier)
+                held_out = _known(classified(held_out, classifier), tuning)
+                recorded = [p for p in tuning.prompts if p.id in plain]
+                for line in classifier.describe():
+                    warn(f"class {line}")
             usable = affordable(
                 recorded,
                 {key: sample.seconds for key, sample in plain.items()},
@@ -325,11 +364,6 @@ def tune_with(
                 (search_end - clock()) * FIRST_TRIALS_SHARE,
             )
             promising: Mapping[tuple[str, str], list[Trial]] = {}
-            replaying = [cls for cls in strategies if cls.replays]
-            predictor = None
-            if replayer is not None and replaying and clock() < search_end:
-                spending.begin("costs")
-                predictor = replayer([(p, plain[p.id]) for p in recorded])
             if predictor is not None:
                 spending.begin("replay")
                 doing("trying settings against the recorded answers")
@@ -420,7 +454,7 @@ def tune_with(
                 ]
                 store.put_record(run, f"confirm/{name}", as_record(confirmed))
                 store.add_profiles(profiles)
-                classes.append(
+                results.append(
                     ClassResult(
                         name,
                         select(profiles, environment, name),
@@ -433,7 +467,7 @@ def tune_with(
                         reused=name in held_out.reused,
                     )
                 )
-            classes.sort(key=lambda found: held_out.classes.index(found.name))
+            results.sort(key=lambda found: held_out.classes.index(found.name))
             if errors:
                 warn(
                     f"replay: its predictions of {len(errors)} confirmed settings were "
@@ -445,6 +479,40 @@ def tune_with(
         spending.end()
         result.spent.update(spending.parts)
     return result
+
+
+def _unclassed(workload: Workload) -> Workload:
+    prompts = tuple(replace(p, prompt_class=DEFAULT_CLASS) for p in workload.prompts)
+    return replace(workload, prompts=prompts)
+
+
+def _known(held_out: Workload, tuning: Workload) -> Workload:
+    """Without prompts of classes that nothing was tuned on, ``unknown`` among them."""
+    known = tuple(p for p in held_out.prompts if p.prompt_class in tuning.classes)
+    return replace(held_out, prompts=known)
+
+
+def _classifier(
+    store: ProfileStore,
+    run: str,
+    predictor: Replayer | None,
+    strategies: Sequence[type[Strategy]],
+    prompts: Sequence[Prompt],
+    *,
+    in_time: Callable[[], bool],
+    seed: int,
+) -> Classifier:
+    """The run's, or one learnt from what replays say of each prompt; stored."""
+    if (record := store.record(run, CLASSIFIER)) is not None:
+        # Learnt anew it might differ, and the run's trials are of these classes.
+        return Classifier.from_json(record)
+    gains: dict[str, dict[str, float]] = {}
+    if predictor is not None:
+        settings = [setting for cls in strategies for setting in probed(cls)]
+        gains = replayed_gains(predictor, settings, prompts, in_time)
+    found = discover(prompts, gains, seed)
+    store.put_record(run, CLASSIFIER, found.classifier.as_json())
+    return found.classifier
 
 
 def _of_class(

@@ -1,0 +1,182 @@
+"""Classes are discovered where they pay on prompts held out, and only there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from adaptspec.classify import KEY, UNKNOWN
+from adaptspec.params import Params, Tunable
+from adaptspec.profile import Environment
+from adaptspec.strategy import Drafter, Strategy, Target
+from adaptspec.testing.fakes import FakeClock
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.classes import FEWEST, classified, discover, probed
+from adaptspec_tuner.profiler import Agreement, Sample, Setting
+from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.report import TuneResult
+from adaptspec_tuner.tuning import tune_with
+from adaptspec_tuner.workloads import Prompt, Workload
+
+RANDOM = random.Random(5)
+WORDS = [f"word{i}" for i in range(300)]
+
+
+def code(number: int) -> Prompt:
+    names = RANDOM.sample(WORDS, 3)
+    text = "\n".join(f"    {n}[{number}] = ({n} + {number});" for n in names * 2)
+    return Prompt(f"code{number}", text=text)
+
+
+def chat(number: int) -> Prompt:
+    text = "Could you explain " + " ".join(RANDOM.sample(WORDS, 12)) + "?"
+    return Prompt(f"chat{number}", text=text)
+
+
+PROMPTS = [make(n) for n in range(16) for make in (code, chat)]
+
+
+def is_code(prompt: Prompt) -> bool:
+    return prompt.id.startswith("code")
+
+
+def test_kinds_that_want_other_settings_become_classes() -> None:
+    gains = {p.id: {"long": 3.0 if is_code(p) else 0.5, "short": 1.2} for p in PROMPTS}
+    found = discover(PROMPTS, gains)
+    names = {p.id: found.classifier.classify(str(p.content)) for p in PROMPTS}
+    assert len({names[p.id] for p in PROMPTS}) == 2
+    assert len({names[p.id] for p in PROMPTS if is_code(p)}) == 1
+    # Half at 3.0 and half at 1.2, against the best one setting for all.
+    assert found.gains[2] == pytest.approx((3.0 * 1.2) ** 0.5)
+    assert found.gains[1] == pytest.approx(1.2)
+    assert found.classifier.seconds > 0
+    new = [code(99), chat(99)]
+    assert [found.classifier.classify(str(p.content)) for p in new] == [
+        names["code0"],
+        names["chat0"],
+    ]
+
+
+def test_where_one_setting_is_best_for_all_there_is_one_class() -> None:
+    same = {p.id: {"long": 2.0 if is_code(p) else 1.5, "short": 1.2} for p in PROMPTS}
+    found = discover(PROMPTS, same)
+    assert list(found.classifier.names) == ["auto-1"]
+    assert len(found.gains) > 1
+
+
+def test_noise_seldom_makes_classes() -> None:
+    counts = []
+    for seed in range(20):
+        noise = random.Random(seed)
+        gains = {
+            p.id: {name: noise.lognormvariate(0.2, 0.3) for name in "abc"}
+            for p in PROMPTS
+        }
+        counts.append(len(discover(PROMPTS, gains, seed).classifier.names))
+    assert sum(count == 1 for count in counts) >= 12
+
+
+def test_few_prompts_and_no_gains_make_one_class() -> None:
+    few = PROMPTS[: 2 * FEWEST - 1]
+    gains = {p.id: {"long": 3.0 if is_code(p) else 0.5} for p in few}
+    assert len(discover(few, gains).classifier.names) == 1
+    assert len(discover(PROMPTS, {}).classifier.names) == 1
+
+
+def test_the_same_prompts_give_the_same_classes() -> None:
+    gains = {p.id: {"long": 3.0 if is_code(p) else 0.5} for p in PROMPTS}
+    one, other = discover(PROMPTS, gains, 3), discover(PROMPTS, gains, 3)
+    assert one.classifier.questions == other.classifier.questions
+    assert one.gains == other.gains
+
+
+class KnobParams(Params):
+    k: Annotated[int, Tunable(1, 8)] = Field(default=4)
+
+
+class Knob(Strategy):
+    name = "knob"
+    summary = "a strategy that is never run"
+    Params = KnobParams
+    replays = True
+
+    def start(self, target: Target) -> Drafter:
+        raise NotImplementedError
+
+
+def test_settings_tried_are_the_defaults_and_the_bounds() -> None:
+    assert [s.params["k"] for s in probed(Knob)] == [4, 1, 8]
+
+
+class Trace:
+    """Long drafts pay for code, and cost elsewhere."""
+
+    def __init__(self, clock: FakeClock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        self.clock.advance(self.seconds)
+        k = int(setting.params.get("k", 0))
+        speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * k)
+        return Sample((1, 2, 3), speed, self.seconds, forwards=2)
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        return "identical"
+
+    def forget(self) -> None:
+        pass
+
+
+def run(store: MemoryStore) -> TuneResult:
+    clock = FakeClock()
+    place = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
+    fast: Any = Trace(clock, 0.0)
+    return tune_with(
+        Trace(clock, 1.0),
+        [Knob],
+        Workload("w", tuple(PROMPTS)),
+        store,
+        place,
+        deadline=2000.0,
+        clock=clock,
+        progress=Progress(None, clock),
+        trials=6,
+        discovered=True,
+        replayer=lambda plain: fast,
+    )
+
+
+def test_tuning_discovers_classes_and_chooses_for_each() -> None:
+    store = MemoryStore()
+    result = run(store)
+    chosen = {found.name: found.choice.strategy for found in result.classes}
+    assert sorted(chosen) == ["auto-1", "auto-2"]
+    assert sorted(chosen.values()) == ["autoregressive", "knob"]
+    record = store.record(result.run, KEY)
+    assert record is not None
+    assert record["names"] == ["auto-1", "auto-2"]
+    assert any(note.startswith("class auto-1: ") for note in result.notes)
+    for found in result.classes:
+        assert all(p.measurement.prompts >= 4 for p in found.profiles)
+
+
+def test_a_continued_run_keeps_its_classes() -> None:
+    store = MemoryStore()
+    first = run(store)
+    record = store.record(first.run, KEY)
+    assert record is not None
+    store.put_record(first.run, KEY, {**record, "names": ["mine", "yours"]})
+    assert {found.name for found in run(store).classes} == {"mine", "yours"}
+
+
+def test_prompts_unlike_those_tuned_on_are_of_no_class() -> None:
+    gains = {p.id: {"long": 3.0 if is_code(p) else 0.5} for p in PROMPTS}
+    found = discover(PROMPTS, gains).classifier
+    strange = Workload("w", (Prompt("x", text="ж" * 5000),))
+    assert classified(strange, found).prompts[0].prompt_class == UNKNOWN
