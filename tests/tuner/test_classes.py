@@ -45,7 +45,7 @@ def is_code(prompt: Prompt) -> bool:
 
 
 def test_kinds_that_want_other_settings_become_classes() -> None:
-    gains = {p.id: {"long": 3.0 if is_code(p) else 0.5, "short": 1.2} for p in PROMPTS}
+    gains = {p.id: {"long": 3.0 if is_code(p) else 0.2, "short": 1.2} for p in PROMPTS}
     found = discover(PROMPTS, gains)
     names = {p.id: found.classifier.classify(str(p.content)) for p in PROMPTS}
     assert len({names[p.id] for p in PROMPTS}) == 2
