@@ -115,6 +115,11 @@ def parse_memory(text: str) -> int:
 )
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
+@click.option(
+    "--worker",
+    is_flag=True,
+    help="Run trials of an equal tune, started elsewhere on the same --db.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def tune(
@@ -137,6 +142,7 @@ def tune(
     limit: int | None,
     baselines: bool,
     fresh: bool,
+    worker: bool,
     as_json: bool,
 ) -> None:
     """Find the fastest lossless strategy for each class of your prompts.
@@ -180,6 +186,7 @@ def tune(
                 limit=limit,
                 baselines=baselines,
                 fresh=fresh,
+                worker=worker,
                 host=host,
                 progress=Progress(errors, time.monotonic),
             )
@@ -196,5 +203,7 @@ def _show(result: TuneResult, as_json: bool) -> None:
 
     if as_json:
         print_json(result.as_json())
+    elif result.worked is not None:
+        click.echo(f"{result.worked} trials of run {result.run}", err=True)
     else:
         print_result(result, stdout_console())

@@ -58,6 +58,7 @@ class TuneResult:
     notes: list[str]
     unavailable: Mapping[str, str]
     spent: dict[str, float] = field(default_factory=dict)  # part -> seconds
+    worked: int | None = None  # trials, by a process that was a worker only
 
     def as_json(self) -> dict[str, Any]:
         """The table as data."""
@@ -70,6 +71,7 @@ class TuneResult:
             "unavailable": dict(self.unavailable),
             "notes": list(self.notes),
             "spent": dict(self.spent),
+            "worked": self.worked,
         }
 
 

@@ -122,10 +122,11 @@ class Search:
         self._in_time, self._warn, self._doing = in_time, warn, doing
         self._seed, self._most = seed, most
         self.arms: list[Arm] = []
+        self.finished = 0  # trials, by this process
 
     def plain(self, prompt: Prompt) -> Sample:
         """Plain decoding of ``prompt``, measured once per run."""
-        key = f"plain/{prompt.prompt_class}/{prompt.id}"
+        key = plain_key(prompt.prompt_class, prompt.id)
         if (record := self._store.record(self._run, key)) is not None:
             return Sample.from_json(record)
         self._doing(f"{prompt.prompt_class}: plain decoding")
@@ -184,6 +185,9 @@ class Search:
                 self._try(arm)
         while self._in_time() and (promising := self._next()) is not None:
             self._try(promising)
+        if self._storage is not None:
+            for arm in self.arms:
+                arm.trials = self._stored(arm.prompt_class, arm.name)
         return [arm for arm in self.arms if not arm.trials]
 
     def _next(self) -> Arm | None:
@@ -208,10 +212,15 @@ class Search:
 
     def _try(self, arm: Arm) -> None:
         for _ in range(DUPLICATES):
-            asked, params = arm.study.ask()
-            if self._storage is not None:  # others may have finished some
+            if self._storage is not None:  # others may have finished some, or died
                 arm.trials = self._stored(arm.prompt_class, arm.name)
-            begun = arm.study.begun_elsewhere(asked, arm.trials)
+                arm.study.repair(arm.trials)
+            asked, params = arm.study.ask()
+            begun = arm.study.begun_elsewhere(asked)
+            if self._storage is not None:
+                arm.trials = self._stored(arm.prompt_class, arm.name)
+                for trial in arm.trials:
+                    begun.pop(trial.number, None)
             if len(arm.trials) + len(begun) >= self._most:
                 arm.study.withdraw(asked)
                 arm.exhausted = True
@@ -219,7 +228,7 @@ class Search:
             known = next((t for t in arm.trials if dict(t.params) == params), None)
             if known is not None:
                 arm.study.tell(asked, known)
-            elif params in begun:
+            elif params in begun.values():
                 arm.study.withdraw(asked)
             else:
                 break
@@ -228,6 +237,7 @@ class Search:
             return
         trial = self._measure(arm, params, asked)
         self._store.add_trial(trial)
+        self.finished += 1
         arm.trials.append(trial)
         arm.study.tell(asked, trial)
         last = arm.trials[-FAILURES:]
@@ -292,6 +302,11 @@ class Search:
             if slow and step + 1 < len(arm.prompts):
                 return finished("pruned")
         return finished("complete")
+
+
+def plain_key(prompt_class: str, prompt_id: str) -> str:
+    """Under which a run's plain decoding of a prompt is kept."""
+    return f"plain/{prompt_class}/{prompt_id}"
 
 
 def _geometric_mean(ratios: Sequence[float]) -> float:

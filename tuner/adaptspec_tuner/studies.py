@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # than a generation takes, and than hosts' clocks differ.
 SILENT_SECONDS = 900.0
 BEAT_SECONDS = 20.0
+UNSAID, UNSAID_SECONDS = 100, 0.02  # how often and long to wait for a setting
 FIRST_TRIALS = 4  # at random, before the sampler models anything
 
 # Names of a trial's user attributes.
@@ -86,7 +87,7 @@ class Study:
             )
             if self._shared:
                 self._label(labels or {})
-                self._repair(trials)
+                self.repair(trials)
             self._add(trials)
             self._enqueue(trials, [*first, defaults(params)])
 
@@ -118,35 +119,31 @@ class Study:
         self._lose(asked.number, asked._trial_id)
 
     def begun_elsewhere(
-        self, asked: optuna.trial.Trial, trials: Sequence[Trial]
-    ) -> list[dict[str, Scalar]]:
-        """Settings that other living processes began before ``asked``, to be finished.
+        self, asked: optuna.trial.Trial
+    ) -> dict[int, dict[str, Scalar]]:
+        """Number -> setting of what other living processes began before ``asked``.
 
-        Args:
-            trials: What is finished.
+        Read the store after it, not before: what is finished meanwhile is in one of
+        both.
         """
         if not self._shared:
-            return []
-        done = {trial.number for trial in trials}
-        return [
-            dict(frozen.user_attrs[SETTING])
-            for frozen in self._running()
-            if frozen.number < asked.number
-            and frozen.number not in done
-            and SETTING in frozen.user_attrs
-            and self._lives(frozen)
-        ]
+            return {}
+        for _ in range(UNSAID):
+            earlier = [f for f in self._running() if f.number < asked.number]
+            living = [f for f in earlier if self._lives(f)]
+            if all(SETTING in frozen.user_attrs for frozen in living):
+                break
+            time.sleep(UNSAID_SECONDS)  # a trial is begun before its setting is told
+        return {
+            frozen.number: dict(frozen.user_attrs[SETTING])
+            for frozen in living
+            if SETTING in frozen.user_attrs
+        }
 
-    def _label(self, labels: Mapping[str, str]) -> None:
-        known = self._study.user_attrs
-        for key, value in labels.items():
-            if key not in known:
-                self._study.set_user_attr(key, value)
-
-    def _repair(self, trials: Sequence[Trial]) -> None:
+    def repair(self, trials: Sequence[Trial]) -> None:
         """Tell the study what is finished, and give back what dead processes began.
 
-        A process searches once at a time: what this one began before, it gave up.
+        Between trials only: what this process began and didn't finish, it gave up.
         """
         stored = {trial.number: trial for trial in trials}
         for frozen in self._running():
@@ -159,6 +156,12 @@ class Study:
                 done = any(_same(t.params, setting) for t in trials)
                 if setting is not None and not done:
                     self._study.enqueue_trial(tuned(self._params, setting))
+
+    def _label(self, labels: Mapping[str, str]) -> None:
+        known = self._study.user_attrs
+        for key, value in labels.items():
+            if key not in known:
+                self._study.set_user_attr(key, value)
 
     def _add(self, trials: Sequence[Trial]) -> None:
         """Trials that the store alone has, under their numbers."""

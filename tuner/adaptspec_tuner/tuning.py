@@ -41,6 +41,7 @@ from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import ClassResult, TuneResult
 from adaptspec_tuner.search import HOPELESS, Arm, Search
 from adaptspec_tuner.spending import Spending
+from adaptspec_tuner.workers import close_search, open_search, work
 from adaptspec_tuner.workloads import (
     DEFAULT_CLASS,
     Prompt,
@@ -115,6 +116,7 @@ def tune(
     limit: int | None = None,
     baselines: bool = False,
     fresh: bool = False,
+    worker: bool = False,
     host: Host | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -133,6 +135,7 @@ def tune(
         limit: Most prompts per class.
         baselines: Measure other engines beside, on untouched copies of the models.
         fresh: Forget what an earlier run with these options measured.
+        worker: Only run trials of another process's equal tune, which leads.
 
     Raises:
         AdaptSpecError: for bad options, a bad workload or a model that won't load.
@@ -221,6 +224,40 @@ def tune(
         options["max_memory"] = max_memory
     if classes != DECLARED:
         options["classes"] = classes
+    if worker:
+        if not isinstance(store, KeepsStudies):
+            raise AdaptSpecError(f"workers need a database to meet in, not {store.url}")
+        try:
+            with progress:
+                run = run_id(environment, workload, {**options, "seed": seed})
+                count = work(
+                    profiler,
+                    [c for c in chosen if c.name not in unavailable],
+                    workload,
+                    store,
+                    run,
+                    storage=store.studies(),
+                    deadline=started + budget,
+                    clock=clock,
+                    warn=progress.say,
+                    doing=lambda text: progress.doing(text, started + budget - clock()),
+                    most=trials,
+                    seed=seed,
+                    objective=objective,
+                )
+            return TuneResult(
+                run,
+                environment,
+                workload.name,
+                store.url,
+                [],
+                [],
+                unavailable,
+                worked=count,
+            )
+        finally:
+            if store is not db:
+                store.close()
     try:
         return tune_with(
             profiler,
@@ -390,7 +427,10 @@ def tune_with(
                     best = promising.get((name, cls.name), [])
                     search.add(name, cls, prompts, plain, best)
             spending.begin("trials")
-            for arm in search.search():
+            open_search(store, run, usable)
+            untried = search.search()
+            close_search(store, run)
+            for arm in untried:
                 warn(
                     f"{arm.prompt_class}: no time for {arm.name}; give a larger "
                     "--budget"
@@ -476,6 +516,7 @@ def tune_with(
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     finally:
+        close_search(store, run)
         spending.end()
         result.spent.update(spending.parts)
     return result
