@@ -37,6 +37,7 @@ class Knob(Strategy):
     name = "knob"
     summary = "a strategy that is never run"
     Params = KnobParams
+    replays = True
 
     def start(self, target: Target) -> Drafter:
         raise NotImplementedError
@@ -147,6 +148,24 @@ def test_what_is_repaid_counts_every_run_of_a_continued_one() -> None:
     record = store.record(result.run, "spent")
     assert record is not None
     assert record["seconds"] == pytest.approx(trace.clock.now)
+
+
+def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises() -> (
+    None
+):
+    class Replayed(Trace):
+        def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+            sample = super().measure(setting, prompt)
+            self.clock.now = 0.0
+            return sample
+
+    replayed: Any = Replayed()
+    result = run(
+        Trace(), MemoryStore(), math.inf, budget_trials=0, replayer=lambda _: replayed
+    )
+    chosen = {found.name: found.choice.strategy for found in result.classes}
+    assert chosen == {"chat": "knob", "code": "knob", "maths": PLAIN}
+    assert all(not any(found.trials.values()) for found in result.classes)
 
 
 def test_speeds_by_prompt_are_kept_for_the_report() -> None:

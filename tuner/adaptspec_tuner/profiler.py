@@ -43,6 +43,12 @@ class Setting:
         """Equal for equal settings."""
         return json.dumps([self.strategy, dict(self.params)], sort_keys=True)
 
+    @classmethod
+    def from_key(cls, key: str) -> Setting:
+        """The setting (not a baseline's) that has this key."""
+        strategy, params = json.loads(key)
+        return cls(strategy, params)
+
 
 PLAIN_SETTING = Setting(PLAIN)
 

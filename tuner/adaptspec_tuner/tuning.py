@@ -701,13 +701,22 @@ def _until(
 def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
     """The best setting of the best strategies; hopeless ones only for want of any.
 
+    Of a strategy that there was no time to try, what the replay promises most of.
+
     Args:
         most: How many there is time for; one is taken anyway.
     """
     most = min(FINALISTS, max(1, most))
-    ranked = sorted((a for a in arms if a.best), key=lambda a: -a.ratio)
-    worth = [a for a in ranked if a.ratio >= HOPELESS][:most] or ranked[:1]
-    return [Setting(a.name, dict(a.best.params)) for a in worth if a.best]
+    found: list[tuple[float, Setting]] = []
+    for arm in arms:
+        if arm.best is not None:
+            found.append((arm.ratio, Setting(arm.name, dict(arm.best.params))))
+        elif not arm.trials and arm.predicted:
+            key = max(arm.predicted, key=lambda key: arm.predicted[key])
+            found.append((arm.predicted[key], Setting.from_key(key)))
+    ranked = sorted(found, key=lambda pair: -pair[0])
+    worth = [pair for pair in ranked if pair[0] >= HOPELESS][:most] or ranked[:1]
+    return [setting for _, setting in worth]
 
 
 def _chosen(host: Host, names: Sequence[str] | None) -> list[type[Strategy]]:
