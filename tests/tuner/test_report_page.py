@@ -148,6 +148,8 @@ def test_lossy_results_and_other_engines_are_labelled_in_every_form() -> None:
     page = render(report)
     assert "wrong (NOT LOSSLESS)" in page
     assert "hf (baseline)" in page
+    named = re.findall(r'"name":"(wrong|hf)( [^"]*)?"', page)
+    assert set(named) == {("wrong", " (NOT LOSSLESS)"), ("hf", " (baseline)")}
     data = {row["strategy"]: row for row in report.as_json()["classes"][0]["rows"]}
     assert data["wrong"]["lossless"] is False
     assert data["hf"]["baseline"] is True

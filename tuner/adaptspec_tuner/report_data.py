@@ -270,7 +270,12 @@ def _oracle(
         {key: median(runs) for key, runs in found.items() if key in ours and runs}
         for found in prompts.values()
     ]
-    if plain is None or not speeds or not all(found.get(plain) for found in speeds):
+    # Of one prompt the best for each is the best for all.
+    if (
+        plain is None
+        or len(speeds) < 2
+        or not all(found.get(plain) for found in speeds)
+    ):
         return None
     common = [key for key in ours if all(found.get(key) for found in speeds)]
 

@@ -71,7 +71,7 @@ def _speed(report: Report, colours: dict[str, str]) -> Any:
             continue
         spans = [row.interval or (row.ratio, row.ratio) for _, row in bars]
         figure.add_bar(
-            name=_safe(name),
+            name=_labelled([row for _, row in bars]),
             x=[_safe(found.name) for found, _ in bars],
             y=[row.ratio for _, row in bars],
             error_y={
@@ -90,6 +90,7 @@ def _speed(report: Report, colours: dict[str, str]) -> Any:
             hovertext=[_about(row) for _, row in bars],
         )
     figure.add_hline(y=1, line={"color": INK, "dash": "dot"})
+    figure.update_xaxes(type="category")  # a class may be called 2024
     return _styled(figure, "", words.COLUMN[report.objective].split(" [")[0])
 
 
@@ -119,7 +120,7 @@ def _acceptance(found: ClassReport, colours: dict[str, str]) -> Any:
     for row in found.rows:
         if row.positions and not row.baseline:
             figure.add_scatter(
-                name=_safe(row.strategy),
+                name=_labelled([row]),
                 x=list(range(1, len(row.positions) + 1)),
                 y=list(row.positions),
                 mode="lines+markers",
@@ -174,7 +175,7 @@ def _predicted(report: Report, colours: dict[str, str]) -> Any:
         ]
         if rows:
             figure.add_scatter(
-                name=_safe(name),
+                name=_labelled([row for _, row in rows]),
                 x=[row.predicted for _, row in rows],
                 y=[row.ratio for _, row in rows],
                 mode="markers",
@@ -224,6 +225,11 @@ def _html(figure: Any) -> str:
             config={"displayModeBar": False, "responsive": True},
         )
     )
+
+
+def _labelled(rows: Sequence[Row]) -> str:
+    """The strategy's name, with NOT LOSSLESS or baseline if any of its rows is."""
+    return _safe(max((words.label(row) for row in rows), key=len))
 
 
 def _about(row: Row) -> str:
