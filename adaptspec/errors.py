@@ -43,6 +43,10 @@ class PluginConflictError(PluginError):
     """Two plugins claim one name."""
 
 
+class HeadsLoadError(AdaptSpecError, ValueError):
+    """Trained heads can't be read, or don't fit the target."""
+
+
 class WorkloadError(AdaptSpecError, ValueError):
     """A workload file is missing, empty or has a bad line."""
 
