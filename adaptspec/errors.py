@@ -51,6 +51,11 @@ class WorkloadError(AdaptSpecError, ValueError):
     """A workload file is missing, empty or has a bad line."""
 
 
+class TrainingError(AdaptSpecError, RuntimeError):
+    """Weights can't be trained so: bad options, too little data or memory, a loss
+    that isn't a number."""
+
+
 class ProfileStoreError(AdaptSpecError, RuntimeError):
     """The profile database can't be opened, read, written or migrated."""
 

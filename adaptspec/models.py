@@ -296,6 +296,48 @@ class LanguageModel:
         cache.truncate(cached + nodes)
         return Forward(forward.logits, {done + row: row for row in range(new)})
 
+    @torch.inference_mode()
+    def extend_batch(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Any,
+        *,
+        hidden_layers: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Append ``tokens [batch, new]`` to several sequences padded on the left.
+
+        Not for verification: nothing here is compared with plain decoding.
+
+        Args:
+            mask: ``[batch, cached + new]``, 0 at padding.
+            cache: From :meth:`new_cache`, or a model's own, of this batch.
+
+        Returns:
+            Logits ``[batch, vocab]`` and, by layer, hidden states ``[batch, hidden]``,
+            both at the last column.
+        """
+        arguments: dict[str, Any] = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            self.cache_argument: cache,
+            "use_cache": True,
+        }
+        if self._takes_positions:
+            places = (mask.cumsum(1) - 1).clamp_min(0)
+            arguments["position_ids"] = places[:, -tokens.shape[1] :]
+        if self._takes_keep:
+            arguments["logits_to_keep"] = 1
+        if hidden_layers:
+            total = self._layers + 1
+            arguments["output_hidden_states"] = sorted(
+                {layer % total for layer in hidden_layers}
+            )
+        output = self.model(**arguments)
+        # Views would keep whole prompts alive.
+        hidden = {i: output.hidden_states[i][:, -1].clone() for i in hidden_layers}
+        return output.logits[:, -1], hidden
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, of chat messages (template applied), or ids as they are.
 

@@ -1,0 +1,213 @@
+"""Training data: prompts to be answered by the model itself, or whole conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from adaptspec.decoding.controls import Controls
+from adaptspec.errors import InvalidPromptError, WorkloadError
+from adaptspec.models import LanguageModel
+from adaptspec_tuner.workloads import Message, Prompt, Workload, read_workload
+
+# Speakers of the ShareGPT layout, by the role a chat template knows.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token sequence and which of its tokens are answers.
+
+    Args:
+        id: Unique in its data.
+        tokens: The whole sequence, prompt included.
+        spans: Half-open ranges of answer tokens, ascending; each begins at 1 or later.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the model stood before each answer token: features are wanted there."""
+        return [p - 1 for start, end in self.spans for p in range(start, end)]
+
+    def targets(self, ahead: int) -> list[int]:
+        """The token ``ahead`` places after each position, -100 beyond its answer."""
+        return [
+            self.tokens[p + ahead] if p + ahead < end else -100
+            for start, end in self.spans
+            for p in range(start - 1, end - 1)
+        ]
+
+
+def read_data(path: Path) -> Workload:
+    """Prompts and conversations of a file, as a workload.
+
+    JSON lines as ``adaptspec tune`` takes them, where ``messages`` may end with the
+    assistant's answer, or the ShareGPT layout: ``conversations`` of ``from`` and
+    ``value``, as JSON lines or one JSON array.
+
+    Raises:
+        WorkloadError: naming file, line and what is wrong.
+    """
+    try:
+        start = path.read_bytes()[:65536].lstrip()
+    except OSError as error:
+        raise WorkloadError(
+            f"can't read the data {path}: {error.strerror or error}; "
+            "give a file of JSON lines"
+        ) from error
+    if start[:1] != b"[" and b'"conversations"' not in start.split(b"\n", 1)[0]:
+        return read_workload(path)
+    prompts = tuple(
+        _prompt(path, number, row) for number, row in _rows(path, start[:1] == b"[")
+    )
+    if not prompts:
+        raise WorkloadError(f"{path}: at least one conversation is needed, got none")
+    return Workload(path.stem, prompts)
+
+
+def with_answers(workload: Workload) -> bool:
+    """Whether every conversation ends with the assistant's answer.
+
+    Raises:
+        WorkloadError: if only some do.
+    """
+    ended = [_is_answered(prompt) for prompt in workload.prompts]
+    if any(ended) and not all(ended):
+        first = workload.prompts[ended.index(False)].id
+        raise WorkloadError(
+            f"{workload.name}: either all conversations end with an assistant message "
+            f"or none does, got {sum(ended)} of {len(ended)}, the first without is "
+            f"{first!r}; pass --answers self to have all answered by the model"
+        )
+    return all(ended)
+
+
+def without_answers(workload: Workload) -> Workload:
+    """The same with the assistant's last messages taken off."""
+    return replace(
+        workload,
+        prompts=tuple(
+            replace(p, messages=p.messages[:-1]) if _is_answered(p) else p
+            for p in workload.prompts
+        ),
+    )
+
+
+def encode_conversation(
+    model: LanguageModel, prompt: Prompt, max_length: int
+) -> Example | None:
+    """The conversation with every assistant turn marked as an answer.
+
+    Sequences are cut at ``max_length`` tokens; None if no answer token is left.
+
+    Raises:
+        InvalidPromptError: if the chat template can't be told apart by turns.
+    """
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    tokens: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = model.encode(messages[:at])
+        text = _rendered(model, messages[: at + 1])
+        whole = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if whole[: len(before)] != before or whole[: len(tokens)] != tokens:
+            raise InvalidPromptError(
+                f"{prompt.id}: the chat template of {model.name} renders a turn "
+                "differently once others follow, so answers can't be marked; give "
+                "conversations of one answer each, or use --answers self"
+            )
+        tokens = whole
+        if (end := _trimmed(model, whole, len(before))) > len(before):
+            spans.append((len(before), end))
+    spans = [(s, min(e, max_length)) for s, e in spans if s < max_length and s > 0]
+    if not spans:
+        return None
+    return Example(prompt.id, tuple(tokens[:max_length]), tuple(spans))
+
+
+def _trimmed(model: LanguageModel, tokens: Sequence[int], start: int) -> int:
+    """The end of the answer: after its end token, without what the template adds."""
+    ends = Controls.for_model(model).eos_token_ids
+    for at in range(start, len(tokens)):
+        if tokens[at] in ends:
+            return at + 1
+    return len(tokens)
+
+
+def _rendered(model: LanguageModel, messages: Sequence[dict[str, str]]) -> str:
+    return str(model.tokenizer.apply_chat_template(list(messages), tokenize=False))
+
+
+def _is_answered(prompt: Prompt) -> bool:
+    return bool(prompt.messages) and prompt.messages[-1].role == "assistant"
+
+
+class _Turn(BaseModel):
+    value: str
+    speaker: str
+
+    @classmethod
+    def of(cls, row: Any) -> _Turn:
+        if isinstance(row, dict):
+            row = {"value": row.get("value"), "speaker": row.get("from")}
+        return cls.model_validate(row)
+
+
+def _rows(path: Path, is_array: bool) -> Iterator[tuple[int, Any]]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        if is_array:
+            yield from enumerate(json.loads(text), 1)
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise WorkloadError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}); write one "
+            "conversation a line or one array of them"
+        ) from error
+
+
+def _prompt(path: Path, number: int, row: Any) -> Prompt:
+    where = f"{path}, conversation {number}"
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise WorkloadError(
+            f"{where}: 'conversations' must be a list of turns; write "
+            '{"conversations": [{"from": "human", "value": "..."}, ...]}'
+        )
+    messages = []
+    for turn in turns:
+        try:
+            read = _Turn.of(turn)
+        except ValidationError:
+            raise WorkloadError(
+                f"{where}: a turn needs 'from' and 'value', both text, "
+                f"got {ascii(turn)[:60]}"
+            ) from None
+        if (role := SPEAKERS.get(read.speaker)) is None:
+            raise WorkloadError(
+                f"{where}: 'from' must be one of {', '.join(SPEAKERS)}, "
+                f"got {read.speaker!r}"
+            )
+        messages.append(Message(role, read.value))
+    return Prompt(id=str(row.get("id", number)), messages=tuple(messages))
