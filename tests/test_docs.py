@@ -11,6 +11,7 @@ import pytest
 
 import adaptspec_plugins
 import adaptspec_profiles.plugin
+import adaptspec_training.plugin
 import adaptspec_tuner.plugin
 from adaptspec import hookspecs
 from adaptspec.cli import build_cli
@@ -25,6 +26,7 @@ def host() -> Host:
         {
             "bundled": adaptspec_plugins,
             "profiles": adaptspec_profiles.plugin,
+            "training": adaptspec_training.plugin,
             "tuner": adaptspec_tuner.plugin,
         }
     )

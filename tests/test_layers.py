@@ -12,7 +12,12 @@ import pytest
 import adaptspec
 
 CORE = Path(adaptspec.__file__).parent
-SATELLITES = ("adaptspec_plugins", "adaptspec_profiles", "adaptspec_tuner")
+SATELLITES = (
+    "adaptspec_plugins",
+    "adaptspec_profiles",
+    "adaptspec_training",
+    "adaptspec_tuner",
+)
 HEAVY = ("torch", "transformers", "optuna", "sqlalchemy", "numpy")
 
 
@@ -35,7 +40,10 @@ def test_the_core_imports_no_satellite() -> None:
         assert not roots & set(SATELLITES), path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["tune", "--help"], ["train", "medusa", "--help"], ["--version"]],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     script = (
         "import sys\n"
