@@ -107,6 +107,22 @@ def test_heads_learn_what_the_model_says(
         assert after["top1"] > max(0.4, before["top1"] + 0.3)
 
 
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_a_quantised_target_is_trained_for(
+    target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path, load_in: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = target(hidden_size=64, intermediate_size=128)
+    model.source.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    train_medusa(tmp_path / "model", prompts, tmp_path / "out", QUICK, load_in=load_in)
+    assert read_heads(tmp_path / "out", 64, model.vocab_size).paths
+    joint = replace(QUICK, method="medusa-2")
+    with pytest.raises(TrainingError, match="load it unquantised"):
+        train_medusa(tmp_path / "model", prompts, tmp_path, joint, load_in=load_in)
+
+
 def test_features_kept_and_computed_again_give_the_same_heads(
     target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
 ) -> None:
