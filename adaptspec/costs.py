@@ -204,7 +204,7 @@ def _owner(environment: Environment) -> str:
         name: ".".join(environment.versions.get(name, "").split(".")[:2])
         for name in ("adaptspec", "torch", "transformers")
     }
-    text = json.dumps([list(environment.key()), versions], sort_keys=True)
+    text = json.dumps([list(environment.place()), versions], sort_keys=True)
     return "hardware-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -26,7 +26,8 @@ from adaptspec.host import Host
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.models import LanguageModel, Prompt, load_model
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
-from adaptspec.selector import Choice, select
+from adaptspec.selector import Choice, measured_here, select
+from adaptspec.trained import digest_of, name_of
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
@@ -63,6 +64,8 @@ class Decoder:
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
             the profiles. It may hold token ids of earlier outputs.
+        allow_lossy: Whether a strategy may be chosen that changes the law of sampled
+            output. Asked for by name, it is used anyway; the result says so.
     """
 
     def __init__(
@@ -72,9 +75,11 @@ class Decoder:
         store: ProfileStore | None = None,
         host: Host | None = None,
         learn: bool = True,
+        allow_lossy: bool = False,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
+        self._allow_lossy = allow_lossy
         self.engine = Engine(model, draft)
         self.environment = environment_of(model, draft)
         self.profiles: list[Profile] = (
@@ -110,13 +115,24 @@ class Decoder:
     ) -> Choice:
         """What ``generate`` would decode with, and why."""
         if strategy is not None:
-            return Choice(prompt_class, strategy, dict(params or {}), "asked for")
+            return Choice(
+                prompt_class,
+                strategy,
+                dict(params or {}),
+                "asked for",
+                strategy not in self._lossy(),
+            )
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
         if not self._profiled:
             return Choice(prompt_class, PLAIN, {}, NO_STORE)
         if prompt_class not in self._choices:
-            chosen = select(self.profiles, self.environment, prompt_class)
+            chosen = select(
+                self.profiles,
+                self.environment,
+                prompt_class,
+                self._lossy() if self._allow_lossy else (),
+            )
             if self._classifier is not None and prompt_class == UNKNOWN:
                 chosen = Choice(prompt_class, PLAIN, {}, UNLIKE)
             self._choices[prompt_class] = self._runnable(chosen)
@@ -235,8 +251,7 @@ class Decoder:
 
     def _stored_classifier(self, store: ProfileStore | None) -> Classifier | None:
         """The newest run's, if that run discovered its classes."""
-        key = self.environment.key()
-        here = [p for p in self.profiles if p.environment.key() == key]
+        here = measured_here(self.profiles, self.environment)
         if store is None or not here:
             return None
         newest = max(here, key=lambda p: (p.created, p.run))
@@ -286,6 +301,9 @@ class Decoder:
             self._strategies[key] = strategy
         return self._strategies[key]
 
+    def _lossy(self) -> set[str]:
+        return {name for name, cls in self.host.strategies.items() if not cls.lossless}
+
     def _runnable(self, choice: Choice) -> Choice:
         """The choice, or plain decoding where its strategy is gone or can't run."""
         try:
@@ -319,6 +337,8 @@ def load(
     device: str | torch.device | None = None,
     host: Host | None = None,
     learn: bool = True,
+    heads: str | Path | Sequence[str | Path] = (),
+    allow_lossy: bool = False,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -329,27 +349,33 @@ def load(
         db: Path or SQLAlchemy URL of the profile database; None: the user's own, or no
             profiles if no plugin opens one.
         learn: See :class:`Decoder`.
+        heads: Folders of heads trained for the target, for the strategies that draft
+            with them.
+        allow_lossy: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
+        HeadsLoadError: if heads can't be read or don't fit the target.
         ProfileStoreError: if the database can't be read.
     """
     host = host or Host.installed()
     target = _language_model(model, tokenizer, dtype, device)
+    for folder in [heads] if isinstance(heads, str | Path) else heads:
+        target.attach(host.open_heads(folder, target))
     draft = (
         None
         if draft_model is None
         else _language_model(draft_model, None, dtype, target.device)
     )
     if db is None and not _opens_stores(host):
-        return Decoder(target, draft, None, host, learn)
+        return Decoder(target, draft, None, host, learn, allow_lossy)
     if db is None or isinstance(db, str | Path):
         store = host.open_store(None if db is None else str(db))
         try:
-            return Decoder(target, draft, store, host, learn)
+            return Decoder(target, draft, store, host, learn, allow_lossy)
         finally:
             store.close()
-    return Decoder(target, draft, db, host, learn)
+    return Decoder(target, draft, db, host, learn, allow_lossy)
 
 
 def _opens_stores(host: Host) -> bool:
@@ -371,6 +397,8 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
         device=model.device.type,
         device_name=device_name(model.device),
         threads=torch.get_num_threads(),
+        heads=digest_of(model.heads.values()),
+        heads_name=name_of(model.heads.values()),
         versions={
             **{name: version(name) for name in packages},
             "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -10,8 +11,10 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from adaptspec.models import LanguageModel
     from adaptspec.profile import ProfileStore
     from adaptspec.strategy import Baseline, Strategy
+    from adaptspec.trained import TrainedHeads
 
 PROJECT = "adaptspec"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -41,4 +44,14 @@ def open_profile_store(url: str | None) -> ProfileStore | None:
     """Open the profile database at ``url`` (a path or SQLAlchemy URL; None: default).
 
     The first plugin that returns a store wins.
+    """
+
+
+@hookspec(firstresult=True)
+def open_heads(path: Path, model: LanguageModel) -> TrainedHeads | None:
+    """Read the trained heads in the folder ``path`` for ``model``.
+
+    Return None where they are of a kind this plugin doesn't know, and raise
+    :class:`~adaptspec.errors.HeadsLoadError` where they are damaged or don't fit. The
+    first plugin that returns heads wins.
     """

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pluggy
 
 from adaptspec import hookspecs
 from adaptspec.errors import (
+    HeadsLoadError,
     PluginConflictError,
     PluginError,
     ProfileStoreError,
@@ -25,8 +27,10 @@ from adaptspec.hookspecs import PROJECT
 if TYPE_CHECKING:
     import click
 
+    from adaptspec.models import LanguageModel
     from adaptspec.profile import ProfileStore
     from adaptspec.strategy import Baseline, Strategy
+    from adaptspec.trained import TrainedHeads
 
 BLOCK_VARIABLE = "ADAPTSPEC_BLOCK_PLUGINS"
 
@@ -190,6 +194,19 @@ class Host:
         if store is None:
             raise ProfileStoreError(f"no plugin opens the profile database {url!r}")
         return store
+
+    def open_heads(self, path: str | Path, model: LanguageModel) -> TrainedHeads:
+        """The trained heads in the folder ``path``, read for ``model``.
+
+        Raises:
+            HeadsLoadError: if they are damaged, don't fit, or no plugin knows them.
+        """
+        heads: TrainedHeads | None = self._manager.hook.open_heads(
+            path=Path(path), model=model
+        )
+        if heads is None:
+            raise HeadsLoadError(f"no plugin reads the heads in {path}")
+        return heads
 
     @cached_property
     def _origins(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from adaptspec.decoding.masks import (
 )
 from adaptspec.decoding.tree import TokenTree
 from adaptspec.errors import InvalidPromptError, ModelLoadError
+
+if TYPE_CHECKING:
+    from adaptspec.trained import TrainedHeads
 
 Level = Literal["tree", "chain", "plain"]
 Message = Mapping[str, str]
@@ -137,6 +140,8 @@ class LanguageModel:
         self._layers = int(self.config.num_hidden_layers)
         # Turned off by the probe for models that build masks of their own only.
         self.use_masks = True
+        # Kind -> the trained heads that draft from this model's hidden states.
+        self.heads: dict[str, TrainedHeads] = {}
 
     @functools.cached_property
     def capability(self) -> Capability:
@@ -160,6 +165,17 @@ class LanguageModel:
             return layer_reaches(self.config)
         except ValueError:
             return {}
+
+    def attach(self, heads: TrainedHeads) -> None:
+        """Let strategies draft with ``heads``, in place of others of their kind."""
+        self.heads[heads.kind] = heads
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in a hidden state as the LM head reads it."""
+        head = self.source.get_output_embeddings()  # type: ignore[operator]
+        weight = getattr(head, "weight", None)
+        return int(self.config.hidden_size if weight is None else weight.shape[1])
 
     @property
     def max_length(self) -> int | None:
@@ -192,6 +208,7 @@ class LanguageModel:
         view.name = f"{self.name}, lowest {layers} layers"
         view.digest = f"{self.digest}-{layers}"
         view._layers = layers
+        view.heads = {}  # they read the whole model's states
         return view
 
     def plain_cache(self) -> PlainCache:

@@ -28,6 +28,8 @@ class Environment:
         device_name: What the machine calls it.
         threads: Intra-op threads.
         versions: Package -> version (adaptspec, torch, transformers, python).
+        heads: Digest of the trained heads attached to the target, None without any.
+        heads_name: Their names for people.
     """
 
     model: str
@@ -39,9 +41,15 @@ class Environment:
     device_name: str
     threads: int
     versions: Mapping[str, str] = field(default_factory=dict)
+    heads: str | None = None
+    heads_name: str | None = None
 
-    def key(self) -> tuple[str, str | None, str, str, str, int]:
+    def key(self) -> tuple[str, str | None, str, str, str, int, str | None]:
         """What must agree for a profile to hold; versions are told, not required."""
+        return (*self.place(), self.heads)
+
+    def place(self) -> tuple[str, str | None, str, str, str, int]:
+        """The same without trained heads: what the cost of a forward depends on."""
         return (
             self.model,
             self.draft,

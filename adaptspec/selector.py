@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptspec.params import Scalar
@@ -22,18 +22,23 @@ DECISIVE = ("adaptspec", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Choice:
-    """What to decode with, and why."""
+    """What to decode with, and why.
+
+    ``lossless`` is False where sampled output follows another law than the target's.
+    """
 
     prompt_class: str | None
     strategy: str
     params: Mapping[str, Scalar] = field(default_factory=dict)
     reason: str = ""
+    lossless: bool = True
 
 
 def select(
     profiles: Sequence[Profile],
     environment: Environment,
     prompt_class: str | None = None,
+    lossy: Collection[str] = (),
 ) -> Choice:
     """The fastest lossless setting measured in ``environment`` for ``prompt_class``.
 
@@ -44,9 +49,15 @@ def select(
     stale: its interval must have been above 1.1, and the reason says so. Ties within 2%
     go to the strategy with fewer parameters, then to the name that sorts first. Without
     a class the only profiled one is used, else ``default``.
+
+    Args:
+        lossy: Names of strategies that may be chosen though they are lossy. One that
+            promised to be lossless and wasn't is never chosen.
     """
-    usable = [p for p in profiles if p.lossless and not p.baseline]
-    here = [p for p in usable if p.environment.key() == environment.key()]
+    usable = [
+        p for p in profiles if (p.lossless or p.strategy in lossy) and not p.baseline
+    ]
+    here = measured_here(usable, environment)
     if not usable:
         return _plain(prompt_class, "nothing is profiled for this model; run tune")
     if not here:
@@ -105,11 +116,28 @@ def select(
         f"(95% interval {winner.measurement.interval_low:.2f}-"
         f"{winner.measurement.interval_high:.2f}, {winner.measurement.prompts} prompts)"
     )
+    if winner.environment.heads != environment.heads:
+        reason += f"; measured without {environment.heads_name}: run tune with them"
     if stale:
         reason += f"; the profile is stale ({stale}): run tune again"
     elif changed := _changed(winner.environment, environment):
         reason += f"; measured with other versions: {changed}"
-    return Choice(wanted, winner.strategy, dict(winner.params), reason)
+    return Choice(wanted, winner.strategy, dict(winner.params), reason, winner.lossless)
+
+
+def measured_here(
+    profiles: Sequence[Profile], environment: Environment
+) -> list[Profile]:
+    """Those that hold in ``environment``.
+
+    Where nothing was measured with the trained heads that are attached, what was
+    measured without any holds: heads that aren't asked cost nothing.
+    """
+    here = [p for p in profiles if p.environment.key() == environment.key()]
+    if here or environment.heads is None:
+        return here
+    bare = (*environment.place(), None)
+    return [p for p in profiles if p.environment.key() == bare]
 
 
 def stale_versions(then: Environment, now: Environment) -> str:
@@ -152,7 +180,7 @@ def _latest(profiles: Sequence[Profile]) -> list[Profile]:
 
 
 def _elsewhere(profiles: Sequence[Profile], environment: Environment) -> str:
-    names = ("model", "draft", "dtype", "device", "device_name", "threads")
+    names = ("model", "draft", "dtype", "device", "device_name", "threads", "heads")
     key = environment.key()
     nearest = max(
         (p.environment.key() for p in profiles),

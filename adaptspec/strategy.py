@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from adaptspec.decoding.cache import TreeCache
     from adaptspec.decoding.gate import GateMemory
+    from adaptspec.decoding.verify import Typical
     from adaptspec.models import LanguageModel
 
 __all__ = [
@@ -182,6 +183,7 @@ class Strategy(ABC):
         reference: The paper or repository it comes from.
         Params: Its parameters, declared once.
         needs_draft: Whether it needs a draft model of the same vocabulary.
+        needs_heads: The kind of trained heads it drafts with (``--heads``), or None.
         lossless: False only for what changes the output's law; shown everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
@@ -197,6 +199,7 @@ class Strategy(ABC):
     Params: ClassVar[type[Params]] = NoParams
     needs_draft: ClassVar[bool] = False
     needs_trees: ClassVar[bool] = False
+    needs_heads: ClassVar[str | None] = None
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
     replays: ClassVar[bool] = False
@@ -211,6 +214,15 @@ class Strategy(ABC):
         from adaptspec.decoding.gate import GateMemory
 
         return GateMemory()
+
+    @property
+    def acceptance(self) -> Typical | None:
+        """The lossy rule by which sampled output is accepted, None for the exact one.
+
+        A strategy with such a rule must say ``lossless = False``. Greedy decoding is
+        exact whatever the rule.
+        """
+        return None
 
     def meet(self, strategies: Mapping[str, type[Strategy]]) -> None:  # noqa: B027
         """Told once, before the first :meth:`start`, of every strategy there is."""

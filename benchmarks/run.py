@@ -157,6 +157,7 @@ def chosen_prompts(
 @click.command()
 @click.option("-m", "--model", "model_path", required=True, help="Model folder.")
 @click.option("--draft-model", "draft_path", help="Draft model folder.")
+@click.option("--heads", multiple=True, help="Folder of heads trained for the model.")
 @click.option(
     "--workload",
     type=click.Path(exists=True, dir_okay=False),
@@ -213,6 +214,7 @@ def chosen_prompts(
 def main(
     model_path: str,
     draft_path: str | None,
+    heads: tuple[str, ...],
     workload: str | None,
     per_class: int,
     max_prompt_tokens: int | None,
@@ -246,6 +248,8 @@ def main(
     host = Host.installed()
     prompts_file = read_workload(Path(workload)) if workload else example_workload()
     model = load_model(model_path, dtype=dtype)
+    for folder in heads:
+        model.attach(host.open_heads(folder, model))
     draft = load_model(draft_path, dtype=dtype) if draft_path else None
     untouched = load_model(model_path, dtype=dtype, accelerate=False)
     result: dict[str, Any] = {
@@ -299,9 +303,11 @@ def main(
                 used[label], kinds[label] = value, name
                 found[label] = theirs(untouched, plain_draft, host, name, value)
         engine = Engine(model, draft)
+        lossy = {n for n, cls in host.strategies.items() if not cls.lossless}
+        lossless = [name for name in host.strategies if name not in lossy]
         ours_wanted = [
-            (name, name, settings.get(name, {}))
-            for name in (strategies.split(",") if strategies else host.strategies)
+            (f"{name} (LOSSY)" * (name in lossy) or name, name, settings.get(name, {}))
+            for name in (strategies.split(",") if strategies else lossless)
         ]
         more = [parse_contender(value) for value in contender]
         for label, name, chosen in [(PLAIN, PLAIN, {}), *ours_wanted, *more]:
@@ -359,6 +365,7 @@ def main(
     where = result["machine"]
     console.print(
         f"{where['model_name']} {where['dtype']}, draft {where['draft_name']}, "
+        f"heads {where['heads_name']}, "
         f"{where['device_name']} ({', '.join(where['instructions'])}), "
         f"{where['threads']} threads, torch {where['versions']['torch']}, "
         f"transformers {where['versions']['transformers']}; Linear: {where['linear']}",

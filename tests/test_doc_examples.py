@@ -12,8 +12,10 @@ from click.testing import CliRunner
 import adaptspec_profiles.plugin
 from adaptspec import hookspecs
 from adaptspec.cli import build_cli
+from adaptspec.decoder import environment_of
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.errors import HeadsLoadError
 from adaptspec.host import Host
 from adaptspec.testing.fakes import hf_greedy, random_ids, tiny_model
 from adaptspec_profiles.memory import MemoryStore
@@ -30,7 +32,7 @@ def code(page: str, section: str) -> str:
 
 @pytest.fixture
 def host() -> Host:
-    """The four plugins of hooks.md beside the first-party store."""
+    """The plugins of hooks.md beside the first-party store."""
     plugins: dict[str, Any] = {"profiles": adaptspec_profiles.plugin}
     for hook in HOOKS:
         module = types.ModuleType(hook)
@@ -75,6 +77,23 @@ def test_the_store_of_the_page_takes_its_url_and_leaves_others(
     store = host.open_store(str(tmp_path / "p.db"))
     assert isinstance(store, SqlStore)
     store.close()
+
+
+def test_the_heads_of_the_page_are_read_or_left_or_refused(
+    host: Host, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(HeadsLoadError, match="no plugin reads the heads"):
+        host.open_heads(tmp_path, model)
+    file = tmp_path / "favourites.txt"
+    file.write_text(" ".join("3" * model.vocab_size))
+    model.attach(host.open_heads(tmp_path, model))
+    place = environment_of(model, None)
+    assert place.heads == model.heads["favourites"].digest
+    assert place.heads_name == tmp_path.name
+    file.write_text("3 3")
+    with pytest.raises(HeadsLoadError, match="tokens expected, got 2"):
+        host.open_heads(tmp_path, model)
 
 
 @pytest.mark.parametrize("section", ["1.", "2.", "3.", "4."])

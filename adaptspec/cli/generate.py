@@ -16,11 +16,19 @@ from adaptspec.host import Host
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder.")
+@click.option(
+    "--heads", multiple=True, metavar="DIR", help="Heads trained for the model."
+)
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--class", "prompt_class", help="The prompt's class.")
 @click.option("-s", "--strategy", help="Use this strategy, whatever was measured.")
 @click.option(
     "-p", "--param", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter."
+)
+@click.option(
+    "--allow-lossy",
+    is_flag=True,
+    help="Let the choice fall on a strategy that changes sampled output.",
 )
 @click.option(
     "-n",
@@ -44,10 +52,12 @@ def generate(
     prompt: str | None,
     model: str | None,
     draft_model: str | None,
+    heads: tuple[str, ...],
     db: str | None,
     prompt_class: str | None,
     strategy: str | None,
     param: tuple[tuple[str, str], ...],
+    allow_lossy: bool,
     max_new_tokens: int | None,
     temperature: float | None,
     seed: int,
@@ -68,7 +78,15 @@ def generate(
 
         model = str(default_model_path(lambda line: click.echo(line, err=True)))
     with without_loading_bars():
-        decoder = load(model, draft_model, db, dtype=dtype, host=host)
+        decoder = load(
+            model,
+            draft_model,
+            db,
+            dtype=dtype,
+            host=host,
+            heads=heads,
+            allow_lossy=allow_lossy,
+        )
     chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
     asked: Any = [{"role": "user", "content": text}] if chat else text
     result = decoder.generate(
@@ -89,6 +107,7 @@ def generate(
                 "finish": result.finish,
                 "strategy": result.choice.strategy,
                 "params": dict(result.choice.params),
+                "lossless": result.choice.lossless,
                 "reason": result.choice.reason,
                 "tokens_per_second": stats.tokens_per_second,
                 "tokens_per_forward": stats.tokens_per_forward,
@@ -103,8 +122,9 @@ def generate(
         )
         return
     click.echo(result.text)
+    lossy = "" if result.choice.lossless else " [LOSSY]"
     click.echo(
-        f"{result.choice.strategy} ({result.choice.reason}): "
+        f"{result.choice.strategy}{lossy} ({result.choice.reason}): "
         f"{stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.tokens_per_forward:.2f} tokens per target forward",
         err=True,

@@ -55,6 +55,8 @@ def _item(host: Host, cls: type[Strategy] | type[Baseline]) -> dict[str, Any]:
     needs = []
     if cls.needs_draft:
         needs.append("a draft model with the target's vocabulary")
+    if kind := getattr(cls, "needs_heads", None):
+        needs.append(f"{kind} heads trained for the target")
     if getattr(cls, "needs_trees", False):
         needs.append("tree attention")
     return {
@@ -101,6 +103,11 @@ def _print_one(item: dict[str, Any]) -> None:
 
     console = stdout_console()
     console.print(f"{item['name']}: {item['summary']}", markup=False)
+    if not item["lossless"]:
+        console.print(
+            "LOSSY: changes the law of sampled output; chosen only where allowed",
+            markup=False,
+        )
     if item["reference"]:
         console.print(f"source: {item['reference']}", markup=False)
     if item["needs"]:

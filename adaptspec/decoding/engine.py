@@ -15,7 +15,12 @@ from adaptspec.decoding.sampling import Sampler
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.decoding.stopping import Stopping
 from adaptspec.decoding.tree import Law, TokenTree
-from adaptspec.decoding.verify import Accepted, accept_matching, accept_sampled
+from adaptspec.decoding.verify import (
+    Accepted,
+    accept_matching,
+    accept_sampled,
+    accept_typical,
+)
 from adaptspec.errors import InvalidPromptError, UnavailableStrategyError
 from adaptspec.models import Forward, LanguageModel
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
@@ -235,6 +240,17 @@ class Run:
             # One host sync per step: the loop must know which tokens were accepted.
             best = forward.best
             return accept_matching(tree, lambda node, _: best[forward.rows[node]])
+        here = len(self._ids)
+        rule = self._strategy.acceptance
+        if rule is not None and not self._sampler.greedy:
+            return accept_typical(
+                tree,
+                rule,
+                law=lambda node, tokens: self._sampler.probs(
+                    [*self._ids, *tokens], forward.logits[forward.rows[node]]
+                ),
+                pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
+            )
         if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
             return accept_matching(
                 tree,
@@ -242,7 +258,6 @@ class Run:
                     [*self._ids, *tokens], forward.logits[forward.rows[node]]
                 ),
             )
-        here = len(self._ids)
         return accept_sampled(
             tree,
             law=lambda node, tokens: self._sampler.probs(

@@ -4,11 +4,16 @@ Deterministic proposals: choose at the node as plain decoding would, descend if 
 has that token. Sampled proposals: speculative sampling (Leviathan et al. 2023,
 arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), over siblings as in SpecInfer
 (arXiv:2305.09781) and, without replacement, Sequoia (arXiv:2402.12374).
+
+Typical acceptance (Cai et al. 2024, arXiv:2401.10774) alone isn't exact: strategies
+that ask for it are lossy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +28,24 @@ class Accepted(NamedTuple):
 
     path: list[int]
     token: int
+
+
+@dataclass(frozen=True)
+class Typical:
+    """A token passes that is likelier than ``min(threshold, alpha * exp(-entropy))``.
+
+    Args:
+        threshold: Epsilon of the paper, where the target is sure.
+        alpha: Delta of the paper: an unsure target lets less likely tokens pass.
+    """
+
+    threshold: float
+    alpha: float
+
+    def bar(self, law: torch.Tensor) -> float:
+        """What a token's probability under ``law [vocab]`` must be above."""
+        entropy = float(torch.special.entr(law).sum())
+        return min(self.threshold, self.alpha * math.exp(-entropy))
 
 
 def accept_matching(
@@ -69,6 +92,47 @@ def accept_sampled(
             return Accepted(path, pick(remaining, depth))
         path.append(child)
         tokens.append(tree.tokens[child])
+
+
+def accept_typical(
+    tree: TokenTree,
+    rule: Typical,
+    law: Callable[[int, Sequence[int]], torch.Tensor],
+    pick: Callable[[torch.Tensor, int], int],
+) -> Accepted:
+    """The longest path whose every token is typical of the target's law; lossy.
+
+    Of equally long ones the likelier is taken, then the earlier. The token after it is
+    sampled.
+
+    Args:
+        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node.
+        pick: ``(probs, depth) ->`` a token sampled from ``probs``.
+    """
+    best: tuple[int, float] = (0, 0.0)
+    kept: list[int] = [0]
+    laws = {0: law(0, ())}
+    waiting: list[tuple[list[int], list[int], float]] = [([0], [], 0.0)]
+    while waiting:
+        path, tokens, likelihood = waiting.pop(0)
+        node = path[-1]
+        if (len(tokens), likelihood) > best or node == 0:
+            best, kept = (len(tokens), likelihood), path
+        if not tree.children[node]:
+            continue
+        if node not in laws:
+            laws[node] = law(node, tokens)
+        bar = rule.bar(laws[node])
+        for child in tree.children[node]:
+            token = tree.tokens[child]
+            chance = float(laws[node][token])
+            if chance > bar:
+                passed = [*path, child], [*tokens, token], likelihood + math.log(chance)
+                waiting.append(passed)
+    last, spelt = kept[-1], [tree.tokens[node] for node in kept[1:]]
+    if last not in laws:
+        laws[last] = law(last, spelt)
+    return Accepted(kept, pick(laws[last], len(spelt)))
 
 
 def _test_children(

@@ -48,7 +48,8 @@ _drawn = settings(
 def example_profile(**changes: Any) -> Profile:
     """A profile with every field set; ``changes`` replace some."""
     environment = Environment(
-        "m1", "target", "d1", "draft", "bfloat16", "cpu", "A CPU", 2, {"torch": "2.13"}
+        *("m1", "target", "d1", "draft", "bfloat16", "cpu", "A CPU", 2),
+        *({"torch": "2.13"}, "h1", "heads"),
     )
     measurement = Measurement(
         *(20.0, 18.0, 22.0, 1.5, 1.2, 1.7, 2.5, 0.6, 4, 400, 3, 1, 10.0, 2.0, 0.5),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptspec.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from adaptspec.models import LanguageModel
     from adaptspec.strategy import Baseline, Strategy
+    from adaptspec.trained import TrainedHeads
 
 
 @hookimpl
@@ -19,6 +22,7 @@ def register_strategies() -> list[type[Strategy]]:
     from adaptspec_plugins.early_exit import EarlyExit
     from adaptspec_plugins.hybrid import Hybrid
     from adaptspec_plugins.lookahead import Lookahead
+    from adaptspec_plugins.medusa import Medusa, MedusaTypical
     from adaptspec_plugins.prompt_lookup import PromptLookup
     from adaptspec_plugins.suffix import Suffix
     from adaptspec_plugins.token_recycling import TokenRecycling
@@ -34,6 +38,8 @@ def register_strategies() -> list[type[Strategy]]:
         DraftModel,
         DraftTree,
         UniversalDraft,
+        Medusa,
+        MedusaTypical,
         Hybrid,
     ]
 
@@ -44,3 +50,11 @@ def register_baselines() -> list[type[Baseline]]:
     from adaptspec_plugins.hf_generate import HFAssisted, HFGenerate, HFPromptLookup
 
     return [HFGenerate, HFAssisted, HFPromptLookup]
+
+
+@hookimpl
+def open_heads(path: Path, model: LanguageModel) -> TrainedHeads | None:
+    """Medusa's, in any layout."""
+    from adaptspec_plugins.heads import open_medusa
+
+    return open_medusa(path, model)

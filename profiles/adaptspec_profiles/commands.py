@@ -47,7 +47,7 @@ def list_profiles(
 
     table = Table(box=None)
     for column in (
-        *("id", "run", "model", "draft", "device", "class", "strategy"),
+        *("id", "run", "model", "draft, heads", "device", "class", "strategy"),
         *("parameters", "tokens/s", "x plain", "identical"),
     ):
         table.add_column(column)
@@ -57,7 +57,10 @@ def list_profiles(
             str(p.id),
             p.run,
             f"{p.environment.model_name} {p.environment.dtype}",
-            p.environment.draft_name or "-",
+            ", ".join(
+                filter(None, (p.environment.draft_name, p.environment.heads_name))
+            )
+            or "-",
             p.environment.device,
             p.prompt_class,
             p.strategy + _marks(p),

@@ -44,6 +44,8 @@ class EnvironmentRow(Base):
     device_name: Mapped[str] = mapped_column(String)
     threads: Mapped[int] = mapped_column(Integer)
     versions: Mapped[dict[str, str]] = mapped_column(JSON)
+    heads: Mapped[str | None] = mapped_column(text(64))
+    heads_name: Mapped[str | None] = mapped_column(String)
 
 
 class ProfileRow(Base):

@@ -225,7 +225,9 @@ class SqlStore:
 
 def _environment(session: Session, environment: Environment) -> EnvironmentRow:
     fields = asdict(environment)
-    digest = environment_digest(fields)
+    # Without heads as before there were any, so that older rows are found again.
+    absent = {"heads", "heads_name"} if environment.heads is None else set()
+    digest = environment_digest({k: v for k, v in fields.items() if k not in absent})
     row = session.scalar(select(EnvironmentRow).where(EnvironmentRow.digest == digest))
     if row is None:
         row = EnvironmentRow(digest=digest, **fields)
@@ -286,6 +288,8 @@ def _profile(row: ProfileRow) -> Profile:
             where.device_name,
             where.threads,
             where.versions,
+            where.heads,
+            where.heads_name,
         ),
         workload=row.workload,
         workload_name=row.workload_name,

@@ -18,6 +18,8 @@ def test_the_host_takes_every_bundled_strategy_and_baseline() -> None:
         "early_exit",
         "hybrid",
         "lookahead",
+        "medusa",
+        "medusa_typical",
         "prompt_lookup",
         "suffix",
         "token_recycling",

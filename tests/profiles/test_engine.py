@@ -23,10 +23,11 @@ from adaptspec_profiles.engine import make_engine, on_network_file_system
 from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
+NEWEST = GOLDEN.with_name("m002.sql")
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = 'x2', 'm001'
+revision, down_revision = 'x2', 'm002'
 def upgrade():
     op.add_column('profiles', sa.Column('note', sa.String(), server_default='none'))
 """
@@ -38,12 +39,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def two_steps(tmp_path: Path) -> ScriptDirectory:
-    """The first release's step, and one that a later release might add."""
+def one_more(tmp_path: Path) -> ScriptDirectory:
+    """This release's steps, and one that a later release might add."""
     versions = tmp_path / "steps" / "versions"
-    ours = Path(migrations.__file__).parent / "versions" / "m001_first_tables.py"
     versions.mkdir(parents=True)
-    shutil.copy(ours, versions)
+    for ours in (Path(migrations.__file__).parent / "versions").glob("m*.py"):
+        shutil.copy(ours, versions)
     (versions / "x2.py").write_text(SECOND_STEP)
     return ScriptDirectory(str(versions.parent))
 
@@ -104,7 +105,8 @@ def test_an_older_file_is_switched_with_its_profiles(path: Path) -> None:
     store = open_store(str(path))
     (kept,) = store.profiles()
     # What that release didn't measure isn't compared.
-    expected = replace(example_profile(), measurement=kept.measurement)
+    known = replace(example_profile().environment, heads=None, heads_name=None)
+    expected = example_profile(environment=known, measurement=kept.measurement)
     assert replace(kept, id=None) == expected
     assert kept.measurement.tokens_per_second == 20.0
     store.close()
@@ -113,7 +115,7 @@ def test_an_older_file_is_switched_with_its_profiles(path: Path) -> None:
 
 def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:
     with raw(path) as connection:
-        connection.executescript(GOLDEN.read_text())
+        connection.executescript(NEWEST.read_text())
     with raw(path) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM profiles").fetchall()
@@ -126,7 +128,7 @@ def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX files")
 def test_a_folder_that_may_not_be_written_can_be_read(path: Path) -> None:
     with raw(path) as connection:
-        connection.executescript(GOLDEN.read_text())
+        connection.executescript(NEWEST.read_text())
     path.chmod(0o444)
     path.parent.chmod(0o555)
     try:
@@ -171,21 +173,21 @@ def test_a_file_that_hosts_may_share_keeps_sqlites_own_log(
 
 
 def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
-    path: Path, two_steps: ScriptDirectory
+    path: Path, one_more: ScriptDirectory
 ) -> None:
     engine = make_engine(str(path))
-    assert migrate(engine, target="m001", script=two_steps) == ["m001"]
-    assert migrate(engine, target="m001", script=two_steps) == []
+    assert migrate(engine, target="m002", script=one_more) == ["m001", "m002"]
+    assert migrate(engine, target="m002", script=one_more) == []
     engine.dispose()
-    store = open_store(str(path))  # a release that knows the first step only
+    store = open_store(str(path))  # a release that doesn't know the last step
     store.add_profiles([example_profile()])
     store.close()
     engine = make_engine(str(path))
     columns = {c["name"] for c in inspect(engine).get_columns("profiles")}
     assert "note" not in columns
-    assert migrate(engine, script=two_steps) == ["x2"]
-    assert migrate(engine, script=two_steps) == []
-    assert migrate(engine, target="m001", script=two_steps) == []  # never back
+    assert migrate(engine, script=one_more) == ["x2"]
+    assert migrate(engine, script=one_more) == []
+    assert migrate(engine, target="m002", script=one_more) == []  # never back
     engine.dispose()
     with raw(path) as connection:
         rows = connection.execute("SELECT run, note FROM profiles").fetchall()
@@ -193,7 +195,7 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
 
 
 def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
-    path: Path, two_steps: ScriptDirectory, monkeypatch: pytest.MonkeyPatch
+    path: Path, one_more: ScriptDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(str(path))
     read = migrations._current
@@ -203,21 +205,21 @@ def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
         found = read(of)
         if not calls:  # between our reading and our writing
             calls.append(found)
-            migrate(of, target="m001", script=two_steps)
+            migrate(of, target="m002", script=one_more)
         return found
 
     monkeypatch.setattr(migrations, "_current", late)
-    assert migrate(engine, script=two_steps) == ["x2"]
+    assert migrate(engine, script=one_more) == ["x2"]
     engine.dispose()
 
 
 def test_a_step_that_always_fails_is_told_and_not_tried_for_ever(
-    path: Path, two_steps: ScriptDirectory
+    path: Path, one_more: ScriptDirectory
 ) -> None:
     engine = make_engine(str(path))
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE profiles (id INTEGER)")
     with pytest.raises(Exception, match="already exists"):
-        migrate(engine, script=two_steps)
+        migrate(engine, script=one_more)
     assert inspect(engine).get_table_names() == ["profiles"]
     engine.dispose()

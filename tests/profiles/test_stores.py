@@ -149,7 +149,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001"]
+    assert migrate(migrated) == ["m001", "m002"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -211,9 +211,29 @@ def test_the_first_releases_database_still_opens(tmp_path: Path) -> None:
         known[name] = None
     known["objective"] = "speed"
     assert asdict(profile.measurement) == known
-    measurement = profile.measurement
-    assert replace(profile, id=None) == replace(expected, measurement=measurement)
+    place = replace(expected.environment, heads=None, heads_name=None)
+    assert replace(profile, id=None) == replace(
+        expected, measurement=profile.measurement, environment=place
+    )
     assert [t.value for t in store.trials("r1")] == [12.5]
+    # Measured again at the same place, it is the same place.
+    store.add_profiles([replace(profile, run="r2")])
+    store.close()
+    with sqlite3.connect(path) as connection:
+        (places,) = connection.execute("SELECT count(*) FROM environments").fetchone()
+    connection.close()
+    assert places == 1
+
+
+def test_a_database_with_trained_heads_still_opens(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "m002.sql"
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(golden.read_text())
+    connection.close()
+    store = open_store(str(path))
+    (profile,) = store.profiles()
+    assert replace(profile, id=None) == example_profile()
     store.close()
 
 

@@ -60,6 +60,9 @@ def parse_memory(text: str) -> int:
 @click.command()
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder, best of the same vocabulary.")
+@click.option(
+    "--heads", multiple=True, metavar="DIR", help="Heads trained for the model."
+)
 @click.option("--workload", type=Path, help="JSON lines; default: the examples.")
 @click.option(
     "--budget",
@@ -84,6 +87,11 @@ def parse_memory(text: str) -> int:
 @click.option("--max-memory", help="Refuse settings that take more: 6GiB, 800MiB...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--strategies", help="Only these, separated by commas.")
+@click.option(
+    "--allow-lossy",
+    is_flag=True,
+    help="Measure, never choose, strategies that change sampled output.",
+)
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
@@ -126,6 +134,7 @@ def tune(
     host: Host,
     model: str | None,
     draft_model: str | None,
+    heads: tuple[str, ...],
     workload: Path | None,
     budget: str,
     objective: str,
@@ -133,6 +142,7 @@ def tune(
     max_memory: str | None,
     db: str | None,
     strategies: str | None,
+    allow_lossy: bool,
     trials: int,
     max_new_tokens: int,
     dtype: str,
@@ -177,6 +187,8 @@ def tune(
                 max_memory=most_memory,
                 classes=classes,
                 strategies=names,
+                heads=heads,
+                allow_lossy=allow_lossy,
                 trials=trials,
                 max_new_tokens=max_new_tokens,
                 dtype=dtype,

@@ -56,7 +56,8 @@ COLUMN = {
 def heading(report: Report) -> str:
     """Model, machine and workload."""
     place = report.environment
-    draft = f" with {place.draft_name}" if place.draft_name else ""
+    beside = ", ".join(filter(None, (place.draft_name, place.heads_name)))
+    draft = f" with {beside}" if beside else ""
     return (
         f"{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
         f"{place.threads} threads, held-out prompts of {report.workload}"

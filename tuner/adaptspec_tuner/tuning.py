@@ -107,6 +107,8 @@ def tune(
     max_memory: int | None = None,
     classes: str = DECLARED,
     strategies: Sequence[str] | None = None,
+    heads: Sequence[Path | str] = (),
+    allow_lossy: bool = False,
     trials: int = 40,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     dtype: str = "auto",
@@ -130,7 +132,10 @@ def tune(
         objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
         max_memory: Bytes; settings that take more are refused.
         classes: ``declared`` in the workload, or ``auto``: discovered from the prompts.
-        strategies: Only these; default: every one that can run.
+        strategies: Only these; default: every lossless one that can run.
+        heads: Folders of heads trained for the model.
+        allow_lossy: Measure strategies that change the law of sampled output, too.
+            Their results say so, and they are never the choice here.
         trials: Most trials per class and strategy.
         limit: Most prompts per class.
         baselines: Measure other engines beside, on untouched copies of the models.
@@ -166,7 +171,7 @@ def tune(
     if budget_trials is not None:
         budget = math.inf
     host = host or Host.installed()
-    chosen = _chosen(host, strategies)
+    chosen = _chosen(host, strategies, allow_lossy)
     if workload is None:
         workload = _shortened(example_workload(), EXAMPLE_TOKENS)
     elif not isinstance(workload, Workload):
@@ -181,6 +186,8 @@ def tune(
         return load_model(source, dtype=dtype, device=device, accelerate=accelerate)
 
     target = loaded(model)
+    for folder in heads:
+        target.attach(host.open_heads(folder, target))
     draft = None if draft_model is None else loaded(draft_model)
     engine = Engine(target, draft)
     unavailable = {
@@ -322,6 +329,7 @@ def tune_with(
     spending = Spending(store, run, clock, clock() if started is None else started)
     total = max(0.0, deadline - clock())
     notes: list[str] = []
+    lossy = {cls.name for cls in strategies if not cls.lossless}
     results: list[ClassResult] = []
     result = TuneResult(
         run,
@@ -486,7 +494,7 @@ def tune_with(
                         dict(found.setting.params),
                         found.measurement,
                         now,
-                        lossless=found.lossless,
+                        lossless=found.lossless and found.setting.strategy not in lossy,
                         baseline=found.setting.baseline,
                         run=run,
                     )
@@ -653,11 +661,13 @@ def run_id(
 ) -> str:
     """Equal for runs whose trials may be mixed: one is continued by the other."""
     parts = [
-        list(environment.key()),
+        list(environment.place()),
         dict(environment.versions),
         workload.digest,
         dict(options),
     ]
+    if environment.heads is not None:
+        parts.append(environment.heads)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -719,14 +729,22 @@ def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
     return [setting for _, setting in worth]
 
 
-def _chosen(host: Host, names: Sequence[str] | None) -> list[type[Strategy]]:
+def _chosen(
+    host: Host, names: Sequence[str] | None, allow_lossy: bool
+) -> list[type[Strategy]]:
     known = {n: c for n, c in host.strategies.items() if n != PLAIN}
     if names is None:
-        return list(known.values())
+        return [cls for cls in known.values() if cls.lossless or allow_lossy]
     if unknown := [n for n in names if n not in known and n != PLAIN]:
         raise UnknownStrategyError(
             f"no strategy {unknown[0]!r}; known: {', '.join(sorted(known))}"
         )
+    for name in names:
+        if name != PLAIN and not (known[name].lossless or allow_lossy):
+            raise AdaptSpecError(
+                f"{name} is lossy: it changes the law of sampled output; add "
+                "--allow-lossy (allow_lossy=True) to measure it"
+            )
     return [known[n] for n in dict.fromkeys(names) if n != PLAIN]
 
 

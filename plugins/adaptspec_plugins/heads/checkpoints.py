@@ -86,7 +86,7 @@ def read_heads(folder: Path, hidden_size: int, vocab_size: int) -> HeadsFile:
         heads=heads,
         paths=paths,
         ranks=ranks,
-        digest=_digest(heads, paths, ranks),
+        digest=digest_of(heads, paths, ranks),
         format=layout.format,
         base=base if isinstance(base, str) else None,
     )
@@ -404,7 +404,7 @@ def _fingerprint(heads: MedusaHeads) -> str:
     return digest.hexdigest()[:16]
 
 
-def _digest(heads: MedusaHeads, paths: Paths | None, ranks: Ranks | None) -> str:
+def digest_of(heads: MedusaHeads, paths: Paths | None, ranks: Ranks | None) -> str:
     """The calibration counts too: it decides the trees, and so the speed."""
     told: Sequence[Any] = (_fingerprint(heads), paths, ranks)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]

@@ -1,0 +1,38 @@
+"""Trained drafting heads, as the core sees them: which model's, and which ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class TrainedHeads(Protocol):
+    """Heads that a plugin read for one target; its strategies know what is in them."""
+
+    @property
+    def kind(self) -> str:
+        """What sort, e.g. ``medusa``; a model has at most one of each."""
+
+    @property
+    def name(self) -> str:
+        """Their name for people."""
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of everything in them that decides speed."""
+
+
+def digest_of(heads: Iterable[TrainedHeads]) -> str | None:
+    """One fingerprint of all heads of a model, None without any."""
+    known = sorted((one.kind, one.digest) for one in heads)
+    if not known:
+        return None
+    if len(known) == 1:
+        return known[0][1]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+def name_of(heads: Iterable[TrainedHeads]) -> str | None:
+    """Their names, None without any."""
+    return ", ".join(sorted(one.name for one in heads)) or None
