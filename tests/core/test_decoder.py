@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import adaptspec_plugins
 from adaptspec.decoder import Decoder, PlainDecodingWarning, environment_of
 from adaptspec.errors import (
     AdaptSpecError,
+    HeadsLoadError,
     InvalidParamsError,
     InvalidPromptError,
     ModelLoadError,
@@ -25,6 +27,8 @@ from adaptspec.models import LanguageModel
 from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
+from adaptspec_plugins.heads.checkpoints import write_heads
+from adaptspec_plugins.heads.fakes import attach_tiny_heads, tiny_heads
 from adaptspec_profiles.memory import MemoryStore
 
 PROMPT = random_ids(12)
@@ -194,3 +198,60 @@ def test_without_a_store_plugin_nothing_is_profiled_and_strategies_can_be_asked_
     assert chosen.token_ids == asked.token_ids
     with pytest.raises(ProfileStoreError, match=r"no plugin opens.*mine\.db"):
         adaptspec.load(module, db="mine.db", host=host)
+
+
+def headed(module: Any) -> LanguageModel:
+    return attach_tiny_heads(LanguageModel(module, tiny_tokenizer()))
+
+
+def test_a_lossy_winner_is_used_only_where_that_is_allowed(module: Any) -> None:
+    model = headed(module)
+    here = environment_of(model, None)
+    lossy = example_profile(
+        environment=here, strategy="medusa_typical", params={}, lossless=False
+    )
+    store = MemoryStore()
+    store.add_profiles([lossy])
+    decoder = adaptspec.load(model, db=store)
+    with pytest.warns(PlainDecodingWarning):
+        result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)
+    assert (result.choice.strategy, result.choice.lossless) == (PLAIN, True)
+    decoder = adaptspec.load(model, db=store, allow_lossy=True)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)
+    assert result.choice.strategy == "medusa_typical"
+    assert not result.choice.lossless
+
+
+def test_a_lossy_strategy_asked_for_by_name_is_used_and_labelled(module: Any) -> None:
+    decoder = adaptspec.load(headed(module), db=MemoryStore())
+    for name, lossless in (("medusa_typical", False), ("medusa", True)):
+        choice = decoder.generate(PROMPT, strategy=name, max_new_tokens=4).choice
+        assert (choice.strategy, choice.lossless) == (name, lossless)
+
+
+def test_heads_are_read_from_folders_and_part_of_the_environment(
+    module: Any, tmp_path: Path
+) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    write_heads(
+        tmp_path / "mine",
+        tiny_heads(model),
+        base_model="tiny",
+        vocab_size=model.vocab_size,
+        paths=None,
+        ranks=None,
+        record={},
+    )
+    bare = adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+    decoder = adaptspec.load(
+        module, db=MemoryStore(), tokenizer=tiny_tokenizer(), heads=tmp_path / "mine"
+    )
+    assert decoder.environment.heads_name == "mine"
+    assert decoder.environment.heads is not None
+    assert decoder.environment.key() != bare.environment.key()
+    assert decoder.environment.place() == bare.environment.place()
+    result = decoder.generate(PROMPT, strategy="medusa", max_new_tokens=9)
+    plain = bare.generate(PROMPT, strategy=PLAIN, max_new_tokens=9)
+    assert result.token_ids == plain.token_ids
+    with pytest.raises(HeadsLoadError, match="no folder"):
+        adaptspec.load(module, db=MemoryStore(), heads=tmp_path / "gone")

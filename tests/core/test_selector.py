@@ -241,3 +241,32 @@ def test_a_slower_a_less_reliable_and_a_lucky_setting_more_change_nothing(
     ]
     after = select([*profiles, *more], HERE, "chat")
     assert (after.strategy, after.params) == (before.strategy, before.params)
+
+
+def test_a_lossy_strategy_is_chosen_only_if_it_is_named_and_says_so() -> None:
+    profiles = [
+        measured(PLAIN, 1.0),
+        measured("a", 1.3),
+        measured("loose", 2.0, lossless=False),
+        measured("broken", 3.0, lossless=False),  # promised to be lossless
+    ]
+    choice = select(profiles, HERE, "chat")
+    assert (choice.strategy, choice.lossless) == ("a", True)
+    choice = select(profiles, HERE, "chat", lossy={"loose"})
+    assert (choice.strategy, choice.lossless) == ("loose", False)
+    assert select(profiles[:1], HERE, "chat", lossy={"loose"}).strategy == PLAIN
+
+
+def test_profiles_hold_for_the_heads_they_were_measured_with() -> None:
+    bare = replace(HERE, heads=None, heads_name=None)
+    with_heads = measured("medusa", 2.0)
+    without = measured("a", 1.5, environment=bare)
+    other = measured("b", 3.0, environment=replace(HERE, heads="h2"))
+    assert select([with_heads, without, other], HERE, "chat").strategy == "medusa"
+    assert select([with_heads, without, other], bare, "chat").strategy == "a"
+    choice = select([without, other], HERE, "chat")
+    assert choice.strategy == "a"
+    assert "measured without heads: run tune with them" in choice.reason
+    choice = select([with_heads, other], bare, "chat")
+    assert choice.strategy == PLAIN
+    assert "heads h1 (here None)" in choice.reason

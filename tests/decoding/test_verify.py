@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,13 @@ from hypothesis import strategies as st
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.decoding.tree import Law, TokenTree
-from adaptspec.decoding.verify import accept_matching, accept_sampled, residual
+from adaptspec.decoding.verify import (
+    Typical,
+    accept_matching,
+    accept_sampled,
+    accept_typical,
+    residual,
+)
 from adaptspec.strategy import Context
 from adaptspec.testing.fakes import ScriptedStrategy
 from adaptspec.testing.strategies import fits, toy_law, toy_pair
@@ -264,3 +271,92 @@ def test_frequencies_of_the_engines_output_fit_the_targets_law(law: Law) -> None
 @pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.WITHOUT_REPLACEMENT])
 def test_frequencies_betray_a_drafter_that_lies_about_its_law(law: Law) -> None:
     assert not run_with_sampled_trees(law, honest=False, draws=1200)
+
+
+@st.composite
+def judged_trees(draw: st.DrawFn) -> tuple[TokenTree, list[torch.Tensor]]:
+    """A tree of distinct siblings and a law after each of its nodes."""
+    tokens, parents = [0], [-1]
+    taken: set[tuple[int, int]] = set()
+    for _ in range(draw(st.integers(0, 9))):
+        parent = draw(st.integers(0, len(tokens) - 1))
+        token = draw(st.integers(0, VOCAB - 1))
+        if (parent, token) not in taken:
+            taken.add((parent, token))
+            tokens.append(token)
+            parents.append(parent)
+    found = [draw(laws()) for _ in tokens]
+    return TokenTree(tokens, parents), found
+
+
+def typical_paths(
+    tree: TokenTree, after: Sequence[torch.Tensor], epsilon: float, delta: float
+) -> list[tuple[int, float, list[int]]]:
+    """Every path from the root whose tokens all pass: length, likelihood, nodes."""
+    found = []
+    for node in range(len(tree)):
+        path = tree.ancestors()[node]
+        likelihood, passes = 0.0, True
+        for parent, child in itertools.pairwise(path):
+            law = after[parent].tolist()
+            entropy = -sum(p * math.log(p) for p in law if p > 0)
+            chance = law[tree.tokens[child]]
+            passes &= chance > min(epsilon, delta * math.exp(-entropy))
+            likelihood += math.log(chance) if chance > 0 else -math.inf
+        if passes:
+            found.append((len(path) - 1, likelihood, path))
+    return found
+
+
+@given(judged_trees(), st.floats(0.01, 0.9), st.floats(0.05, 1.0))
+def test_typical_acceptance_keeps_the_longest_then_likeliest_typical_path(
+    judged: tuple[TokenTree, list[torch.Tensor]], epsilon: float, delta: float
+) -> None:
+    tree, after = judged
+    asked = []
+
+    def law(node: int, tokens: Sequence[int]) -> torch.Tensor:
+        assert list(tokens) == tree.path_tokens(node)
+        asked.append(node)
+        return after[node]
+
+    def pick(probs: torch.Tensor, depth: int) -> int:
+        assert depth == len(asked_path())
+        return int(probs.argmax())
+
+    def asked_path() -> list[int]:
+        return max(typical_paths(tree, after, epsilon, delta), key=rank)[2][1:]
+
+    def rank(path: tuple[int, float, list[int]]) -> tuple[int, float]:
+        return path[0], round(path[1], 9)
+
+    accepted = accept_typical(tree, Typical(epsilon, delta), law, pick)
+    every = typical_paths(tree, after, epsilon, delta)
+    best = max(map(rank, every))
+    mine = [path for path in every if path[2] == accepted.path]
+    assert mine, "a path that doesn't pass was kept"
+    assert rank(mine[0])[0] == best[0]
+    assert mine[0][1] == pytest.approx(best[1])
+    assert accepted.token == int(after[accepted.path[-1]].argmax())
+    assert len(asked) == len(set(asked)), "a law was computed twice"
+
+
+def test_a_sure_target_lets_nothing_pass_but_its_own_choice() -> None:
+    law = torch.tensor([0.97, 0.01, 0.01, 0.01], dtype=torch.float64)
+    tree = TokenTree([0, 1, 0], [-1, 0, 0])
+    accepted = accept_typical(
+        tree, Typical(0.09, 0.3), lambda *_: law, lambda probs, _: 3
+    )
+    assert (accepted.path, accepted.token) == ([0, 2], 3)
+
+
+def test_an_unsure_target_lets_less_likely_tokens_pass() -> None:
+    law = torch.full((VOCAB,), 1 / VOCAB, dtype=torch.float64)
+    # exp(-entropy) is 1 / 4: a quarter is above 0.3 of it and not above all of it.
+    assert Typical(0.9, 0.3).bar(law) == pytest.approx(0.075)
+    tree = TokenTree([0, 2], [-1, 0])
+    for alpha, length in ((0.3, 2), (1.0, 1)):
+        accepted = accept_typical(
+            tree, Typical(0.9, alpha), lambda *_: law, lambda probs, _: 1
+        )
+        assert len(accepted.path) == length
