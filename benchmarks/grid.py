@@ -1,11 +1,15 @@
 """Tuning against an exhaustive grid: how near to its best, in a tenth of its time.
 
-    python benchmarks/grid.py --model M --draft-model D [--workload W] [--json OUT]
+    python benchmarks/grid.py --model M --draft-model D --json OUT [--workload W]
 
 The grid measures every setting of prompt lookup and the draft model on the tuning half
 of each class, as `tune` splits it. Then `tune` runs with several seeds, each in a tenth
-of the grid's time, from an empty store. At last the grid's best settings of each class,
-what each seed found and plain decoding are measured interleaved on the held-out half.
+of the grid's time, from an empty store but for the hardware costs, which are measured
+once and told apart. At last the grid's best settings of each class, what each seed
+found and plain decoding are measured interleaved on the held-out half. (A seed decides
+how `tune` splits the prompts, too, so most seeds tune on other prompts than the grid.)
+
+Everything measured is in OUT at once: stopped, the same command continues.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ from typing import Any
 
 import click
 
+from adaptspec.costs import HardwareCosts, measure_costs, store_costs
+from adaptspec.decoder import environment_of
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
 from adaptspec.models import load_model
 from adaptspec.params import Scalar
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.bootstrap import overall
-from adaptspec_tuner.confirm import Confirmed, confirm
-from adaptspec_tuner.profiler import PLAIN_SETTING, Profiler, Sample, Setting
+from adaptspec_tuner.confirm import confirm
+from adaptspec_tuner.profiler import PLAIN_SETTING, Profiler, Setting
 from adaptspec_tuner.tuning import tune
 from adaptspec_tuner.workloads import (
     Prompt,
@@ -42,6 +48,7 @@ AXES: Mapping[str, Mapping[str, Sequence[Scalar]]] = {
     "prompt_lookup": {"num_tokens": (2, 3, 5, 8, 12, 16, 24), "max_ngram": (3, 4, 6)},
     "draft_model": {"k": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4)},
 }
+BLOCK = 11  # settings between two measurements of plain decoding
 SHARE = 0.1  # of the grid's time, for one tuning
 BEST = 2  # of the grid, compared on held-out prompts
 
@@ -57,20 +64,38 @@ def grid(host: Host) -> list[Setting]:
     return found
 
 
-def measure_grid(
+class Progress:
+    """What was measured, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.state: dict[str, Any] = {
+            "costs": None,
+            "grid": {},  # class -> setting key -> ratio to plain decoding
+            "seconds_grid": 0.0,
+            "tuned": [],  # of each seed: seconds, class -> setting key, notes
+            "confirmed": {},  # class -> setting key -> ratio, interval
+        }
+        if path.exists():
+            self.state = json.loads(path.read_text())
+
+    def save(self) -> None:
+        """Keep it."""
+        self._path.write_text(json.dumps(self.state, indent=2))
+
+
+def measure_block(
     profiler: Profiler, settings: Sequence[Setting], prompts: Sequence[Prompt]
-) -> list[tuple[float, Setting]]:
-    """Ratio to plain decoding of each setting, best first; plain is measured anew for
-    every few settings, so that the machine's moods favour none."""
-    ranked = []
-    plain: dict[str, Sample] = {}
-    for number, setting in enumerate(settings):
-        if number % 8 == 0:
-            plain = {p.id: profiler.measure(PLAIN_SETTING, p) for p in prompts}
+) -> dict[str, float]:
+    """Ratio to plain decoding of each setting, plain measured with them, so that the
+    machine's moods favour none."""
+    plain = {p.id: profiler.measure(PLAIN_SETTING, p) for p in prompts}
+    found = {}
+    for setting in settings:
         profiler.forget()
         gains = [[profiler.measure(setting, p).gain(plain[p.id])] for p in prompts]
-        ranked.append((overall(gains), setting))
-    return sorted(ranked, key=lambda pair: -pair[0])
+        found[setting.key] = overall(gains)
+    return found
 
 
 def shown(setting: Setting) -> str:
@@ -79,17 +104,97 @@ def shown(setting: Setting) -> str:
     return f"{setting.strategy} " + " ".join(f"{n}={setting.params[n]}" for n in names)
 
 
+def run_grid(
+    progress: Progress,
+    profiler: Profiler,
+    settings: Sequence[Setting],
+    classes: Mapping[str, Sequence[Prompt]],
+) -> None:
+    """Every setting on every class, in blocks."""
+    state = progress.state
+    for at in range(0, len(settings), BLOCK):
+        for name, prompts in classes.items():
+            known = state["grid"].setdefault(name, {})
+            block = [s for s in settings[at : at + BLOCK] if s.key not in known]
+            if not block:
+                continue
+            started = perf_counter()
+            known |= measure_block(profiler, block, prompts)
+            state["seconds_grid"] += perf_counter() - started
+            progress.save()
+    for name, known in state["grid"].items():
+        for key in best(known, 3):
+            click.echo(f"grid {name}: {known[key]:.2f} {shown(Setting.from_key(key))}")
+    click.echo(
+        f"grid: {len(settings)} settings x {len(classes)} classes in "
+        f"{state['seconds_grid']:.0f} s"
+    )
+
+
+def best(ratios: Mapping[str, float], count: int) -> list[str]:
+    """Keys of the highest ratios."""
+    return sorted(ratios, key=lambda key: -ratios[key])[:count]
+
+
+def compare(
+    progress: Progress,
+    profiler: Profiler,
+    name: str,
+    prompts: Sequence[Prompt],
+    repeats: int,
+) -> None:
+    """The grid's best and what the seeds found, interleaved on held-out prompts."""
+    state = progress.state
+    keys, plain = best(state["grid"][name], BEST), PLAIN_SETTING.key
+    # What isn't confirmed is decoded plainly.
+    found = [told["classes"].get(name, plain) for told in state["tuned"]]
+    unique = dict.fromkeys([*keys, *(key for key in found if key != plain)])
+    if name not in state["confirmed"]:
+        confirmed = confirm(
+            profiler,
+            [Setting.from_key(key) for key in unique],
+            prompts,
+            repeats=repeats,
+            in_time=lambda seconds, count: True,
+            warn=click.echo,
+        )
+        state["confirmed"][name] = {
+            key: [m.ratio, m.interval_low, m.interval_high]
+            for key, told in confirmed.items()
+            for m in [told.measurement]
+        }
+        progress.save()
+    measured = state["confirmed"][name]
+    # Plain decoding is a choice, too, of the grid's as well.
+    ratio = {key: told[0] for key, told in measured.items()} | {plain: 1.0}
+    top = max(1.0, *(ratio[key] for key in keys))
+    ours = [ratio[key] for key in found]
+    winners = [Setting.from_key(key).strategy for key in found]
+    most = max((winners.count(w) for w in winners), default=0)
+    click.echo(
+        f"{name}: grid's best {top:.2f}; tuned {', '.join(f'{v:.2f}' for v in ours)}; "
+        f"median of tuned to best {median(ours) / top if ours else 0:.3f}; same winner "
+        f"in {most} of {len(found)}"
+    )
+    for key in unique:
+        low, high = measured[key][1:]
+        click.echo(
+            f"    {shown(Setting.from_key(key))}: {ratio[key]:.2f} "
+            f"[{low or 0:.2f}..{high or 0:.2f}]"
+        )
+
+
 @click.command()
 @click.option("--model", required=True)
 @click.option("--draft-model", required=True)
 @click.option("--workload", type=Path, help="Default: the examples.")
-@click.option("--classes", default="chat,code_edit,summarization", show_default=True)
-@click.option("--limit", default=6, show_default=True, help="Prompts per class.")
-@click.option("-n", "--max-new-tokens", default=32, show_default=True)
+@click.option("--classes", default="chat,json,translation", show_default=True)
+@click.option("--limit", default=4, show_default=True, help="Prompts per class.")
+@click.option("-n", "--max-new-tokens", default=24, show_default=True)
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--repeats", default=2, show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
-@click.option("--json", "out", type=Path)
+@click.option("--json", "out", type=Path, required=True, help="Continued if there.")
 def main(
     model: str,
     draft_model: str,
@@ -100,7 +205,7 @@ def main(
     seeds: int,
     repeats: int,
     dtype: str,
-    out: Path | None,
+    out: Path,
 ) -> None:
     """Compare `tune` with an exhaustive grid."""
     host = Host.installed()
@@ -114,91 +219,55 @@ def main(
     chosen = Workload(read.name, tuple(shortened))
     profiler = Profiler(Engine(target, draft), host, max_new_tokens)
     tuning, held_out = split(chosen, 0)
-    settings = grid(host)
-    report: dict[str, Any] = {"settings": len(settings), "classes": {}}
+    progress = Progress(out)
+    state = progress.state
 
-    started = perf_counter()
-    best = {}
-    for name in wanted:
-        best[name] = measure_grid(profiler, settings, tuning.by_class()[name])
-        for gain, setting in best[name][:3]:
-            click.echo(f"grid {name}: {gain:.2f} {shown(setting)}")
-    taken = perf_counter() - started
-    click.echo(
-        f"grid: {len(settings)} settings x {len(wanted)} classes in {taken:.0f} s"
-    )
+    run_grid(progress, profiler, grid(host), tuning.by_class())
+    if state["costs"] is None:
+        state["costs"] = measure_costs(target, draft).as_json()
+        progress.save()
+    costs = HardwareCosts.from_json(state["costs"])
+    click.echo(f"hardware costs: {costs.seconds:.0f} s, once for all")
 
-    found: dict[str, list[Setting]] = {name: [] for name in wanted}
-    times = []
-    for seed in range(seeds):
+    budget = state["seconds_grid"] * SHARE
+    for seed in range(len(state["tuned"]), seeds):
+        store = MemoryStore()
+        store_costs(store, environment_of(target, draft), costs)
         began = perf_counter()
         result = tune(
             target,
             draft,
             chosen,
-            db=MemoryStore(),
-            budget=taken * SHARE,
+            db=store,
+            budget=budget,
             strategies=list(AXES),
             seed=seed,
             max_new_tokens=max_new_tokens,
             host=host,
         )
-        times.append(perf_counter() - began)
-        for told in result.classes:
-            choice = told.choice
-            found[told.name].append(Setting(choice.strategy, dict(choice.params)))
-            click.echo(f"seed {seed} {told.name}: {choice.strategy}: {choice.reason}")
-        for note in result.notes:
+        found = {
+            told.name: Setting(told.choice.strategy, dict(told.choice.params)).key
+            for told in result.classes
+        }
+        state["tuned"].append(
+            {
+                "seconds": perf_counter() - began,
+                "classes": found,
+                "reasons": {told.name: told.choice.reason for told in result.classes},
+                "notes": list(result.notes),
+            }
+        )
+        progress.save()
+    for seed, told in enumerate(state["tuned"]):
+        for name, reason in told["reasons"].items():
+            strategy = Setting.from_key(told["classes"][name]).strategy
+            click.echo(f"seed {seed} {name}: {strategy}: {reason}")
+        for note in told["notes"]:
             click.echo(f"seed {seed}: {note}")
-        click.echo(f"seed {seed}: {times[-1]:.0f} s of {taken * SHARE:.0f} s")
+        click.echo(f"seed {seed}: {told['seconds']:.0f} s of {budget:.0f} s")
 
     for name in wanted:
-        compared = [setting for _, setting in best[name][:BEST]]
-        compared += [s for s in found[name] if s.strategy != PLAIN_SETTING.strategy]
-        unique = list({s.key: s for s in compared}.values())
-        confirmed = confirm(
-            profiler,
-            unique,
-            held_out.by_class()[name],
-            repeats=repeats,
-            in_time=lambda seconds, count: True,
-            warn=click.echo,
-        )
-
-        def ratio(
-            setting: Setting, measured: Mapping[str, Confirmed] = confirmed
-        ) -> float:
-            return measured[setting.key].measurement.ratio
-
-        top = max(ratio(setting) for _, setting in best[name][:BEST])
-        # Plain decoding is a choice, too: its ratio is 1.
-        ours = [
-            1.0 if s.strategy == PLAIN_SETTING.strategy else ratio(s)
-            for s in found[name]
-        ]
-        names = [s.strategy for s in found[name]]
-        most = max((names.count(n) for n in names), default=0)
-        report["classes"][name] = {
-            "grid_best": top,
-            "tuned": ours,
-            "tuned_to_best": [value / max(top, 1.0) for value in ours],
-            "winners": names,
-        }
-        click.echo(
-            f"{name}: grid's best {top:.2f}; tuned "
-            f"{', '.join(f'{v:.2f}' for v in ours)}; median of tuned to best "
-            f"{median(ours) / max(top, 1.0) if ours else 0:.3f}; same winner in {most} "
-            f"of {seeds}"
-        )
-        for setting in unique:
-            measured = confirmed[setting.key].measurement
-            click.echo(
-                f"    {shown(setting)}: {measured.ratio:.2f} "
-                f"[{measured.interval_low:.2f}..{measured.interval_high:.2f}]"
-            )
-    report |= {"seconds_grid": taken, "seconds_tuned": times}
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2))
+        compare(progress, profiler, name, held_out.by_class()[name], repeats)
 
 
 if __name__ == "__main__":
