@@ -17,6 +17,7 @@ from adaptspec.testing.fakes import noisy_draft, random_ids, tiny_model
 from adaptspec_tuner.presearch import presearch
 from adaptspec_tuner.profiler import Recording, Setting
 from adaptspec_tuner.replay import RecordedTarget, Replayer, VirtualClock
+from adaptspec_tuner.replay_draft import RememberedDraft
 from adaptspec_tuner.workloads import Prompt
 
 NEW = 40
@@ -68,6 +69,38 @@ def test_it_takes_the_steps_of_a_real_run(
     assert [(s.proposed, s.accepted, s.emitted) for s in replay.stats.steps] == [
         (s.proposed, s.accepted, s.emitted) for s in real.stats.steps
     ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "params"), [s for s in SETTINGS if s[0].startswith("draft")]
+)
+def test_a_remembered_draft_takes_the_steps_of_a_real_one_and_runs_once(
+    architecture: str, name: str, params: dict[str, Any]
+) -> None:
+    model = tiny_model(architecture)
+    draft = noisy_draft(model)
+    recording = recorded(model)
+    clock = VirtualClock()
+    target = RecordedTarget(model, FLAT, clock)
+    target.play(recording)
+    costs = ForwardCosts((0, 1000), (1, 16), ((0.25, 0.25), (0.25, 0.25)))
+    remembered = RememberedDraft(draft, costs, clock)
+    real = Engine(model, draft).generate(
+        HOST.create(name, params), recording.prompt, controls()
+    )
+    forwards = []
+    for _ in range(2):
+        replay = Engine(target, remembered, clock).generate(
+            HOST.create(name, params), recording.prompt, controls()
+        )
+        forwards.append(remembered.forwards)
+        assert [(s.proposed, s.accepted, s.emitted) for s in replay.stats.steps] == [
+            (s.proposed, s.accepted, s.emitted) for s in real.stats.steps
+        ]
+        # Each step drafts with one forward of a quarter of a second at least.
+        assert replay.stats.seconds_draft >= 0.25 * (len(replay.stats.steps) - 1)
+    assert forwards[0] == forwards[1] > 0
 
 
 def test_strategies_that_read_more_than_tokens_do_not_claim_to_replay() -> None:

@@ -21,6 +21,7 @@ from adaptspec.profile import PLAIN, Profile, ProfileStore, Trial
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.presearch import replayed_key
 from adaptspec_tuner.profiler import Setting
 from adaptspec_tuner.report_data import build
 from adaptspec_tuner.report_html import render
@@ -64,6 +65,16 @@ def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
         ]
     )
     store.put_record("r1", "spent", {"seconds": 60.0, "parts": {"trials": 60.0}})
+    store.put_record(
+        "r1",
+        replayed_key(name, "a"),
+        {
+            "trials": [
+                {"number": 0, "params": {"k": 4}, "state": "complete", "ratio": 2.5},
+                {"number": 1, "params": {"k": 5}, "state": "pruned", "ratio": 0.5},
+            ]
+        },
+    )
     store.put_record("r1", f"predicted/{name}", {key("a"): 2.2, key("b"): 1.2})
     store.put_record(
         "r1",
@@ -110,7 +121,20 @@ def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     assert rows["a"].positions == [0.8, 0.5]
     assert rows["a"].interval == pytest.approx((1.8, 2.2))
     assert report.costs["target"]["milliseconds"] == [[10.0, 20.0]]
-    assert [t.error for t in chat.trials] == [None, "chat"]
+    measured = [t for t in chat.trials if not t.replayed]
+    assert [t.error for t in measured] == [None, "chat"]
+    replayed = [t for t in chat.trials if t.replayed]
+    assert [(t.strategy, t.number, t.state, t.ratio) for t in replayed] == [
+        ("a", 0, "complete", 2.5),
+        ("a", 1, "pruned", 0.5),
+    ]
+    # 30 s are chat's part, at 50 ms a token.
+    assert chat.break_even == pytest.approx(600)
+    assert maths.break_even is None
+    said = render(report)
+    assert "a, replayed" in said
+    assert "repaid after 600 tokens of this class" in said
+    assert "2 replayed against recorded answers" in said
 
 
 def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptspec_tuner.profiler import PLAIN_SETTING
-from adaptspec_tuner.search import Arm, Search
+from adaptspec_tuner.search import Search
 
 if TYPE_CHECKING:
     from adaptspec.profile import Trial
@@ -22,15 +22,41 @@ class Presearch:
     """Predicted trials of every class and strategy that replays.
 
     Args:
-        trials: How many were made.
         seconds: What they took.
-        best: (class, strategy) -> its most promising trials, best first.
+        tried: (class, strategy) -> its trials in their order.
     """
 
     def __init__(
-        self, trials: int, seconds: float, best: Mapping[tuple[str, str], list[Trial]]
+        self, seconds: float, tried: Mapping[tuple[str, str], list[Trial]]
     ) -> None:
-        self.trials, self.seconds, self.best = trials, seconds, best
+        self.seconds, self.tried = seconds, tried
+        self.trials = sum(map(len, tried.values()))
+        # The most promising, best first.
+        self.best = {key: _best(trials) for key, trials in tried.items()}
+
+
+def replayed_key(prompt_class: str, strategy: str) -> str:
+    """Under which a run keeps its replayed trials: ``{"trials": [...]}``."""
+    return f"replayed/{prompt_class}/{strategy}"
+
+
+def as_records(tried: Presearch) -> dict[str, dict[str, Any]]:
+    """Key -> replayed trials as JSON, for the report."""
+    return {
+        replayed_key(*key): {
+            "trials": [
+                {
+                    "number": trial.number,
+                    "params": dict(trial.params),
+                    "state": trial.state,
+                    "ratio": trial.detail.get("ratio"),
+                    "error": trial.detail.get("error"),
+                }
+                for trial in trials
+            ]
+        }
+        for key, trials in tried.tried.items()
+    }
 
 
 def presearch(
@@ -72,14 +98,13 @@ def presearch(
             search.add(name, cls, group, plain)
     search.search()
     return Presearch(
-        sum(len(arm.trials) for arm in search.arms),
         clock() - started,
-        {(arm.prompt_class, arm.name): _best(arm) for arm in search.arms},
+        {(arm.prompt_class, arm.name): list(arm.trials) for arm in search.arms},
     )
 
 
-def _best(arm: Arm) -> list[Trial]:
-    complete = [trial for trial in arm.trials if trial.state == "complete"]
+def _best(trials: Sequence[Trial]) -> list[Trial]:
+    complete = [trial for trial in trials if trial.state == "complete"]
     return sorted(complete, key=lambda t: -float(t.detail["ratio"]))[:PROMISING]
 
 

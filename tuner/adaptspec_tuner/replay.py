@@ -1,9 +1,9 @@
 """Scores strategies against recorded plain decoding, without the target model.
 
-The engine, the drafters and the draft model are the real ones; only the target's
-forward is replaced: it answers with the recorded tokens and lets a clock pass by what
-the hardware's cost model says. Greedy outputs equal plain decoding's, so the tokens
-accepted are exactly those of a real run.
+The engine and the drafters are the real ones. The target's forward is replaced: it
+answers with the recorded tokens and lets a clock pass by what the hardware's cost model
+says. The draft model's answers are its own, remembered between trials. Greedy outputs
+equal plain decoding's, so the tokens accepted are exactly those of a real run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.models import Forward, LanguageModel
 from adaptspec_tuner.profiler import Agreement, Recording, Sample, Setting, sample_of
+from adaptspec_tuner.replay_draft import RememberedDraft
 
 if TYPE_CHECKING:
     from adaptspec.decoding.latency import LatencyCurve
@@ -164,6 +165,7 @@ class Replayer:
         host: Where strategies are found.
         costs: Of the target's forwards.
         recordings: By prompt id.
+        draft_costs: Of the draft model's; without them it runs anew in every trial.
     """
 
     def __init__(
@@ -172,11 +174,15 @@ class Replayer:
         host: Host,
         costs: ForwardCosts,
         recordings: Mapping[str, Recording],
+        draft_costs: ForwardCosts | None = None,
     ) -> None:
         self._host = host
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
-        self._engine = Engine(self._target, engine.draft, self._clock)
+        draft = engine.draft
+        if draft is not None and draft_costs is not None:
+            draft = RememberedDraft(draft, draft_costs, self._clock)
+        self._engine = Engine(self._target, draft, self._clock)
         self._recordings = recordings
         self._strategies: dict[str, Strategy] = {}
         self._controls: dict[int, Controls] = {}

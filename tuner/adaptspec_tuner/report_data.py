@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -13,6 +13,7 @@ from adaptspec.errors import ProfileStoreError
 from adaptspec.params import Scalar
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore, Trial
 from adaptspec.selector import select
+from adaptspec_tuner.presearch import replayed_key
 from adaptspec_tuner.profiler import Setting
 from adaptspec_tuner.report import ClassResult, break_even
 from adaptspec_tuner.spending import KEY as SPENT
@@ -49,7 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial of the search; ``ratio`` is its speed relative to plain decoding."""
+    """One trial of the search; ``ratio`` is its speed relative to plain decoding.
+
+    Args:
+        replayed: Whether it was predicted against recorded answers, not measured.
+    """
 
     strategy: str
     number: int
@@ -57,6 +62,7 @@ class Tried:
     state: str
     ratio: float | None
     error: str | None
+    replayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class ClassReport:
 
     Args:
         saved: Seconds saved a token by the choice, 0 for plain decoding.
+        break_even: Tokens of this class that repay its part of the tuning, the classes
+            in equal parts; None if nothing does.
     """
 
     name: str
@@ -94,6 +102,7 @@ class ClassReport:
     trials: Sequence[Tried]
     oracle: Oracle | None
     saved: float
+    break_even: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,13 +162,23 @@ def build(store: ProfileStore, run: str | None = None) -> Report:
         _class(
             name,
             [p for p in profiles if p.prompt_class == name],
-            [t for t in trials if t.prompt_class == name],
+            [
+                *(_tried(t) for t in trials if t.prompt_class == name),
+                *_replayed(store, run, name),
+            ],
             store.record(run, f"predicted/{name}") or {},
             store.record(run, f"confirm/{name}") or {},
         )
         for name in names
     ]
     spent = dict((store.record(run, SPENT) or {}).get("parts", {}))
+    part = sum(spent.values()) / len(classes)
+    classes = [
+        replace(
+            found, break_even=part / found.saved if part and found.saved > 0 else None
+        )
+        for found in classes
+    ]
     newest = profiles[0]
     results = [
         ClassResult(
@@ -193,7 +212,7 @@ def build(store: ProfileStore, run: str | None = None) -> Report:
 def _class(
     name: str,
     profiles: Sequence[Profile],
-    trials: Sequence[Trial],
+    trials: Sequence[Tried],
     predicted: Mapping[str, float],
     confirmed: Mapping[str, Any],
 ) -> ClassReport:
@@ -208,7 +227,7 @@ def _class(
         choice.strategy,
         choice.reason,
         [_row(p, found, predicted, confirmed) for p in found.ranked],
-        [_tried(trial) for trial in trials],
+        trials,
         _oracle(confirmed.get("prompts", {}), profiles),
         0.0 if choice.strategy == PLAIN else saved,
     )
@@ -258,6 +277,29 @@ def _tried(trial: Trial) -> Tried:
         None if ratio is None else float(ratio),
         trial.detail.get("error"),
     )
+
+
+def _replayed(store: ProfileStore, run: str, name: str) -> list[Tried]:
+    """A class's trials without the target, of every strategy that was confirmed or
+    measured; an older version kept none."""
+    strategies = {p.strategy for p in store.profiles(run=run)} | {
+        t.strategy for t in store.trials(run)
+    }
+    return [
+        Tried(
+            strategy,
+            trial["number"],
+            trial["params"],
+            trial["state"],
+            trial["ratio"],
+            trial.get("error"),
+            replayed=True,
+        )
+        for strategy in sorted(strategies)
+        for trial in (store.record(run, replayed_key(name, strategy)) or {}).get(
+            "trials", ()
+        )
+    ]
 
 
 def _oracle(

@@ -137,16 +137,23 @@ def _history(found: ClassReport, colours: dict[str, str]) -> Any:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for name in dict.fromkeys(trial.strategy for trial in found.trials):
-        trials = [t for t in found.trials if t.strategy == name and t.ratio is not None]
+    kinds = dict.fromkeys((t.strategy, t.replayed) for t in found.trials)
+    for name, replayed in kinds:
+        trials = [
+            t
+            for t in found.trials
+            if (t.strategy, t.replayed) == (name, replayed) and t.ratio is not None
+        ]
         if trials:
             figure.add_scatter(
-                name=_safe(name),
+                name=_safe(name) + (", replayed" if replayed else ""),
                 x=[trial.number + 1 for trial in trials],
                 y=[trial.ratio for trial in trials],
-                mode="lines+markers",
+                mode="markers" if replayed else "lines+markers",
+                opacity=0.4 if replayed else 1.0,
                 marker={
                     "color": colours.get(name, INK),
+                    "size": 4 if replayed else 7,
                     "symbol": [
                         "circle" if t.state == "complete" else "x-thin-open"
                         for t in trials

@@ -43,6 +43,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{found.name}: {found.reason}", **say)
         if gap := oracle(found):
             console.print(f"    {gap}", **say)
+        if text := repaid(found):
+            console.print(f"    {text}", **say)
     for line in summary(report):
         console.print(line, **say)
 
@@ -94,6 +96,16 @@ def oracle(found: ClassReport) -> str:
     )
 
 
+def repaid(found: ClassReport) -> str:
+    """When this class alone repays its part of the tuning; empty where it doesn't."""
+    if found.break_even is None:
+        return ""
+    return (
+        f"its equal part of the tuning is repaid after {found.break_even:,.0f} tokens "
+        "of this class"
+    )
+
+
 def summary(report: Report) -> list[str]:
     """Cost, break-even and how good the predictions were."""
     lines = []
@@ -108,6 +120,12 @@ def summary(report: Report) -> list[str]:
         )
     else:
         lines.append("What tuning took was not recorded.")
+    tried = [trial for found in report.classes for trial in found.trials]
+    if replayed := sum(trial.replayed for trial in tried):
+        lines.append(
+            f"{len(tried) - replayed} settings were measured in the search, {replayed} "
+            "replayed against recorded answers."
+        )
     if report.prediction_error is not None:
         lines.append(
             "The replay's predictions of the confirmed settings were off by "
