@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from adaptspec.errors import AdaptSpecError
@@ -119,9 +120,13 @@ class Classifier:
         ]
         if (
             not self.names
+            or len(set(self.names)) != len(self.names)
+            or UNKNOWN in self.names
             or len(self.low) != width
             or len(self.high) != width
             or not all(math.isfinite(value) for value in (*self.low, *self.high))
+            or not all(math.isfinite(asked.threshold) for asked in self.questions)
+            or not 0 <= self.seconds < math.inf
             or not all(0 <= question.feature < width for question in self.questions)
             # Later questions only, so that every way ends.
             or not all(
@@ -130,8 +135,9 @@ class Classifier:
             )
         ):
             raise AdaptSpecError(
-                f"a classifier needs classes, questions about {width} features that "
-                "lead to later ones or to a class, and finite bounds of each feature"
+                "a classifier needs classes of different names, questions about "
+                f"{width} features, with finite thresholds, that lead to later ones or "
+                "to a class, and finite bounds of each feature"
             )
 
     def classify(self, text: str) -> str:
@@ -195,12 +201,12 @@ class Classifier:
             return cls(
                 [str(name) for name in record["names"]],
                 [
-                    Question(int(feature), float(threshold), int(yes), int(no))
+                    Question(index(feature), float(threshold), index(yes), index(no))
                     for feature, threshold, yes, no in record["questions"]
                 ],
                 [float(value) for value in record["low"]],
                 [float(value) for value in record["high"]],
                 float(record["seconds"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise AdaptSpecError(f"not a stored classifier: {error!r}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptspec.chat import last_message
 from adaptspec.classify import KEY as CLASSIFIER
 from adaptspec.classify import UNKNOWN, Classifier, prompt_text
 from adaptspec.costs import stored_costs, use_costs
@@ -51,6 +52,48 @@ class Result:
     stats: RunStats
     finish: Finish
     seconds_classifying: float = 0.0  # the prompt, where its class wasn't given
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as soon as they are accepted; afterwards what they came to.
+
+    Args:
+        choice: What decodes.
+        seconds_classifying: As in :class:`Result`.
+    """
+
+    def __init__(
+        self, model: LanguageModel, run: Run, choice: Choice, seconds_classifying: float
+    ) -> None:
+        self.choice, self.seconds_classifying = choice, seconds_classifying
+        self._model, self._run = model, run
+        self._pieces = _pieces(model, run)
+
+    def __next__(self) -> str:
+        """The next piece."""
+        return next(self._pieces)
+
+    def finish(self) -> None:
+        """Decode to the end in place of reading pieces."""
+        for _ in self._run:
+            pass
+
+    def close(self) -> None:
+        """Give it up."""
+        self._pieces.close()
+
+    @property
+    def result(self) -> Result:
+        """All of it (so far, while it isn't read to the end)."""
+        generation = self._run.result
+        return Result(
+            text=self._model.decode(generation.token_ids),
+            token_ids=generation.token_ids,
+            choice=self.choice,
+            stats=generation.stats,
+            finish=generation.finish,
+            seconds_classifying=self.seconds_classifying,
+        )
 
 
 class Decoder:
@@ -93,6 +136,7 @@ class Decoder:
                 for p in store.profiles()
                 if p.environment.model_name == self.environment.model_name
             ]
+        self._classifier_run = ""  # whose classes the classifier's names are
         self._classifier = self._stored_classifier(store)
         if store is not None and self.profiles:
             costs = stored_costs(store, self.environment)
@@ -128,7 +172,7 @@ class Decoder:
             return Choice(prompt_class, PLAIN, {}, NO_STORE)
         if prompt_class not in self._choices:
             chosen = select(
-                self.profiles,
+                self._profiles_of(prompt_class),
                 self.environment,
                 prompt_class,
                 self._lossy() if self._allow_lossy else (),
@@ -162,11 +206,7 @@ class Decoder:
         Raises:
             AdaptSpecError: for a bad prompt, control, strategy or parameter.
         """
-        started = perf_counter()
-        if prompt_class is None and strategy is None:
-            prompt_class = self.classify(prompt)
-        classifying = perf_counter() - started
-        choice, run = self._run(
+        stream = self._run(
             prompt,
             prompt_class,
             strategy,
@@ -175,19 +215,10 @@ class Decoder:
             temperature,
             controls,
         )
-        for _ in run:
-            pass
+        stream.finish()
         if self._keeper is not None:
             self._keeper.refresh()
-        generation = run.result
-        return Result(
-            text=self.model.decode(generation.token_ids),
-            token_ids=generation.token_ids,
-            choice=choice,
-            stats=generation.stats,
-            finish=generation.finish,
-            seconds_classifying=classifying if self._classifier else 0.0,
-        )
+        return stream.result
 
     def stream(
         self,
@@ -199,14 +230,12 @@ class Decoder:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         **controls: Any,
-    ) -> Iterator[str]:
+    ) -> Stream:
         """The same, as pieces of text as soon as they are accepted.
 
         A piece comes per token, or per few where a character spans several tokens.
         """
-        if prompt_class is None and strategy is None:
-            prompt_class = self.classify(prompt)
-        _, run = self._run(
+        return self._run(
             prompt,
             prompt_class,
             strategy,
@@ -215,25 +244,6 @@ class Decoder:
             temperature,
             controls,
         )
-        return self._pieces(run)
-
-    def _pieces(self, run: Run) -> Iterator[str]:
-        pending: list[int] = []
-        context: list[int] = []
-        for tokens in run:
-            for token in tokens:
-                pending.append(token)
-                before = self.model.decode(context)
-                text = self.model.decode([*context, *pending])
-                # A replacement character at the end is an unfinished one.
-                if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                    continue
-                if piece := text[len(before) :]:
-                    yield piece
-                context, pending = [*context, *pending][-8:], []
-        if pending:
-            before = self.model.decode(context)
-            yield self.model.decode([*context, *pending])[len(before) :]
 
     def classify(self, prompt: Prompt) -> str | None:
         """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
@@ -246,8 +256,17 @@ class Decoder:
         if text is None:  # token ids
             if self.model.tokenizer is None:
                 return UNKNOWN
-            text = self.model.decode(list(prompt))  # type: ignore[arg-type]
+            text = last_message(self.model.tokenizer, self.model.encode(prompt))
         return self._classifier.classify(text)
+
+    def _profiles_of(self, prompt_class: str | None) -> Sequence[Profile]:
+        """Those that may speak for a class: a discovered one is its own run's alone.
+
+        Another run's class of that name is another class.
+        """
+        if self._classifier is None or prompt_class not in self._classifier.names:
+            return self.profiles
+        return [p for p in self.profiles if p.run == self._classifier_run]
 
     def _stored_classifier(self, store: ProfileStore | None) -> Classifier | None:
         """The newest run's, if that run discovered its classes."""
@@ -258,6 +277,7 @@ class Decoder:
         record = store.record(newest.run, CLASSIFIER)
         if record is None:
             return None
+        self._classifier_run = newest.run
         try:
             return Classifier.from_json(record)
         except AdaptSpecError as error:
@@ -278,7 +298,12 @@ class Decoder:
         max_new_tokens: int | None,
         temperature: float | None,
         controls: Mapping[str, Any],
-    ) -> tuple[Choice, Run]:
+    ) -> Stream:
+        seconds = 0.0
+        if prompt_class is None and strategy is None and self._classifier is not None:
+            started = perf_counter()
+            prompt_class = self.classify(prompt)
+            seconds = perf_counter() - started
         choice = self.choose(prompt_class, strategy, params)
         if strategy is None and choice.strategy == PLAIN:
             self._tell_once(choice.reason)
@@ -289,7 +314,8 @@ class Decoder:
             **controls,
         )
         ids = self.model.encode(prompt)
-        return choice, Run(self.engine, self._strategy(choice), ids, settings)
+        run = Run(self.engine, self._strategy(choice), ids, settings)
+        return Stream(self.model, run, choice, seconds)
 
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
@@ -321,6 +347,25 @@ class Decoder:
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(reason, PlainDecodingWarning, stacklevel=4)
+
+
+def _pieces(model: LanguageModel, run: Run) -> Generator[str, None, None]:
+    pending: list[int] = []
+    context: list[int] = []
+    for tokens in run:
+        for token in tokens:
+            pending.append(token)
+            before = model.decode(context)
+            text = model.decode([*context, *pending])
+            # A replacement character at the end is an unfinished one.
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue
+            if piece := text[len(before) :]:
+                yield piece
+            context, pending = [*context, *pending][-8:], []
+    if pending:
+        before = model.decode(context)
+        yield model.decode([*context, *pending])[len(before) :]
 
 
 class PlainDecodingWarning(UserWarning):

@@ -109,10 +109,12 @@ def generate(
                 "params": dict(result.choice.params),
                 "lossless": result.choice.lossless,
                 "reason": result.choice.reason,
+                "prompt_class": result.choice.prompt_class,
                 "tokens_per_second": stats.tokens_per_second,
                 "tokens_per_forward": stats.tokens_per_forward,
                 "acceptance": stats.acceptance,
                 "seconds": {
+                    "classifying": result.seconds_classifying,
                     "prefill": stats.seconds_prefill,
                     "target": stats.seconds_target,
                     "draft": stats.seconds_draft,
@@ -126,6 +128,11 @@ def generate(
     click.echo(
         f"{result.choice.strategy}{lossy} ({result.choice.reason}): "
         f"{stats.tokens_per_second:.1f} tokens/s, "
-        f"{stats.tokens_per_forward:.2f} tokens per target forward",
+        f"{stats.tokens_per_forward:.2f} tokens per target forward"
+        + (
+            f", class found in {result.seconds_classifying * 1000:.1f} ms"
+            if result.seconds_classifying
+            else ""
+        ),
         err=True,
     )

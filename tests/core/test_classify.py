@@ -7,12 +7,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptspec.chat import last_message
 from adaptspec.classify import (
     FEATURES,
     UNKNOWN,
@@ -110,6 +112,13 @@ def test_it_comes_back_from_json_as_it_was() -> None:
         {"low": [0.0]},
         {"high": [math.inf] * WIDTH},
         {"seconds": "soon"},
+        {"seconds": math.nan},
+        {"names": ["same", "same", "long"]},
+        {"names": ["short", "unknown", "long"]},
+        {"questions": [[0, math.nan, -1, -2]]},
+        {"questions": [[0, math.inf, -1, -2]]},
+        {"questions": [[math.inf, 1.0, -1, -2]]},
+        {"questions": [[0.5, 1.0, -1, -2]]},
     ],
 )
 def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
@@ -160,6 +169,93 @@ def test_without_a_class_the_discovered_one_is_used() -> None:
     assert long.choice.params["num_tokens"] == 9
     by_ids = run.generate(run.model.encode("w1 w2"), max_new_tokens=2)
     assert by_ids.choice.prompt_class == "short"
+
+
+def test_another_runs_class_of_the_same_name_is_not_used() -> None:
+    """The newest run found its classes anew, and confirmed one of them only."""
+    run = decoder(TREE)
+    place, measured = run.environment, run.profiles[0].measurement
+    store = MemoryStore()
+    for number, (of_run, name) in enumerate(
+        [("old", "short"), ("old", "long"), ("new", "short")]
+    ):
+        store.add_profiles(
+            [
+                example_profile(
+                    run=of_run,
+                    environment=place,
+                    prompt_class=name,
+                    strategy="prompt_lookup",
+                    params={"num_tokens": 3 + number},
+                    measurement=measured,
+                    created=datetime(2026, 1, 1 + number, tzinfo=timezone.utc),
+                )
+            ]
+        )
+    store.put_record("new", "classifier", TREE.as_json())
+    newest = Decoder(run.model, store=store)
+    assert newest.choose("short").params["num_tokens"] == 5
+    left = newest.choose("long")
+    assert left.strategy == PLAIN
+    assert "'long' isn't profiled" in left.reason
+
+
+def test_a_stream_tells_its_choice_and_what_classifying_took() -> None:
+    run = decoder(TREE)
+    stream = run.stream("w1 w2", max_new_tokens=4)
+    assert stream.choice.prompt_class == "short"
+    text = "".join(stream)
+    assert stream.seconds_classifying > 0
+    result = stream.result
+    assert result.text == text == run.generate("w1 w2", max_new_tokens=4).text
+    assert result.seconds_classifying == stream.seconds_classifying
+    assert run.stream("w1", prompt_class="long").seconds_classifying == 0
+
+
+TEMPLATE = (
+    "w90 w91 {% for m in messages %}w92 {{ m['role'] }} w93 {{ m['content'] }} w94 "
+    "{% endfor %}{% if add_generation_prompt %}w95 {% endif %}"
+)
+
+
+class Words:
+    """A tokenizer of words, so that a template can be looked at."""
+
+    chat_template: str | None = TEMPLATE
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(self.words[i] for i in ids)
+
+    def apply_chat_template(self, chat: Any, **asked: Any) -> str:
+        import jinja2
+
+        return str(
+            jinja2.Template(TEMPLATE).render(
+                messages=chat, add_generation_prompt=asked["add_generation_prompt"]
+            )
+        )
+
+    def encode(self, text: str) -> list[int]:
+        self.words = [f"{word} " for word in text.split(" ")[:-1]]
+        return list(range(len(self.words)))
+
+
+def test_token_ids_of_a_chat_are_classified_by_what_was_said_last() -> None:
+    words = Words()
+    chat = [
+        {"role": "system", "content": "w1 w2"},
+        {"role": "user", "content": "w3"},
+        {"role": "assistant", "content": "w4 w5"},
+        {"role": "user", "content": "w6 w7"},
+    ]
+    for messages in (chat, chat[:2], chat[1:2]):
+        text = words.apply_chat_template(messages, add_generation_prompt=True)
+        said = last_message(words, words.encode(text))
+        assert said.split() == messages[-1]["content"].split()
+    plain = words.encode("w6 w7 w8 ")
+    assert last_message(words, plain) == "w6 w7 w8 "
+    words.chat_template = None
+    assert last_message(words, plain) == "w6 w7 w8 "
 
 
 def test_a_class_that_is_given_wins_and_asks_no_classifier() -> None:

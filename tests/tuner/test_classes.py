@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pytest
@@ -20,7 +21,7 @@ from adaptspec_tuner.profiler import Agreement, Sample, Setting
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
 from adaptspec_tuner.tuning import tune_with
-from adaptspec_tuner.workloads import Prompt, Workload
+from adaptspec_tuner.workloads import Prompt, Workload, split
 
 RANDOM = random.Random(5)
 WORDS = [f"word{i}" for i in range(300)]
@@ -133,14 +134,14 @@ class Trace:
         pass
 
 
-def run(store: MemoryStore) -> TuneResult:
+def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:
     clock = FakeClock()
     place = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
     fast: Any = Trace(clock, 0.0)
     return tune_with(
         Trace(clock, 1.0),
         [Knob],
-        Workload("w", tuple(PROMPTS)),
+        Workload("w", tuple(prompts)),
         store,
         place,
         deadline=2000.0,
@@ -164,6 +165,20 @@ def test_tuning_discovers_classes_and_chooses_for_each() -> None:
     assert any(note.startswith("class auto-1: ") for note in result.notes)
     for found in result.classes:
         assert all(p.measurement.prompts >= 4 for p in found.profiles)
+
+
+def test_held_out_prompts_of_no_class_are_named() -> None:
+    for number in range(20):
+        prompts = [*PROMPTS, Prompt(f"strange{number}", text="ж" * 5000)]
+        one = [replace(p, prompt_class="default") for p in prompts]
+        if prompts[-1].id in {
+            p.id for p in split(Workload("w", tuple(one)))[1].prompts
+        }:
+            break
+    told = [n for n in run(MemoryStore(), prompts).notes if "of no class" in n]
+    assert len(told) == 1
+    assert told[0].endswith(prompts[-1].id)
+    assert not any("of no class" in n for n in run(MemoryStore()).notes)
 
 
 def test_a_continued_run_keeps_its_classes() -> None:

@@ -98,6 +98,17 @@ def classified(workload: Workload, classifier: Classifier) -> Workload:
     )
 
 
+def known_only(held_out: Workload, tuning: Workload) -> tuple[Workload, list[str]]:
+    """Without prompts of classes that nothing was tuned on, ``unknown`` among them.
+
+    Returns:
+        The others, and the ids of those left out.
+    """
+    known = tuple(p for p in held_out.prompts if p.prompt_class in tuning.classes)
+    left = [p.id for p in held_out.prompts if p.prompt_class not in tuning.classes]
+    return replace(held_out, prompts=known), left
+
+
 def probed(strategy: type[Strategy]) -> list[Setting]:
     """Settings that tell prompts apart: the defaults, and short and long drafts."""
     settings = [defaults(strategy.Params)]
