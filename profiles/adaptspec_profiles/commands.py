@@ -142,6 +142,29 @@ def migrate(db: str | None) -> None:
         click.echo(f"{store.url} is up to date", err=True)
 
 
+@profiles.command()
+@click.option("--host", "address", default="localhost", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=13000, show_default=True)
+@db_option
+def serve(address: str, port: int, db: str | None) -> None:
+    """Let `tune --worker` in through Optuna's gRPC proxy; ends with Ctrl-C.
+
+    Whoever reaches the port may read and write the studies; nothing is encrypted.
+    """
+    from adaptspec_profiles.sql import SqlStore
+    from adaptspec_profiles.studies import serve_studies
+
+    with _store(db) as store:
+        if not isinstance(store, SqlStore):
+            raise ProfileStoreError(f"{store.url} keeps no studies; give --db a file")
+        serve_studies(
+            store.studies(),
+            address,
+            port,
+            lambda port: click.echo(f"serving {store.url} at grpc://{address}:{port}"),
+        )
+
+
 @contextmanager
 def _store(db: str | None) -> Iterator[ProfileStore]:
     from adaptspec_profiles import open_store

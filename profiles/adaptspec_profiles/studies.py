@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from adaptspec_profiles.engine import BUSY_SECONDS, safe_url
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
+SERVING = 10  # requests at once
 OPENINGS = 5  # several processes may create the tables at once
 
 
@@ -48,6 +50,46 @@ def open_studies(url: URL) -> RDBStorage:
         except RuntimeError as error:
             raise _failure(url, error) from error
     raise AssertionError
+
+
+def serve_studies(
+    storage: RDBStorage, host: str, port: int, ready: Callable[[int], None]
+) -> None:
+    """Serve them through Optuna's gRPC proxy until interrupted.
+
+    Args:
+        port: 0 takes a free one.
+        ready: Told the port once it listens.
+
+    Raises:
+        ProfileStoreError: without grpcio, or where the port can't be had.
+    """
+    try:
+        import grpc
+        import optuna
+        from optuna.storages._grpc.auto_generated import api_pb2_grpc
+        from optuna.storages._grpc.servicer import OptunaStorageProxyService
+    except ImportError as error:
+        raise ProfileStoreError(
+            f"serving studies needs gRPC ({error}); `pip install 'adaptspec[grpc]'`"
+        ) from error
+    # Optuna's own run_grpc_proxy_server says neither its port nor that it has none.
+    server = grpc.server(ThreadPoolExecutor(max_workers=SERVING))
+    add: Any = api_pb2_grpc.add_StorageServiceServicer_to_server
+    cached = optuna.storages.get_storage(storage)
+    add(OptunaStorageProxyService(cached), server)
+    try:
+        taken = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise ProfileStoreError(
+            f"can't serve at {host}:{port}: {error}; give another --port"
+        ) from error
+    server.start()
+    ready(taken)
+    try:
+        server.wait_for_termination()
+    finally:
+        server.stop(grace=1.0)
 
 
 def delete_studies(storage: RDBStorage, run: str) -> None:

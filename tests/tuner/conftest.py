@@ -8,7 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from adaptspec_profiles import plugin as profiles
 from adaptspec_tuner import plugin as tuner
 mine = host.Host({"bundled": adaptspec_plugins, "profiles": profiles, "tuner": tuner})
 host.Host.installed = classmethod(lambda cls: mine)
-cli.main(["tune", *sys.argv[1:]])
+cli.main(sys.argv[1:])
 """
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -35,7 +35,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts ``tune`` with these arguments; what still runs is killed at the end."""
+    """Starts ``tune`` (or another command) with these arguments; what still runs is
+    killed at the end."""
     paths = [str(Path(p or ".").resolve()) for p in sys.path]
     environment = {
         **os.environ,
@@ -45,9 +46,11 @@ def start() -> Iterator[Start]:
     }
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(
+        *arguments: str, command: Sequence[str] = ("tune",)
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments],
+            [sys.executable, "-c", PROGRAM, *command, *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.sql import SqlStore
+from adaptspec_tuner.remote import open_remote
 from adaptspec_tuner.workers import close_search, open_search, work
 from adaptspec_tuner.workloads import Prompt, Workload
 
@@ -27,31 +27,55 @@ def workload(tmp_path: Path) -> Path:
     return path
 
 
-def stored(db: Path) -> list[tuple[str, int]]:
-    if not db.exists():
+def stored(url: str) -> list[tuple[str, int]]:
+    """Settings and numbers of the trials, whatever the database; before it none."""
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    try:
+        with engine.connect() as connection:
+            rows = connection.execute(
+                sqlalchemy.text("select params, number from tuning_trials")
+            ).all()
+        return [(json.dumps(params), number) for params, number in rows]
+    except sqlalchemy.exc.DatabaseError:
         return []
-    with closing(sqlite3.connect(db)) as connection:
-        try:
-            return connection.execute(
-                "select params, number from tuning_trials"
-            ).fetchall()
-        except sqlite3.OperationalError:
-            return []
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgres", "grpc"])
+def meeting(
+    request: pytest.FixtureRequest, start: Any, tmp_path: Path
+) -> tuple[str, str, str]:
+    """Where leader and workers meet: the leader's --db, the workers', and a URL."""
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+        return url, url, url
+    db = tmp_path / "p.db"
+    if request.param == "sqlite":
+        return str(db), str(db), f"sqlite:///{db}"
+    pytest.importorskip("grpc", reason="needs adaptspec[grpc]")
+    server = start("--db", str(db), "--port", "0", command=("profiles", "serve"))
+    line = server.stdout.readline()
+    assert " at grpc://localhost:" in line, server.communicate()
+    return str(db), line.split()[-1], f"sqlite:///{db}"
 
 
 def test_workers_share_the_search_and_one_that_dies_is_made_good(
-    start: Any, tiny_pair: tuple[str, str], workload: Path, tmp_path: Path
+    start: Any,
+    tiny_pair: tuple[str, str],
+    workload: Path,
+    meeting: tuple[str, str, str],
 ) -> None:
-    db = tmp_path / "p.db"
+    db, theirs, url = meeting
     arguments = [
-        *("--model", tiny_pair[0], "--workload", str(workload), "--db", str(db)),
+        *("--model", tiny_pair[0], "--workload", str(workload)),
         *("--max-new-tokens", "16", "--json", "--dtype", "float32"),
         *("--strategies", "prompt_lookup", "--trials", "60", "--budget", "5m"),
     ]
-    workers = [start(*arguments, "--worker") for _ in range(2)]
-    leader = start(*arguments)
+    workers = [start(*arguments, "--worker", "--db", theirs) for _ in range(2)]
+    leader = start(*arguments, "--db", db)
     deadline = time.monotonic() + 240
-    while len(stored(db)) < 5 and time.monotonic() < deadline:
+    while len(stored(url)) < 5 and time.monotonic() < deadline:
         assert leader.poll() is None, leader.communicate()
         time.sleep(0.05)
     workers[0].kill()
@@ -62,11 +86,30 @@ def test_workers_share_the_search_and_one_that_dies_is_made_good(
     result = json.loads(out)
     assert json.loads(worked)["run"] == result["run"]
     assert json.loads(worked)["worked"] >= 1
-    trials = Counter(params for params, _ in stored(db))
+    trials = Counter(params for params, _ in stored(url))
     assert set(trials.values()) == {1}
-    assert len({number for _, number in stored(db)}) == len(trials) <= 60
+    assert len({number for _, number in stored(url)}) == len(trials) <= 60
     (found,) = result["classes"]
     assert all(r["identical"] == r["prompts"] for r in found["results"])
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("grpc://localhost", "a proxy's address is like"),
+        ("grpc://localhost:x", "a proxy's address is like"),
+        ("grpc://localhost:1/x", "a proxy's address is like"),
+        ("grpc://localhost:1", "nobody answers.*profiles serve"),
+    ],
+)
+def test_a_bad_proxy_is_one_line_with_the_way_out(
+    url: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("grpc", reason="needs adaptspec[grpc]")
+    monkeypatch.setattr("adaptspec_tuner.remote.CONNECT_SECONDS", 0.5)
+    with pytest.raises(AdaptSpecError, match=rule) as caught:
+        open_remote(url)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_worker_joins_no_other_run_and_says_what_must_be_equal(

@@ -126,7 +126,15 @@ def parse_memory(text: str) -> int:
 @click.option(
     "--worker",
     is_flag=True,
-    help="Run trials of an equal tune, started elsewhere on the same --db.",
+    help="Run trials of an equal tune, started elsewhere on the same --db, or on what "
+    "`profiles serve` serves (grpc://HOST:PORT).",
+)
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="auto",
+    help="Run trials on a Ray cluster's nodes of this machine's kind.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
@@ -153,6 +161,7 @@ def tune(
     baselines: bool,
     fresh: bool,
     worker: bool,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Find the fastest lossless strategy for each class of your prompts.
@@ -199,6 +208,7 @@ def tune(
                 baselines=baselines,
                 fresh=fresh,
                 worker=worker,
+                ray=ray,
                 host=host,
                 progress=Progress(errors, time.monotonic),
             )

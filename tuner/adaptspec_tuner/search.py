@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adaptspec.errors import AdaptSpecError
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import SPEED, Trial
 from adaptspec_tuner.profiler import PLAIN_SETTING, Measurer, Sample, Setting
 from adaptspec_tuner.space import distributions
 from adaptspec_tuner.studies import Study
+from adaptspec_tuner.trials import Job, run_trial
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -44,6 +42,20 @@ class TrialStore(Protocol):
         """Keep a run's JSON record."""
 
 
+class TrialPool(Protocol):
+    """Runs trials elsewhere, several at a time."""
+
+    @property
+    def size(self) -> int:
+        """How many run at once; 0 where nobody is left."""
+
+    def submit(self, job: Job) -> None:
+        """Begin a trial."""
+
+    def next(self) -> tuple[Job, Trial, Sequence[str]]:
+        """Wait for any begun trial: what came of it, and what is to be warned of."""
+
+
 Say = Callable[[str], None]
 Doing = Callable[[str], None]
 
@@ -54,6 +66,7 @@ class Arm:
 
     Args:
         predicted: Setting key -> the ratio to plain decoding that a replay promised.
+        running: Number -> setting of the trials that this process began.
     """
 
     prompt_class: str
@@ -65,6 +78,12 @@ class Arm:
     trials: list[Trial] = field(default_factory=list)
     predicted: Mapping[str, float] = field(default_factory=dict)
     exhausted: bool = False
+    running: dict[int, dict[str, Scalar]] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial of it was begun."""
+        return not (self.trials or self.running or self.exhausted)
 
     @property
     def best(self) -> Trial | None:
@@ -81,7 +100,7 @@ class Arm:
         """Whether it needs no more trials; of a slow arm ``hopeless`` are enough."""
         if self.ratio < HOPELESS:
             most = min(most, hopeless)
-        return self.exhausted or len(self.trials) >= most
+        return self.exhausted or len(self.trials) + len(self.running) >= most
 
 
 class Search:
@@ -97,6 +116,7 @@ class Search:
         objective: What a trial's ratio to plain decoding is about.
         storage: Optuna's, where the studies are kept; None keeps them in memory.
         labels: Shown by Optuna's tools with each study.
+        pool: Runs trials in place of ``measurer``, several at a time.
     """
 
     def __init__(
@@ -114,7 +134,9 @@ class Search:
         objective: str = SPEED,
         storage: BaseStorage | None = None,
         labels: Mapping[str, str] | None = None,
+        pool: TrialPool | None = None,
     ) -> None:
+        self._pool = pool
         self._objective, self._storage = objective, storage
         self._labels = dict(labels or {})
         self._hopeless = hopeless
@@ -147,7 +169,7 @@ class Search:
         Args:
             promising: Replayed trials whose settings are to be tried first.
         """
-        trials = self._stored(prompt_class, strategy.name)
+        trials = self._trials(prompt_class, strategy.name)
         study = Study(
             strategy.Params,
             trials,
@@ -180,6 +202,8 @@ class Search:
 
     def search(self) -> list[Arm]:
         """Try settings until time or ideas run out; the arms that got no trial."""
+        if self._pool is not None:
+            self._search_on(self._pool)
         for arm in self.arms:
             if not arm.trials and self._in_time():
                 self._try(arm)
@@ -187,7 +211,7 @@ class Search:
             self._try(promising)
         if self._storage is not None:
             for arm in self.arms:
-                arm.trials = self._stored(arm.prompt_class, arm.name)
+                arm.trials = self._stored(arm)
         return [arm for arm in self.arms if not arm.trials]
 
     def _next(self) -> Arm | None:
@@ -199,11 +223,20 @@ class Search:
 
         def spent(arm: Arm) -> float:
             share = arm.ratio / lead[arm.prompt_class] if arm.ratio else 0.1
-            return len(arm.trials) / max(0.01, share**4)
+            return (len(arm.trials) + len(arm.running)) / max(0.01, share**4)
 
         return min(opened, key=spent, default=None)
 
-    def _stored(self, prompt_class: str, name: str) -> list[Trial]:
+    def _stored(self, arm: Arm) -> list[Trial]:
+        """The arm's trials, with those that workers told the study alone."""
+        stored = self._trials(arm.prompt_class, arm.name)
+        if not (told := arm.study.told(stored)):
+            return stored
+        for trial in told:
+            self._store.add_trial(trial)
+        return self._trials(arm.prompt_class, arm.name)
+
+    def _trials(self, prompt_class: str, name: str) -> list[Trial]:
         return [
             t
             for t in self._store.trials(self._run)
@@ -211,20 +244,35 @@ class Search:
         ]
 
     def _try(self, arm: Arm) -> None:
+        begun = self._begin(arm)
+        if begun is None:
+            return
+        asked, job = begun
+        self._doing(f"{arm.prompt_class}: {arm.name}, trial {asked.number + 1}")
+        trial = run_trial(
+            self._measurer,
+            job,
+            lambda step, ratio: arm.study.report(asked, step, ratio),
+            self._warn,
+        )
+        self._finish(arm, asked, trial)
+
+    def _begin(self, arm: Arm) -> tuple[Asked, Job] | None:
+        """A setting that nobody tried or tries; None where there is none."""
         for _ in range(DUPLICATES):
             if self._storage is not None:  # others may have finished some, or died
-                arm.trials = self._stored(arm.prompt_class, arm.name)
-                arm.study.repair(arm.trials)
+                arm.trials = self._stored(arm)
+                arm.study.repair(arm.trials, keep=arm.running)
             asked, params = arm.study.ask()
-            begun = arm.study.begun_elsewhere(asked)
+            begun = {**arm.study.begun_elsewhere(asked), **arm.running}
             if self._storage is not None:
-                arm.trials = self._stored(arm.prompt_class, arm.name)
+                arm.trials = self._stored(arm)
                 for trial in arm.trials:
                     begun.pop(trial.number, None)
             if len(arm.trials) + len(begun) >= self._most:
                 arm.study.withdraw(asked)
                 arm.exhausted = True
-                return
+                return None
             known = next((t for t in arm.trials if dict(t.params) == params), None)
             if known is not None:
                 arm.study.tell(asked, known)
@@ -234,10 +282,26 @@ class Search:
                 break
         else:
             arm.exhausted = True
-            return
-        trial = self._measure(arm, params, asked)
+            return None
+        arm.running[asked.number] = params
+        key = Setting(arm.name, params).key
+        return asked, Job(
+            self._run,
+            arm.prompt_class,
+            arm.name,
+            asked.number,
+            arm.params,
+            params,
+            arm.prompts,
+            arm.plain,
+            self._objective,
+            arm.predicted.get(key),
+        )
+
+    def _finish(self, arm: Arm, asked: Asked, trial: Trial) -> None:
         self._store.add_trial(trial)
         self.finished += 1
+        del arm.running[asked.number]
         arm.trials.append(trial)
         arm.study.tell(asked, trial)
         last = arm.trials[-FAILURES:]
@@ -245,70 +309,28 @@ class Search:
         if failing or not distributions(arm.params):
             arm.exhausted = True
 
-    def _measure(
-        self,
-        arm: Arm,
-        params: Mapping[str, Scalar],
-        asked: Asked,
-    ) -> Trial:
-        detail: dict[str, Any] = {"ratios": [], "running": [], "near_ties": 0}
-        speeds: list[float] = []
-        setting = Setting(arm.name, params)
-        if setting.key in arm.predicted:
-            detail["predicted"] = arm.predicted[setting.key]
-        self._measurer.forget()
-        self._doing(f"{arm.prompt_class}: {arm.name}, trial {asked.number + 1}")
-
-        def finished(state: str) -> Trial:
-            value = median(speeds) if speeds and state != "failed" else None
-            if detail["running"]:
-                detail["ratio"] = detail["running"][-1]
-            return Trial(
-                self._run,
-                arm.prompt_class,
-                arm.name,
-                asked.number,
-                dict(params),
-                state,
-                value,
-                detail,
-            )
-
-        for step, prompt in enumerate(arm.prompts):
-            plain = arm.plain[prompt.id]
-            try:
-                arm.params.parse(params, arm.name)
-                sample = self._measurer.measure(setting, prompt)
-            # A third party's strategy may raise anything; the search goes on.
-            except Exception as error:
-                detail["error"] = f"{type(error).__name__}: {error}"
-                if not isinstance(error, AdaptSpecError):
-                    self._warn(f"{arm.name} {dict(params)} failed: {detail['error']}")
-                return finished("failed")
-            agreement = self._measurer.agreement(prompt, plain.tokens, sample.tokens)
-            if agreement == "mismatch":
-                detail["error"] = f"mismatch: prompt {prompt.id!r}"
-                self._warn(
-                    f"NOT LOSSLESS: {arm.name} {dict(params)} changed the output of "
-                    f"prompt {prompt.id!r}; the setting is disqualified"
-                )
-                return finished("failed")
-            detail["near_ties"] += agreement == "near_tie"
-            speeds.append(sample.speed)
-            detail["ratios"].append(sample.gain(plain, self._objective))
-            running = _geometric_mean(detail["ratios"])
-            detail["running"].append(running)
-            slow = arm.study.report(asked, step, running)
-            if slow and step + 1 < len(arm.prompts):
-                return finished("pruned")
-        return finished("complete")
+    def _search_on(self, pool: TrialPool) -> None:
+        """Keep every worker of ``pool`` busy until time or ideas run out."""
+        busy: dict[Job, tuple[Arm, Asked]] = {}
+        while True:
+            while len(busy) < pool.size and self._in_time():
+                arm = next((a for a in self.arms if a.untouched), None) or self._next()
+                if arm is None:
+                    break
+                if (begun := self._begin(arm)) is not None:
+                    asked, job = begun
+                    busy[job] = (arm, asked)
+                    pool.submit(job)
+            if not busy:
+                return
+            self._doing(f"{len(busy)} trials on the cluster")
+            job, trial, warnings = pool.next()
+            for text in warnings:
+                self._warn(text)
+            arm, asked = busy.pop(job)
+            self._finish(arm, asked, trial)
 
 
 def plain_key(prompt_class: str, prompt_id: str) -> str:
     """Under which a run's plain decoding of a prompt is kept."""
     return f"plain/{prompt_class}/{prompt_id}"
-
-
-def _geometric_mean(ratios: Sequence[float]) -> float:
-    # A prompt whose draft run ended at once has speed 0.
-    return math.exp(sum(math.log(max(r, 1e-6)) for r in ratios) / len(ratios))

@@ -14,8 +14,9 @@ import platform
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.params import Params, Scalar
@@ -36,6 +37,7 @@ FIRST_TRIALS = 4  # at random, before the sampler models anything
 
 # Names of a trial's user attributes.
 SETTING, WORKER, BEAT, LOST = "setting", "worker", "beat", "lost"
+RESULT = "result"  # a trial whole, for workers that don't reach the store
 
 
 class Study:
@@ -112,7 +114,7 @@ class Study:
 
     def tell(self, asked: optuna.trial.Trial, trial: Trial) -> None:
         """What came of it: ``trial``, or one of the same setting."""
-        self._tell(asked.number, trial)
+        self._tell(asked.number, asked._trial_id, trial)
 
     def withdraw(self, asked: optuna.trial.Trial) -> None:
         """Give it up; it doesn't count."""
@@ -140,16 +142,34 @@ class Study:
             if SETTING in frozen.user_attrs
         }
 
-    def repair(self, trials: Sequence[Trial]) -> None:
+    def told(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials that workers without a way to the store finished in the study alone.
+
+        Args:
+            trials: What the store has.
+        """
+        if not self._shared:
+            return []
+        stored = {trial.number for trial in trials}
+        return [
+            trial_of(frozen.user_attrs[RESULT])
+            for frozen in self._study.get_trials(deepcopy=False)
+            if frozen.number not in stored and RESULT in frozen.user_attrs
+        ]
+
+    def repair(self, trials: Sequence[Trial], keep: Container[int] = ()) -> None:
         """Tell the study what is finished, and give back what dead processes began.
 
-        Between trials only: what this process began and didn't finish, it gave up.
+        Args:
+            keep: Numbers that this process is at; what else it began, it gave up.
         """
         stored = {trial.number: trial for trial in trials}
         for frozen in self._running():
             ours = frozen.user_attrs.get(WORKER) == self._worker
+            if frozen.number in keep:
+                continue
             if frozen.number in stored:
-                self._tell(frozen.number, stored[frozen.number])
+                self._tell(frozen.number, frozen._trial_id, stored[frozen.number])
             elif ours or not self._lives(frozen):
                 self._lose(frozen.number, frozen._trial_id)
                 setting = frozen.user_attrs.get(SETTING)
@@ -216,9 +236,13 @@ class Study:
             self._beaten = now
             asked.set_user_attr(BEAT, now)
 
-    def _tell(self, number: int, trial: Trial) -> None:
+    def _tell(self, number: int, trial_id: int, trial: Trial) -> None:
         # Another process may have made it good.
         with quiet(), suppress(ValueError, _finished_already()):
+            if self._shared and trial.number == number:
+                self._study._storage.set_trial_user_attr(
+                    trial_id, RESULT, asdict(trial)
+                )
             if trial.state == "complete":
                 self._study.tell(number, float(trial.detail["ratio"]))
             else:
@@ -230,6 +254,11 @@ class Study:
         with quiet(), suppress(ValueError, _finished_already()):
             self._study._storage.set_trial_user_attr(trial_id, LOST, True)
             self._study.tell(number, state=optuna.trial.TrialState.FAIL)
+
+
+def trial_of(record: Mapping[str, Any]) -> Trial:
+    """The trial that ``asdict`` made ``record`` of."""
+    return Trial(**record)
 
 
 def this_process() -> str:

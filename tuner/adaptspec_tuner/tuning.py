@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.classify import KEY as CLASSIFIER
 from adaptspec.classify import Classifier
@@ -27,9 +28,15 @@ from adaptspec.profile import (
 )
 from adaptspec.selector import FEWEST_PROMPTS, select, stale_versions
 from adaptspec_tuner.bootstrap import overall
-from adaptspec_tuner.classes import classified, discover, probed, replayed_gains
+from adaptspec_tuner.classes import (
+    classified,
+    discover,
+    known_only,
+    probed,
+    replayed_gains,
+)
 from adaptspec_tuner.confirm import Confirmed, as_record, confirm
-from adaptspec_tuner.presearch import presearch
+from adaptspec_tuner.presearch import as_records, presearch
 from adaptspec_tuner.profiler import (
     PLAIN_SETTING,
     Measurer,
@@ -38,10 +45,11 @@ from adaptspec_tuner.profiler import (
     Setting,
 )
 from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.remote import SCHEME, RemoteStore, open_remote
 from adaptspec_tuner.report import ClassResult, TuneResult
-from adaptspec_tuner.search import HOPELESS, Arm, Search
+from adaptspec_tuner.search import HOPELESS, Arm, Search, TrialPool
 from adaptspec_tuner.spending import Spending
-from adaptspec_tuner.workers import close_search, open_search, work
+from adaptspec_tuner.workers import KeepsStudies, close_search, open_search, work
 from adaptspec_tuner.workloads import (
     DEFAULT_CLASS,
     Prompt,
@@ -71,14 +79,6 @@ REPLAY_SHARE = 0.15  # of the search, for trials without the target
 
 
 EXAMPLE_TOKENS = 48
-
-
-@runtime_checkable
-class KeepsStudies(Protocol):
-    """A store with room for Optuna's own tables."""
-
-    def studies(self) -> Any:
-        """Optuna's storage."""
 
 
 class Interrupted(AdaptSpecError):
@@ -119,6 +119,7 @@ def tune(
     baselines: bool = False,
     fresh: bool = False,
     worker: bool = False,
+    ray: str | None = None,
     host: Host | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -141,6 +142,8 @@ def tune(
         baselines: Measure other engines beside, on untouched copies of the models.
         fresh: Forget what an earlier run with these options measured.
         worker: Only run trials of another process's equal tune, which leads.
+        ray: Address of a Ray cluster (``auto``: this machine's) whose nodes of this
+            one's kind run the trials; the models must be paths that they have, too.
 
     Raises:
         AdaptSpecError: for bad options, a bad workload or a model that won't load.
@@ -206,7 +209,18 @@ def tune(
             unavailable[baseline.name] = reason
         else:
             compared.append(Setting(baseline.name, _defaults(baseline), baseline=True))
-    store = host.open_store(db) if db is None or isinstance(db, str) else db
+    if ray is not None and (worker or not _are_paths(model, draft_model)):
+        raise AdaptSpecError(
+            "ray takes models by path, which every node loads, and no --worker, which "
+            "is another way to share trials"
+        )
+    store = _opened(host, db)
+    if isinstance(store, RemoteStore) and not worker:
+        store.close()
+        raise AdaptSpecError(
+            f"{store.url} is a proxy for --worker; the tune that leads takes the "
+            "database itself with --db"
+        )
     environment = environment_of(target, draft)
     profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft, max_memory)
     progress = progress or Progress(None, clock)
@@ -222,7 +236,7 @@ def tune(
             store_costs(store, environment, costs)
         use_costs(costs, target, draft)
         recordings = {p.id: profiler.recording(p, s.tokens) for p, s in plain}
-        return Replayer(engine, host, costs.target, recordings)
+        return Replayer(engine, host, costs.target, recordings, costs.draft)
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if objective != SPEED:
@@ -265,7 +279,31 @@ def tune(
         finally:
             if store is not db:
                 store.close()
+    pool = None
     try:
+        if ray is not None:
+            from adaptspec_tuner.cluster import RayPool, bench, place_of
+
+            progress.doing("starting workers", started + budget - clock())
+            loading = {
+                "dtype": dtype,
+                "device": device,
+                "heads": [str(folder) for folder in heads],
+                "max_new_tokens": max_new_tokens,
+                "max_memory": max_memory,
+            }
+            pool = RayPool(
+                ray,
+                functools.partial(
+                    bench,
+                    str(model),
+                    None if draft_model is None else str(draft_model),
+                    loading,
+                    environment.threads,
+                ),
+                place_of(environment),
+                progress.say,
+            )
         return tune_with(
             profiler,
             [c for c in chosen if c.name not in unavailable],
@@ -286,8 +324,11 @@ def tune(
             fresh=fresh,
             progress=progress,
             replayer=replayer,
+            pool=pool,
         )
     finally:
+        if pool is not None:
+            pool.close()
         if store is not db:
             store.close()
 
@@ -314,6 +355,7 @@ def tune_with(
     started: float | None = None,
     replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None]
     | None = None,
+    pool: TrialPool | None = None,
 ) -> TuneResult:
     """The same with everything that touches a model, clock or disk passed in.
 
@@ -322,6 +364,7 @@ def tune_with(
         discovered: Whether classes are discovered; those declared are left aside.
         deadline: Infinite where ``budget_trials`` is the budget.
         started: When loading began.
+        pool: Runs the search's trials in place of ``measurer``.
     """
     run = run_id(environment, workload, {**(options or {}), "seed": seed})
     if fresh:
@@ -355,7 +398,7 @@ def tune_with(
     search_end, plain_end = before(CONFIRM_SHARE), before(1 - PLAIN_SHARE)
 
     def in_time() -> bool:
-        tried = sum(len(arm.trials) for arm in search.arms)
+        tried = sum(len(arm.trials) + len(arm.running) for arm in search.arms)
         return clock() < search_end and (budget_trials is None or tried < budget_trials)
 
     search = Search(
@@ -370,6 +413,7 @@ def tune_with(
         objective=objective,
         storage=store.studies() if isinstance(store, KeepsStudies) else None,
         labels={"model": environment.model_name, "workload": workload.name},
+        pool=pool,
     )
     if changed := _stale(store, environment):
         warn(changed)
@@ -398,7 +442,12 @@ def tune_with(
                     seed=seed,
                 )
                 tuning = classified(tuning, classifier)
-                held_out = _known(classified(held_out, classifier), tuning)
+                held_out, strange = known_only(classified(held_out, classifier), tuning)
+                if strange:
+                    warn(
+                        f"{len(strange)} of the held-out prompts are of no class that "
+                        f"was tuned on, and decoded plainly: {', '.join(strange)}"
+                    )
                 recorded = [p for p in tuning.prompts if p.id in plain]
                 for line in classifier.describe():
                     warn(f"class {line}")
@@ -426,6 +475,8 @@ def tune_with(
                     seed=seed,
                 )
                 promising = tried.best
+                for key, record in as_records(tried).items():
+                    store.put_record(run, key, record)
                 warn(
                     f"replay: {tried.trials} settings tried without the target in "
                     f"{tried.seconds:.0f} s"
@@ -533,12 +584,6 @@ def tune_with(
 def _unclassed(workload: Workload) -> Workload:
     prompts = tuple(replace(p, prompt_class=DEFAULT_CLASS) for p in workload.prompts)
     return replace(workload, prompts=prompts)
-
-
-def _known(held_out: Workload, tuning: Workload) -> Workload:
-    """Without prompts of classes that nothing was tuned on, ``unknown`` among them."""
-    known = tuple(p for p in held_out.prompts if p.prompt_class in tuning.classes)
-    return replace(held_out, prompts=known)
 
 
 def _classifier(
@@ -727,6 +772,16 @@ def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
     ranked = sorted(found, key=lambda pair: -pair[0])
     worth = [pair for pair in ranked if pair[0] >= HOPELESS][:most] or ranked[:1]
     return [setting for _, setting in worth]
+
+
+def _opened(host: Host, db: str | ProfileStore | None) -> ProfileStore:
+    if isinstance(db, str) and db.startswith(f"{SCHEME}://"):
+        return open_remote(db)
+    return host.open_store(db) if db is None or isinstance(db, str) else db
+
+
+def _are_paths(*models: Any) -> bool:
+    return all(model is None or isinstance(model, str | Path) for model in models)
 
 
 def _chosen(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.profile import SPEED, ProfileStore
 from adaptspec_tuner.profiler import Measurer, Sample
+from adaptspec_tuner.remote import publish
 from adaptspec_tuner.search import Search, plain_key
 from adaptspec_tuner.workloads import DEFAULT_CLASS, Prompt, Workload
 
@@ -27,19 +28,46 @@ KEY = "search"
 POLL_SECONDS = 0.5
 
 
+@runtime_checkable
+class KeepsStudies(Protocol):
+    """A store with room for Optuna's own tables."""
+
+    def studies(self) -> Any:
+        """Optuna's storage."""
+
+
 def open_search(
     store: ProfileStore, run: str, prompts: Mapping[str, Sequence[Prompt]]
 ) -> None:
-    """Let workers join: these prompts of each class are tried."""
+    """Let workers join: these prompts of each class are tried.
+
+    Where studies are kept, what workers need is put beside them as well, for those that
+    see only the studies.
+    """
     classes = {name: [p.id for p in group] for name, group in prompts.items()}
-    store.put_record(run, KEY, {"open": True, "classes": classes})
+    known = {p.id: p for group in prompts.values() for p in group}
+    if isinstance(store, KeepsStudies):
+        plain = {
+            plain_key(name, key): record
+            for key, prompt in known.items()
+            for name in (prompt.prompt_class, DEFAULT_CLASS)
+            if (record := store.record(run, plain_key(name, key))) is not None
+        }
+        publish(store.studies(), run, plain)
+    _put(store, run, {"open": True, "classes": classes})
 
 
 def close_search(store: ProfileStore, run: str) -> None:
     """Let workers end after the trial at hand."""
     record = store.record(run, KEY)
     if record is not None and record["open"]:
-        store.put_record(run, KEY, {**record, "open": False})
+        _put(store, run, {**record, "open": False})
+
+
+def _put(store: ProfileStore, run: str, record: Mapping[str, Any]) -> None:
+    store.put_record(run, KEY, record)
+    if isinstance(store, KeepsStudies):
+        publish(store.studies(), run, {KEY: record})
 
 
 def work(
