@@ -171,6 +171,7 @@ def _study(storage: Any, name: str, create: bool = False) -> int | None:
         return int(storage.get_study_id_from_name(name))
     if not create:
         return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with suppress(optuna.exceptions.DuplicatedStudyError):
         direction = optuna.study.StudyDirection.MAXIMIZE
         return int(storage.create_new_study([direction], name))
