@@ -120,12 +120,15 @@ class Context:
             cut (the step itself emits one more).
         max_nodes: Most candidates the engine verifies in one step.
         step: Steps done before this one.
+        least: Chance of acceptance below which a candidate isn't worth one more forward
+            of a draft model; 0 where nobody knows.
     """
 
     ids: Sequence[int]
     room: int
     max_nodes: int
     step: int
+    least: float = 0.0
 
 
 @dataclass(frozen=True)

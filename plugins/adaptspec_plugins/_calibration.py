@@ -48,13 +48,21 @@ LEAST, MOST = 0.002, 0.995
 class Counts:
     """One member's accepted and seen nodes per evidence, old ones fading."""
 
-    def __init__(self, prior: float = PRIOR) -> None:
+    def __init__(
+        self, prior: float = PRIOR, known: Mapping[int, Sequence[float]] | None = None
+    ) -> None:
         self._prior = prior
         self.accepted = [0.0] * BUCKETS
         self.seen = [0.0] * BUCKETS
-        self._all_accepted = 0.0
-        self._all_seen = 0.0
-        self._base: torch.Tensor | None = None
+        for evidence, (accepted, seen) in (known or {}).items():
+            self.accepted[evidence], self.seen[evidence] = accepted, seen
+        self._all_accepted, self._all_seen = sum(self.accepted), sum(self.seen)
+        # What is in every process's counts and in no one's experience.
+        self._base: list[list[float]] | torch.Tensor | None = (
+            [list(pair) for pair in zip(self.accepted, self.seen, strict=True)]
+            if known
+            else None
+        )
 
     def chance(self, evidence: int) -> float:
         """Mean of the bucket's posterior, shrunk to the member's mean while thin."""
@@ -77,7 +85,10 @@ class Counts:
 
         known = torch.tensor([self.accepted, self.seen]).T.contiguous()
         if stored is not None:
-            others = stored if self._base is None else stored - self._base
+            base = self._base
+            if isinstance(base, list):
+                base = torch.tensor(base)
+            others = stored if base is None else stored - base
             known = known + others
             seen = known[:, 1].clamp(0.0, MOST_SEEN)
             share = (known[:, 0] / known[:, 1].clamp_min(1e-6)).clamp(0.0, 1.0)
@@ -115,11 +126,19 @@ class Calibration:
     Args:
         names: The members; marks carry their indices.
         models: Those of them that draft with a model.
+        prior: Member -> evidence -> accepted and seen, to begin with.
     """
 
-    def __init__(self, names: Sequence[str], models: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        models: Sequence[str] = (),
+        prior: Mapping[str, Mapping[int, Sequence[float]]] | None = None,
+    ) -> None:
+        prior = prior or {}
         self.counts = {
-            name: Counts(MODEL_PRIOR if name in models else PRIOR) for name in names
+            name: Counts(MODEL_PRIOR if name in models else PRIOR, prior.get(name))
+            for name in names
         }
         self._by_index = list(self.counts.values())
         # Who names the token, and how many at most name another -> bias, weights of

@@ -44,12 +44,14 @@ class DraftChain:
         ids: Sequence[int],
         count: int,
         after: Callable[[Sequence[int]], torch.Tensor],
+        least: float = 0.0,
     ) -> TokenTree:
         """A chain of up to ``count`` tokens behind ``ids``; its root alone below one.
 
         ``after(drafted)`` gives the draft's logits ``[vocab]`` after the tokens drafted
         so far; each call has one token more, the first none. Where probabilities are
-        asked for (``stop``), each node's evidence is its depth and its probability.
+        asked for (``stop``), each node's evidence is its depth and its probability, and
+        the chain ends, too, where it is all right with a probability below ``least``.
         """
         if count < 1:
             return TokenTree.root_only(ids[-1])
@@ -57,6 +59,7 @@ class DraftChain:
         drafted: list[int] = []
         laws: list[torch.Tensor] = []
         evidence = [0]
+        together = 1.0
         while True:
             token, confidence = self._next(tokens, after(drafted), laws)
             tokens.append(token)
@@ -64,7 +67,12 @@ class DraftChain:
             evidence.append(_evidence(len(drafted), confidence))
             # Stopping after the doubtful token, never before it: whether a token is
             # drafted must not depend on which token it is.
-            if len(drafted) == count or confidence < self._stop:
+            together *= confidence
+            if (
+                len(drafted) == count
+                or confidence < self._stop
+                or (self._stop > 0 and together < least)
+            ):
                 break
         law = Law.INDEPENDENT if self._sampled else Law.DETERMINISTIC
         tree = TokenTree.chain(ids[-1], drafted, law, laws)

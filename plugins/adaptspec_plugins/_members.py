@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.strategy import Needs, Outcome, Strategy, Target
 from adaptspec_plugins._calibration import Calibration
-from adaptspec_plugins._costs import MemberCost, Turns
+from adaptspec_plugins._costs import Exploration, MemberCost, Pace, Turns
+from adaptspec_plugins._prior import shipped
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,10 @@ class Members:
         self.calibration = Calibration(
             [cls.name for cls in joining],
             [cls.name for cls in joining if cls.needs_draft],
+            shipped(),
         )
+        self.exploration = Exploration()
+        self.pace = Pace()
 
     def __iter__(self) -> Iterator[Member]:
         """In the order of their indices."""
@@ -68,13 +72,15 @@ class Members:
 class Run:
     """One member's drafter in one sequence."""
 
-    def __init__(self, member: Member, target: Target) -> None:
+    def __init__(
+        self, member: Member, target: Target, exploration: Exploration
+    ) -> None:
         self.index = member.index
         self.name = member.strategy.name
         self.cost = member.cost
         self.drafter = member.strategy.start(target)
         self.needs = member.strategy.needs(target.model)
-        self.turns = Turns(member.cost)
+        self.turns = Turns(member.cost, exploration)
 
     def observe(self, outcome: Outcome) -> None:
         """Hand on the outcome with the hidden states that the member asked for."""

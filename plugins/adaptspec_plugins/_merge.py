@@ -165,10 +165,14 @@ class Plan:
     tokens: float
     seconds: float
 
-    @property
-    def rate(self) -> float:
-        """Expected tokens per second."""
-        return self.tokens / self.seconds
+    def worth(self, pace: float) -> float:
+        """Expected tokens beyond those that its time brings at ``pace``.
+
+        A step's own tokens per second would be the wrong measure: tokens that are dear
+        now may come cheaply with the next step. At the pace of all steps together, the
+        plans of most worth make the most tokens per second in the long run.
+        """
+        return self.tokens - pace * self.seconds
 
 
 def best_first(
@@ -190,21 +194,27 @@ def best_first(
 
 
 def best_tree(
-    nodes: Sequence[tuple[int, float]], seconds: Callable[[int], float], spent: float
+    nodes: Sequence[tuple[int, float]],
+    seconds: Callable[[int], float],
+    spent: float,
+    pace: float,
 ) -> Plan:
-    """As many of ``nodes`` as give the most tokens per second, perhaps none.
+    """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
     Args:
         nodes: From :func:`best_first`.
         seconds: Of a forward over so many rows, the root's included.
         spent: Seconds of the step outside the forward.
+        pace: Tokens per second of the steps around.
     """
     best = Plan((), 1.0, spent + seconds(1))
+    most = best.worth(pace)
     tokens = 1.0
     for size, (_, chance) in enumerate(nodes, 1):
         tokens += chance
         time = spent + seconds(1 + size)
-        if tokens * best.seconds > best.tokens * time:
+        if tokens - pace * time > most:
+            most = tokens - pace * time
             best = Plan(nodes[:size], tokens, time)
     return best
 
@@ -215,8 +225,9 @@ def best_chain(
     most: int,
     seconds: Callable[[int], float],
     spent: float,
+    pace: float,
 ) -> Plan:
-    """The path that gives the most tokens per second, perhaps none."""
+    """The path that is worth most at ``pace``, perhaps none."""
     best, end = Plan((), 1.0, spent + seconds(1)), 0
     chances, tokens = {0: 1.0}, {0: 1.0}
     for node in range(len(candidates)):
@@ -225,7 +236,7 @@ def best_chain(
             tokens[child] = tokens[node] + chances[child]
         time = spent + seconds(1 + candidates.depths[node])
         if candidates.depths[node] <= most and (
-            tokens[node] * best.seconds > best.tokens * time
+            tokens[node] - pace * time > best.worth(pace)
         ):
             best, end = Plan((), tokens[node], time), node
     nodes: list[tuple[int, float]] = []

@@ -92,4 +92,4 @@ class _ChainDrafter(Drafter):
             return self._sequence.extend(drafted[-1:], [len(drafted) - 1])[0]
 
         count = min(self._k, self._sequence.room(context))
-        return self._chain.draft(context.ids, count, after)
+        return self._chain.draft(context.ids, count, after, context.least)

@@ -7,6 +7,7 @@ while decoding and node by node, so any drafter can join.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ from adaptspec.strategy import (
     TokenTree,
 )
 from adaptspec_plugins._calibration import Calibration, Marks
-from adaptspec_plugins._costs import ForwardCost, Mean
+from adaptspec_plugins._costs import Exploration, ForwardCost, Mean, Pace
 from adaptspec_plugins._members import Member, Members, Run, union
 from adaptspec_plugins._merge import (
     Candidates,
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
     import torch
 
     from adaptspec.models import LanguageModel
+
+
+# Tokens of a prompt that are read at about the speed of so many in one forward.
+BLOCK = 64
+
+
+# A step counts for the pace as so many plain ones at most: strays and first calls.
+MOST_STEPS = 6.0
 
 
 class HybridParams(Params):
@@ -61,7 +70,7 @@ class Hybrid(Strategy):
     summary = "merges several drafters' proposals in one tree of what pays here"
     reference = "arXiv:2411.10666"
     Params = HybridParams
-    knowledge = 1
+    knowledge = 2  # 1 had no counts to begin with
     params: HybridParams
 
     def __init__(self, params: Any = None) -> None:
@@ -97,6 +106,8 @@ class Hybrid(Strategy):
             target,
             members,
             self._members.calibration,
+            self._members.exploration,
+            self._members.pace,
             self._forward[1],
             self.params.max_nodes,
         )
@@ -136,15 +147,21 @@ class _HybridDrafter(Drafter):
         target: Target,
         members: Sequence[Member],
         calibration: Calibration,
+        exploration: Exploration,
+        pace: Pace,
         forward: ForwardCost,
         max_nodes: int,
     ) -> None:
         self._clock = target.clock
         self._trees = target.trees
         self._calibration = calibration
+        self._exploration = exploration
         self._forward = forward
         self._max_nodes = max_nodes
         self._shifts = calibration.fresh()
+        self._all, self._pace = pace, pace.fresh()
+        self._rate = 0.0
+        self._began = 0.0
         self._observing = Mean()
         self._candidates: Candidates | None = None
         self._plan: Plan | None = None
@@ -153,13 +170,13 @@ class _HybridDrafter(Drafter):
         self._runs: list[Run] = []
         try:
             for member in members:
-                self._runs.append(Run(member, target))
+                self._runs.append(Run(member, target, exploration))
         except BaseException:
             self.close()
             raise
 
     def propose(self, context: Context) -> TokenTree:
-        began = self._clock()
+        began = self._began = self._clock()
         candidates = Candidates(context.ids[-1], context.room - 1)
         self._candidates, self._asked = candidates, []
         most = min(self._max_nodes, context.max_nodes)
@@ -167,6 +184,8 @@ class _HybridDrafter(Drafter):
         if most < 1 or context.room < 2:
             return self._send(TokenTree.root_only(context.ids[-1]))
         plain = self._forward(1)
+        # Not below plain decoding's, which is there for the asking.
+        self._rate = max(self._pace.tokens, 1.0) / plain
         costly = []
         for run in self._runs:
             if run.cost.is_costly(plain):
@@ -177,13 +196,16 @@ class _HybridDrafter(Drafter):
                 self._ask(run, context)
         plan = self._best(most, self._clock() - began)
         for run in costly:
-            if not run.turns.wants_call(plan, context.room, len(context.ids)):
+            length = len(context.ids)
+            unread = length * self._forward(BLOCK) / BLOCK
+            if not run.turns.wants_call(plan, self._rate, context.room, length, unread):
                 run.turns.skipped()
                 continue
             spent = self._ask(run, context)
             before, plan = plan, self._best(most, self._clock() - began)
-            run.turns.judged(before, plan, spent)
+            run.turns.judged(before, plan, spent, self._rate)
         self._plan = plan
+        self._exploration.passed(plan.seconds)
         return self._send(candidates.tree(plan.nodes))
 
     def observe(self, outcome: Outcome) -> None:
@@ -195,7 +217,12 @@ class _HybridDrafter(Drafter):
         for run in self._runs:
             run.observe(outcome)
         if outcome.tree is not None:
-            self._observing.add_seconds(self._clock() - began)
+            now = self._clock()
+            self._observing.add_seconds(now - began)
+            if self._plan is not None:
+                steps = (now - self._began) / self._forward(1)
+                for pace in (self._all, self._pace):
+                    pace.add(len(outcome.emitted), min(steps, MOST_STEPS))
 
     def close(self) -> None:
         for run in self._runs:
@@ -204,11 +231,12 @@ class _HybridDrafter(Drafter):
     def _ask(self, run: Run, context: Context) -> float:
         """Merge a member's proposal; seconds it took."""
         assert self._candidates is not None
+        least = self._rate * run.cost.forward.value
         began = self._clock()
-        tree = run.drafter.propose(context)
+        tree = run.drafter.propose(dataclasses.replace(context, least=least))
         seconds = self._clock() - began
         self._candidates.add(tree, run.index, run.name)
-        run.turns.called(seconds, len(context.ids))
+        run.turns.called(seconds, len(context.ids), tree.proposed)
         self._asked.append(run)
         return seconds
 
@@ -217,10 +245,10 @@ class _HybridDrafter(Drafter):
         spent += self._observing.value
         if not self._trees:
             return best_chain(
-                self._candidates, self._chance, most, self._forward, spent
+                self._candidates, self._chance, most, self._forward, spent, self._rate
             )
         nodes = best_first(self._candidates, self._chance, most)
-        return best_tree(nodes, self._forward, spent)
+        return best_tree(nodes, self._forward, spent, self._rate)
 
     def _chance(self, marks: Marks, rival: Marks) -> float:
         return self._calibration.chance(marks, rival, self._shifts)

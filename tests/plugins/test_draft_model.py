@@ -16,6 +16,7 @@ from adaptspec.decoding.sampling import Sampler
 from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.models import LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
+from adaptspec_plugins._draft_chain import DraftChain
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft_model import DraftModel, DraftModelParams
 
@@ -214,3 +215,20 @@ def test_no_deeper_than_the_room_left(
 ) -> None:
     drafter = start(target, draft, Controls.greedy(9), k=4)
     assert drafter.propose(Context(prompt, room, nodes, 0)).proposed == drafted
+
+
+def test_a_chain_that_measures_its_doubt_ends_where_another_token_isnt_worth_it() -> (
+    None
+):
+    sampler = Sampler(Processors(Controls(), 1, torch.device("cpu")), 0)
+    chain = DraftChain(sampler, "coupled", stop=0.1)
+    logits = torch.tensor([1.0, 0.0]).log().clamp_min(-50)
+    halves = torch.zeros(2)
+
+    def length(law: torch.Tensor, least: float) -> int:
+        return chain.draft([0], 6, lambda drafted: law, least).proposed
+
+    assert length(halves, 0.0) == 6
+    assert length(halves, 0.3) == 2  # 0.5, 0.25
+    assert length(halves, 0.6) == 1
+    assert length(logits, 0.9) == 6
