@@ -41,6 +41,7 @@ class Corpus:
         self._folder, self._hidden, self._dtype = folder, hidden_size, dtype
         self.examples: list[Example] = []
         self.batches = 0
+        self.seconds = 0.0  # that answering took, in all processes
         self._first: list[int] = []  # row of each example's first position
         self._rows = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +59,15 @@ class Corpus:
         return self._hidden > 0
 
     def append(
-        self, examples: Sequence[Example], features: Sequence[torch.Tensor]
+        self,
+        examples: Sequence[Example],
+        features: Sequence[torch.Tensor],
+        seconds: float = 0.0,
     ) -> None:
         """Add a finished batch; a kill leaves all of it or nothing.
+
+        Args:
+            seconds: That it took.
 
         Raises:
             TrainingError: if the disk would be full.
@@ -88,7 +95,8 @@ class Corpus:
                 {"id": example.id, "tokens": example.tokens, "spans": example.spans}
             )
         self.batches += 1
-        end = {"batch": self.batches, "rows": self._rows}
+        self.seconds += seconds
+        end = {"batch": self.batches, "rows": self._rows, "seconds": seconds}
         with (self._folder / ANSWERS).open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in [*lines, end]))
             file.flush()
@@ -139,6 +147,7 @@ class Corpus:
                 for example in waiting:
                     self._take(example)
                 waiting, good, self.batches = [], size, int(row["batch"])
+                self.seconds += float(row["seconds"])
                 if self._rows != row["rows"]:
                     raise ValueError(f"batch {self.batches} counts other rows")
         except (ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,15 @@ class _Run:
             chunk=options.chunk,
             autocast=autocast,
         )
-        identity = digest([made_by, asdict(options), str(autocast), target.digest])
+        identity = digest(
+            [
+                made_by,
+                len(corpus.examples),
+                asdict(options),
+                str(autocast),
+                target.digest,
+            ]
+        )
         with self._spending("heads"):
             log = self._trainer(trainee, corpus, train, held_out, "heads", identity)
         batches = in_batches(corpus.examples, held_out, options.batch_tokens)
@@ -230,30 +239,31 @@ class _Run:
         encoded.sort(key=lambda item: (len(item[1]), item[0]))
         groups = [encoded[i : i + size] for i in range(0, len(encoded), size)]
         groups.sort(key=lambda group: digest([options.seed, group[0][0]]))
-        began = self._clock()
+        done_before, spent_before = corpus.batches, corpus.seconds
         for at in range(corpus.batches, len(groups)):
-            spent = self._clock() - began
-            if options.answer_seconds is not None and spent >= options.answer_seconds:
+            # Of all processes: a run that continues another has no new budget.
+            budget = options.answer_seconds
+            if budget is not None and corpus.seconds >= budget:
                 self._progress.say(
                     f"{at} of {len(groups)} batches answered in the time given"
                 )
                 break
-            done = at - corpus.batches if at > corpus.batches else 0
-            each = spent / max(1, done)
-            left = each * (len(groups) - at) if done else float("inf")
+            each = (corpus.seconds - spent_before) / max(1, at - done_before)
+            left = each * (len(groups) - at) if at > done_before else float("inf")
             self._progress.doing(
                 f"answering, {corpus.positions} tokens so far, "
                 f"batch {at + 1} of {len(groups)}",
                 left,
             )
             group = groups[at]
+            began = self._clock()
             with _memory("--answer-batch"):
                 made = answers.answer(
                     [name for name, _, _ in group],
                     [ids for _, ids, _ in group],
                     [limit for _, _, limit in group],
                 )
-                corpus.append(*made)
+            corpus.append(*made, seconds=self._clock() - began)
 
     def _read(self, corpus: Corpus, prompts: Sequence[tuple[str, Prompt]]) -> None:
         size = self._options.answer_batch
@@ -440,7 +450,7 @@ class _Run:
         }
 
     def _spending(self, name: str) -> Any:
-        return _Spending(self._spent, name, self._clock)
+        return _spending(self._spent, name, self._clock)
 
     def _stores(self, tokens: int) -> bool:
         choice = self._options.features
@@ -489,37 +499,29 @@ class _Frozen(HeadsTrainee):
         return found
 
 
-class _Spending:
-    """Adds the seconds inside to a named sum."""
-
-    def __init__(
-        self, spent: dict[str, float], name: str, clock: Callable[[], float]
-    ) -> None:
-        self._spent, self._name, self._clock = spent, name, clock
-        self._began = 0.0
-
-    def __enter__(self) -> None:
-        self._began = self._clock()
-
-    def __exit__(self, *_: object) -> None:
-        spent = self._clock() - self._began
-        self._spent[self._name] = self._spent.get(self._name, 0.0) + spent
-
-
-class _memory:
+@contextmanager
+def _memory(option: str) -> Iterator[None]:
     """Inside, running out of memory says which option to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory ran out; lower {option}, or use a smaller model"
+        ) from error
 
-    def __init__(self, option: str) -> None:
-        self._option = option
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is not None and is_out_of_memory(error):
-            raise TrainingError(
-                f"memory ran out; lower {self._option}, or use a smaller model"
-            ) from error
+@contextmanager
+def _spending(
+    spent: dict[str, float], name: str, clock: Callable[[], float]
+) -> Iterator[None]:
+    """Adds the seconds inside to a named sum."""
+    began = clock()
+    try:
+        yield
+    finally:
+        spent[name] = spent.get(name, 0.0) + clock() - began
 
 
 def _split(

@@ -24,6 +24,7 @@ from adaptspec.cli import build_cli
 from adaptspec.errors import TrainingError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
+from adaptspec.testing.fakes import FakeClock
 from adaptspec_plugins.heads.checkpoints import read_heads
 from adaptspec_training.options import Options
 from adaptspec_training.pipeline import train_medusa
@@ -273,6 +274,25 @@ def test_answers_are_kept_when_the_training_options_change(
     with pytest.raises(TrainingError, match="--fresh"):
         train_medusa(model, prompts, out, replace(QUICK, max_new_tokens=5))
     train_medusa(model, prompts, out, replace(QUICK, max_new_tokens=5), fresh=True)
+
+
+def test_a_budget_for_answers_is_not_granted_anew_to_a_run_that_continues(
+    target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
+) -> None:
+    model, out = target(), tmp_path / "out"
+    # Twelve prompts in batches of four; a second passes at each look at the clock.
+    options = replace(QUICK, answer_seconds=2.0)
+    first = train_medusa(
+        model, prompts, out, options, clock=FakeClock(tick=1.0)
+    ).report["training"]
+    weights = tensors(out)
+    again = train_medusa(
+        model, prompts, out, options, clock=FakeClock(tick=1.0)
+    ).report["training"]
+    assert first["examples"] + first["held_out_examples"] == 8
+    assert again["examples"] == first["examples"]
+    for name, tensor in tensors(out).items():
+        assert torch.equal(tensor, weights[name])
 
 
 @pytest.mark.parametrize(
