@@ -16,7 +16,13 @@ from adaptspec.profile import Environment
 from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.classes import FEWEST, classified, discover, probed
+from adaptspec_tuner.classes import (
+    FEWEST,
+    classified,
+    discover,
+    known_only,
+    probed,
+)
 from adaptspec_tuner.profiler import Agreement, Sample, Setting
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
@@ -195,3 +201,15 @@ def test_prompts_unlike_those_tuned_on_are_of_no_class() -> None:
     found = discover(PROMPTS, gains).classifier
     strange = Workload("w", (Prompt("x", text="ж" * 5000),))
     assert classified(strange, found).prompts[0].prompt_class == UNKNOWN
+
+
+def test_prompts_unlike_all_classes_are_left_out_even_where_some_were_tuned_on() -> (
+    None
+):
+    names = ("auto-1", UNKNOWN, "auto-2", "auto-1")
+    prompts = tuple(
+        Prompt(str(i), prompt_class=name, text="x") for i, name in enumerate(names)
+    )
+    kept, left = known_only(Workload("w", prompts), ["auto-1", UNKNOWN])
+    assert [prompt.id for prompt in kept.prompts] == ["0", "3"]
+    assert left == ["1", "2"]

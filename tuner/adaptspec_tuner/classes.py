@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.classify import Classifier, Question, features, prompt_text
+from adaptspec.classify import UNKNOWN, Classifier, Question, features, prompt_text
 from adaptspec_tuner.profiler import PLAIN_SETTING, Measurer, Setting
 from adaptspec_tuner.space import defaults
 
@@ -98,15 +98,18 @@ def classified(workload: Workload, classifier: Classifier) -> Workload:
     )
 
 
-def known_only(held_out: Workload, tuning: Workload) -> tuple[Workload, list[str]]:
-    """Without prompts of classes that nothing was tuned on, ``unknown`` among them.
+def known_only(
+    workload: Workload, classes: Collection[str]
+) -> tuple[Workload, list[str]]:
+    """Without prompts that are ``unknown`` or of none of ``classes``.
 
     Returns:
         The others, and the ids of those left out.
     """
-    known = tuple(p for p in held_out.prompts if p.prompt_class in tuning.classes)
-    left = [p.id for p in held_out.prompts if p.prompt_class not in tuning.classes]
-    return replace(held_out, prompts=known), left
+    kept = set(classes) - {UNKNOWN}
+    known = tuple(p for p in workload.prompts if p.prompt_class in kept)
+    left = [p.id for p in workload.prompts if p.prompt_class not in kept]
+    return replace(workload, prompts=known), left
 
 
 def probed(strategy: type[Strategy]) -> list[Setting]:

@@ -442,12 +442,17 @@ def tune_with(
                     seed=seed,
                 )
                 tuning = classified(tuning, classifier)
-                held_out, strange = known_only(classified(held_out, classifier), tuning)
-                if strange:
-                    warn(
-                        f"{len(strange)} of the held-out prompts are of no class that "
-                        f"was tuned on, and decoded plainly: {', '.join(strange)}"
-                    )
+                tuning, odd = known_only(tuning, tuning.classes)
+                held_out, strange = known_only(
+                    classified(held_out, classifier), tuning.classes
+                )
+                for part, left_out in (("tuning", odd), ("held-out", strange)):
+                    if left_out:
+                        warn(
+                            f"{len(left_out)} of the {part} prompts are of no class "
+                            "that was tuned on, and decoded plainly: "
+                            f"{', '.join(left_out)}"
+                        )
                 recorded = [p for p in tuning.prompts if p.id in plain]
                 for line in classifier.describe():
                     warn(f"class {line}")
