@@ -143,8 +143,20 @@ def migrate(db: str | None) -> None:
 
 
 @profiles.command()
-@click.option("--host", "address", default="localhost", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=13000, show_default=True)
+@click.option(
+    "--host",
+    "address",
+    default="localhost",
+    show_default=True,
+    help="Address to listen at.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=13000,
+    show_default=True,
+    help="Port to listen at; 0: any free one.",
+)
 @db_option
 def serve(address: str, port: int, db: str | None) -> None:
     """Let `tune --worker` in through Optuna's gRPC proxy; ends with Ctrl-C.

@@ -290,4 +290,28 @@ def test_verifying_a_chain_gives_the_bits_of_decoding_one_by_one(
         model.verify(TokenTree.root_only(token), one_by_one).logits for token in chain
     ]
     together = model.verify(TokenTree.chain(chain[0], chain[1:]), at_once).logits
-    assert torch.equal(together, torch.cat(sequential))
+    if attention_keeps_its_bits(dtype):
+        assert torch.equal(together, torch.cat(sequential))
+    else:
+        torch.testing.assert_close(
+            together, torch.cat(sequential), rtol=1e-5, atol=1e-4
+        )
+
+
+def attention_keeps_its_bits(dtype: torch.dtype) -> bool:
+    """Whether torch's attention rounds a row alike, whatever rows stand beside it.
+
+    On some processors it doesn't in float32, and no Linear layer can mend that.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn((1, 4, rows, 8), generator=generator).to(dtype)
+        for rows in (6, 26, 26)
+    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.zeros((1, 1, 6, 26), dtype=dtype)
+    alone = [
+        attend(query[:, :, i : i + 1], key, value, attn_mask=mask[:, :, i : i + 1])
+        for i in range(6)
+    ]
+    return torch.equal(attend(query, key, value, attn_mask=mask), torch.cat(alone, 2))
