@@ -234,7 +234,9 @@ class Study:
         now = self._clock()
         if always or now - self._beaten > BEAT_SECONDS:
             self._beaten = now
-            asked.set_user_attr(BEAT, now)
+            # Taken for dead, its trial may have been made good by another process.
+            with suppress(_finished_already()):
+                asked.set_user_attr(BEAT, now)
 
     def _tell(self, number: int, trial_id: int, trial: Trial) -> None:
         # Another process may have made it good.
