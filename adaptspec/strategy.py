@@ -190,8 +190,9 @@ class Strategy(ABC):
         lossless: False only for what changes the output's law; shown everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
-        replays: Whether all it reads of the target are the committed tokens: the tuner
-            then scores it against a recording of plain decoding, too.
+        replays: Whether all it reads of the target are the committed tokens and their
+            hidden states (of the prompt, the last token's at most): the tuner then
+            scores it against a recording of plain decoding, too.
         knowledge: Version of the knowledge it keeps across requests, 0 for none; see
             :meth:`sync`.
     """

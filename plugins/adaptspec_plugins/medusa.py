@@ -79,6 +79,7 @@ class Medusa(Strategy):
     Params = MedusaParams
     params: MedusaParams
     needs_heads: ClassVar[str | None] = KIND
+    replays = True
     joins: ClassVar[Mapping[str, Scalar] | None] = {"tree": "dynamic", "nodes": 24}
 
     @classmethod

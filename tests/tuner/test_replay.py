@@ -11,13 +11,17 @@ import adaptspec_plugins
 from adaptspec.costs import ForwardCosts
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.tree import TokenTree
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.models import Forward, LanguageModel
 from adaptspec.testing.fakes import noisy_draft, random_ids, tiny_model
+from adaptspec_plugins.heads.attached import MedusaTrained
+from adaptspec_plugins.heads.fakes import tiny_heads
 from adaptspec_tuner.presearch import presearch
 from adaptspec_tuner.profiler import Recording, Setting
 from adaptspec_tuner.replay import RecordedTarget, Replayer, VirtualClock
 from adaptspec_tuner.replay_draft import RememberedDraft
+from adaptspec_tuner.replay_reading import read
 from adaptspec_tuner.workloads import Prompt
 
 NEW = 40
@@ -106,8 +110,97 @@ def test_a_remembered_draft_takes_the_steps_of_a_real_one_and_runs_once(
 def test_strategies_that_read_more_than_tokens_do_not_claim_to_replay() -> None:
     claimed = {name for name, cls in HOST.strategies.items() if cls.replays}
     assert claimed == {
-        *("prompt_lookup", "suffix", "draft_model", "draft_tree", "universal_draft")
+        *("prompt_lookup", "suffix", "draft_model", "draft_tree", "universal_draft"),
+        *("medusa", "medusa_typical"),
     }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize("tree", ["calibrated", "dynamic", "chain"])
+def test_heads_see_the_states_of_a_real_run_and_the_target_reads_once(
+    architecture: str, tree: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    recording = recorded(model)
+    text = [*recording.prompt, *recording.tokens]
+    heads = tiny_heads(model, "fitted", texts=[text])
+    model.attach(MedusaTrained(model, heads))
+    params: dict[str, Any] = {"tree": tree, "nodes": 6}
+    real = Engine(model).generate(
+        HOST.create("medusa", params), recording.prompt, controls()
+    )
+    reads = 0
+    forward: Any = model.model.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    replayer = Replayer(Engine(model), HOST, FLAT, {"p": recording})
+    setting = Setting("medusa", params)
+    for _ in range(2):
+        sample = replayer.measure(setting, Prompt("p", text=""))
+    assert sample.tokens == tuple(real.token_ids)
+    assert (sample.forwards, sample.proposed, sample.accepted) == (
+        len(real.stats.steps),
+        sum(step.proposed for step in real.stats.steps),
+        sum(step.accepted for step in real.stats.steps),
+    )
+    assert sample.accepted > 0
+    assert reads == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_logits_are_the_targets_after_committed_tokens_and_of_no_others(
+    architecture: str,
+) -> None:
+    model = tiny_model(architecture)
+    recording = recorded(model)
+    text = [*recording.prompt, *recording.tokens]
+    target = RecordedTarget(model, FLAT, VirtualClock())
+    target.play(recording, read(model, recording, prompt_positions=3, tops=5))
+    cache = target.new_cache()
+    prefilled = target.prefill(recording.prompt, cache, last=2)
+    count = len(recording.prompt)
+    expected = {node: node + 1 for node in (count - 2, count - 1)}
+    check_laws(model, prefilled, text, expected)
+    right, wrong = text[count + 1], (text[count + 1] + 1) % model.vocab_size
+    tree = TokenTree([text[count], right, wrong, 0], [-1, 0, 0, 2])
+    forward = target.verify(tree, cache)
+    check_laws(model, forward, text, {0: count + 1, 1: count + 2})
+    assert [forward.best[forward.rows[node]] for node in (0, 1)] == [
+        right,
+        text[count + 2],
+    ]
+
+
+def check_laws(
+    model: LanguageModel, forward: Forward, text: list[int], lengths: dict[int, int]
+) -> None:
+    """By node how long the text is that its law continues; there are no others."""
+    assert set(forward.rows) == set(lengths)
+    for node, length in lengths.items():
+        with torch.no_grad():
+            law = model.source(torch.tensor([text[:length]])).logits[0, -1]
+        highest, found = law.topk(5), forward.logits[forward.rows[node]]
+        assert found.topk(5).indices.tolist() == highest.indices.tolist()
+        torch.testing.assert_close(
+            found.topk(5).values, highest.values, rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("name", ["token_recycling", "hybrid"])
+def test_drafters_that_read_logits_decode_the_recorded_answer(name: str) -> None:
+    model = tiny_model("llama")
+    recording = recorded(model)
+    replayer = Replayer(
+        Engine(model, noisy_draft(model)), HOST, FLAT, {"p": recording}, tops=8
+    )
+    sample = replayer.measure(Setting(name), Prompt("p", text=""))
+    assert sample.tokens == tuple(recording.tokens)
+    assert sample.accepted > 0
 
 
 def test_time_is_the_cost_models_by_tokens_and_context() -> None:

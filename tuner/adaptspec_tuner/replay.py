@@ -2,8 +2,9 @@
 
 The engine and the drafters are the real ones. The target's forward is replaced: it
 answers with the recorded tokens and lets a clock pass by what the hardware's cost model
-says. The draft model's answers are its own, remembered between trials. Greedy outputs
-equal plain decoding's, so the tokens accepted are exactly those of a real run.
+says. What a drafter reads of the target beside them, it once read of the recorded text.
+The draft model's answers are its own, remembered between trials. Greedy outputs equal
+plain decoding's, so the tokens accepted are exactly those of a real run.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.models import Forward, LanguageModel
 from adaptspec_tuner.profiler import Agreement, Recording, Sample, Setting, sample_of
 from adaptspec_tuner.replay_draft import RememberedDraft
+from adaptspec_tuner.replay_reading import Reading, read
 
 if TYPE_CHECKING:
     from adaptspec.decoding.latency import LatencyCurve
     from adaptspec.decoding.tree import TokenTree
     from adaptspec.host import Host
-    from adaptspec.strategy import Strategy
+    from adaptspec.strategy import Needs, Strategy
     from adaptspec_tuner.workloads import Prompt
 
 CONTEXT_STEP = 64  # cached tokens between two curves worth telling apart
@@ -77,7 +79,11 @@ class RecordedForward(Forward):
 
 
 class RecordedTarget(LanguageModel):
-    """A target that answers from a recording; its logits mean nothing."""
+    """A target that answers from a recording.
+
+    Logits and hidden states mean nothing, but for those of committed tokens that a
+    reading of the recorded text holds.
+    """
 
     def __init__(
         self, model: LanguageModel, costs: ForwardCosts, clock: VirtualClock
@@ -87,13 +93,13 @@ class RecordedTarget(LanguageModel):
         self.__dict__.pop("latency", None)
         self._costs = costs
         self._clock = clock
-        self._recording = Recording((), (), 0)
+        self._recording, self._reading = Recording((), (), 0), Reading(0)
         self._curves: dict[int, LatencyCurve] = {}
         self._nothing = torch.zeros(1, 1, dtype=model.dtype)
 
-    def play(self, recording: Recording) -> None:
-        """Answer from ``recording`` from here on."""
-        self._recording = recording
+    def play(self, recording: Recording, reading: Reading | None = None) -> None:
+        """Answer from ``recording``, and what was read of it, from here on."""
+        self._recording, self._reading = recording, reading or Reading(0)
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
@@ -112,11 +118,24 @@ class RecordedTarget(LanguageModel):
         last: int = 1,
         hidden_layers: Sequence[int] = (),
     ) -> Forward:
-        """The prompt; takes no time, decoding speed leaves the prefill out."""
+        """The prompt; takes no time, decoding speed leaves the prefill out.
+
+        Hidden states are of its last token only.
+        """
         started = perf_counter()
         cache.length += len(tokens)
-        first = self._recording.tokens[0]
-        forward = RecordedForward(self._empty(1), {len(tokens) - 1: 0}, {}, [first])
+        reading, end = self._reading, len(tokens)
+        known = [self._recording.tokens[0]]
+        shown, logits = [end - 1], self._empty(1)
+        if len(reading.tops):
+            shown = list(range(max(reading.first, end - last), end))
+            logits = reading.laws(shown, self.vocab_size)
+            known = [
+                *(int(reading.tops[at - reading.first, 0]) for at in shown[:-1]),
+                *known,
+            ]
+        rows = {at: row for row, at in enumerate(shown)}
+        forward = RecordedForward(logits, rows, reading.states([end - 1]), known)
         self._clock.replace(started, 0.0)
         return forward
 
@@ -141,9 +160,24 @@ class RecordedTarget(LanguageModel):
                 true[node] = tree.tokens[node] == tokens[place - 1]
                 if true[node] and place < len(tokens):
                     best[node] = tokens[place]
-        forward = RecordedForward(
-            self._empty(nodes), {node: node for node in range(nodes)}, {}, best
-        )
+        # The text's last token was never read: decoding ends with it.
+        places = [
+            cached + tree.depths[node]
+            if true[node] and at + tree.depths[node] < len(tokens)
+            else None
+            for node in range(nodes)
+        ]
+        rows, logits = {node: node for node in range(nodes)}, self._empty(nodes)
+        if len(self._reading.tops):
+            # What the target thinks after tokens it didn't choose isn't on record.
+            seen = [node for node in range(nodes) if places[node] is not None]
+            ends = [node for node in range(nodes) if true[node] and node not in seen]
+            rows = {node: row for row, node in enumerate([*seen, *ends])}
+            found = [place for place in places if place is not None]
+            logits = self._reading.laws(found, self.vocab_size)
+            logits = torch.cat([logits, logits.new_zeros(len(ends), self.vocab_size)])
+            best = [best[node] for node in rows]
+        forward = RecordedForward(logits, rows, self._reading.states(places), best)
         self._clock.replace(started, self._curve(cached)(nodes))
         return forward
 
@@ -166,6 +200,9 @@ class Replayer:
         costs: Of the target's forwards.
         recordings: By prompt id.
         draft_costs: Of the draft model's; without them it runs anew in every trial.
+        tops: Logits that drafters are shown after each committed token. What the target
+            thought of tokens that it didn't choose isn't known, so a drafter that
+            learns from those, too, does no better than in a real run.
     """
 
     def __init__(
@@ -175,8 +212,11 @@ class Replayer:
         costs: ForwardCosts,
         recordings: Mapping[str, Recording],
         draft_costs: ForwardCosts | None = None,
+        tops: int = 0,
     ) -> None:
         self._host = host
+        self._real, self._tops = engine.model, tops
+        self._readings: dict[str, tuple[Needs, Reading]] = {}
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
         draft = engine.draft
@@ -192,19 +232,37 @@ class Replayer:
         recording = self._recordings[prompt.id]
         if setting.key not in self._strategies:
             created = self._host.create(setting.strategy, setting.params)
+            # Some find out by a forward, which the stand-in couldn't give.
+            type(created).unavailable(self._real, self._engine.draft)
             self._strategies[setting.key] = created
         if recording.most not in self._controls:
             self._controls[recording.most] = Controls.for_model(
                 self._target, max_new_tokens=recording.most, temperature=0.0
             )
-        self._target.play(recording)
+        strategy = self._strategies[setting.key]
+        self._target.play(recording, self._read(prompt.id, strategy))
         return sample_of(
             self._engine.generate(
-                self._strategies[setting.key],
-                recording.prompt,
-                self._controls[recording.most],
+                strategy, recording.prompt, self._controls[recording.most]
             )
         )
+
+    def _read(self, prompt: str, strategy: Strategy) -> Reading | None:
+        """What ``strategy`` reads of the target, which runs for it once at most."""
+        needs = strategy.needs(self._real)
+        if not needs.hidden_layers and not self._tops:
+            return None
+        kept = self._readings.get(prompt)
+        if kept is None or not _serves(kept[0], needs):
+            reading = read(
+                self._real,
+                self._recordings[prompt],
+                hidden_layers=needs.hidden_layers,
+                prompt_positions=needs.prefill_logits,
+                tops=self._tops,
+            )
+            self._readings[prompt] = kept = needs, reading
+        return kept[1]
 
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
@@ -215,3 +273,10 @@ class Replayer:
     def forget(self) -> None:
         """New strategy objects from here on."""
         self._strategies.clear()
+
+
+def _serves(given: Needs, wanted: Needs) -> bool:
+    return (
+        set(wanted.hidden_layers) <= set(given.hidden_layers)
+        and wanted.prefill_logits <= given.prefill_logits
+    )

@@ -148,8 +148,8 @@ def open_medusa(path: Path, model: LanguageModel) -> MedusaTrained | None:
     return MedusaTrained(model, file.heads, file.paths, file.ranks, name, own=True)
 
 
-# A model says what it can't deliver once.
-_problems: WeakKeyDictionary[LanguageModel, str] = WeakKeyDictionary()
+# A module says what it can't deliver once, whoever stands before it.
+_problems: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
 def hidden_problem(model: LanguageModel) -> str | None:
@@ -158,9 +158,9 @@ def hidden_problem(model: LanguageModel) -> str | None:
     Found out once per model: the LM head on the states must rank first what the logits
     rank first. Scaled or capped logits pass, since order is all that heads learn.
     """
-    if model not in _problems:
-        _problems[model] = _probe(model) or ""
-    return _problems[model] or None
+    if model.model not in _problems:
+        _problems[model.model] = _probe(model) or ""
+    return _problems[model.model] or None
 
 
 @torch.inference_mode()
