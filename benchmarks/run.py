@@ -10,6 +10,7 @@ written after every prompt, so a run cut off leaves it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -136,8 +137,11 @@ def chosen_prompts(
     longest: int | None,
     say: Callable[[str], None],
 ) -> list[Prompt]:
-    """The first ``per_class`` prompts of each class that are short enough, encoded."""
-    chosen: list[Prompt] = []
+    """The first ``per_class`` prompts of each class that are short enough, encoded.
+
+    The classes take turns, so that a run cut off has seen all of them.
+    """
+    groups: list[list[Prompt]] = []
     for name, prompts in workload.by_class().items():
         encoded = [(p, model.encode(p.content)) for p in prompts]
         short = [
@@ -145,10 +149,14 @@ def chosen_prompts(
         ]
         if len(short) < len(encoded):
             say(f"{name}: {len(encoded) - len(short)} prompts over {longest} tokens")
-        chosen.extend(
-            (p.id, p.prompt_class, ids, p.max_new_tokens or length)
-            for p, ids in short[:per_class]
+        groups.append(
+            [
+                (p.id, p.prompt_class, ids, p.max_new_tokens or length)
+                for p, ids in short[:per_class]
+            ]
         )
+    turns = itertools.zip_longest(*groups)
+    chosen = [prompt for turn in turns for prompt in turn if prompt is not None]
     if not chosen:
         raise click.ClickException("no prompt is short enough (--max-prompt-tokens)")
     return chosen
