@@ -22,6 +22,10 @@ class TrainedHeads(Protocol):
     def digest(self) -> str:
         """Fingerprint of everything in them that decides speed."""
 
+    @property
+    def nbytes(self) -> int:
+        """What their weights take of memory."""
+
 
 def digest_of(heads: Iterable[TrainedHeads]) -> str | None:
     """One fingerprint of all heads of a model, None without any."""

@@ -77,7 +77,7 @@ class Hybrid(Strategy):
         super().__init__(params)
         self._met: Members | None = None
         self._forward: tuple[LanguageModel, ForwardCost] | None = None
-        self._chosen: tuple[Any, Any, list[Member]] | None = None
+        self._chosen: tuple[tuple[Any, ...], list[Member]] | None = None
 
     def meet(self, strategies: Mapping[str, type[Strategy]]) -> None:
         """Take in every other strategy that joins."""
@@ -130,15 +130,16 @@ class Hybrid(Strategy):
         self, model: LanguageModel, draft: LanguageModel | None
     ) -> list[Member]:
         """Comparing vocabularies takes milliseconds, so the answer is kept."""
-        if self._chosen is None or self._chosen[:2] != (model, draft):
+        given = model, draft, tuple(model.heads.values())
+        if self._chosen is None or self._chosen[0] != given:
             found = [
                 member
                 for member in self._members
                 if self._may_join(member, model)
                 and type(member.strategy).unavailable(model, draft) is None
             ]
-            self._chosen = model, draft, found
-        return self._chosen[2]
+            self._chosen = given, found
+        return self._chosen[1]
 
 
 class _HybridDrafter(Drafter):

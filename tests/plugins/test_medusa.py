@@ -399,6 +399,20 @@ def test_a_hybrid_takes_the_heads_in_where_they_are_attached(
     assert Hybrid().needs(tiny_model(architecture)).hidden_layers == ()
 
 
+def test_a_hybrid_that_has_run_notices_heads_that_are_attached_later() -> None:
+    model = tiny_model("llama")
+    strategy = Hybrid()
+    prompt = PROMPTS[1]
+    expected = own_greedy("llama", prompt)
+    assert Engine(model).generate(strategy, prompt, greedy()).token_ids == expected
+    assert "calibration/medusa" not in strategy.sync(None) or not float(
+        strategy.sync(None)["calibration/medusa"][:, 1].sum()
+    )
+    attach_tiny_heads(model, "fitted", texts=[[*prompt, *expected]])
+    assert Engine(model).generate(strategy, prompt, greedy()).token_ids == expected
+    assert float(strategy.sync(None)["calibration/medusa"][:, 1].sum()) > 0
+
+
 # Typical acceptance
 
 

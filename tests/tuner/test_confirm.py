@@ -271,6 +271,34 @@ def test_the_peak_of_memory_is_counted_from_the_reset() -> None:
     assert after <= high - 32 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("setting", "reads"),
+    [
+        (PLAIN_SETTING, False),
+        (Setting("prompt_lookup"), False),
+        (Setting("medusa"), True),
+        (Setting("hybrid"), True),
+        (Setting("hf_generate", baseline=True), False),
+    ],
+)
+def test_attached_heads_count_as_memory_of_what_reads_them_alone(
+    setting: Setting, reads: bool
+) -> None:
+    from adaptspec.decoding.engine import Engine
+    from adaptspec.host import Host
+    from adaptspec.testing.fakes import tiny_model
+    from adaptspec_plugins.heads.fakes import attach_tiny_heads
+    from adaptspec_tuner.profiler import Profiler
+
+    model = tiny_model("llama")
+    profiler = Profiler(Engine(model), Host.installed(), 4)
+    assert profiler._unused(setting) == 0
+    heads = attach_tiny_heads(model, heads=2).heads["medusa"]
+    # Two heads: a block of 32 x 32 with its bias and an output of 64 x 32, float32.
+    assert heads.nbytes == 2 * 4 * (32 * 32 + 32 + 64 * 32)
+    assert profiler._unused(setting) == (0 if reads else heads.nbytes)
+
+
 def test_a_setting_that_takes_too_much_memory_is_refused_with_both_figures() -> None:
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host

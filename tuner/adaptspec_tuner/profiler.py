@@ -210,6 +210,9 @@ class Profiler:
 
     def _unused(self, setting: Setting) -> int:
         """Bytes of loaded weights that ``setting`` would do without."""
+        return self._unused_draft(setting) + self._unused_heads(setting)
+
+    def _unused_draft(self, setting: Setting) -> int:
         draft = self._engine.draft
         if draft is None or setting.baseline:
             return 0
@@ -218,6 +221,20 @@ class Profiler:
         if cls.needs_draft or any("draft" in name for name in setting.params):
             return 0
         return sum(p.nbytes for p in draft.model.parameters())
+
+    def _unused_heads(self, setting: Setting) -> int:
+        model = self._engine.model
+        if not model.heads:
+            return 0
+        read: set[str] = set()
+        if not setting.baseline:
+            strategy = self._strategy(setting)
+            # Heads read hidden states; a hybrid that asks for some may use any.
+            if strategy.needs_heads is not None:
+                read = {strategy.needs_heads}
+            elif strategy.needs(model).hidden_layers:
+                read = set(model.heads)
+        return sum(one.nbytes for kind, one in model.heads.items() if kind not in read)
 
     def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
@@ -235,11 +252,15 @@ class Profiler:
     def _run(self, setting: Setting, ids: list[int], length: int) -> Sample:
         if setting.baseline:
             return self._run_baseline(setting, ids, length)
+        strategy = self._strategy(setting)
+        return sample_of(self._engine.generate(strategy, ids, self._controls(length)))
+
+    def _strategy(self, setting: Setting) -> Strategy:
+        """The object of this setting, with what it has learnt."""
         if setting.key not in self._strategies:
             created = self._host.create(setting.strategy, setting.params)
             self._strategies[setting.key] = created
-        strategy = self._strategies[setting.key]
-        return sample_of(self._engine.generate(strategy, ids, self._controls(length)))
+        return self._strategies[setting.key]
 
     def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
         cls = self._host.baselines[setting.strategy]

@@ -74,6 +74,7 @@ class MedusaTrained:
         if not own:
             heads = copy.deepcopy(heads)
         self._heads = heads.to(model.device, model.dtype).eval().requires_grad_(False)
+        self.nbytes = sum(tensor.nbytes for tensor in self._heads.state_dict().values())
         self._map = self._heads.token_map
         if self._map is not None and bool(
             torch.equal(self._map.cpu(), torch.arange(model.vocab_size))
