@@ -144,7 +144,7 @@ def train() -> None:
     type=click.IntRange(1),
     default=1024,
     show_default=True,
-    help="Positions whose logits are in memory at once.",
+    help="Positions computed at once; fewer take less memory.",
 )
 @click.option(
     "--max-length",

@@ -3,6 +3,8 @@
 A folder of two files that only grow: ``features.bin``, rows of the model's own type,
 and ``answers.jsonl``, one line per example and one after each finished batch. What a
 killed process left behind its last finished batch is dropped at the next opening.
+Whether features are kept is settled when the folder is made, and written in its first
+line.
 """
 
 from __future__ import annotations
@@ -10,16 +12,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adaptspec.errors import TrainingError
 from adaptspec_training.conversations import Example
+from adaptspec_training.training import replace_file
 
 ANSWERS, FEATURES = "answers.jsonl", "features.bin"
 KEPT_FREE = 1 << 30  # bytes of the disk that are never filled
+
+
+def keeps_features(folder: Path) -> bool | None:
+    """Whether the answers in ``folder`` have features; None if there are no answers.
+
+    Raises:
+        TrainingError: if their file is damaged.
+    """
+    head = _head(folder / ANSWERS)
+    return None if head is None else bool(head.get("features", True))
 
 
 class Corpus:
@@ -27,7 +41,7 @@ class Corpus:
 
     Args:
         folder: Made if it isn't there.
-        hidden_size: Width of a row; 0 keeps no features.
+        hidden_size: Width of a row; 0 keeps no features, and drops those there are.
         dtype: Of a row.
         fingerprint: What made the answers; another run's are refused.
 
@@ -120,23 +134,22 @@ class Corpus:
 
     def _restore(self, fingerprint: str) -> None:
         path = self._folder / ANSWERS
-        if not path.exists():
+        head = _head(path)
+        kept = {"made by": fingerprint, "features": self.has_features}
+        if head is None:
             (self._folder / FEATURES).unlink(missing_ok=True)
-            with path.open("x") as file:
-                file.write(json.dumps({"made by": fingerprint}) + "\n")
+            replace_file(path, _line(kept))
             return
+        if head["made by"] != fingerprint:
+            raise TrainingError(
+                f"{self._folder} holds answers made with other options or data; "
+                "choose another --out, or pass --fresh to drop them"
+            )
         content = path.read_bytes()
         lines = content.split(b"\n")[:-1]  # what follows the last line end is cut off
+        good = size = len(lines[0]) + 1
+        waiting: list[Example] = []
         try:
-            made_by = json.loads(lines[0])["made by"] if lines else fingerprint
-            if made_by != fingerprint:
-                raise TrainingError(
-                    f"{self._folder} holds answers made with other options or data; "
-                    "choose another --out, or pass --fresh to drop them"
-                )
-            good = len(lines[0]) + 1 if lines else 0
-            size = good
-            waiting: list[Example] = []
             for line in lines[1:]:
                 size += len(line) + 1
                 row = json.loads(line)
@@ -151,11 +164,19 @@ class Corpus:
                 if self._rows != row["rows"]:
                     raise ValueError(f"batch {self.batches} counts other rows")
         except (ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"{path} is damaged ({error}); remove the folder or pass --fresh"
-            ) from error
+            raise _damaged(path, error) from error
         if good < len(content):
             os.truncate(path, good)
+        if not self.has_features and head.get("features", True):
+            # The line goes first: a kill leaves features that nobody looks for.
+            rest = path.read_bytes()[len(lines[0]) + 1 :]
+            replace_file(path, _line(kept) + rest)
+            (self._folder / FEATURES).unlink(missing_ok=True)
+        elif self.has_features and not head.get("features", True):
+            raise TrainingError(
+                f"{self._folder} holds answers without hidden states; leave out "
+                "--features store, or pass --fresh to have the answers made again"
+            )
         self._trim_features()
 
     def _trim_features(self) -> None:
@@ -170,3 +191,27 @@ class Corpus:
                 f"got {found}; remove the folder or pass --fresh"
             )
         os.truncate(path, expected)
+
+
+def _head(path: Path) -> dict[str, Any] | None:
+    """The first line, None if there is no file."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.readline())
+        if not isinstance(head, dict) or "made by" not in head:
+            raise ValueError("its first line doesn't say what made it")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return head
+
+
+def _line(head: Mapping[str, Any]) -> bytes:
+    return (json.dumps(head) + "\n").encode()
+
+
+def _damaged(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{path} is damaged ({error}); remove the folder or pass --fresh"
+    )

@@ -7,7 +7,7 @@ heads' loss makes its hidden states tell more of what comes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from adaptspec.errors import TrainingError
-from adaptspec_training.medusa import HeadsTrainee
+from adaptspec_training.conversations import Example
+from adaptspec_training.medusa import Features, HeadsTrainee, accuracies
+from adaptspec_training.options import NO_PEFT
 from adaptspec_training.training import Batch, Losses, Trainee
 
 # The reference recipe's (axolotl fork, vicuna_7b_qlora_stage2): rank, alpha, dropout.
@@ -34,10 +36,7 @@ def with_adapters(model: nn.Module) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise TrainingError(
-            "medusa-2 trains the target through LoRA and needs peft; "
-            "install adaptspec[train]"
-        ) from None
+        raise TrainingError(NO_PEFT) from None
     config = LoraConfig(
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
@@ -49,6 +48,8 @@ def with_adapters(model: nn.Module) -> Any:
         with warnings.catch_warnings():
             # peft asks for an attribute by a name that transformers gives up.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+            # What it then does by itself, for GPT-2's kind of layer.
+            warnings.filterwarnings("ignore", "fan_in_fan_out")
             return get_peft_model(model, config)
     except ValueError as error:
         raise TrainingError(
@@ -60,16 +61,23 @@ def with_adapters(model: nn.Module) -> Any:
 class JointTrainee(Trainee):
     """Heads and a target with adapters.
 
+    The LM head is given the states at the answers' positions alone, so no logits of
+    prompts and padding are computed; whatever the model does to its logits afterwards
+    it does to these.
+
     Args:
         adapted: From :func:`with_adapters`.
         heads: Their trainee; its features aren't used.
         distilled: Whether the target is held to its own law without adapters, in
             place of the tokens of the answers.
         heads_weight: Of the heads' loss.
+        own: States of the target without adapters, where they are kept: its law then
+            costs one product and no forward.
         most_tokens: Padded tokens of one forward.
     """
 
     kind: ClassVar[str] = "medusa"
+    lowers_memory: ClassVar[str] = "--chunk, --batch-tokens or --max-length"
 
     def __init__(
         self,
@@ -78,16 +86,16 @@ class JointTrainee(Trainee):
         *,
         distilled: bool,
         heads_weight: float,
+        own: Features | None = None,
         most_tokens: int = 2048,
     ) -> None:
         self._model, self._heads = adapted, heads
         self._distilled, self._weight = distilled, heads_weight
-        self._most = most_tokens
+        self._own, self._most = own, most_tokens
         self._device = next(adapted.parameters()).device
-        self._seen: torch.Tensor | None = None
-        adapted.get_base_model().get_output_embeddings().register_forward_pre_hook(
-            self._see
-        )
+        self._select: Callable[[torch.Tensor], torch.Tensor] | None = None
+        head = adapted.get_base_model().get_output_embeddings()
+        self._hook = head.register_forward_pre_hook(self._selected)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The heads and, of the target, its adapters."""
@@ -106,12 +114,9 @@ class JointTrainee(Trainee):
         parts: dict[str, float] = {}
         for some in self._portions(batch):
             share = some.positions / total
-            rows, following = self._places(some)
-            with self._casting():
-                logits = self._model(**self._padded(some)).logits[rows]
-            assert self._seen is not None
-            hidden = self._seen[rows]
-            loss = self._target_loss(some, logits, rows, following) * share
+            logits, hidden = self._forward(some)
+            loss = self._target_loss(some, logits) * share
+            del logits
             leaf = hidden.detach().float().requires_grad_()
             found = self._heads.backward_heads(
                 leaf, self._heads.targets(some), self._weight * share
@@ -128,68 +133,114 @@ class JointTrainee(Trainee):
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """The heads' measures on the adapted target, and its own loss."""
-        found = self._heads.evaluate(batches)
-        found["target_loss"] = self.held_out_loss(batches)
-        return found
+        ranks, loss = self.measure(batches)
+        return {"heads": accuracies(ranks), "target_loss": loss}
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> list[torch.Tensor]:
-        """Hidden states of the adapted target at each example's positions."""
-        found = []
-        for some in self._portions(batch):
-            rows, _ = self._places(some)
-            with self._casting():
-                self._model(**self._padded(some))
-            assert self._seen is not None
-            sizes = [len(example.positions) for example in some.examples]
-            found += list(torch.split(self._seen[rows].float(), sizes))
-        return found
+    def measure(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, float]:
+        """The heads' ranks, and the target's loss: both as they are now.
 
-    @torch.no_grad()
-    def held_out_loss(self, batches: Sequence[Batch]) -> float:
-        """Mean cross entropy of the answers' tokens under the target as it is now."""
+        Returns:
+            Ranks as :meth:`HeadsTrainee.ranks` has them, in an order of their own, and
+            the mean cross entropy of the answers' tokens.
+        """
         self._model.eval()
-        summed, count = 0.0, 0
+        ranks, summed, count = [], 0.0, 0
         for batch in batches:
             for some in self._portions(batch):
-                rows, following = self._places(some)
-                with self._casting():
-                    logits = self._model(**self._padded(some)).logits[rows]
+                logits, hidden = self._forward(some)
+                following = self._following(some)
                 loss = functional.cross_entropy(
                     logits.float(), following, reduction="sum"
                 )
                 summed, count = summed + float(loss), count + len(following)
-        return summed / max(1, count)
+                ranks.append(self._heads.ranks_at(hidden.float(), some))
+        return torch.cat(ranks, 1), summed / max(1, count)
 
-    def _target_loss(
-        self,
-        batch: Batch,
-        logits: torch.Tensor,
-        rows: tuple[torch.Tensor, torch.Tensor],
-        following: torch.Tensor,
-    ) -> torch.Tensor:
+    def merge(self) -> Any:
+        """Put the adapters into the target's weights; the target.
+
+        What is measured from then on is what is stored, rounded as its type rounds.
+        """
+        self._model = self._model.merge_and_unload().eval()
+        return self._model
+
+    def close(self) -> None:
+        """The target is left to others, its LM head as it was."""
+        self._hook.remove()
+
+    def _target_loss(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
         if not self._distilled:
-            return functional.cross_entropy(logits.float(), following)
+            return functional.cross_entropy(logits.float(), self._following(batch))
         # The divergence is a mean over answer tokens; the reference divides by all.
-        seen = self._seen
-        with torch.no_grad(), self._model.disable_adapter(), self._casting():
-            own = self._model(**self._padded(batch)).logits[rows]
-        self._seen = seen
         return functional.kl_div(
             logits.float().log_softmax(-1),
-            own.float().log_softmax(-1),
+            self._own_logits(batch).float().log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
 
-    def _portions(self, batch: Batch) -> list[Batch]:
-        """Parts, in order, whose padded tokens fit one forward."""
-        portions: list[list[Any]] = []
-        for pair in zip(batch.indices, batch.examples, strict=True):
-            longest = max(
-                [len(pair[1].tokens)]
-                + ([len(e.tokens) for _, e in portions[-1]] if portions else [])
+    @torch.no_grad()
+    def _own_logits(self, batch: Batch) -> torch.Tensor:
+        """The law of the target without adapters at the batch's positions."""
+        with self._model.disable_adapter():
+            if self._own is None:
+                return self._forward(batch)[0]
+            pairs = zip(batch.indices, batch.examples, strict=True)
+            states = torch.cat([self._own(index, example) for index, example in pairs])
+            # One token is run for what the model does around its LM head.
+            one = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+            return self._logits(
+                lambda hidden: states.to(self._device, hidden.dtype),
+                input_ids=one,
+                attention_mask=one + 1,
             )
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and states ``[positions, ...]`` at the batch's positions."""
+        rows = [r for r, e in enumerate(batch.examples) for _ in e.positions]
+        columns = [p for e in batch.examples for p in e.positions]
+        places = (
+            torch.tensor(rows, device=self._device),
+            torch.tensor(columns, device=self._device),
+        )
+        kept: list[torch.Tensor] = []
+
+        def select(hidden: torch.Tensor) -> torch.Tensor:
+            kept.append(hidden[places])
+            return kept[0]
+
+        logits = self._logits(select, **self._padded(batch))
+        return logits, kept[0]
+
+    def _logits(
+        self,
+        select: Callable[[torch.Tensor], torch.Tensor],
+        **inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits ``[positions, vocabulary]`` of what ``select`` makes of the states."""
+        self._select = select
+        try:
+            with self._heads.casting():
+                found: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        finally:
+            self._select = None
+        return found[0]
+
+    def _selected(self, module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        if self._select is None:
+            return None
+        return (self._select(arguments[0])[None], *arguments[1:])
+
+    def _portions(self, batch: Batch) -> list[Batch]:
+        """Parts whose padded tokens fit one forward; alike lengths waste no padding."""
+        pairs = sorted(
+            zip(batch.indices, batch.examples, strict=True),
+            key=lambda pair: len(pair[1].tokens),
+        )
+        portions: list[list[tuple[int, Example]]] = []
+        for pair in pairs:
+            longest = len(pair[1].tokens)
             if portions and longest * (len(portions[-1]) + 1) <= self._most:
                 portions[-1].append(pair)
             else:
@@ -206,24 +257,9 @@ class JointTrainee(Trainee):
         return {
             "input_ids": tokens.to(self._device),
             "attention_mask": mask.to(self._device),
-            "use_cache": False,  # type: ignore[dict-item]
         }
 
-    def _places(
-        self, batch: Batch
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Row and column of each position, and the token after it."""
-        rows = [r for r, e in enumerate(batch.examples) for _ in e.positions]
-        columns = [p for e in batch.examples for p in e.positions]
-        following = [e.tokens[p + 1] for e in batch.examples for p in e.positions]
-        places = (
-            torch.tensor(rows, device=self._device),
-            torch.tensor(columns, device=self._device),
-        )
-        return places, torch.tensor(following, device=self._device)
-
-    def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self._seen = arguments[0]
-
-    def _casting(self) -> Any:
-        return self._heads.casting()
+    def _following(self, batch: Batch) -> torch.Tensor:
+        """The token after each position."""
+        found = [e.tokens[p + 1] for e in batch.examples for p in e.positions]
+        return torch.tensor(found, device=self._device)

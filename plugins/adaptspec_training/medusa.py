@@ -139,28 +139,20 @@ class HeadsTrainee(Trainee):
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """How often the right token is a head's first, or among its first five."""
-        ranks = torch.cat([self.ranks(batch) for batch in batches], 1)
-        found = []
-        for row in ranks:
-            judged = row[row != NOT_JUDGED]
-            total = max(1, len(judged))
-            found.append(
-                {
-                    "top1": float((judged == 0).sum()) / total,
-                    "top5": float(((judged >= 0) & (judged < 5)).sum()) / total,
-                    "positions": len(judged),
-                }
-            )
-        return {"heads": found}
+        return {"heads": accuracies(self.ranks(batches))}
+
+    def ranks(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """``[heads, positions]``: the rank of what is right, as :meth:`ranks_at`."""
+        found = [self.ranks_at(self.gather(batch), batch) for batch in batches]
+        return torch.cat(found, 1)
 
     @torch.no_grad()
-    def ranks(self, batch: Batch) -> torch.Tensor:
-        """``[heads, positions]``: the rank of what is right, from 0.
+    def ranks_at(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """``[heads, positions]``: the rank, from 0, of what is right after ``hidden``.
 
         ``MISSED`` where the heads don't know the token, ``NOT_JUDGED`` beyond the
         answer's end.
         """
-        hidden = self.gather(batch)
         targets = self.targets(batch)
         beyond = torch.tensor(
             [
@@ -185,13 +177,6 @@ class HeadsTrainee(Trainee):
         ranks[beyond] = NOT_JUDGED
         return ranks.cpu()
 
-    def calibrate(
-        self, batches: Sequence[Batch]
-    ) -> tuple[list[tuple[tuple[int, ...], float]], list[list[float]]]:
-        """The likeliest rank paths with their chances, and each head's ranks alone."""
-        ranks = torch.cat([self.ranks(batch) for batch in batches], 1)
-        return rank_paths(ranks, RANKS, PATHS), rank_shares(ranks, RANKS)
-
     def casting(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, products are computed in the type asked for."""
         if self._autocast is None:
@@ -200,6 +185,22 @@ class HeadsTrainee(Trainee):
 
 
 MISSED, NOT_JUDGED = -1, -2
+
+
+def accuracies(ranks: torch.Tensor) -> list[dict[str, Any]]:
+    """Per head: how often its first guess, and one of its first five, is right."""
+    found = []
+    for row in ranks:
+        judged = row[row != NOT_JUDGED]
+        total = max(1, len(judged))
+        found.append(
+            {
+                "top1": float((judged == 0).sum()) / total,
+                "top5": float(((judged >= 0) & (judged < 5)).sum()) / total,
+                "positions": len(judged),
+            }
+        )
+    return found
 
 
 def rank_shares(ranks: torch.Tensor, most: int) -> list[list[float]]:

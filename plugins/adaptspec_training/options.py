@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,13 @@ import torch
 
 from adaptspec.errors import TrainingError
 from adaptspec.models import LanguageModel, load_model
+from adaptspec_plugins.heads.attached import hidden_problem
 from adaptspec_plugins.heads.medusa import Output
 from adaptspec_training.medusa import DECAY
+
+NO_PEFT = (
+    "medusa-2 trains the target through LoRA and needs peft; install adaptspec[train]"
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,32 @@ def check_options(options: Options, data: object, load_in: str | None) -> None:
         raise TrainingError("give --data or --self-prompts, not both")
     if not 0 < options.held_out < 1:
         raise TrainingError(f"0 < held_out < 1 must hold, got {options.held_out}")
+    if options.method == "medusa-2" and importlib.util.find_spec("peft") is None:
+        raise TrainingError(NO_PEFT)
     if load_in and options.method == "medusa-2":
         raise TrainingError(
             "medusa-2 changes the target's weights and can't store a quantised one; "
             "load it unquantised, or use --method medusa-1"
         )
+
+
+def target_problem(target: LanguageModel) -> str | None:
+    """Why heads can't be trained for ``target``, or could never be used then."""
+    model: Any = target.model
+    head = model.get_output_embeddings()
+    if head is None:
+        return f"{target.name} has no LM head that heads could begin with"
+    if head.weight.dim() != 2 or not head.weight.dtype.is_floating_point:
+        return (
+            f"the LM head of {target.name} is quantised, so no head can begin with it; "
+            "load the target unquantised, or with its LM head left alone"
+        )
+    if target.capability.level == "plain":
+        return (
+            f"{target.name} can't verify drafts, so heads would never be asked: "
+            f"{target.capability.reason}"
+        )
+    return hidden_problem(target)
 
 
 def load_target(

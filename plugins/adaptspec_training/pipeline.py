@@ -16,7 +16,7 @@ import torch
 from adaptspec.decoding.controls import Controls
 from adaptspec.errors import TrainingError
 from adaptspec.models import LanguageModel
-from adaptspec_plugins.heads.checkpoints import write_heads
+from adaptspec_plugins.heads.checkpoints import check_folder, write_heads
 from adaptspec_plugins.heads.medusa import MedusaHeads
 from adaptspec_training.answering import Answers
 from adaptspec_training.conversations import (
@@ -26,20 +26,29 @@ from adaptspec_training.conversations import (
     with_answers,
     without_answers,
 )
-from adaptspec_training.corpus import Corpus
+from adaptspec_training.corpus import Corpus, keeps_features
 from adaptspec_training.joint import (
     HEADS_WEIGHT,
     HEADS_WEIGHT_DISTILLED,
     JointTrainee,
     with_adapters,
 )
-from adaptspec_training.medusa import HeadsTrainee, draft_vocabulary
+from adaptspec_training.medusa import (
+    PATHS,
+    RANKS,
+    HeadsTrainee,
+    accuracies,
+    draft_vocabulary,
+    rank_paths,
+    rank_shares,
+)
 from adaptspec_training.options import (
     Options,
     check_options,
     digest,
     has_fast_bfloat16,
     load_target,
+    target_problem,
 )
 from adaptspec_training.prompting import write_prompts
 from adaptspec_training.report import write_report
@@ -48,13 +57,13 @@ from adaptspec_training.training import (
     Schedule,
     Trainer,
     in_batches,
-    is_out_of_memory,
+    out_of_memory,
 )
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.workloads import Prompt, Workload
 
 SHARE_OF_DISK = 0.5  # of what is free, for hidden states, with --features auto
-MOST_HELD_OUT = 200  # examples
+MOST_HELD_OUT = 200  # prompts
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,20 @@ def train_medusa(
     work = out / "work"
     if fresh and work.exists():
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"can't make the folder {work}: {error.strerror or error}; choose another "
+            "--out"
+        ) from error
     target = (
         model
         if isinstance(model, LanguageModel)
         else load_target(model, dtype, device, load_in)
     )
-    if reason := _problem(target):
+    if reason := target_problem(target):
         raise TrainingError(reason)
     run = _Run(target, out, work, options, progress, clock)
     run.borrowed = isinstance(model, LanguageModel)
@@ -132,11 +148,11 @@ class _Run:
     def __call__(self, data: Workload | None) -> Trained:
         options, target = self._options, self._target
         if data is None:
-            with self._spending("prompts"):
+            with self._spending("prompts"), out_of_memory("--answer-batch"):
                 data = write_prompts(
                     target,
                     options.self_prompts,
-                    self._work / "prompts.jsonl",
+                    self._work / f"prompts-{options.self_prompts}-{options.seed}.jsonl",
                     seed=options.seed,
                     batch=options.answer_batch,
                     tell=lambda text: self._progress.doing(text, float("inf")),
@@ -150,8 +166,8 @@ class _Run:
                 "message, got prompts only; pass --answers self"
             )
         made_by = self._fingerprint(data, given)
-        with self._spending("answers"):
-            corpus = self._corpus(data, given, made_by)
+        corpus = self._corpus(data, given, made_by)
+        self._spent["answers"] = corpus.seconds
         if not corpus.examples:
             raise TrainingError("no answer has a token to learn from; see the data")
         train, held_out = _split(corpus.examples, options)
@@ -176,20 +192,20 @@ class _Run:
                 target.digest,
             ]
         )
-        with self._spending("heads"):
-            log = self._trainer(trainee, corpus, train, held_out, "heads", identity)
+        log = self._trainer(trainee, corpus, train, held_out, "heads", identity)
         batches = in_batches(corpus.examples, held_out, options.batch_tokens)
         guarded: dict[str, Any] = {}
         base_name = target.name
         if options.method == "medusa-2":
-            with self._spending("joint"):
-                joint_log, guarded, batches_trainee = self._joint(
-                    trainee, corpus, train, held_out, batches, given, identity
-                )
-            log = [*log, *joint_log]
-            trainee, base_name = batches_trainee, "model"
-        paths, ranks = trainee.calibrate(batches)
-        report = self._report(corpus, train, held_out, heads, log, paths, ranks)
+            more, ranks, guarded = self._joint(
+                trainee, corpus, train, held_out, batches, given, identity
+            )
+            log, base_name = [*log, *more], "model"
+        else:
+            ranks = trainee.ranks(batches)
+        paths, shares = rank_paths(ranks, RANKS, PATHS), rank_shares(ranks, RANKS)
+        report = self._report(corpus, train, held_out, heads, log, paths, shares)
+        report["heads"] = accuracies(ranks)
         report.update(guarded)
         stored = heads.to(target.dtype)
         write_heads(
@@ -198,7 +214,7 @@ class _Run:
             base_model=base_name,
             vocab_size=target.vocab_size,
             paths=tuple(paths),
-            ranks=tuple(tuple(row) for row in ranks),
+            ranks=tuple(tuple(row) for row in shares),
             record=report["training"],
         )
         write_report(self._out, report)
@@ -212,8 +228,9 @@ class _Run:
             for prompt in (data if given else without_answers(data)).prompts
         ]
         most = sum(p.max_new_tokens or options.max_new_tokens for _, p in prompts)
-        width = self._hidden_size() if self._stores(most) else 0
-        corpus = Corpus(self._work / "answers", width, target.dtype, made_by)
+        folder = self._work / "answers"
+        width = self._hidden_size() if self._stores(most, folder) else 0
+        corpus = Corpus(folder, width, target.dtype, made_by)
         if given:
             self._read(corpus, prompts)
         else:
@@ -226,13 +243,19 @@ class _Run:
         answers = Answers(
             target, options.temperature, options.seed, ends, corpus.has_features
         )
+        longest = min(options.max_length, target.max_length or options.max_length)
         encoded = []
         for name, prompt in prompts:
-            ids = target.encode(prompt.content)[: options.max_length - 1]
-            room = (target.max_length or 1 << 30) - len(ids)
+            ids = target.encode(prompt.content)
+            room = longest - len(ids)
             limit = min(prompt.max_new_tokens or options.max_new_tokens, room)
             if limit >= 1:
                 encoded.append((name, ids, limit))
+        if out := len(prompts) - len(encoded):
+            self._progress.say(
+                f"{out} of {len(prompts)} prompts leave no room for an answer in "
+                f"{longest} tokens and are left out (--max-length)"
+            )
         # Neighbours of one length waste no padding; groups come in a drawn order, so
         # that a run that time cuts short has seen prompts of every length.
         size = min(options.answer_batch, answers.most_at_once or options.answer_batch)
@@ -257,7 +280,7 @@ class _Run:
             )
             group = groups[at]
             began = self._clock()
-            with _memory("--answer-batch"):
+            with out_of_memory("--answer-batch"):
                 made = answers.answer(
                     [name for name, _, _ in group],
                     [ids for _, ids, _ in group],
@@ -270,6 +293,7 @@ class _Run:
         for at in range(corpus.batches, -(-len(prompts) // size)):
             self._progress.doing(f"reading answers, {corpus.positions} so far", 1e999)
             some = prompts[at * size : (at + 1) * size]
+            began = self._clock()
             examples = []
             for name, prompt in some:
                 length = min(
@@ -280,9 +304,9 @@ class _Run:
                     examples.append(Example(name, example.tokens, example.spans))
             states = []
             if corpus.has_features:
-                with _memory("--max-length"):
+                with out_of_memory("--max-length"):
                     states = [self._hidden(example) for example in examples]
-            corpus.append(examples, states)
+            corpus.append(examples, states, seconds=self._clock() - began)
 
     def _hidden(self, example: Example) -> torch.Tensor:
         """Features by a forward over the whole example."""
@@ -303,11 +327,6 @@ class _Run:
     def _new_heads(self, examples: Sequence[Example]) -> MedusaHeads:
         options, target = self._options, self._target
         weight = self._lm_head().weight
-        if weight.dim() != 2 or not weight.dtype.is_floating_point:
-            raise TrainingError(
-                f"the LM head of {target.name} is quantised, so no head can begin with "
-                "it; load the target unquantised, or with its LM head left alone"
-            )
         size = min(options.draft_vocab or target.vocab_size, target.vocab_size)
         reduced = size < target.vocab_size and options.output != "base"
         torch.manual_seed(options.seed)
@@ -345,7 +364,7 @@ class _Run:
                 f"training {stage}, step {step} of {steps}, loss {loss:.3f}", left
             )
 
-        return Trainer(
+        log = Trainer(
             trainee,
             corpus.examples,
             train,
@@ -358,6 +377,8 @@ class _Run:
             tell=tell,
             stage=stage,
         ).run()
+        self._spent[stage] = log[-1].get("seconds", 0.0)
+        return log
 
     def _joint(
         self,
@@ -368,8 +389,13 @@ class _Run:
         batches: Sequence[Batch],
         given: bool,
         identity: str,
-    ) -> tuple[list[dict[str, Any]], dict[str, Any], HeadsTrainee]:
-        """Stage 2: train, merge the adapters, save the target; its loss is guarded."""
+    ) -> tuple[list[dict[str, Any]], torch.Tensor, dict[str, Any]]:
+        """Stage 2: train, merge the adapters, save the target.
+
+        Returns:
+            The log, the heads' ranks on the stored target's held-out states, and what
+            became of the target's own loss.
+        """
         options, target = self._options, self._target
         weight = options.heads_weight
         if weight is None:
@@ -377,38 +403,25 @@ class _Run:
         adapted = with_adapters(
             copy.deepcopy(target.model) if self.borrowed else target.model
         )
-        joint: JointTrainee
-
-        def features(index: int, example: Example) -> torch.Tensor:
-            return joint.features(Batch([example], [index]))[0]
-
-        trainee = HeadsTrainee(
-            heads.heads,
-            features,
-            target.vocab_size,
-            lm_head=(
-                adapted.get_base_model().get_output_embeddings()
-                if options.output == "base"
-                else None
-            ),
-            decay=options.decay,
-            factor=options.heads_factor,
-            chunk=options.chunk,
-            autocast=self._autocast(),
+        joint = JointTrainee(
+            adapted,
+            heads,
+            distilled=not given,
+            heads_weight=weight,
+            own=self._features(corpus) if corpus.has_features else None,
+            most_tokens=options.chunk,
         )
-        joint = JointTrainee(adapted, trainee, distilled=not given, heads_weight=weight)
-        with adapted.disable_adapter():
-            before = joint.held_out_loss(batches)
+        with out_of_memory(joint.lowers_memory), adapted.disable_adapter():
+            _, before = joint.measure(batches)
         log = self._trainer(joint, corpus, train, held_out, "joint", identity)
-        with self._spending("saving"):
-            after = joint.held_out_loss(batches)
-            calibrated = _Frozen(trainee, batches)
-            merged = adapted.merge_and_unload()
+        with self._spending("saving"), out_of_memory(joint.lowers_memory):
+            merged = joint.merge()
+            ranks, after = joint.measure(batches)
+            joint.close()
             merged.save_pretrained(self._out / "model")
             if target.tokenizer is not None:
                 target.tokenizer.save_pretrained(self._out / "model")
-        guarded = {"target_loss": {"before": before, "after": after}}
-        return log, guarded, calibrated
+        return log, ranks, {"target_loss": {"before": before, "after": after}}
 
     def _report(
         self,
@@ -418,7 +431,7 @@ class _Run:
         heads: MedusaHeads,
         log: Sequence[dict[str, Any]],
         paths: Sequence[tuple[tuple[int, ...], float]],
-        ranks: Sequence[Sequence[float]],
+        shares: Sequence[Sequence[float]],
     ) -> dict[str, Any]:
         known = None if heads.token_map is None else set(heads.token_map.tolist())
         answers = [
@@ -444,18 +457,19 @@ class _Run:
                 "precision": str(self._autocast() or torch.float32),
             },
             "log": list(log),
-            "heads": log[-1]["heads"],
-            "ranks": [list(row) for row in ranks],
+            "ranks": [list(row) for row in shares],
             "paths": [[list(path), share] for path, share in paths],
         }
 
     def _spending(self, name: str) -> Any:
         return _spending(self._spent, name, self._clock)
 
-    def _stores(self, tokens: int) -> bool:
+    def _stores(self, tokens: int, answers: Path) -> bool:
         choice = self._options.features
         if choice != "auto":
             return choice == "store"
+        if (settled := keeps_features(answers)) is not None:
+            return settled
         size = tokens * self._hidden_size() * self._target.dtype.itemsize
         return size <= SHARE_OF_DISK * shutil.disk_usage(self._work).free
 
@@ -485,33 +499,6 @@ class _Run:
         )
 
 
-class _Frozen(HeadsTrainee):
-    """Heads whose ranks on the held-out part are known: the target is merged away."""
-
-    def __init__(self, trainee: HeadsTrainee, batches: Sequence[Batch]) -> None:
-        self.heads = trainee.heads
-        self._known = [trainee.ranks(batch) for batch in batches]
-        self._next = 0
-
-    def ranks(self, batch: Batch) -> torch.Tensor:
-        found = self._known[self._next]
-        self._next += 1
-        return found
-
-
-@contextmanager
-def _memory(option: str) -> Iterator[None]:
-    """Inside, running out of memory says which option to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"memory ran out; lower {option}, or use a smaller model"
-        ) from error
-
-
 @contextmanager
 def _spending(
     spent: dict[str, float], name: str, clock: Callable[[], float]
@@ -537,15 +524,9 @@ def _split(
             "at least two prompts are needed, one of them to measure on, "
             f"got {len(prompts)}"
         )
-    most = max(1, min(len(prompts) - 1, round(len(prompts) * options.held_out)))
+    wanted = min(MOST_HELD_OUT, round(len(prompts) * options.held_out))
+    most = max(1, min(len(prompts) - 1, wanted))
     chosen = set(prompts[:most])
     train = [i for i, e in enumerate(examples) if e.id.rpartition("#")[0] not in chosen]
     rest = [i for i, e in enumerate(examples) if e.id.rpartition("#")[0] in chosen]
-    return train, rest[:MOST_HELD_OUT]
-
-
-def _problem(target: LanguageModel) -> str | None:
-    model: Any = target.model
-    if model.get_output_embeddings() is None:
-        return f"{target.name} has no LM head that heads could begin with"
-    return None
+    return train, rest

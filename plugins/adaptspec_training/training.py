@@ -12,7 +12,8 @@ import math
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,9 +63,11 @@ class Trainee(ABC):
 
     Class attributes:
         kind: What its files call it.
+        lowers_memory: The options that do, for people whose memory ran out.
     """
 
     kind: ClassVar[str]
+    lowers_memory: ClassVar[str] = "--batch-tokens or --chunk"
 
     @abstractmethod
     def modules(self) -> Mapping[str, nn.Module]:
@@ -195,8 +198,13 @@ class Trainer:
         """Train to the end, from the last checkpoint if there is one; the log.
 
         Raises:
-            TrainingError: if the loss stops being a number, or memory runs out.
+            TrainingError: if the loss stops being a number, or memory or the disk
+                runs out.
         """
+        with out_of_memory(self._trainee.lowers_memory):
+            return self._run()
+
+    def _run(self) -> list[dict[str, Any]]:
         schedule = self._schedule
         torch.manual_seed(schedule.seed)
         optimizer = torch.optim.AdamW(
@@ -249,15 +257,7 @@ class Trainer:
         return log
 
     def _backward(self, batch: Batch, step: int, steps: int) -> Losses:
-        try:
-            losses = self._trainee.backward(batch, step / steps)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"memory ran out at step {step + 1} with {batch.positions} answer "
-                "tokens a step; lower --batch-tokens or --chunk, or train fewer heads"
-            ) from error
+        losses = self._trainee.backward(batch, step / steps)
         if not math.isfinite(losses.total):
             raise TrainingError(
                 f"the loss became {losses.total} at step {step + 1}; lower --lr, or "
@@ -299,10 +299,18 @@ class Trainer:
         if self._device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self._device)
         partial = self._state.with_suffix(".partial")
-        torch.save(state, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(self._state)
+        try:
+            torch.save(state, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self._state)
+        except (OSError, RuntimeError) as error:  # torch's own file writer raises these
+            partial.unlink(missing_ok=True)
+            first = (str(error).splitlines() or [repr(error)])[0]
+            raise TrainingError(
+                f"can't write {self._state}: {first}; make room on the disk, and the "
+                "same command continues from the checkpoint before"
+            ) from error
 
     def _restore(
         self, optimizer: torch.optim.Optimizer
@@ -348,6 +356,20 @@ def load_trained(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].copy_(value)
+
+
+@contextmanager
+def out_of_memory(options: str) -> Iterator[None]:
+    """Inside, running out of memory says which options lower it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory ran out; lower {options}, or use a smaller model; the same "
+            "command then continues"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

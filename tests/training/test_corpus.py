@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adaptspec.errors import TrainingError
 from adaptspec_training.conversations import Example
-from adaptspec_training.corpus import ANSWERS, FEATURES, Corpus
+from adaptspec_training.corpus import ANSWERS, FEATURES, Corpus, keeps_features
 
 
 def example(name: str, prompt: int, answer: int) -> Example:
@@ -76,6 +76,41 @@ def test_answers_of_other_options_are_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     with pytest.raises(TrainingError, match=r"other options or data.*--fresh"):
         Corpus(tmp_path, 4, torch.bfloat16, "another")
+
+
+def test_whether_features_are_kept_is_settled_when_the_folder_is_made(
+    tmp_path: Path,
+) -> None:
+    assert keeps_features(tmp_path / "none") is None
+    filled(tmp_path / "kept")
+    assert keeps_features(tmp_path / "kept") is True
+    Corpus(tmp_path / "bare", 0, torch.bfloat16, "made").append(
+        [example("a", 2, 3)], []
+    )
+    assert keeps_features(tmp_path / "bare") is False
+    with pytest.raises(TrainingError, match=r"without hidden states.*--fresh"):
+        Corpus(tmp_path / "bare", 4, torch.bfloat16, "made")
+
+
+def test_features_that_are_no_longer_wanted_are_dropped_and_the_answers_stay(
+    tmp_path: Path,
+) -> None:
+    corpus, _ = filled(tmp_path)
+    bare = Corpus(tmp_path, 0, torch.bfloat16, "made")
+    assert bare.examples == corpus.examples
+    assert not (tmp_path / FEATURES).exists()
+    assert keeps_features(tmp_path) is False
+    bare.append([example("more", 2, 3)], [])
+    assert len(Corpus(tmp_path, 0, torch.bfloat16, "made").examples) == 7
+
+
+def test_a_file_without_a_first_line_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / ANSWERS).write_text("")
+    with pytest.raises(TrainingError, match="damaged"):
+        keeps_features(tmp_path)
+    (tmp_path / ANSWERS).write_text("[1]\n")
+    with pytest.raises(TrainingError, match="damaged"):
+        Corpus(tmp_path, 0, torch.bfloat16, "made")
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

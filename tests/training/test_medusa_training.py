@@ -88,7 +88,7 @@ def test_the_loss_and_its_gradients_are_those_of_one_position_at_a_time(
 
 def test_ranks_count_the_tokens_that_a_head_finds_likelier() -> None:
     made, states = trainee([1, 3, 4, 5, 6, 7])
-    ranks = made.ranks(Batch(EXAMPLES, [0, 1]))
+    ranks = made.ranks([Batch(EXAMPLES, [0, 1])])
     numbers = [1, 3, 4, 5, 6, 7]
     column = 0
     for example, hidden in zip(EXAMPLES, states, strict=True):

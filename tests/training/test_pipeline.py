@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +20,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file
 
 from adaptspec.cli import build_cli
-from adaptspec.errors import TrainingError
+from adaptspec.errors import HeadsLoadError, TrainingError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_plugins.heads.checkpoints import read_heads
+from adaptspec_training.conversations import Example
 from adaptspec_training.options import Options
-from adaptspec_training.pipeline import train_medusa
+from adaptspec_training.pipeline import _split, train_medusa
+from adaptspec_tuner.progress import Progress
 
 QUICK = Options(
     heads=2,
@@ -192,10 +197,13 @@ def test_the_model_writes_its_own_prompts(
     )
     options = replace(QUICK, self_prompts=6)
     trained = train_medusa(model, None, tmp_path / "out", options)
-    rows = (tmp_path / "out" / "work" / "prompts.jsonl").read_text().splitlines()
-    texts = [json.loads(row)["prompt"] for row in rows]
+    (path,) = (tmp_path / "out" / "work").glob("prompts-*.jsonl")
+    texts = [json.loads(row)["prompt"] for row in path.read_text().splitlines()]
     assert 2 <= len(texts) == len(set(texts)) <= 6
     assert trained.report["training"]["examples"] >= 1
+    # Other prompts than those asked for now aren't taken for them.
+    with pytest.raises(TrainingError, match="--fresh"):
+        train_medusa(model, None, tmp_path / "out", replace(options, self_prompts=3))
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
@@ -312,6 +320,100 @@ def test_options_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(TrainingError, match=problem):
         train_medusa(target(), prompts, tmp_path / "out", replace(QUICK, **changes))
+
+
+def test_a_model_whose_states_are_not_its_lm_heads_input_is_refused_before_it_answers(
+    target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
+) -> None:
+    model = target()
+    inner = model.model.forward
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        if output.hidden_states is not None:
+            last = -output.hidden_states[-1]
+            output.hidden_states = (*output.hidden_states[:-1], last)
+        return output
+
+    model.model.forward = shifted
+    with pytest.raises(TrainingError, match="aren't what its LM head reads"):
+        train_medusa(model, prompts, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out" / "work" / "answers").exists()
+
+
+def test_a_model_that_could_never_use_heads_is_refused_before_it_answers(
+    target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="can't verify drafts"):
+        train_medusa(target("mamba"), prompts, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out" / "work" / "answers").exists()
+
+
+def test_a_folder_with_others_weights_is_refused_before_anything_is_done(
+    prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"of somebody")
+    with pytest.raises(HeadsLoadError, match="give another folder"):
+        train_medusa("no model is looked for", prompts, tmp_path, QUICK)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="choose another --out"):
+        train_medusa("no model", prompts, tmp_path / "file" / "out", QUICK)
+
+
+def test_a_run_that_continues_keeps_hidden_states_where_the_first_one_did(
+    target: Callable[..., LanguageModel],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, again = target(), replace(QUICK, epochs=1)
+    train_medusa(model, prompts, tmp_path / "once", again)
+    train_medusa(model, prompts, tmp_path / "twice", QUICK)
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    train_medusa(model, prompts, tmp_path / "twice", again)
+    assert (tmp_path / "twice" / "work" / "answers" / "features.bin").exists()
+    once, twice = tensors(tmp_path / "once"), tensors(tmp_path / "twice")
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+    # Another run, which begins on the full disk, keeps none.
+    train_medusa(model, prompts, tmp_path / "full", again)
+    assert not (tmp_path / "full" / "work" / "answers" / "features.bin").exists()
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out_and_counted(
+    target: Callable[..., LanguageModel],
+    write_lines: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    data = write_lines(*({"prompt": "w3 " * n} for n in (3, 4, 5, 30, 6, 31)))
+    told = io.StringIO()
+    progress = Progress(Console(file=told), FakeClock())
+    options = replace(QUICK, max_length=14)
+    trained = train_medusa(target(), data, tmp_path, options, progress=progress)
+    assert "2 of 6 prompts leave no room" in told.getvalue()
+    kept = trained.report["training"]
+    assert kept["examples"] + kept["held_out_examples"] == 4
+    lines = (tmp_path / "work" / "answers" / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert max(len(row["tokens"]) for row in rows if "tokens" in row) <= 14
+
+
+def test_the_time_told_is_that_of_all_processes(
+    target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
+) -> None:
+    first = train_medusa(target(), prompts, tmp_path, QUICK).report["training"]
+    again = train_medusa(target(), prompts, tmp_path, QUICK).report["training"]
+    assert again["seconds"] == first["seconds"]
+    assert first["seconds"]["answers"] > 0
+    assert first["seconds"]["heads"] > 0
+
+
+def test_no_more_prompts_than_are_useful_are_held_out() -> None:
+    examples = [Example(f"p{i}#0", (1, 2, 3), ((1, 3),)) for i in range(3000)]
+    train, held_out = _split(examples, QUICK)
+    assert len(held_out) == 200
+    assert sorted([*train, *held_out]) == list(range(3000))
 
 
 def test_one_prompt_is_too_few_to_measure_on(

@@ -147,6 +147,46 @@ def test_lack_of_memory_says_what_to_lower(tmp_path: Path) -> None:
         trainer(Greedy(), tmp_path).run()
 
 
+def test_lack_of_memory_while_measuring_says_what_lowers_this_trainees(
+    tmp_path: Path,
+) -> None:
+    class Greedy(Regression):
+        lowers_memory = "--width"
+
+        def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
+            torch.empty(1 << 60)
+            raise AssertionError
+
+    with pytest.raises(TrainingError, match="lower --width"):
+        trainer(Greedy(), tmp_path).run()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        trainer(Regression(killed_at=4), tmp_path).run()
+    (state,) = tmp_path.glob("*.pt")
+    before = state.read_bytes()
+
+    def full(value: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(TrainingError, match=r"can't write .*make room"):
+            trainer(Regression(), tmp_path).run()
+    assert state.read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+    whole = Regression()
+    (tmp_path / "whole").mkdir()
+    trainer(whole, tmp_path / "whole").run()
+    resumed = Regression()
+    trainer(resumed, tmp_path).run()
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+
+
 def test_other_errors_are_not_taken_for_lack_of_memory(tmp_path: Path) -> None:
     class Broken(Regression):
         def backward(self, batch: Batch, progress: float) -> Losses:

@@ -118,12 +118,7 @@ def write_heads(
     tensors, layout = _named(heads)
     name = "model.safetensors" if layout == "vllm" else "medusa_lm_head.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    others = [other for other in WEIGHT_FILES if (folder / other).exists()]
-    if others and not (folder / CALIBRATION).exists():
-        raise HeadsLoadError(
-            f"{folder / others[0]} isn't AdaptSpec's and would be hidden or replaced; "
-            "give another folder for the heads"
-        )
+    others = check_folder(folder)
     calibration = {
         "version": 1,
         "kind": KIND,
@@ -139,6 +134,21 @@ def write_heads(
     for other in others:
         if other != name:
             (folder / other).unlink()
+
+
+def check_folder(folder: Path) -> list[str]:
+    """The weights in ``folder`` that writing heads would replace.
+
+    Raises:
+        HeadsLoadError: if they aren't heads that AdaptSpec wrote.
+    """
+    others = [other for other in WEIGHT_FILES if (folder / other).exists()]
+    if others and not (folder / CALIBRATION).exists():
+        raise HeadsLoadError(
+            f"{folder / others[0]} isn't AdaptSpec's and would be hidden or replaced; "
+            "give another folder for the heads"
+        )
+    return others
 
 
 class _Layout:
