@@ -1,4 +1,4 @@
-"""Discovered classes of prompts: cheap features of the text, and a tree of questions.
+"""Discovered classes of prompts: cheap features, and a tree of questions about them.
 
 What `tune --classes auto` learnt is kept as plain numbers, so that choosing a class at
 run time needs nothing but comparisons.
@@ -13,10 +13,12 @@ from operator import index
 from typing import Any
 
 from adaptspec.errors import AdaptSpecError
+from adaptspec.states import StateFeatures
 
 KEY = "classifier"
 FORMAT = 1
 UNKNOWN = "unknown"
+TEXT, STATES = "text", "states"  # where features come from
 LONGEST = 8192  # characters looked at: half from each end of a longer prompt
 NGRAM = 4  # words
 
@@ -95,7 +97,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A decision tree over :data:`FEATURES`.
+    """A decision tree over :data:`FEATURES` of the text, or features of states.
 
     Args:
         names: Of the classes.
@@ -103,6 +105,7 @@ class Classifier:
         low: ``[features]``: a prompt with less of one than this is ``unknown``.
         high: ``[features]``: or with more.
         seconds: What classifying a prompt takes, measured.
+        states: What is asked about in place of the text.
     """
 
     names: Sequence[str]
@@ -110,9 +113,20 @@ class Classifier:
     low: Sequence[float]
     high: Sequence[float]
     seconds: float = 0.0
+    states: StateFeatures | None = None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the questions may be about."""
+        return FEATURES if self.states is None else self.states.names
+
+    @property
+    def source(self) -> str:
+        """``text``, or ``states``: of the target, once it has read the prompt."""
+        return TEXT if self.states is None else STATES
 
     def __post_init__(self) -> None:
-        width = len(FEATURES)
+        width = len(self.features)
         targets = [
             (index, after)
             for index, question in enumerate(self.questions)
@@ -142,7 +156,14 @@ class Classifier:
 
     def classify(self, text: str) -> str:
         """The class of a prompt's text, or ``unknown``."""
-        found = features(text)
+        return self._of(features(text))
+
+    def classify_state(self, state: Sequence[float]) -> str:
+        """The class of a prompt's pooled state, or ``unknown``."""
+        assert self.states is not None
+        return self._of(self.states(state))
+
+    def _of(self, found: Sequence[float]) -> str:
         if not all(
             low <= value <= high
             for low, value, high in zip(self.low, found, self.high, strict=True)
@@ -164,7 +185,7 @@ class Classifier:
                 told[self.names[-1 - at]] = " and ".join(answers) or "every prompt"
                 return
             asked = self.questions[at]
-            name, bound = FEATURES[asked.feature], f"{asked.threshold:.3g}"
+            name, bound = self.features[asked.feature], f"{asked.threshold:.3g}"
             follow(asked.yes, [*answers, f"{name} <= {bound}"])
             follow(asked.no, [*answers, f"{name} > {bound}"])
 
@@ -175,7 +196,7 @@ class Classifier:
         """What :meth:`from_json` reads."""
         return {
             "format": FORMAT,
-            "features": list(FEATURES),
+            "features": list(self.features),
             "names": list(self.names),
             "questions": [
                 [asked.feature, asked.threshold, asked.yes, asked.no]
@@ -184,6 +205,7 @@ class Classifier:
             "low": list(self.low),
             "high": list(self.high),
             "seconds": self.seconds,
+            "states": None if self.states is None else self.states.as_json(),
         }
 
     @classmethod
@@ -194,7 +216,10 @@ class Classifier:
             AdaptSpecError: if it isn't one, or of other features.
         """
         try:
-            if record["format"] != FORMAT or record["features"] != list(FEATURES):
+            states = record.get("states")  # older ones are of texts
+            asked = None if states is None else StateFeatures.from_json(states)
+            names = FEATURES if asked is None else asked.names
+            if record["format"] != FORMAT or record["features"] != list(names):
                 raise AdaptSpecError(
                     "the stored classifier is another version's; run tune again"
                 )
@@ -207,6 +232,9 @@ class Classifier:
                 [float(value) for value in record["low"]],
                 [float(value) for value in record["high"]],
                 float(record["seconds"]),
+                asked,
             )
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
+        except (
+            *(AttributeError, KeyError, OverflowError, TypeError, ValueError),
+        ) as error:
             raise AdaptSpecError(f"not a stored classifier: {error!r}") from None

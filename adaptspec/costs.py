@@ -28,7 +28,7 @@ DRAFT_ROWS = (1, 2, 3, 4, 6, 8, 16)
 ROUNDS = 24  # at most
 LONGEST = 40.0  # seconds for all contexts of the target; the draft gets half of it
 KEY = "costs"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class ForwardCosts:
         contexts: Measured numbers of cached tokens, ascending.
         rows: Measured numbers of tokens, ascending.
         seconds: ``[contexts][rows]``.
+        moving: Seconds of keeping a path of a tree whose rows must be moved for it.
     """
 
     contexts: Sequence[int]
     rows: Sequence[int]
     seconds: Sequence[Sequence[float]]
+    moving: float = 0.0
 
     def __post_init__(self) -> None:
         lines = [len(line) == len(self.rows) for line in self.seconds]
@@ -53,10 +55,12 @@ class ForwardCosts:
                 f"{len(self.contexts)} contexts, {len(self.rows)} rows and "
                 f"{len(lines)} lines"
             )
-        if any(
-            not 0 < value < math.inf for line in self.seconds for value in line
-        ) or any(
-            list(axis) != sorted(set(axis)) for axis in (self.contexts, self.rows)
+        if (
+            any(not 0 < value < math.inf for line in self.seconds for value in line)
+            or any(
+                list(axis) != sorted(set(axis)) for axis in (self.contexts, self.rows)
+            )
+            or not 0 <= self.moving < math.inf
         ):
             raise AdaptSpecError(
                 "forward costs must be positive seconds over ascending axes"
@@ -89,6 +93,7 @@ class ForwardCosts:
             "contexts": list(self.contexts),
             "rows": list(self.rows),
             "seconds": [list(line) for line in self.seconds],
+            "moving": self.moving,
         }
 
 
@@ -214,7 +219,7 @@ def _measure(
     contexts: Sequence[int],
     longest: float,
 ) -> ForwardCosts:
-    from adaptspec.decoding.latency import measure_latency, rising
+    from adaptspec.decoding.latency import measure_latency, measure_moving, rising
 
     curves: dict[int, LatencyCurve] = {}
     for context in contexts:
@@ -232,4 +237,5 @@ def _measure(
         [curve.context for curve in ordered],
         kept,
         [list(line) for line in zip(*columns, strict=True)],
+        measure_moving(model, ordered[0].context),
     )

@@ -28,6 +28,8 @@ from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.models import LanguageModel, Prompt, load_model
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
 from adaptspec.selector import Choice, measured_here, select
+from adaptspec.states import pooled
+from adaptspec.strategy import Needs, union
 from adaptspec.trained import digest_of, name_of
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Result:
     choice: Choice
     stats: RunStats
     finish: Finish
-    seconds_classifying: float = 0.0  # the prompt, where its class wasn't given
+    seconds_classifying: float = 0.0  # the prompt, its reading apart
 
 
 class Stream(Iterator[str]):
@@ -234,6 +236,8 @@ class Decoder:
         """The same, as pieces of text as soon as they are accepted.
 
         A piece comes per token, or per few where a character spans several tokens.
+        The prompt is read with the first one asked for, or at once where its class is
+        found in the states that reading it leaves.
         """
         return self._run(
             prompt,
@@ -248,16 +252,40 @@ class Decoder:
     def classify(self, prompt: Prompt) -> str | None:
         """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
 
-        None where classes weren't discovered (``adaptspec tune --classes auto``).
+        None where classes weren't discovered (``adaptspec tune --classes auto``). Where
+        states tell them (``--class-features states``), the target reads the prompt.
         """
         if self._classifier is None:
             return None
+        if self._classifier.states is not None:
+            ids = self.model.encode(prompt)
+            one = Controls.for_model(self.model, max_new_tokens=1, temperature=0.0)
+            return self._class_read(self._classifier, self._plain_run(ids, one))[0]
         text = prompt_text(prompt)
         if text is None:  # token ids
             if self.model.tokenizer is None:
                 return UNKNOWN
             text = last_message(self.model.tokenizer, self.model.encode(prompt))
         return self._classifier.classify(text)
+
+    def _plain_run(self, ids: Sequence[int], controls: Controls) -> Run:
+        plain = self._strategy(Choice(None, PLAIN))
+        return Run(self.engine, plain, ids, controls)
+
+    def _class_read(self, classifier: Classifier, run: Run) -> tuple[str, float]:
+        """The class that reading the prompt shows, and seconds it took to find.
+
+        The run can then decode with the strategy of any class.
+        """
+        assert classifier.states is not None
+        layer = classifier.states.layer
+        chosen = [self.choose(name) for name in (*classifier.names, UNKNOWN)]
+        needs = [self._strategy(choice).needs(self.model) for choice in chosen]
+        mine = Needs(hidden_layers=(layer,), prefill_hidden="all")
+        forward = run.read(union([mine, *needs]))
+        started = perf_counter()
+        found = classifier.classify_state(pooled(forward.hidden[layer]))
+        return found, perf_counter() - started
 
     def _profiles_of(self, prompt_class: str | None) -> Sequence[Profile]:
         """Those that may speak for a class: a discovered one is its own run's alone.
@@ -279,10 +307,14 @@ class Decoder:
             return None
         self._classifier_run = newest.run
         try:
-            return Classifier.from_json(record)
+            found = Classifier.from_json(record)
+            misfit = None if found.states is None else found.states.misfit(self.model)
         except AdaptSpecError as error:
-            warnings.warn(f"classes aren't discovered: {error}", stacklevel=3)
+            misfit = str(error)
+        if misfit is not None:
+            warnings.warn(f"classes aren't discovered: {misfit}", stacklevel=3)
             return None
+        return found
 
     def save(self) -> None:
         """Write down now what strategies have learnt; done at exit anyway."""
@@ -300,13 +332,6 @@ class Decoder:
         controls: Mapping[str, Any],
     ) -> Stream:
         seconds = 0.0
-        if prompt_class is None and strategy is None and self._classifier is not None:
-            started = perf_counter()
-            prompt_class = self.classify(prompt)
-            seconds = perf_counter() - started
-        choice = self.choose(prompt_class, strategy, params)
-        if strategy is None and choice.strategy == PLAIN:
-            self._tell_once(choice.reason)
         settings = Controls.for_model(
             self.model,
             max_new_tokens=max_new_tokens,
@@ -314,7 +339,23 @@ class Decoder:
             **controls,
         )
         ids = self.model.encode(prompt)
-        run = Run(self.engine, self._strategy(choice), ids, settings)
+        run: Run | None = None
+        if prompt_class is None and strategy is None and self._classifier is not None:
+            if self._classifier.states is None:
+                started = perf_counter()
+                prompt_class = self.classify(prompt)
+                seconds = perf_counter() - started
+            else:
+                run = self._plain_run(ids, settings)
+                prompt_class, seconds = self._class_read(self._classifier, run)
+        choice = self.choose(prompt_class, strategy, params)
+        if strategy is None and choice.strategy == PLAIN:
+            self._tell_once(choice.reason)
+        decoding = self._strategy(choice)
+        if run is None:
+            run = Run(self.engine, decoding, ids, settings)
+        else:
+            run.use(decoding)
         return Stream(self.model, run, choice, seconds)
 
     def _strategy(self, choice: Choice) -> Strategy:

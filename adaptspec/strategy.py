@@ -32,6 +32,7 @@ __all__ = [
     "Strategy",
     "Target",
     "TokenTree",
+    "union",
 ]
 
 
@@ -54,6 +55,18 @@ class Needs:
     hidden_layers: tuple[int, ...] = ()
     prefill_hidden: Literal["none", "last", "all"] = "none"
     prefill_logits: int = 1
+
+
+def union(needs: Sequence[Needs]) -> Needs:
+    """What serves all of ``needs``."""
+    prefills: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
+    return Needs(
+        hidden_layers=tuple(sorted({i for one in needs for i in one.hidden_layers})),
+        prefill_hidden=max(
+            (one.prefill_hidden for one in needs), key=prefills.index, default="none"
+        ),
+        prefill_logits=max((one.prefill_logits for one in needs), default=1),
+    )
 
 
 class SamplingLaw(Protocol):
@@ -263,7 +276,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def start(self, target: Target) -> Drafter:
-        """Open the drafting state of one sequence, before the prefill."""
+        """Open the drafting state of one sequence, before it observes the prefill."""
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ def main(
     recordings = {}
     for prompts in chosen.values():
         for prompt in prompts:
-            tokens = profiler.measure(PLAIN_SETTING, prompt).tokens
-            recordings[prompt.id] = profiler.recording(prompt, tokens)
+            sample = profiler.measure(PLAIN_SETTING, prompt)
+            recordings[prompt.id] = profiler.recording(prompt, sample)
     replayer = Replayer(engine, host, measure_costs(target).target, recordings)
     objectives = {
         (name, strategy): Objective(replayer, strategy, prompts)

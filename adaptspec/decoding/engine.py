@@ -96,11 +96,10 @@ class Run:
         controls: Controls,
     ) -> None:
         model = engine.model
-        if reason := type(strategy).unavailable(model, engine.draft):
-            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
+        self._model, self._draft = model, engine.draft
+        self.use(strategy)
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
-        self._model, self._draft, self._strategy = model, engine.draft, strategy
         self._clock = engine.clock
         self._controls = controls
         self._prompt = len(ids)
@@ -119,6 +118,33 @@ class Run:
         self._sampler = Sampler(processors, controls.seed)
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
+        self._cache: Any = None
+        self._read: Forward | None = None
+
+    def use(self, strategy: Strategy) -> None:
+        """Decode with ``strategy``, in place of an earlier one; before iterating.
+
+        Raises:
+            UnavailableStrategyError: if it can't run on this model.
+        """
+        if reason := type(strategy).unavailable(self._model, self._draft):
+            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
+        self._strategy = strategy
+
+    def read(self, needs: Needs) -> Forward:
+        """Read the prompt now, for what it shows to decide on the strategy.
+
+        The iteration then goes on from there.
+
+        Args:
+            needs: Of all strategies in question, and the caller's own.
+        """
+        started = self._clock()
+        self._cache = self._new_cache()
+        self._read = self._forward(needs)
+        self._synchronize()
+        self._stats.seconds_prefill = self._clock() - started
+        return self._read
 
     @property
     def result(self) -> Generation:
@@ -131,10 +157,7 @@ class Run:
         model = self._model
         level = model.capability.level
         needs = self._strategy.needs(model)
-        capacity = self._prompt + self._room + self._controls.max_nodes + 1
-        cache: Any = (
-            model.plain_cache() if level == "plain" else model.new_cache(capacity)
-        )
+        cache = self._new_cache() if self._read is None else self._cache
         drafter = self._strategy.start(
             Target(
                 model=model,
@@ -149,20 +172,37 @@ class Run:
         if getattr(self._strategy.params, "gate", False):
             drafter = Gate(drafter, self._strategy.gate_memory, self._clock)
         try:
-            yield self._prefill(drafter, cache, needs)
+            self._cache = cache
+            yield self._prefill(drafter, needs)
             while self._finish is None:
                 yield self._step(drafter, cache, needs, level)
         finally:
             drafter.close()
 
-    def _prefill(self, drafter: Drafter, cache: Any, needs: Needs) -> list[int]:
-        started = self._clock()
-        prompt = list(self._ids)
-        hidden = needs.hidden_layers if needs.prefill_hidden != "none" else ()
-        forward = self._model.prefill(
-            prompt, cache, last=max(1, needs.prefill_logits), hidden_layers=hidden
+    def _new_cache(self) -> Any:
+        if self._model.capability.level == "plain":
+            return self._model.plain_cache()
+        return self._model.new_cache(
+            self._prompt + self._room + self._controls.max_nodes + 1
         )
-        last = forward.rows[len(prompt) - 1]
+
+    def _forward(self, needs: Needs) -> Forward:
+        """The prompt's."""
+        return self._model.prefill(
+            list(self._ids),
+            self._cache,
+            last=max(1, needs.prefill_logits),
+            hidden_layers=_shown(needs),
+        )
+
+    def _prefill(self, drafter: Drafter, needs: Needs) -> list[int]:
+        started = self._clock()
+        if self._read is None:
+            forward = self._forward(needs)
+        else:
+            # Not a row more than the strategy would have been given.
+            forward, self._read = _narrowed(self._read, needs), None
+        last = forward.rows[self._prompt - 1]
         token = (
             forward.best[last]
             if self._batched_argmax or forward.decided
@@ -173,7 +213,7 @@ class Run:
         if needs.prefill_hidden == "last":
             seen = {layer: states[-1:] for layer, states in seen.items()}
         drafter.observe(self._outcome(None, (), emitted, forward, seen))
-        self._stats.seconds_prefill = self._clock() - started
+        self._stats.seconds_prefill += self._clock() - started
         return emitted
 
     def _step(
@@ -284,6 +324,22 @@ class Run:
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+
+
+def _shown(needs: Needs) -> tuple[int, ...]:
+    """Layers whose states are wanted of the prompt."""
+    return needs.hidden_layers if needs.prefill_hidden != "none" else ()
+
+
+def _narrowed(forward: Forward, needs: Needs) -> Forward:
+    """As much of the prompt's forward as ``needs`` asks for."""
+    places = sorted(forward.rows)[-max(1, needs.prefill_logits) :]
+    first = forward.rows[places[0]]
+    return Forward(
+        forward.logits[first:],
+        {place: forward.rows[place] - first for place in places},
+        {layer: forward.hidden[layer] for layer in _shown(needs)},
+    )
 
 
 def depth_limit(config: Any, cached: int) -> int:

@@ -25,6 +25,7 @@ ROUNDS = 4
 COMMON_ROWS = 16
 RARELY = 4  # larger sizes are timed in one round of so many
 ENOUGH = 5  # rounds for a median
+MOVED = (0, 2, 3)  # of the nodes in a tree: a path that isn't its first rows
 LONGEST_SECONDS = 3.0  # no further round after this: large models need fewer
 
 
@@ -101,6 +102,36 @@ def measure_latency(
     return LatencyCurve(tuple(rows), tuple(rising(typical)), context)
 
 
+def measure_moving(model: LanguageModel, context: int = CONTEXT) -> float:
+    """Seconds of keeping a path whose rows must be moved, over keeping a prefix.
+
+    That is what a tree costs a step beside its forward, when its first branch isn't the
+    one that is accepted.
+    """
+    size = MOVED[-1] + 1
+    if model.max_length is not None:
+        context = max(0, min(context, model.max_length - size))
+    cache = model.new_cache(context + size)
+    if context:
+        read = min(context, PREFILLED)
+        model.prefill([i % model.vocab_size for i in range(read)], cache)
+        cache.repeat(context)
+    token = min(5, model.vocab_size - 1)
+    tree = TokenTree.chain(token, [token] * (size - 1))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(2 * ENOUGH):
+        model.verify(tree, cache)
+        moved = turn % 2 == 1
+        nodes = MOVED if moved else range(len(MOVED))
+        _wait(model)
+        started = perf_counter()
+        cache.keep(context, nodes)
+        _wait(model)
+        times[moved].append(perf_counter() - started)
+        cache.truncate(context)
+    return max(0.0, median(times[True]) - median(times[False]))
+
+
 def rising(seconds: Sequence[float]) -> list[float]:
     """The nearest sequence that never falls: neighbours that do are averaged.
 
@@ -128,3 +159,11 @@ def _timed(
     seconds = perf_counter() - started
     cache.truncate(context)
     return seconds
+
+
+def _wait(model: LanguageModel) -> None:
+    """Until the device has done what it was told."""
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)

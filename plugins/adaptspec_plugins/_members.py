@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.strategy import Needs, Outcome, Strategy, Target
+from adaptspec.strategy import Outcome, Strategy, Target
 from adaptspec_plugins._calibration import Calibration
 from adaptspec_plugins._costs import Exploration, MemberCost, Pace, Turns
 from adaptspec_plugins._prior import shipped
 
 if TYPE_CHECKING:
     import torch
-
-_PREFILLS = ("none", "last", "all")
 
 
 class Member:
@@ -91,14 +89,3 @@ class Run:
         if outcome.tree is None and self.needs.prefill_hidden == "last":
             hidden = {layer: states[-1:] for layer, states in hidden.items()}
         self.drafter.observe(dataclasses.replace(outcome, hidden=hidden))
-
-
-def union(needs: Sequence[Needs]) -> Needs:
-    """What serves all of ``needs``."""
-    return Needs(
-        hidden_layers=tuple(sorted({i for one in needs for i in one.hidden_layers})),
-        prefill_hidden=max(
-            (one.prefill_hidden for one in needs), key=_PREFILLS.index, default="none"
-        ),
-        prefill_logits=max((one.prefill_logits for one in needs), default=1),
-    )

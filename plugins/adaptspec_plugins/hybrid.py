@@ -22,10 +22,11 @@ from adaptspec.strategy import (
     Strategy,
     Target,
     TokenTree,
+    union,
 )
 from adaptspec_plugins._calibration import Calibration, Marks
 from adaptspec_plugins._costs import Exploration, ForwardCost, Mean, Pace
-from adaptspec_plugins._members import Member, Members, Run, union
+from adaptspec_plugins._members import Member, Members, Run
 from adaptspec_plugins._merge import (
     Candidates,
     Plan,

@@ -22,7 +22,8 @@ from adaptspec.testing.fakes import noisy_draft, tiny_model
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
 
-COSTS = ForwardCosts((100, 300), (1, 5), ((1.0, 3.0), (2.0, 8.0)))
+COSTS = ForwardCosts((100, 300), (1, 5), ((1.0, 3.0), (2.0, 8.0)), 0.5)
+OTHERS = {"draft": None, "measured": "", "seconds": 0}
 
 
 def test_between_contexts_it_is_a_line_and_beyond_them_it_goes_on() -> None:
@@ -45,6 +46,7 @@ def test_measured_costs_cover_what_the_model_has_room_for_and_come_back() -> Non
     assert model.max_length is not None
     assert max(costs.target.contexts) + max(costs.target.rows) <= model.max_length
     assert costs.draft is not None
+    assert costs.target.moving >= 0
     assert HardwareCosts.from_json(costs.as_json()) == replace(
         costs,
         target=ForwardCosts(**costs.target.as_json()),
@@ -57,11 +59,10 @@ def test_measured_costs_cover_what_the_model_has_room_for_and_come_back() -> Non
     [
         {},
         {"format": 99},
-        {"format": 1, "target": {"contexts": [1], "rows": [1], "seconds": []}},
-        {
-            **{"format": 1, "draft": None, "measured": "", "seconds": 0},
-            "target": {"contexts": [1], "rows": [1], "seconds": [[-1.0]]},
-        },
+        {"format": 1, "target": COSTS.as_json(), **OTHERS},  # an older version's
+        {"format": 2, "target": {"contexts": [1], "rows": [1], "seconds": []}},
+        {"format": 2, "target": {**COSTS.as_json(), "seconds": [[-1.0]]}, **OTHERS},
+        {"format": 2, "target": {**COSTS.as_json(), "moving": -1.0}, **OTHERS},
     ],
 )
 def test_a_damaged_record_is_measured_again(record: dict[str, object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pytest
 from pydantic import Field
@@ -166,6 +166,33 @@ def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises(
     chosen = {found.name: found.choice.strategy for found in result.classes}
     assert chosen == {"chat": "knob", "code": "knob", "maths": PLAIN}
     assert all(not any(found.trials.values()) for found in result.classes)
+
+
+def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> None:
+    """A replay that promises knobs 10% more than they give."""
+
+    class Replayed(Trace):
+        def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+            sample = super().measure(setting, prompt)
+            extra = 1.1 if setting.strategy == "knob" else 1.0
+            return replace(sample, speed=sample.speed * extra)
+
+    store, replayed = MemoryStore(), cast("Any", Replayed())
+    result = run(Trace(), store, 100.0, replayer=lambda _: replayed)
+    told = [(c, p) for c in result.classes for p in c.profiles if p.strategy == "knob"]
+    assert told
+    for found, profile in told:
+        assert found.prediction(profile) == pytest.approx(
+            1.1 * profile.measurement.ratio
+        )
+        record = store.record(result.run, f"predicted/{found.name}")
+        assert record is not None
+        assert set(record) == set(found.predicted)
+    assert any("replay: its predictions of" in note for note in result.notes)
+    rows = result.as_json()["classes"][0]["results"]
+    assert [row["predicted"] is None for row in rows if row["strategy"] == PLAIN] == [
+        True
+    ]
 
 
 def test_speeds_by_prompt_are_kept_for_the_report() -> None:

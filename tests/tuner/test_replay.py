@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,13 @@ from adaptspec.testing.fakes import noisy_draft, random_ids, tiny_model
 from adaptspec_plugins.heads.attached import MedusaTrained
 from adaptspec_plugins.heads.fakes import tiny_heads
 from adaptspec_tuner.presearch import presearch
-from adaptspec_tuner.profiler import Recording, Setting
-from adaptspec_tuner.replay import RecordedTarget, Replayer, VirtualClock
+from adaptspec_tuner.profiler import Recording, Sample, Setting, typical
+from adaptspec_tuner.replay import (
+    RecordedCache,
+    RecordedTarget,
+    Replayer,
+    VirtualClock,
+)
 from adaptspec_tuner.replay_draft import RememberedDraft
 from adaptspec_tuner.replay_reading import read
 from adaptspec_tuner.workloads import Prompt
@@ -307,3 +313,84 @@ def test_its_logits_take_no_memory() -> None:
     logits = target.prefill([1], target.new_cache()).logits
     assert isinstance(logits, torch.Tensor)
     assert logits.untyped_storage().nbytes() <= 8
+
+
+TIMED = ForwardCosts((0, 1000), (1, 11), ((1.0, 1.5), (1.0, 1.5)))
+
+
+def repeating(**timed: Any) -> Recording:
+    """A text that goes on for ever."""
+    ids = random_ids(6) * 4
+    return Recording(ids, [ids[i % 6] for i in range(NEW)], NEW, **timed)
+
+
+def test_steps_take_what_plain_decodings_did_where_the_record_was_taken() -> None:
+    """Forwards at twice the costs, and half a second of each step beside them."""
+    model, prompt, steps = tiny_model("llama"), Prompt("p", text=""), NEW - 1
+    recording = repeating(
+        forwards=steps, seconds_target=2.0 * steps, seconds_rest=0.5 * steps
+    )
+    replayer = Replayer(Engine(model), HOST, TIMED, {"p": recording})
+    plain = replayer.measure(Setting("autoregressive"), prompt)
+    assert plain.speed == pytest.approx(1 / 2.5, rel=0.02)
+    lookup = {"num_tokens": 10, "branches": 1, "min_ngram": 1}
+    wide = replayer.measure(Setting("prompt_lookup", lookup), prompt)
+    # Eleven tokens a forward, but for the last, which has room for fewer.
+    full = 2.0 * 1.5 + 0.5
+    assert wide.forwards == 4
+    assert 3 * full < wide.seconds_target < 4 * full * 1.01
+    # The costs alone would promise a step 3 / 2 instead of 3.5 / 2.5 of plain's.
+    bare = Replayer(Engine(model), HOST, TIMED, {"p": repeating()})
+    promised = bare.measure(Setting("prompt_lookup", lookup), prompt).gain(
+        bare.measure(Setting("autoregressive"), prompt)
+    )
+    assert wide.gain(plain) == pytest.approx(promised * 1.5 / 1.4, rel=0.02)
+
+
+def test_a_prompt_that_the_machine_was_busy_with_does_not_move_the_others() -> None:
+    steps = NEW - 1
+    recordings = {
+        name: repeating(forwards=steps, seconds_target=factor * steps, seconds_rest=0.0)
+        for name, factor in (("a", 1.0), ("b", 1.0), ("c", 9.0))
+    }
+    replayer = Replayer(Engine(tiny_model("llama")), HOST, TIMED, recordings)
+    sample = replayer.measure(Setting("autoregressive"), Prompt("c", text=""))
+    assert sample.speed == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_draft_models_forwards_take_as_much_longer_as_the_targets() -> None:
+    model, steps = tiny_model("llama"), NEW - 1
+    draft, recording = noisy_draft(model), recorded(model)
+    found = []
+    for factor in (1.0, 3.0):
+        timed = replace(
+            recording, forwards=steps, seconds_target=factor * steps, seconds_rest=0.0
+        )
+        replayer = Replayer(
+            Engine(model, draft), HOST, TIMED, {"p": timed}, draft_costs=FLAT
+        )
+        prompt = Prompt("p", text="")
+        found.append(replayer.measure(Setting("draft_model", {"k": 3}), prompt))
+    assert found[1].seconds_draft == pytest.approx(3 * found[0].seconds_draft, rel=0.05)
+
+
+def test_keeping_a_branch_that_is_not_the_first_takes_the_time_of_moving_rows() -> None:
+    clock = VirtualClock()
+    cache = RecordedCache(clock, 5.0)
+    cache.length = 10
+    started = clock()
+    cache.keep(4, [0, 1, 2])
+    assert cache.length == 7
+    assert clock() - started < 1
+    cache.keep(4, [0, 2])
+    assert cache.length == 6
+    assert clock() - started == pytest.approx(5.0, abs=1)
+
+
+def test_repeats_of_a_prompt_tell_by_the_time_that_is_typical() -> None:
+    runs = [
+        Sample((1, 2), 1.0, 1.0, forwards=1, seconds_target=seconds, seconds_rest=0.1)
+        for seconds in (1.0, 7.0, 2.0)
+    ]
+    assert typical(runs).seconds_target == 2.0
+    assert typical(runs).tokens == (1, 2)

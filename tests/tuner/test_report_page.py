@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from adaptspec.classify import FEATURES, Classifier
 from adaptspec.cli import build_cli
 from adaptspec.costs import ForwardCosts, HardwareCosts, store_costs
 from adaptspec.errors import ProfileStoreError
@@ -23,6 +24,7 @@ from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.presearch import replayed_key
 from adaptspec_tuner.profiler import Setting
+from adaptspec_tuner.report import told_errors
 from adaptspec_tuner.report_data import build
 from adaptspec_tuner.report_html import render
 
@@ -108,8 +110,10 @@ def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     assert chat.saved == pytest.approx(0.05)
     assert maths.saved == 0
     assert report.break_even == pytest.approx(60 / 0.025)
-    # |2.2/2 - 1| = 10%, |1.2/1.5 - 1| = 20%.
+    # 2.2/2 - 1 = 10%, 1.2/1.5 - 1 = -20%.
     assert report.prediction_error == pytest.approx(0.15)
+    off = {row.strategy: row.prediction_error for row in chat.rows}
+    assert off == {PLAIN: None, "a": pytest.approx(0.1), "b": pytest.approx(-0.2)}
     # a: sqrt(4 * 1), b: sqrt(1.5 * 1.5); by prompt 4 and 1.5.
     assert chat.oracle is not None
     assert chat.oracle.strategy == "a"
@@ -132,9 +136,37 @@ def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     assert chat.break_even == pytest.approx(600)
     assert maths.break_even is None
     said = render(report)
+    assert "2.20 (+10.0%)" in said
+    assert "1.20 (-20.0%)" in said
+    assert "predictions of 2 confirmed settings were off by 15.0% (median)." in said
+    assert "Without a prediction: a (" in said  # in maths
     assert "a, replayed" in said
     assert "repaid after 600 tokens of this class" in said
     assert "2 replayed against recorded answers" in said
+
+
+def test_the_report_says_how_the_class_of_a_prompt_is_found_and_what_it_takes() -> None:
+    store = filled(MemoryStore())
+    width = len(FEATURES)
+    found = Classifier(["chat"], [], [0.0] * width, [1.0] * width, 0.0005)
+    store.put_record("r1", "classifier", found.as_json())
+    report = build(store)
+    assert report.classifier == {
+        "source": "text",
+        "seconds": 0.0005,
+        "classes": ["chat: every prompt"],
+    }
+    assert "found from its text in 0.50 ms" in render(report)
+    store.put_record("r1", "classifier", {"format": 99})
+    assert build(store).classifier is None
+
+
+def test_predictions_of_settings_that_changed_outputs_are_told_apart() -> None:
+    errors = [(0.1, True), (-0.02, True), (0.5, False)]
+    said = told_errors(errors)
+    assert "3 confirmed settings were off by 10.0% (median)" in said
+    assert "of the 2 whose outputs were identical on every prompt by 6.0%" in said
+    assert told_errors([]) == ""
 
 
 def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:
@@ -199,8 +231,10 @@ def test_the_command_prints_a_table_json_or_writes_a_page(
     assert table.exit_code == 0, table.output
     assert "repaid after 2,400 tokens" in table.stdout
     assert "[bold]" in table.stdout
+    assert "-20.0%" in table.stdout
     data = json.loads(run("--json").stdout)
     assert data["classes"][0]["name"] == HOSTILE
+    assert data["classes"][0]["rows"][0]["prediction_error"] == pytest.approx(0.1)
     assert data["classes"][0]["oracle"]["gap"] == pytest.approx(6**0.5 / 2 - 1)
     page = tmp_path / "r.html"
     assert run("-o", str(page)).exit_code == 0

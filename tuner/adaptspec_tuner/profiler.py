@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from adaptspec.decoding.engine import Run
 from adaptspec.errors import AdaptSpecError
 from adaptspec.params import Scalar
 from adaptspec.profile import LATENCY, PLAIN, SPEED
+from adaptspec.states import pooled, states_layer
+from adaptspec.strategy import Needs
 from adaptspec_tuner.memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -110,11 +113,17 @@ class Recording:
         prompt: Token ids.
         tokens: What was generated.
         most: How many tokens might have been.
+        forwards: Of the target, the prefill not counted; 0 where nothing was timed.
+        seconds_target: What these took.
+        seconds_rest: What its steps took beside them.
     """
 
     prompt: Sequence[int]
     tokens: Sequence[int]
     most: int
+    forwards: int = 0
+    seconds_target: float = 0.0
+    seconds_rest: float = 0.0
 
 
 class Measurer(Protocol):
@@ -142,6 +151,7 @@ class Profiler:
         theirs: What baselines run on; default: the engine's target.
         their_draft: The same for its draft.
         max_memory: Bytes; a setting that takes more is refused.
+        keep_states: Keep what plain decoding's prefills leave, for :meth:`state`.
     """
 
     def __init__(
@@ -152,6 +162,7 @@ class Profiler:
         theirs: LanguageModel | None = None,
         their_draft: LanguageModel | None = None,
         max_memory: int | None = None,
+        keep_states: bool = False,
     ) -> None:
         self._engine, self._host = engine, host
         self._peak = PeakMemory(engine.model.device)
@@ -162,6 +173,8 @@ class Profiler:
         self._strategies: dict[str, Strategy] = {}
         self._warm: set[str] = set()
         self._ids: dict[str, list[int]] = {}
+        self._keep_states = keep_states
+        self._states: dict[str, list[float]] = {}  # by prompt id, pooled
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation; a setting's first is preceded by a short warm-up.
@@ -175,7 +188,8 @@ class Profiler:
             self._warm.add(setting.key)
             self._strategies.pop(setting.key, None)  # what it learnt from the prompt
         self._peak.reset()
-        sample = self._run(setting, ids, length)
+        wanted = self._keep_states and setting == PLAIN_SETTING
+        sample = self._run(setting, ids, length, prompt.id if wanted else None)
         if not (taken := self._peak.bytes()):
             return sample
         taken -= self._unused(setting)
@@ -204,9 +218,40 @@ class Profiler:
         """New strategy objects from here on."""
         self._strategies.clear()
 
-    def recording(self, prompt: Prompt, tokens: Sequence[int]) -> Recording:
-        """Plain decoding's ``tokens`` with the prompt they answer."""
-        return Recording(self._encoded(prompt), tokens, self._length(prompt))
+    @property
+    def layer(self) -> int:
+        """Whose states :meth:`state` pools."""
+        return states_layer(self._engine.model)
+
+    def state(self, prompt: Prompt) -> list[float]:
+        """The pooled state of ``prompt``; it is read for it if it wasn't already.
+
+        Raises:
+            AdaptSpecError: if the model shows no states.
+        """
+        if prompt.id not in self._states:
+            controls = self._controls(self._length(prompt))
+            plain = self._host.create(PLAIN, {})
+            self._read(
+                Run(self._engine, plain, self._encoded(prompt), controls), prompt.id
+            )
+        return self._states[prompt.id]
+
+    def _read(self, run: Run, prompt: str) -> None:
+        layer = self.layer
+        forward = run.read(Needs(hidden_layers=(layer,), prefill_hidden="all"))
+        self._states[prompt] = pooled(forward.hidden[layer])
+
+    def recording(self, prompt: Prompt, plain: Sample) -> Recording:
+        """Plain decoding with the prompt that it answers."""
+        return Recording(
+            self._encoded(prompt),
+            plain.tokens,
+            self._length(prompt),
+            plain.forwards,
+            plain.seconds_target,
+            plain.seconds_draft + plain.seconds_rest,
+        )
 
     def _unused(self, setting: Setting) -> int:
         """Bytes of loaded weights that ``setting`` would do without."""
@@ -249,11 +294,18 @@ class Profiler:
         processors = Processors(controls, len(self._encoded(prompt)), model.device)
         return processors(ids, raw)
 
-    def _run(self, setting: Setting, ids: list[int], length: int) -> Sample:
+    def _run(
+        self, setting: Setting, ids: list[int], length: int, keep: str | None = None
+    ) -> Sample:
         if setting.baseline:
             return self._run_baseline(setting, ids, length)
         strategy = self._strategy(setting)
-        return sample_of(self._engine.generate(strategy, ids, self._controls(length)))
+        run = Run(self._engine, strategy, ids, self._controls(length))
+        if keep is not None and keep not in self._states:
+            self._read(run, keep)
+        for _ in run:
+            pass
+        return sample_of(run.result)
 
     def _strategy(self, setting: Setting) -> Strategy:
         """The object of this setting, with what it has learnt."""
@@ -304,6 +356,17 @@ def sample_of(run: Generation) -> Sample:
         seconds_rest=stats.seconds_rest,
         latency_p95=stats.latency_p95,
         positions=tuple(stats.positions),
+    )
+
+
+def typical(samples: Sequence[Sample]) -> Sample:
+    """The first of a prompt's repeats, with the times that are typical of all."""
+    return replace(
+        samples[0],
+        **{
+            name: median(getattr(one, name) for one in samples)
+            for name in ("seconds_target", "seconds_draft", "seconds_rest")
+        },
     )
 
 

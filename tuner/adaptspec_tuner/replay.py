@@ -5,6 +5,10 @@ answers with the recorded tokens and lets a clock pass by what the hardware's co
 says. What a drafter reads of the target beside them, it once read of the recorded text.
 The draft model's answers are its own, remembered between trials. Greedy outputs equal
 plain decoding's, so the tokens accepted are exactly those of a real run.
+
+A step takes more than a forward timed by itself: the machine may be busier than it was
+then, and choosing tokens and book-keeping come on top. Both are seen where the record
+was taken, in plain decoding's steps, and hold for every other step, too.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +26,14 @@ from adaptspec.costs import ForwardCosts
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.models import Forward, LanguageModel
-from adaptspec_tuner.profiler import Agreement, Recording, Sample, Setting, sample_of
+from adaptspec_tuner.profiler import (
+    PLAIN_SETTING,
+    Agreement,
+    Recording,
+    Sample,
+    Setting,
+    sample_of,
+)
 from adaptspec_tuner.replay_draft import RememberedDraft
 from adaptspec_tuner.replay_reading import Reading, read
 
@@ -51,14 +63,21 @@ class VirtualClock:
 
 
 class RecordedCache:
-    """As much of a :class:`TreeCache` as the engine uses: its length."""
+    """As much of a :class:`TreeCache` as the engine uses: its length.
 
-    def __init__(self) -> None:
+    Args:
+        moving: Seconds of keeping a path that isn't the first rows.
+    """
+
+    def __init__(self, clock: VirtualClock, moving: float) -> None:
         self.length = 0
+        self._clock, self._moving = clock, moving
 
     def keep(self, base: int, nodes: Sequence[int]) -> None:
         """As the tree cache's."""
         self.length = base + len(nodes)
+        if any(node != row for row, node in enumerate(nodes)):
+            self._clock.replace(perf_counter(), self._moving)
 
     def truncate(self, length: int) -> None:
         """As the tree cache's."""
@@ -96,6 +115,8 @@ class RecordedTarget(LanguageModel):
         self._recording, self._reading = Recording((), (), 0), Reading(0)
         self._curves: dict[int, LatencyCurve] = {}
         self._nothing = torch.zeros(1, 1, dtype=model.dtype)
+        self.scale = 1.0  # of what the costs say, where the record was taken
+        self.extra = 0.0  # seconds of a step beside its forward, those of replay apart
 
     def play(self, recording: Recording, reading: Reading | None = None) -> None:
         """Answer from ``recording``, and what was read of it, from here on."""
@@ -108,7 +129,7 @@ class RecordedTarget(LanguageModel):
 
     def new_cache(self, capacity: int = 0) -> Any:
         """A cache that holds no rows."""
-        return RecordedCache()
+        return RecordedCache(self._clock, self.scale * self._costs.moving)
 
     def prefill(
         self,
@@ -178,7 +199,8 @@ class RecordedTarget(LanguageModel):
             logits = torch.cat([logits, logits.new_zeros(len(ends), self.vocab_size)])
             best = [best[node] for node in rows]
         forward = RecordedForward(logits, rows, self._reading.states(places), best)
-        self._clock.replace(started, self._curve(cached)(nodes))
+        seconds = self.scale * self._curve(cached)(nodes) + self.extra
+        self._clock.replace(started, seconds)
         return forward
 
     def _curve(self, cached: int) -> LatencyCurve:
@@ -198,7 +220,7 @@ class Replayer:
         engine: Its target, for what isn't its forward, and its draft model.
         host: Where strategies are found.
         costs: Of the target's forwards.
-        recordings: By prompt id.
+        recordings: By prompt id; those that were timed tell what steps take here.
         draft_costs: Of the draft model's; without them it runs anew in every trial.
         tops: Logits that drafters are shown after each committed token. What the target
             thought of tokens that it didn't choose isn't known, so a drafter that
@@ -219,17 +241,49 @@ class Replayer:
         self._readings: dict[str, tuple[Needs, Reading]] = {}
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
-        draft = engine.draft
+        draft, remembered = engine.draft, None
         if draft is not None and draft_costs is not None:
-            draft = RememberedDraft(draft, draft_costs, self._clock)
+            draft = remembered = RememberedDraft(draft, draft_costs, self._clock)
         self._engine = Engine(self._target, draft, self._clock)
         self._recordings = recordings
         self._strategies: dict[str, Strategy] = {}
         self._controls: dict[int, Controls] = {}
+        self._target.scale, self._target.extra = self._seen()
+        if remembered is not None:
+            remembered.scale = self._target.scale
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation, predicted."""
-        recording = self._recordings[prompt.id]
+        return self._measure(setting, prompt.id)
+
+    def _seen(self) -> tuple[float, float]:
+        """How plain decoding's steps compare with what the costs alone predict.
+
+        Returns:
+            The factor of a forward, and the seconds of a step beside it that a replayed
+            one doesn't take: medians over the prompts that were timed.
+        """
+        scales, extras = [], []
+        for key, recording in self._recordings.items():
+            if not (recording.forwards and recording.seconds_target > 0):
+                continue
+            bare = self._measure(PLAIN_SETTING, key)
+            if not bare.forwards:
+                continue
+            scales.append(
+                (recording.seconds_target / recording.forwards)
+                / (bare.seconds_target / bare.forwards)
+            )
+            extras.append(
+                recording.seconds_rest / recording.forwards
+                - (bare.seconds_draft + bare.seconds_rest) / bare.forwards
+            )
+        if not scales:
+            return 1.0, 0.0
+        return median(scales), max(0.0, median(extras))
+
+    def _measure(self, setting: Setting, prompt: str) -> Sample:
+        recording = self._recordings[prompt]
         if setting.key not in self._strategies:
             created = self._host.create(setting.strategy, setting.params)
             # Some find out by a forward, which the stand-in couldn't give.
@@ -240,7 +294,7 @@ class Replayer:
                 self._target, max_new_tokens=recording.most, temperature=0.0
             )
         strategy = self._strategies[setting.key]
-        self._target.play(recording, self._read(prompt.id, strategy))
+        self._target.play(recording, self._read(prompt, strategy))
         return sample_of(
             self._engine.generate(
                 strategy, recording.prompt, self._controls[recording.most]

@@ -37,10 +37,15 @@ class Answer:
 
 
 class RowsCache:
-    """Which position each row stands for."""
+    """Which position each row stands for.
 
-    def __init__(self) -> None:
+    Args:
+        moving: Seconds of keeping a path that isn't the first rows.
+    """
+
+    def __init__(self, clock: VirtualClock, moving: float) -> None:
         self.rows: list[int] = []
+        self._clock, self._moving = clock, moving
 
     @property
     def length(self) -> int:
@@ -50,6 +55,8 @@ class RowsCache:
     def keep(self, base: int, nodes: Sequence[int]) -> None:
         """As the tree cache's."""
         self.rows[base:] = [self.rows[base + node] for node in nodes]
+        if any(node != row for row, node in enumerate(nodes)):
+            self._clock.replace(perf_counter(), self._moving)
 
     def truncate(self, length: int) -> None:
         """As the tree cache's."""
@@ -81,10 +88,11 @@ class RememberedDraft(LanguageModel):
         self._cache: Any = None
         self._cached: list[int] = []  # positions that the real cache holds
         self.forwards = 0  # of the real model
+        self.scale = 1.0  # of what the costs say
 
     def new_cache(self, capacity: int = 0) -> Any:
         """A cache that holds no rows of keys and values."""
-        return RowsCache()
+        return RowsCache(self._clock, self.scale * self._costs.moving)
 
     def prefill(
         self,
@@ -111,8 +119,8 @@ class RememberedDraft(LanguageModel):
             self._answer(at)
             self._read[at] = perf_counter() - began
         forward = self._forward(wanted, range(first, len(tokens)))
-        seconds = self._read[at] if many else self._curve(before)(len(tokens))
-        self._clock.replace(started, seconds)
+        known = self.scale * self._curve(before)(len(tokens))
+        self._clock.replace(started, self._read[at] if many else known)
         return forward
 
     def verify(
@@ -133,7 +141,7 @@ class RememberedDraft(LanguageModel):
             cache.rows.append(self._position(at, tree.tokens[node]))
         nodes = range(done, len(tree))
         forward = self._forward([cache.rows[base + node] for node in nodes], nodes)
-        self._clock.replace(started, self._curve(base)(len(nodes)))
+        self._clock.replace(started, self.scale * self._curve(base)(len(nodes)))
         return forward
 
     def _position(self, behind: int, token: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.profile import PLAIN, Environment, Profile
 from adaptspec.selector import FEWEST_PROMPTS, Choice
+from adaptspec_tuner.profiler import Setting
 from adaptspec_tuner.progress import minutes
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ class ClassResult:
 
     Args:
         reused: Its only prompt was tuned on and reported on.
+        predicted: Setting key -> the ratio that the replay promised on its prompts.
     """
 
     name: str
@@ -27,6 +30,25 @@ class ClassResult:
     profiles: tuple[Profile, ...]
     trials: Mapping[str, int] = field(default_factory=dict)
     reused: bool = False
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+    def prediction(self, profile: Profile) -> float | None:
+        """The ratio that was predicted of a setting, None if it wasn't."""
+        if profile.baseline:
+            return None
+        return self.predicted.get(Setting(profile.strategy, profile.params).key)
+
+    @property
+    def prediction_errors(self) -> list[tuple[float, bool]]:
+        """Of each predicted setting: predicted / measured - 1, and whether its outputs
+        were plain decoding's on every prompt."""
+        return [
+            (told / p.measurement.ratio - 1, p.measurement.identical == count)
+            for p in self.profiles
+            if (told := self.prediction(p)) is not None
+            and p.measurement.ratio > 0
+            and (count := p.measurement.prompts)
+        ]
 
     @property
     def ranked(self) -> list[Profile]:
@@ -75,6 +97,36 @@ class TuneResult:
         }
 
 
+def told_errors(errors: Iterable[tuple[float, bool]]) -> str:
+    """How good predictions were, in words; empty without any.
+
+    Args:
+        errors: As of :attr:`ClassResult.prediction_errors`.
+    """
+    known = list(errors)
+    if not known:
+        return ""
+    text = (
+        f"its predictions of {len(known)} confirmed settings were off by "
+        f"{median(abs(error) for error, _ in known):.1%} (median)"
+    )
+    same = [abs(error) for error, identical in known if identical]
+    if same and len(same) < len(known):
+        text += (
+            f", those of the {len(same)} whose outputs were identical on every prompt "
+            f"by {median(same):.1%}"
+        )
+    return text
+
+
+def told_ratio(predicted: float | None, measured: float) -> str:
+    """A predicted ratio and how far off it was."""
+    if predicted is None:
+        return "-"
+    off = f" ({predicted / measured - 1:+.1%})" if measured > 0 else ""
+    return f"{predicted:.2f}{off}"
+
+
 def break_even(seconds: float, classes: Sequence[ClassResult]) -> float | None:
     """Generated tokens after which the time saved equals ``seconds``.
 
@@ -108,13 +160,14 @@ def print_result(result: TuneResult, console: Console) -> None:
     table.add_column("x plain [95% interval]", justify="right")
     table.add_column("p95 ms/token", justify="right")
     table.add_column("tokens/forward", justify="right")
+    table.add_column("predicted", justify="right")
     table.add_column("identical", justify="right")
     for found in result.classes:
         for rank, profile in enumerate(found.ranked):
             table.add_row(
                 found.name + ("*" if found.reused else "") if rank == 0 else "",
                 _described(found, profile),
-                *_figures(profile),
+                *_figures(profile, found.prediction(profile)),
                 style="bold" if found.won(profile) else None,
                 end_section=rank == len(found.profiles) - 1,
             )
@@ -166,7 +219,7 @@ def _described(found: ClassResult, profile: Profile) -> str:
     return f"{head}\n{params}" if params else head
 
 
-def _figures(profile: Profile) -> tuple[str, ...]:
+def _figures(profile: Profile, predicted: float | None) -> tuple[str, ...]:
     m = profile.measurement
     ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
     return (
@@ -180,6 +233,7 @@ def _figures(profile: Profile) -> tuple[str, ...]:
         ),
         "-" if m.latency_p95 is None else f"{m.latency_p95:.1f}",
         f"{m.tokens_per_forward:.2f}",
+        told_ratio(predicted, m.ratio),
         f"{m.identical}/{m.prompts}{ties}",
     )
 
@@ -199,6 +253,7 @@ def _class_json(found: ClassResult) -> dict[str, Any]:
                 "winner": found.won(profile),
                 "baseline": profile.baseline,
                 "lossless": profile.lossless,
+                "predicted": found.prediction(profile),
                 **asdict(profile.measurement),
             }
             for profile in found.ranked

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
+from adaptspec.classify import KEY as CLASSIFIER
+from adaptspec.classify import Classifier
 from adaptspec.costs import ForwardCosts, stored_costs
-from adaptspec.errors import ProfileStoreError
+from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.params import Scalar
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore, Trial
 from adaptspec.selector import select
@@ -26,6 +28,7 @@ class Row:
     Args:
         interval: 95% bootstrap interval of ``ratio``, None if unknown.
         predicted: The ratio that the replay promised on the same prompts.
+        prediction_error: predicted / measured - 1.
         positions: Share of candidates accepted by depth from 1, where there were any.
     """
 
@@ -45,6 +48,7 @@ class Row:
     identical: int
     near_ties: int
     predicted: float | None
+    prediction_error: float | None
     positions: Sequence[float]
 
 
@@ -116,6 +120,10 @@ class Report:
         break_even: Tokens of use that repay tuning, the classes in equal parts; None
             if nothing does.
         prediction_error: Median over settings of |predicted / measured - 1|.
+        predictions: Of each setting that was predicted: predicted / measured - 1, and
+            whether its outputs were plain decoding's on every prompt.
+        classifier: Of discovered classes: ``source`` (text, states), ``seconds`` that
+            finding a prompt's class takes, ``classes`` in words; None if declared.
     """
 
     run: str
@@ -128,6 +136,8 @@ class Report:
     spent: Mapping[str, float] = field(default_factory=dict)
     break_even: float | None = None
     prediction_error: float | None = None
+    predictions: Sequence[tuple[float, bool]] = ()
+    classifier: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -190,10 +200,10 @@ def build(store: ProfileStore, run: str | None = None) -> Report:
         if (of_class := [p for p in profiles if p.prompt_class == name])
     ]
     errors = [
-        abs(row.predicted / row.ratio - 1)
+        (row.prediction_error, row.identical == row.prompts)
         for found in classes
         for row in found.rows
-        if row.predicted is not None and row.ratio > 0
+        if row.prediction_error is not None
     ]
     return Report(
         run=run,
@@ -205,7 +215,9 @@ def build(store: ProfileStore, run: str | None = None) -> Report:
         costs=_costs(store, newest.environment),
         spent=spent,
         break_even=break_even(sum(spent.values()), results) if spent else None,
-        prediction_error=median(errors) if errors else None,
+        prediction_error=median(abs(e) for e, _ in errors) if errors else None,
+        predictions=errors,
+        classifier=_classes_told(store, run),
     )
 
 
@@ -242,6 +254,7 @@ def _row(
     m = profile.measurement
     key = _key(profile)
     known = m.interval_low is not None and m.interval_high is not None
+    told = None if profile.baseline else predicted.get(key)
     return Row(
         strategy=profile.strategy,
         params=dict(profile.params),
@@ -258,13 +271,29 @@ def _row(
         prompts=m.prompts,
         identical=m.identical,
         near_ties=m.near_ties,
-        predicted=predicted.get(key),
+        predicted=told,
+        prediction_error=told / m.ratio - 1 if told is not None and m.ratio else None,
         positions=[
             accepted / offered
             for accepted, offered in confirmed.get("positions", {}).get(key, ())
             if offered
         ],
     )
+
+
+def _classes_told(store: ProfileStore, run: str) -> dict[str, Any] | None:
+    record = store.record(run, CLASSIFIER)
+    try:
+        found = None if record is None else Classifier.from_json(record)
+    except AdaptSpecError:  # another version's
+        found = None
+    if found is None:
+        return None
+    return {
+        "source": found.source,
+        "seconds": found.seconds,
+        "classes": found.describe(),
+    }
 
 
 def _tried(trial: Trial) -> Tried:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.profile import LATENCY, PLAIN
 from adaptspec_tuner.progress import minutes
+from adaptspec_tuner.report import told_errors, told_ratio
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def print_report(report: Report, console: Console) -> None:
                 f"{row.tokens_per_second:.1f}",
                 f"{row.tokens_per_forward:.2f}",
                 f"{row.acceptance:.0%}" if row.strategy != PLAIN else "-",
-                "-" if row.predicted is None else f"{row.predicted:.2f}",
+                predicted(row),
                 identical(row),
                 style="bold" if row.winner else None,
                 end_section=number == len(found.rows) - 1,
@@ -77,6 +78,11 @@ def ratio(row: Row) -> str:
     if row.interval is None:
         return f"{row.ratio:.2f}"
     return f"{row.ratio:.2f} [{row.interval[0]:.2f}..{row.interval[1]:.2f}]"
+
+
+def predicted(row: Row) -> str:
+    """The replay's ratio and how far off it was."""
+    return told_ratio(row.predicted, row.ratio)
 
 
 def identical(row: Row) -> str:
@@ -126,9 +132,24 @@ def summary(report: Report) -> list[str]:
             f"{len(tried) - replayed} settings were measured in the search, {replayed} "
             "replayed against recorded answers."
         )
-    if report.prediction_error is not None:
+    if said := told_errors(report.predictions):
+        lines.append(f"Replay: {said}.")
+        rows = [row for found in report.classes for row in found.rows]
+        without = {
+            row.strategy
+            for row in rows
+            if row.predicted is None and row.strategy != PLAIN and not row.baseline
+        }
+        if without:
+            lines.append(
+                f"Without a prediction: {', '.join(sorted(without))} (the record lacks "
+                "what they read of the target, or time was up)."
+            )
+    if report.classifier is not None:
+        what = {"text": "its text", "states": "the states that its prefill leaves"}
         lines.append(
-            "The replay's predictions of the confirmed settings were off by "
-            f"{report.prediction_error:.1%} (median)."
+            "The class of a prompt is found from "
+            f"{what[report.classifier['source']]} in "
+            f"{1e3 * report.classifier['seconds']:.2f} ms."
         )
     return lines

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.classify import KEY as CLASSIFIER
-from adaptspec.classify import Classifier
+from adaptspec.classify import STATES, TEXT, Classifier
 from adaptspec.costs import measure_costs, store_costs, stored_costs, use_costs
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import (
@@ -29,6 +29,7 @@ from adaptspec.profile import (
 from adaptspec.selector import FEWEST_PROMPTS, select, stale_versions
 from adaptspec_tuner.bootstrap import overall
 from adaptspec_tuner.classes import (
+    ReadsStates,
     classified,
     discover,
     known_only,
@@ -43,10 +44,11 @@ from adaptspec_tuner.profiler import (
     Profiler,
     Sample,
     Setting,
+    typical,
 )
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.remote import SCHEME, RemoteStore, open_remote
-from adaptspec_tuner.report import ClassResult, TuneResult
+from adaptspec_tuner.report import ClassResult, TuneResult, told_errors
 from adaptspec_tuner.search import HOPELESS, Arm, Search, TrialPool
 from adaptspec_tuner.spending import Spending
 from adaptspec_tuner.workers import KeepsStudies, close_search, open_search, work
@@ -76,7 +78,8 @@ COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environmen
 LONGEST_COSTS = 40.0  # seconds, whatever the budget
 DECLARED, AUTO = "declared", "auto"  # where prompts' classes come from
 REPLAY_SHARE = 0.15  # of the search, for trials without the target
-
+LATE_PREDICTION = 1.0  # seconds of drafting that a prediction may take past the budget
+CLASSIFIED = "classified"  # prompt id -> class, where finding it took a forward
 
 EXAMPLE_TOKENS = 48
 
@@ -106,6 +109,7 @@ def tune(
     objective: str = SPEED,
     max_memory: int | None = None,
     classes: str = DECLARED,
+    class_features: str = TEXT,
     strategies: Sequence[str] | None = None,
     heads: Sequence[Path | str] = (),
     allow_lossy: bool = False,
@@ -133,6 +137,8 @@ def tune(
         objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
         max_memory: Bytes; settings that take more are refused.
         classes: ``declared`` in the workload, or ``auto``: discovered from the prompts.
+        class_features: What discovered classes are told by: ``text``, or ``states``,
+            the target's own once it has read the prompt.
         strategies: Only these; default: every lossless one that can run.
         heads: Folders of heads trained for the model.
         allow_lossy: Measure strategies that change the law of sampled output, too.
@@ -165,6 +171,15 @@ def tune(
     if classes not in (DECLARED, AUTO):
         raise AdaptSpecError(
             f"classes must be {DECLARED!r} or {AUTO!r}, got {classes!r}"
+        )
+    if class_features not in (TEXT, STATES):
+        raise AdaptSpecError(
+            f"class_features must be {TEXT!r} or {STATES!r}, got {class_features!r}"
+        )
+    if class_features != TEXT and classes != AUTO:
+        raise AdaptSpecError(
+            f"--class-features {class_features} is about discovered classes; add "
+            f"--classes {AUTO}"
         )
     if baselines and objective != SPEED:
         raise AdaptSpecError(
@@ -222,7 +237,11 @@ def tune(
             "database itself with --db"
         )
     environment = environment_of(target, draft)
-    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft, max_memory)
+    from_states = class_features == STATES
+    profiler = Profiler(
+        *(engine, host, max_new_tokens, theirs, their_draft, max_memory),
+        keep_states=from_states,
+    )
     progress = progress or Progress(None, clock)
 
     def replayer(plain: Sequence[tuple[Prompt, Sample]]) -> Replayer | None:
@@ -235,7 +254,7 @@ def tune(
             costs = measure_costs(target, draft, longest=longest)
             store_costs(store, environment, costs)
         use_costs(costs, target, draft)
-        recordings = {p.id: profiler.recording(p, s.tokens) for p, s in plain}
+        recordings = {p.id: profiler.recording(p, s) for p, s in plain}
         return Replayer(engine, host, costs.target, recordings, costs.draft)
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -245,6 +264,8 @@ def tune(
         options["max_memory"] = max_memory
     if classes != DECLARED:
         options["classes"] = classes
+    if from_states:
+        options["class_features"] = class_features
     if worker:
         if not isinstance(store, KeepsStudies):
             raise AdaptSpecError(f"workers need a database to meet in, not {store.url}")
@@ -318,6 +339,7 @@ def tune(
             objective=objective,
             budget_trials=budget_trials,
             discovered=classes == AUTO,
+            states=profiler if from_states else None,
             started=started,
             baselines=compared,
             unavailable=unavailable,
@@ -352,6 +374,7 @@ def tune_with(
     objective: str = SPEED,
     budget_trials: int | None = None,
     discovered: bool = False,
+    states: ReadsStates | None = None,
     started: float | None = None,
     replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None]
     | None = None,
@@ -362,6 +385,7 @@ def tune_with(
     Args:
         replayer: From plain decoding of prompts to what predicts from it.
         discovered: Whether classes are discovered; those declared are left aside.
+        states: What they are told by, in place of the prompts' texts.
         deadline: Infinite where ``budget_trials`` is the budget.
         started: When loading began.
         pool: Runs the search's trials in place of ``measurer``.
@@ -440,12 +464,17 @@ def tune_with(
                     recorded,
                     in_time=lambda: clock() < end,
                     seed=seed,
+                    states=states,
                 )
-                tuning = classified(tuning, classifier)
+                known = store.record(run, CLASSIFIED) or {}
+                tuning = classified(tuning, classifier, states, known)
+                held_out = classified(held_out, classifier, states, known)
+                if states is not None:
+                    both = (*tuning.prompts, *held_out.prompts)
+                    assigned = {p.id: p.prompt_class for p in both}
+                    store.put_record(run, CLASSIFIED, assigned)
                 tuning, odd = known_only(tuning, tuning.classes)
-                held_out, strange = known_only(
-                    classified(held_out, classifier), tuning.classes
-                )
+                held_out, strange = known_only(held_out, tuning.classes)
                 for part, left_out in (("tuning", odd), ("held-out", strange)):
                     if left_out:
                         warn(
@@ -502,7 +531,6 @@ def tune_with(
             # A run that is continued begins with the classes it has no result of.
             done = {p.prompt_class for p in store.profiles(run=run)}
             names = sorted(held_out.classes, key=lambda name: name in done)
-            errors: list[float] = []
             for index, name in enumerate(names):
                 # Of one prompt with one setting, if it is no slower than plain.
                 once = median(
@@ -534,11 +562,19 @@ def tune_with(
                 if not confirmed:
                     warn(f"{name}: plain decoding ends at once; nothing to compare")
                     continue
-                if replayer is not None and clock() < deadline:
+                predicted: Mapping[str, float] = {}
+                if replayer is not None:
                     spending.begin("replay")
-                    errors += _predict(
-                        replayer, replaying, held_out, confirmed, store, run, name
+                    predicted = _predict(
+                        replayer,
+                        replaying,
+                        held_out.by_class()[name],
+                        confirmed,
+                        worth=lambda seconds: (
+                            clock() + seconds <= deadline or seconds <= LATE_PREDICTION
+                        ),
                     )
+                    store.put_record(run, f"predicted/{name}", predicted)
                 now = datetime.now(timezone.utc)
                 profiles = [
                     Profile(
@@ -569,14 +605,14 @@ def tune_with(
                             if a.prompt_class == name
                         },
                         reused=name in held_out.reused,
+                        predicted=predicted,
                     )
                 )
             results.sort(key=lambda found: held_out.classes.index(found.name))
-            if errors:
-                warn(
-                    f"replay: its predictions of {len(errors)} confirmed settings were "
-                    f"off by {median(errors):.1%} (median)"
-                )
+            if said := told_errors(
+                e for found in results for e in found.prediction_errors
+            ):
+                warn(f"replay: {said}")
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     finally:
@@ -600,6 +636,7 @@ def _classifier(
     *,
     in_time: Callable[[], bool],
     seed: int,
+    states: ReadsStates | None,
 ) -> Classifier:
     """The run's, or one learnt from what replays say of each prompt; stored."""
     if (record := store.record(run, CLASSIFIER)) is not None:
@@ -609,7 +646,7 @@ def _classifier(
     if predictor is not None:
         settings = [setting for cls in strategies for setting in probed(cls)]
         gains = replayed_gains(predictor, settings, prompts, in_time)
-    found = discover(prompts, gains, seed)
+    found = discover(prompts, gains, seed, states)
     store.put_record(run, CLASSIFIER, found.classifier.as_json())
     return found.classifier
 
@@ -624,40 +661,53 @@ def _of_class(
 def _predict(
     replayer: Callable[[Sequence[tuple[Prompt, Sample]]], Replayer | None],
     strategies: Sequence[type[Strategy]],
-    held_out: Workload,
+    held_out: Sequence[Prompt],
     confirmed: Mapping[str, Confirmed],
-    store: ProfileStore,
-    run: str,
-    name: str,
-) -> list[float]:
-    """Predict what was just confirmed, on the same prompts; how far each was off."""
+    *,
+    worth: Callable[[float], bool],
+) -> dict[str, float]:
+    """Predict what was just confirmed, on the same prompts.
+
+    Args:
+        worth: Whether there is time for so many seconds of drafting.
+
+    Returns:
+        Setting key -> how much better than plain decoding in the objective.
+    """
     names = {cls.name for cls in strategies}
     plain = confirmed[PLAIN_SETTING.key].samples
-    prompts = [p for p in held_out.by_class()[name] if plain.get(p.id)]
-    told = [
-        f
-        for f in confirmed.values()
-        if f.setting.strategy in names
-        and f.measurement.objective == SPEED
-        and not f.setting.baseline
-    ]
-    predictor = replayer([(p, plain[p.id][0]) for p in prompts]) if told else None
+    prompts = [p for p in held_out if plain.get(p.id)]
+    told = sorted(
+        (
+            f
+            for f in confirmed.values()
+            if f.setting.strategy in names and not f.setting.baseline
+        ),
+        key=lambda f: f.measurement.seconds_draft,
+    )
+    predictor = replayer([(p, typical(plain[p.id])) for p in prompts]) if told else None
     if predictor is None:
-        return []
+        return {}
     bare = {p.id: predictor.measure(PLAIN_SETTING, p) for p in prompts}
     predicted: dict[str, float] = {}
-    errors = []
     for found in told:
+        repeats = max(1, max(map(len, found.samples.values()), default=1))
+        if not worth(found.measurement.seconds_draft / repeats):
+            break
         predictor.forget()
         gains = [
-            [max(predictor.measure(found.setting, p).gain(bare[p.id]), 1e-6)]
+            [
+                max(
+                    predictor.measure(found.setting, p).gain(
+                        bare[p.id], found.measurement.objective
+                    ),
+                    1e-6,
+                )
+            ]
             for p in prompts
         ]
-        ratio = overall(gains)
-        predicted[found.setting.key] = ratio
-        errors.append(abs(ratio / found.measurement.ratio - 1))
-    store.put_record(run, f"predicted/{name}", predicted)
-    return errors
+        predicted[found.setting.key] = overall(gains)
+    return predicted
 
 
 def _stale(store: ProfileStore, environment: Environment) -> str:
