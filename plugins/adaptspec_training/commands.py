@@ -238,21 +238,27 @@ def medusa(
     The model answers the prompts itself and the heads learn what it says. Stopped or
     killed, the same command continues.
     """
+    from adaptspec.errors import TrainingError
     from adaptspec_training.conversations import read_data
     from adaptspec_training.options import Options
     from adaptspec_training.pipeline import train_medusa
     from adaptspec_training.report import print_report
-    from adaptspec_tuner.commands import parse_budget
+    from adaptspec_tuner.commands import duration
     from adaptspec_tuner.progress import Progress
 
-    seconds = None if answer_budget is None else parse_budget(answer_budget)[0]
+    seconds = None if answer_budget is None else duration(answer_budget)
+    if answer_budget is not None and seconds is None:
+        raise TrainingError(
+            f"--answer-budget must be a time such as 20m or 1h, got {answer_budget!r}"
+        )
     options = Options(**chosen, self_prompts=self_prompts or 0, answer_seconds=seconds)
-    workload = None if data is None else read_data(data)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     errors = stderr_console()
+    progress = Progress(errors, time.monotonic)
+    workload = None if data is None else read_data(data, progress.say)
     if model is None:
         from adaptspec.default_model import default_model_path
 
@@ -268,7 +274,7 @@ def medusa(
                 device=device,
                 load_in=load_in,
                 fresh=fresh,
-                progress=Progress(errors, time.monotonic),
+                progress=progress,
             )
     except KeyboardInterrupt:
         click.echo("Error: stopped; the same command continues", err=True)

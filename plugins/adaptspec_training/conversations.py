@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ SPEAKERS = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "system": "system",
 }
 
@@ -54,12 +56,16 @@ class Example:
         ]
 
 
-def read_data(path: Path) -> Workload:
+def read_data(path: Path, tell: Callable[[str], None] | None = None) -> Workload:
     """Prompts and conversations of a file, as a workload.
 
     JSON lines as ``adaptspec tune`` takes them, where ``messages`` may end with the
     assistant's answer, or the ShareGPT layout: ``conversations`` of ``from`` and
-    ``value``, as JSON lines or one JSON array.
+    ``value``, as JSON lines or one JSON array. Its data is cut: what is said before a
+    user speaks is dropped, and so are conversations in which none does.
+
+    Args:
+        tell: Gets a sentence about conversations that were dropped.
 
     Raises:
         WorkloadError: naming file, line and what is wrong.
@@ -73,11 +79,17 @@ def read_data(path: Path) -> Workload:
         ) from error
     if start[:1] != b"[" and b'"conversations"' not in start.split(b"\n", 1)[0]:
         return read_workload(path)
-    prompts = tuple(
+    read = [
         _prompt(path, number, row) for number, row in _rows(path, start[:1] == b"[")
-    )
+    ]
+    prompts = tuple(prompt for prompt in read if prompt is not None)
     if not prompts:
-        raise WorkloadError(f"{path}: at least one conversation is needed, got none")
+        raise WorkloadError(
+            f"{path}: at least one conversation in which a user speaks is needed, got "
+            f"none in {len(read)}"
+        )
+    if (out := len(read) - len(prompts)) and tell is not None:
+        tell(f"{out} of {len(read)} conversations have no user's turn and are left out")
     return Workload(path.stem, prompts)
 
 
@@ -125,6 +137,8 @@ def encode_conversation(
     for at, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if all(earlier["role"] != "user" for earlier in messages[:at]):
+            continue  # said to nobody
         before = model.encode(messages[:at])
         text = _rendered(model, messages[: at + 1])
         whole = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -187,15 +201,17 @@ def _rows(path: Path, is_array: bool) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def _prompt(path: Path, number: int, row: Any) -> Prompt:
+def _prompt(path: Path, number: int, row: Any) -> Prompt | None:
+    """A conversation from its user's first turn on; None without one."""
     where = f"{path}, conversation {number}"
     turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns, list):
         raise WorkloadError(
             f"{where}: 'conversations' must be a list of turns; write "
             '{"conversations": [{"from": "human", "value": "..."}, ...]}'
         )
-    messages = []
+    messages: list[Message] = []
+    spoken = False
     for turn in turns:
         try:
             read = _Turn.of(turn)
@@ -209,5 +225,9 @@ def _prompt(path: Path, number: int, row: Any) -> Prompt:
                 f"{where}: 'from' must be one of {', '.join(SPEAKERS)}, "
                 f"got {read.speaker!r}"
             )
-        messages.append(Message(role, read.value))
+        spoken = spoken or role == "user"
+        if spoken or role == "system":
+            messages.append(Message(role, read.value))
+    if not spoken:
+        return None
     return Prompt(id=str(row.get("id", number)), messages=tuple(messages))

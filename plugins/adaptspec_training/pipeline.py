@@ -104,7 +104,9 @@ def train_medusa(
     progress = progress or Progress(None, clock)
     check_options(options, data, load_in)
     if isinstance(data, Path):
-        data = read_data(data)  # a bad line is told before a model is loaded
+        data = read_data(
+            data, progress.say
+        )  # a bad line is told before a model is loaded
     work = out / "work"
     if fresh and work.exists():
         shutil.rmtree(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,10 +88,46 @@ def test_sharegpt_is_read_as_lines_and_as_an_array(
     assert [m.role for m in without_answers(lines).prompts[0].messages] == ["user"]
 
 
+def test_sharegpts_cut_conversations_begin_with_the_user_or_are_left_out(
+    target: Callable[..., LanguageModel], write_lines: Callable[..., Path]
+) -> None:
+    def row(*turns: tuple[str, str]) -> dict[str, Any]:
+        return {"conversations": [{"from": s, "value": v} for s, v in turns]}
+
+    path = write_lines(
+        row(("gpt", "w2"), ("human", "w3"), ("bing", "w4")),
+        row(("system", "w5"), ("gpt", "w2"), ("human", "w3"), ("gpt", "w4")),
+        row(("gpt", "w2")),
+        row(),
+    )
+    told: list[str] = []
+    data = read_data(path, told.append)
+    roles = [[m.role for m in prompt.messages] for prompt in data.prompts]
+    assert roles == [["user", "assistant"], ["system", "user", "assistant"]]
+    assert told == ["2 of 4 conversations have no user's turn and are left out"]
+
+
+def test_what_is_said_before_a_user_speaks_is_no_answer(
+    target: Callable[..., LanguageModel], write_lines: Callable[..., Path]
+) -> None:
+    greeting = {"role": "assistant", "content": "w9 w9"}
+    (prompt,) = read_data(write_lines({"messages": [greeting, *TALK]})).prompts
+    (plain,) = read_data(write_lines({"messages": TALK}, name="plain.jsonl")).prompts
+    model = target()
+    greeted = encode_conversation(model, prompt, 1000)
+    example = encode_conversation(model, plain, 1000)
+    assert greeted is not None
+    assert example is not None
+    assert len(greeted.spans) == len(example.spans)
+    first = [one.tokens[slice(*one.spans[0])] for one in (greeted, example)]
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"conversations": []}, "must be a list of turns"),
+        ({"conversations": "hello"}, "must be a list of turns"),
+        ({"conversations": []}, "in which a user speaks is needed, got none in 1"),
         ({"conversations": [{"from": "human"}]}, "needs 'from' and 'value'"),
         ({"conversations": ["hello"]}, "needs 'from' and 'value'"),
         ({"conversations": [{"from": "cat", "value": "x"}]}, "got 'cat'"),

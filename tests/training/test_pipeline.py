@@ -449,7 +449,7 @@ def test_the_command_trains_and_says_what_comes_next(
     [
         (["--data", "none.jsonl"], "can't read the data"),
         ([], "--self-prompts"),
-        (["--answer-budget", "soon"], "--budget"),
+        (["--answer-budget", "60 trials"], "--answer-budget must be a time"),
     ],
 )
 def test_bad_calls_are_one_line(

@@ -31,19 +31,25 @@ def parse_budget(text: str) -> tuple[float, int | None]:
 
     ``60 trials`` is as many measured trials, whatever time they take.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?|trials?)\s*", text)
+    if (seconds := duration(text)) is not None:
+        return seconds, None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*trials?\s*", text)
     if found is None or float(found[1]) <= 0:
         raise AdaptSpecError(
             "--budget must be a time such as 90s, 10m or 1h, or a number of trials "
             f"such as '60 trials', got {text!r}"
         )
-    if found[2].startswith("trial"):
-        if "." in found[1]:
-            raise AdaptSpecError(
-                f"--budget must be a whole number of trials, got {text!r}"
-            )
-        return math.inf, int(found[1])
-    return float(found[1]) * SECONDS[found[2]], None
+    if "." in found[1]:
+        raise AdaptSpecError(f"--budget must be a whole number of trials, got {text!r}")
+    return math.inf, int(found[1])
+
+
+def duration(text: str) -> float | None:
+    """Seconds of ``90s``, ``10m``, ``1.5h`` or a bare number of minutes, else None."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None or float(found[1]) <= 0:
+        return None
+    return float(found[1]) * SECONDS[found[2]]
 
 
 def parse_memory(text: str) -> int:
