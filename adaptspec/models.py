@@ -18,7 +18,11 @@ from adaptspec.decoding.argmax import argmax_rows
 from adaptspec.decoding.attention import use_grouped_attention
 from adaptspec.decoding.cache import TreeCache
 from adaptspec.decoding.latency import LatencyCurve
-from adaptspec.decoding.linear import LinearReport, accelerate_linears
+from adaptspec.decoding.linear import (
+    LinearReport,
+    accelerate_linears,
+    fewest_rows,
+)
 from adaptspec.decoding.masks import (
     Reach,
     causal_mask,
@@ -129,6 +133,8 @@ class LanguageModel:
             if accelerate:
                 use_grouped_attention(self.model)
                 self.linear = accelerate_linears(self.model, own_weights=own_weights)
+                if (few := fewest_rows(self.model)) > 1:
+                    self.buckets = (few,)
         signature = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature
@@ -232,6 +238,8 @@ class LanguageModel:
         """
         cached = cache.length
         count = len(tokens)
+        if isinstance(cache, TreeCache) and cached and self._filled(count) > count:
+            return self._append(tokens, cache, last, hidden_layers)
         mask: Any = None
         if isinstance(cache, TreeCache) and (
             (cached and count > 1) or self._limited(cached + count)
@@ -262,7 +270,7 @@ class LanguageModel:
         """
         cached = cache.length
         nodes = len(tree)
-        rows = next((b for b in self.buckets if b >= nodes), nodes)
+        rows = self._filled(nodes)
         mask: Any = None
         # On the CPU a lone root gets its mask too: attention then runs the same kernel
         # as for a draft, and gives the same bits (measured, bfloat16 included).
@@ -276,14 +284,22 @@ class LanguageModel:
         padding = [tree.tokens[0]] * (rows - nodes)
         depths = [*tree.depths, *([0] * (rows - nodes))]
         kept = [node for node in range(nodes) if node not in tree.unread]
-        return self._run(
+        forward = self._run(
             torch.tensor([[*tree.tokens, *padding]], device=self.device),
             depths,
             cached,
             cache,
             mask,
-            kept,
+            # The LM head, too, may be faster for a few rows.
+            kept if tree.unread or self.device.type == "cuda" else range(rows),
             hidden_layers,
+        )
+        if rows == nodes:
+            return forward
+        return Forward(
+            forward.logits[: len(kept)],
+            {node: row for row, node in enumerate(kept)},
+            {layer: states[:nodes] for layer, states in forward.hidden.items()},
         )
 
     @torch.inference_mode()
@@ -294,7 +310,7 @@ class LanguageModel:
         """
         nodes = len(tree)
         cached, new = cache.length - done, nodes - done
-        rows = next((b for b in self.buckets if b >= new), new)
+        rows = self._filled(new)
         masks = self._masks(
             lambda reach: tree_mask(
                 tree, cached, reach, self.dtype, self.device, done + rows
@@ -407,6 +423,26 @@ class LanguageModel:
             return None
         masks = {kind: build(reach) for kind, reach in self.reaches.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _filled(self, rows: int) -> int:
+        """How many rows a forward of ``rows`` computes, the others for nothing."""
+        return next((bucket for bucket in self.buckets if bucket >= rows), rows)
+
+    def _append(
+        self,
+        tokens: Sequence[int],
+        cache: TreeCache,
+        last: int,
+        hidden_layers: Sequence[int],
+    ) -> Forward:
+        """A few tokens behind others, as a chain to verify of which all is kept."""
+        cached, count = cache.length, len(tokens)
+        chain = TokenTree.chain(tokens[0], tokens[1:])
+        forward = self.verify(chain, cache, hidden_layers=hidden_layers)
+        cache.truncate(cached + count)
+        first = max(0, count - last)
+        rows = {first + row: row for row in range(count - first)}
+        return Forward(forward.logits[first:], rows, forward.hidden)
 
     def _run(
         self,

@@ -49,6 +49,27 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     return choose
 
 
+@pytest.mark.parametrize(("four", "expected"), [(0.8, 4), (0.98, 1), (1.5, 1)])
+def test_few_rows_are_filled_up_where_that_takes_less_time(
+    four: float, expected: int, choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose("packed")
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    accelerate_linears(module, own_weights=True)
+    assert subject.fewest_rows(module) == 1  # too small to matter
+    monkeypatch.setattr(subject, "FEW_WEIGHTS", 0)
+    now = 0.0
+
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 1.0 if len(x) == 1 else four
+        return x
+
+    monkeypatch.setattr(subject.PackedLinear, "forward", forward)
+    monkeypatch.setattr(subject, "perf_counter", lambda: now)
+    assert subject.fewest_rows(module) == expected
+
+
 @needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
