@@ -10,6 +10,9 @@ logits after committed tokens. What the target thought after wrong guesses isn't
 record, so token recycling, alone and in the hybrid, does a little better in truth. A
 strategy keeps what it learns from one prompt to the next, in an order drawn by
 ``--seed``.
+
+With ``--tune N`` a strategy's parameters are searched first, for each class on every
+second prompt by N trials of the tuner's own search, and the table is of the others.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import click
@@ -31,6 +35,8 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel, load_model
+from adaptspec.strategy import Strategy
+from adaptspec_tuner.presearch import presearch
 from adaptspec_tuner.profiler import Recording, Sample, Setting
 from adaptspec_tuner.replay import Replayer
 from adaptspec_tuner.workloads import Prompt, Workload, read_workload
@@ -96,6 +102,37 @@ def replay(
     return {prompt.id: replayer.measure(setting, prompt) for prompt in prompts}
 
 
+def tuned(
+    replayer: Replayer,
+    cls: type[Strategy],
+    prompts: Sequence[Prompt],
+    trials: int,
+    seed: int,
+) -> dict[str, Sample]:
+    """By prompt of the second half of its class, the setting best on the first half."""
+    halves: dict[str, tuple[list[Prompt], list[Prompt]]] = {}
+    for prompt in prompts:
+        first, second = halves.setdefault(prompt.prompt_class, ([], []))
+        (second if len(second) < len(first) else first).append(prompt)
+    tried = presearch(
+        replayer,
+        [cls],
+        {name: first for name, (first, _) in halves.items()},
+        in_time=lambda: True,
+        clock=perf_counter,
+        warn=lambda text: click.echo(text, err=True),
+        seed=seed,
+        trials=trials,
+    )
+    found: dict[str, Sample] = {}
+    for name, (_, second) in halves.items():
+        best = tried.best[name, cls.name][0].params
+        click.echo(f"{name}: {cls.name} {dict(best)}", err=True)
+        replayer.forget()
+        found |= replay(replayer, Setting(cls.name, dict(best)), second)
+    return found
+
+
 def pace(samples: Sequence[Sample]) -> float:
     """Tokens a second over all, the first of each left out."""
     decoded = [(len(s.tokens) - 1, s.speed) for s in samples if s.speed]
@@ -113,6 +150,7 @@ def pace(samples: Sequence[Sample]) -> float:
 @click.option("-n", "--max-new-tokens", default=64, show_default=True)
 @click.option("--contender", multiple=True, metavar="LABEL=STRATEGY:NAME=VALUE,...")
 @click.option("--seed", default=0, show_default=True, help="Of the prompts' order.")
+@click.option("--tune", "trials", type=int, help="Trials of each class and strategy.")
 @click.option("--record-only", is_flag=True, help="Stop once all is recorded.")
 def main(
     model_path: str,
@@ -125,6 +163,7 @@ def main(
     max_new_tokens: int,
     contender: tuple[str, ...],
     seed: int,
+    trials: int | None,
     record_only: bool,
 ) -> None:
     """Replay strategies on recorded answers, a column per class."""
@@ -163,12 +202,19 @@ def main(
         if reason := cls.unavailable(model, engine.draft):
             click.echo(f"not run: {label}: {reason}", err=True)
             continue
-        values = cls.Params.parse(params, name).model_dump()
-        found = replay(replayer, Setting(name, values), prompts)
+        if trials is None or name == PLAIN:
+            values = cls.Params.parse(params, name).model_dump()
+            found = replay(replayer, Setting(name, values), prompts)
+        else:
+            found = tuned(replayer, cls, prompts, trials, seed)
         plain = plain or found
         cells = []
         for group in (*classes, ALL):
-            ids = [p.id for p in prompts if group in (p.prompt_class, ALL)]
+            ids = [
+                p.id
+                for p in prompts
+                if group in (p.prompt_class, ALL) and p.id in found
+            ]
             some = [found[i] for i in ids]
             tokens = sum(len(s.tokens) - 1 for s in some)
             ratio = pace(some) / pace([plain[i] for i in ids])
