@@ -35,6 +35,10 @@ class ModelLoadError(AdaptSpecError, OSError):
     """A model, tokenizer or the embedded default could not be loaded."""
 
 
+class NoHiddenStatesError(AdaptSpecError, RuntimeError):
+    """A model of its own code doesn't hand out the hidden states that are wanted."""
+
+
 class PluginError(AdaptSpecError, RuntimeError):
     """A plugin failed to load or broke its contract."""
 

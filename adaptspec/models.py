@@ -31,7 +31,11 @@ from adaptspec.decoding.masks import (
     tree_mask,
 )
 from adaptspec.decoding.tree import TokenTree
-from adaptspec.errors import InvalidPromptError, ModelLoadError
+from adaptspec.errors import (
+    InvalidPromptError,
+    ModelLoadError,
+    NoHiddenStatesError,
+)
 
 if TYPE_CHECKING:
     from adaptspec.trained import TrainedHeads
@@ -480,6 +484,11 @@ class LanguageModel:
         logits = output.logits[0]
         if not self._takes_keep and not whole:
             logits = logits[torch.tensor(kept, device=self.device)]
+        if hidden_layers and getattr(output, "hidden_states", None) is None:
+            raise NoHiddenStatesError(
+                f"{self.name} shows no hidden states, which a strategy or "
+                "--class-features states asks for; leave these out"
+            )
         hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
         return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)
 

@@ -16,7 +16,7 @@ from adaptspec.classify import STATES, UNKNOWN, Classifier, Question
 from adaptspec.decoder import UNLIKE, Decoder
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
-from adaptspec.errors import AdaptSpecError
+from adaptspec.errors import AdaptSpecError, NoHiddenStatesError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
 from adaptspec.profile import PLAIN
@@ -296,3 +296,21 @@ def test_states_that_the_model_does_not_have_are_told_at_load(
 def test_the_states_looked_at_are_the_middle_ones() -> None:
     assert states_layer(tiny_model("llama")) == 1
     assert states_layer(tiny_model("gemma3")) == 2
+
+
+def test_a_model_that_shows_no_states_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    forward = model.model.forward
+
+    def silent(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.hidden_states = None
+        return output
+
+    monkeypatch.setattr(model.model, "forward", silent)
+    cache = model.new_cache()
+    with pytest.raises(NoHiddenStatesError, match="llama shows no hidden states"):
+        model.prefill([2, 3], cache, hidden_layers=(1,))
+    assert len(model.prefill([4], cache).rows) == 1

@@ -227,7 +227,7 @@ class Profiler:
         """The pooled state of ``prompt``; it is read for it if it wasn't already.
 
         Raises:
-            AdaptSpecError: if the model shows no states.
+            NoHiddenStatesError: if the model shows none.
         """
         if prompt.id not in self._states:
             controls = self._controls(self._length(prompt))
