@@ -21,7 +21,7 @@ from adaptspec.decoding.latency import LatencyCurve
 from adaptspec.decoding.linear import (
     LinearReport,
     accelerate_linears,
-    fewest_rows,
+    fill_up,
 )
 from adaptspec.decoding.masks import (
     Reach,
@@ -136,9 +136,10 @@ class LanguageModel:
             self.model.eval()
             if accelerate:
                 use_grouped_attention(self.model)
-                self.linear = accelerate_linears(self.model, own_weights=own_weights)
-                if (few := fewest_rows(self.model)) > 1:
-                    self.buckets = (few,)
+                replaced = accelerate_linears(self.model, own_weights=own_weights)
+                self.linear = fill_up(self.model, replaced)
+                if self.linear.filled > 1:
+                    self.buckets = (self.linear.filled,)
         signature = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature

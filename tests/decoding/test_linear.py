@@ -49,25 +49,34 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     return choose
 
 
-@pytest.mark.parametrize(("four", "expected"), [(0.8, 4), (0.98, 1), (1.5, 1)])
+@pytest.mark.parametrize(
+    ("four", "six", "expected"),
+    [(0.8, 0.9, 4), (0.9, 0.8, 6), (0.98, 0.96, 1), (1.5, 2.0, 1)],
+)
 def test_few_rows_are_filled_up_where_that_takes_less_time(
-    four: float, expected: int, choose: Choose, monkeypatch: pytest.MonkeyPatch
+    four: float,
+    six: float,
+    expected: int,
+    choose: Choose,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     choose("packed")
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    accelerate_linears(module, own_weights=True)
-    assert subject.fewest_rows(module) == 1  # too small to matter
+    report = accelerate_linears(module, own_weights=True)
+    assert subject.fill_up(module, report) == report  # too small to matter
     monkeypatch.setattr(subject, "FEW_WEIGHTS", 0)
     now = 0.0
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         nonlocal now
-        now += 1.0 if len(x) == 1 else four
+        now += {1: 1.0, 4: four, 6: six}[len(x)]
         return x
 
     monkeypatch.setattr(subject.PackedLinear, "forward", forward)
     monkeypatch.setattr(subject, "perf_counter", lambda: now)
-    assert subject.fewest_rows(module) == expected
+    told = subject.fill_up(module, report)
+    assert (told.filled, told.replaced) == (expected, 2)
+    assert f"{min(four, six):.2f}x of one" in told.kind
 
 
 @needs_compiler
