@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,29 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def test_vllm_reads_the_heads_it_can_and_computes_what_we_do() -> None:
+    """Where ADAPTSPEC_VLLM_PYTHON names the Python of an environment with vLLM."""
+    if not (python := os.environ.get("ADAPTSPEC_VLLM_PYTHON")):
+        pytest.skip("ADAPTSPEC_VLLM_PYTHON is not set")
+    script = BENCHMARKS / "heads_vllm.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--vllm-python", python],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    for label in (
+        "joint, two blocks",
+        "own",
+        "own, two blocks",
+        "joint, reduced vocabulary",
+    ):
+        assert told[label].startswith("read")
+        assert told[label].endswith("agree in 100%")
+    assert told["own, reduced vocabulary"].startswith("refused")
 
 
 def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
