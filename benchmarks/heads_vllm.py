@@ -155,7 +155,7 @@ def spread(
 
     lm_head = None
     if heads.output == "base":
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
         lm_head = model.get_output_embeddings()
     with torch.no_grad():
         logits: torch.Tensor = heads.float()(states, lm_head)
