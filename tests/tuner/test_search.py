@@ -18,7 +18,7 @@ from adaptspec_tuner.profiler import Agreement, Sample, Setting, near_tie
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
 from adaptspec_tuner.space import distributions, tuned
-from adaptspec_tuner.tuning import Interrupted, tune_with
+from adaptspec_tuner.tuning import Interrupted, tune_with, untried_lines
 from adaptspec_tuner.workloads import Prompt, Workload
 
 PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
@@ -218,3 +218,19 @@ def test_a_near_tie_is_within_the_dtypes_rounding() -> None:
     assert near_tie(logits, 0, 1, torch.bfloat16)
     assert not near_tie(logits, 0, 2, torch.bfloat16)
     assert not near_tie(logits, 0, 1, torch.float32)
+
+
+def test_what_there_was_no_time_for_is_told_once_for_the_same_classes() -> None:
+    class Missed:
+        def __init__(self, prompt_class: str, name: str) -> None:
+            self.prompt_class, self.name = prompt_class, name
+
+    missed: list[Any] = [
+        Missed(prompt_class, name)
+        for name, classes in (("suffix", "ab"), ("hybrid", "ab"), ("medusa", "b"))
+        for prompt_class in classes
+    ]
+    assert untried_lines(missed) == [
+        "a, b: no time for suffix, hybrid; give a larger --budget",
+        "b: no time for medusa; give a larger --budget",
+    ]

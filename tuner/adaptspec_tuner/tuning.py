@@ -523,11 +523,8 @@ def tune_with(
             open_search(store, run, usable)
             untried = search.search()
             close_search(store, run)
-            for arm in untried:
-                warn(
-                    f"{arm.prompt_class}: no time for {arm.name}; give a larger "
-                    "--budget"
-                )
+            for line in untried_lines(untried):
+                warn(line)
             # A run that is continued begins with the classes it has no result of.
             done = {p.prompt_class for p in store.profiles(run=run)}
             names = sorted(held_out.classes, key=lambda name: name in done)
@@ -620,6 +617,20 @@ def tune_with(
         spending.end()
         result.spent.update(spending.parts)
     return result
+
+
+def untried_lines(arms: Sequence[Arm]) -> list[str]:
+    """What there was no time for: strategies untried on the same classes in a line."""
+    classes: dict[str, list[str]] = {}
+    for arm in arms:
+        classes.setdefault(arm.name, []).append(arm.prompt_class)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, missed in classes.items():
+        groups.setdefault(tuple(missed), []).append(name)
+    return [
+        f"{', '.join(missed)}: no time for {', '.join(names)}; give a larger --budget"
+        for missed, names in groups.items()
+    ]
 
 
 def _unclassed(workload: Workload) -> Workload:
