@@ -341,6 +341,7 @@ class World:
         ready = SimpleNamespace(level="tree", reason="")
         model: Any = SimpleNamespace(
             capability=ready,
+            heads={},
             latency=self.seconds,
             vocabulary_mismatch=lambda other: None,
         )
