@@ -35,7 +35,12 @@ from adaptspec_plugins.heads.attached import (
     open_medusa,
 )
 from adaptspec_plugins.heads.checkpoints import write_heads
-from adaptspec_plugins.heads.fakes import Kind, attach_tiny_heads, tiny_heads
+from adaptspec_plugins.heads.fakes import (
+    Kind,
+    attach_tiny_heads,
+    show_other_states,
+    tiny_heads,
+)
 from adaptspec_plugins.heads.medusa import Output
 from adaptspec_plugins.heads.trees import (
     assumed,
@@ -246,16 +251,7 @@ def test_heads_of_another_kind_are_left_to_other_plugins(tmp_path: Any) -> None:
 
 def test_a_model_whose_states_are_not_its_lm_heads_input_is_refused() -> None:
     model = tiny_model("llama")
-    inner = model.model.forward
-
-    def shifted(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        if output.hidden_states is not None:
-            last = -output.hidden_states[-1]
-            output.hidden_states = (*output.hidden_states[:-1], last)
-        return output
-
-    model.model.forward = shifted
+    show_other_states(model)
     attach_tiny_heads(model, "random")
     assert "aren't what its LM head reads" in str(Medusa.unavailable(model, None))
 

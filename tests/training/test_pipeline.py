@@ -29,6 +29,7 @@ from adaptspec.host import Host
 from adaptspec.models import LanguageModel
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_plugins.heads.checkpoints import read_heads
+from adaptspec_plugins.heads.fakes import show_other_states
 from adaptspec_training.conversations import Example
 from adaptspec_training.options import Options
 from adaptspec_training.pipeline import _split, train_medusa
@@ -326,16 +327,7 @@ def test_a_model_whose_states_are_not_its_lm_heads_input_is_refused_before_it_an
     target: Callable[..., LanguageModel], prompts: Path, tmp_path: Path
 ) -> None:
     model = target()
-    inner = model.model.forward
-
-    def shifted(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        if output.hidden_states is not None:
-            last = -output.hidden_states[-1]
-            output.hidden_states = (*output.hidden_states[:-1], last)
-        return output
-
-    model.model.forward = shifted
+    show_other_states(model)
     with pytest.raises(TrainingError, match="aren't what its LM head reads"):
         train_medusa(model, prompts, tmp_path / "out", QUICK)
     assert not (tmp_path / "out" / "work" / "answers").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import functional
@@ -70,6 +70,20 @@ def attach_tiny_heads(
     made = build(model, kind, **options)
     model.attach(MedusaTrained(model, made, name=f"{kind} heads"))
     return model
+
+
+def show_other_states(model: LanguageModel) -> None:
+    """Make ``model`` show last hidden states that aren't what its LM head reads."""
+    inner: Any = model.model.forward
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        if output.hidden_states is not None:
+            last = -output.hidden_states[-1]
+            output.hidden_states = (*output.hidden_states[:-1], last)
+        return output
+
+    model.model.forward = shifted
 
 
 def _fit(
