@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec_tuner.tuning import affordable
+from adaptspec_tuner.phases import affordable
 from adaptspec_tuner.workloads import Prompt
 
 Classes = st.dictionaries(

@@ -16,10 +16,11 @@ from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.profiler import Agreement, Sample, Setting
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
-from adaptspec_tuner.tuning import Interrupted, tune_with
+from adaptspec_tuner.run import Interrupted, Run
 from adaptspec_tuner.workloads import Prompt, Workload
 
 PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
@@ -82,15 +83,17 @@ def run(
     **options: Any,
 ) -> TuneResult:
     return tune_with(
-        trace,
-        [Knob, Slower],
-        WORKLOAD,
-        store,
-        place,
-        deadline=trace.clock.now + budget,
-        clock=trace.clock,
-        progress=Progress(None, trace.clock),
-        **{"trials": 50, **options},
+        Run(
+            trace,
+            [Knob, Slower],
+            WORKLOAD,
+            store,
+            place,
+            deadline=trace.clock.now + budget,
+            clock=trace.clock,
+            progress=Progress(None, trace.clock),
+            **{"trials": 50, **options},
+        )
     )
 
 

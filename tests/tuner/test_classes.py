@@ -31,6 +31,7 @@ from adaptspec_tuner.classes import (
     known_only,
     probed,
 )
+from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -40,7 +41,8 @@ from adaptspec_tuner.profiler import (
 )
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
-from adaptspec_tuner.tuning import tune, tune_with
+from adaptspec_tuner.run import Run
+from adaptspec_tuner.tuning import tune
 from adaptspec_tuner.workloads import Prompt, Workload, split
 
 RANDOM = random.Random(5)
@@ -163,18 +165,20 @@ def run(
     place = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
     fast: Any = Trace(clock, 0.0)
     return tune_with(
-        Trace(clock, 1.0),
-        [Knob],
-        Workload("w", tuple(prompts)),
-        store,
-        place,
-        deadline=2000.0,
-        clock=clock,
-        progress=Progress(None, clock),
-        trials=6,
-        discovered=True,
-        states=states,
-        replayer=lambda plain: fast,
+        Run(
+            Trace(clock, 1.0),
+            [Knob],
+            Workload("w", tuple(prompts)),
+            store,
+            place,
+            deadline=2000.0,
+            clock=clock,
+            progress=Progress(None, clock),
+            trials=6,
+            discovered=True,
+            states=states,
+            replayer=lambda plain: fast,
+        )
     )
 
 

@@ -18,8 +18,9 @@ from adaptspec.host import Host
 from adaptspec.models import LanguageModel
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec_plugins.heads.fakes import attach_tiny_heads
+from adaptspec_tuner.options import chosen_strategies
 from adaptspec_tuner.report import TuneResult, print_result
-from adaptspec_tuner.tuning import _chosen, tune
+from adaptspec_tuner.tuning import tune
 from adaptspec_tuner.workloads import Prompt, Workload
 
 
@@ -61,15 +62,17 @@ def tuned(
 
 
 def test_lossy_strategies_are_left_out_unless_allowed(host: Host) -> None:
-    names = {cls.name for cls in _chosen(host, None, False)}
+    names = {cls.name for cls in chosen_strategies(host, None, False)}
     assert "medusa" in names
     assert "medusa_typical" not in names
-    assert {cls.name for cls in _chosen(host, None, True)} - names == {"medusa_typical"}
+    assert {cls.name for cls in chosen_strategies(host, None, True)} - names == {
+        "medusa_typical"
+    }
     with pytest.raises(AdaptSpecError, match=r"medusa_typical is lossy.*--allow-lossy"):
-        _chosen(host, ["medusa_typical"], False)
+        chosen_strategies(host, ["medusa_typical"], False)
 
 
-def test_a_lossy_result_is_labelled_and_not_chosen(
+def test_a_lossy_result_is_labelled_and_notchosen_strategies(
     tuned: tuple[TuneResult, Path], host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, db = tuned

@@ -14,11 +14,12 @@ from adaptspec.profile import PLAIN, Environment
 from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.profiler import Agreement, Sample, Setting, near_tie
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
+from adaptspec_tuner.run import Interrupted, Run
 from adaptspec_tuner.space import distributions, tuned
-from adaptspec_tuner.tuning import Interrupted, tune_with, untried_lines
 from adaptspec_tuner.workloads import Prompt, Workload
 
 PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
@@ -78,15 +79,17 @@ def run(
     trace: Trace, store: MemoryStore, budget: float = 100.0, **options: Any
 ) -> TuneResult:
     return tune_with(
-        trace,
-        [Knob],
-        WORKLOAD,
-        store,
-        PLACE,
-        deadline=trace.clock.now + budget,
-        clock=trace.clock,
-        progress=Progress(None, trace.clock),
-        **{"trials": 12, **options},
+        Run(
+            trace,
+            [Knob],
+            WORKLOAD,
+            store,
+            PLACE,
+            deadline=trace.clock.now + budget,
+            clock=trace.clock,
+            progress=Progress(None, trace.clock),
+            **{"trials": 12, **options},
+        )
     )
 
 

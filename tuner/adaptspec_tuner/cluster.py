@@ -14,6 +14,7 @@ from adaptspec_tuner.trials import Job, run_trial
 
 if TYPE_CHECKING:
     from adaptspec.profile import Environment, Trial
+    from adaptspec_tuner.loading import Models
 
 ATTEMPTS = 3  # of a trial whose worker dies
 START_SECONDS = 600.0  # for loading the models
@@ -214,39 +215,19 @@ class RayPool:
 
 
 def bench(
-    model: str, draft: str | None, options: Mapping[str, Any], threads: int
+    models: Models, max_new_tokens: int, max_memory: int | None, threads: int
 ) -> Bench:
-    """Load the models as ``tune`` does.
-
-    Args:
-        options: ``dtype``, ``device``, ``heads``, ``max_new_tokens``, ``max_memory``.
-    """
+    """Load the models as ``tune`` does."""
     import torch
 
     from adaptspec.decoder import environment_of
-    from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
-    from adaptspec.models import load_model
     from adaptspec_tuner.profiler import Profiler
 
     torch.set_num_threads(threads)
-    target, small = (
-        None
-        if source is None
-        else load_model(source, dtype=options["dtype"], device=options["device"])
-        for source in (model, draft)
-    )
-    assert target is not None
     host = Host.installed()
-    for folder in options["heads"]:
-        target.attach(host.open_heads(folder, target))
-    engine = Engine(target, small)
-    profiler = Profiler(
-        engine,
-        host,
-        options["max_new_tokens"],
-        max_memory=options["max_memory"],
-    )
+    engine = models.engine(host)
+    profiler = Profiler(engine, host, max_new_tokens, max_memory=max_memory)
     return Bench(profiler, place_of(environment_of(engine.model, engine.draft)))
 
 

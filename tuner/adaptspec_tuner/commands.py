@@ -187,7 +187,7 @@ def tune(
     most_memory = None if max_memory is None else parse_memory(max_memory)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
     from adaptspec_tuner.progress import Progress
-    from adaptspec_tuner.tuning import Interrupted
+    from adaptspec_tuner.run import Interrupted
     from adaptspec_tuner.tuning import tune as run_tune
     from adaptspec_tuner.workloads import example_workload, read_workload
 

@@ -1,0 +1,191 @@
+"""A tune's phases in turn: plain decoding, classes, replays, search, confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adaptspec.profile import Environment, ProfileStore
+from adaptspec.selector import stale_versions
+from adaptspec_tuner.discovering import discover_classes
+from adaptspec_tuner.finals import confirm_classes
+from adaptspec_tuner.presearch import as_records, presearch
+from adaptspec_tuner.profiler import Sample
+from adaptspec_tuner.report import TuneResult, told_errors
+from adaptspec_tuner.run import Interrupted, Run
+from adaptspec_tuner.search import Arm
+from adaptspec_tuner.workers import close_search, open_search
+from adaptspec_tuner.workloads import DEFAULT_CLASS, Prompt, Workload, split
+
+if TYPE_CHECKING:
+    from adaptspec_tuner.replay import Replayer
+
+FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
+
+
+def tune_with(run: Run) -> TuneResult:
+    """Find the fastest strategy for each class.
+
+    Raises:
+        Interrupted: on Ctrl-C.
+    """
+    if changed := _stale(run.store, run.environment):
+        run.warn(changed)
+    workload = _unclassed(run.workload) if run.discovered else run.workload
+    tuning, held_out = split(workload, run.seed)
+    try:
+        with run.progress:
+            plain = _decode_plainly(run, tuning)
+            predictor = _predictor(run, tuning, plain)
+            if run.discovered:
+                tuning, held_out = discover_classes(
+                    run, predictor, set(plain), tuning, held_out
+                )
+            _search(run, predictor, tuning, plain)
+            confirm_classes(run, tuning, held_out, plain)
+            if said := told_errors(
+                e for found in run.result.classes for e in found.prediction_errors
+            ):
+                run.warn(f"replay: {said}")
+    except KeyboardInterrupt:
+        raise Interrupted(run.result) from None
+    finally:
+        close_search(run.store, run.id)
+        run.spending.end()
+        run.result.spent.update(run.spending.parts)
+    return run.result
+
+
+def _stale(store: ProfileStore, environment: Environment) -> str:
+    """Why profiles of this model taken before no longer hold; empty if they do."""
+    before = [
+        p.environment
+        for p in store.profiles()
+        if p.environment.model_name == environment.model_name
+    ]
+    if not before:
+        return ""
+    if all(place.model != environment.model for place in before):
+        return (
+            f"the weights of {environment.model_name} changed since it was profiled; "
+            "measuring again"
+        )
+    here = [place for place in before if place.key() == environment.key()]
+    if here and (changed := stale_versions(here[0], environment)):
+        return f"its profiles are stale ({changed}); measuring again"
+    return ""
+
+
+def _unclassed(workload: Workload) -> Workload:
+    prompts = tuple(replace(p, prompt_class=DEFAULT_CLASS) for p in workload.prompts)
+    return replace(workload, prompts=prompts)
+
+
+def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
+    """Plain decoding of the tuning prompts by their ids, the classes in turn."""
+    run.spending.begin("plain")
+    measured: dict[str, Sample] = {}
+    prompts = tuning.limit(len(tuning.prompts)).prompts
+    for index, prompt in enumerate(prompts):
+        if index >= len(tuning.classes) and run.clock() >= run.plain_end:
+            run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
+            break
+        sample = run.search.plain(prompt)
+        if sample.speed > 0:
+            measured[prompt.id] = sample
+    return measured
+
+
+def _predictor(
+    run: Run, tuning: Workload, plain: Mapping[str, Sample]
+) -> Replayer | None:
+    if run.replayer is None or not run.replaying or run.clock() >= run.search_end:
+        return None
+    run.spending.begin("costs")
+    return run.replayer([(p, plain[p.id]) for p in tuning.prompts if p.id in plain])
+
+
+def _search(
+    run: Run,
+    predictor: Replayer | None,
+    tuning: Workload,
+    plain: Mapping[str, Sample],
+) -> None:
+    """Trials of every strategy for every class; workers may join."""
+    recorded = [p for p in tuning.prompts if p.id in plain]
+    usable = affordable(
+        recorded,
+        {key: sample.seconds for key, sample in plain.items()},
+        len(run.strategies),
+        (run.search_end - run.clock()) * FIRST_TRIALS_SHARE,
+    )
+    tried = None
+    if predictor is not None:
+        run.spending.begin("replay")
+        run.doing("trying settings against the recorded answers")
+        tried = presearch(
+            predictor,
+            run.replaying,
+            {name: [p for p in recorded if p.prompt_class == name] for name in usable},
+            in_time=run.in_replay_time(),
+            clock=run.clock,
+            warn=run.warn,
+            seed=run.seed,
+        )
+        for key, record in as_records(tried).items():
+            run.store.put_record(run.id, key, record)
+        run.warn(
+            f"replay: {tried.trials} settings tried without the target in "
+            f"{tried.seconds:.0f} s"
+        )
+    for cls in run.strategies:
+        for name, prompts in usable.items():
+            best = tried.best.get((name, cls.name), []) if tried else []
+            run.search.add(name, cls, prompts, plain, best)
+    run.spending.begin("trials")
+    open_search(run.store, run.id, usable)
+    untried = run.search.search()
+    close_search(run.store, run.id)
+    for line in untried_lines(untried):
+        run.warn(line)
+
+
+def affordable(
+    prompts: Sequence[Prompt],
+    seconds: Mapping[str, float],
+    strategies: int,
+    budget: float,
+) -> dict[str, list[Prompt]]:
+    """The prompts of each class that trials run on: all, or as many as time allows.
+
+    One trial of every strategy on them takes about ``budget`` seconds at most; a class
+    keeps one prompt at least. A strategy seen on one prompt may still be confirmed, one
+    never tried can't.
+
+    Args:
+        seconds: Prompt id -> what plain decoding took.
+    """
+    classes: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        classes.setdefault(prompt.prompt_class, []).append(prompt)
+    whole = strategies * sum(seconds[prompt.id] for prompt in prompts)
+    share = min(1.0, max(0.0, budget) / whole) if whole > 0 else 1.0
+    return {
+        name: found[: max(1, int(len(found) * share))]
+        for name, found in classes.items()
+    }
+
+
+def untried_lines(arms: Sequence[Arm]) -> list[str]:
+    """What there was no time for: strategies untried on the same classes in a line."""
+    classes: dict[str, list[str]] = {}
+    for arm in arms:
+        classes.setdefault(arm.name, []).append(arm.prompt_class)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, missed in classes.items():
+        groups.setdefault(tuple(missed), []).append(name)
+    return [
+        f"{', '.join(missed)}: no time for {', '.join(names)}; give a larger --budget"
+        for missed, names in groups.items()
+    ]

@@ -1,0 +1,170 @@
+"""A tune on its way: what it is given, what it is called, what time it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.errors import AdaptSpecError
+from adaptspec.profile import SPEED, Environment, ProfileStore
+from adaptspec_tuner.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.report import TuneResult
+from adaptspec_tuner.search import Search, TrialPool
+from adaptspec_tuner.spending import Spending
+from adaptspec_tuner.workers import KeepsStudies
+from adaptspec_tuner.workloads import Prompt, Workload
+
+if TYPE_CHECKING:
+    from adaptspec.strategy import Strategy
+    from adaptspec_tuner.classes import ReadsStates
+    from adaptspec_tuner.replay import Replayer
+
+PLAIN_SHARE = 0.25  # of the budget, at most
+CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
+REPLAY_SHARE = 0.15  # of the search, for trials without the target
+
+# From plain decoding of prompts to what predicts from it, where anything can.
+MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
+
+
+class Interrupted(AdaptSpecError):
+    """Stopped by the user; what was finished is stored.
+
+    Args:
+        result: The classes already confirmed.
+    """
+
+    def __init__(self, result: TuneResult) -> None:
+        super().__init__(
+            "stopped; finished trials are kept, the same command continues"
+        )
+        self.result = result
+
+
+@dataclass
+class Run:
+    """One tune; everything that touches a model, clock or disk is passed in.
+
+    What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten
+    where this one is ``fresh``.
+
+    Args:
+        deadline: Infinite where ``budget_trials`` is the budget.
+        trials: Most per class and strategy.
+        options: What else must be equal for trials to be mixed.
+        unavailable: Strategy or baseline -> why it can't run.
+        discovered: Whether classes are discovered; those declared are left aside.
+        states: What they are told by, in place of the prompts' texts.
+        started: When loading began; default: now.
+        pool: Runs the search's trials in place of ``measurer``.
+    """
+
+    measurer: Measurer
+    strategies: Sequence[type[Strategy]]
+    workload: Workload
+    store: ProfileStore
+    environment: Environment
+    _: KW_ONLY
+    deadline: float
+    clock: Callable[[], float]
+    progress: Progress
+    trials: int = 40
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    baselines: Sequence[Setting] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    objective: str = SPEED
+    budget_trials: int | None = None
+    discovered: bool = False
+    states: ReadsStates | None = None
+    started: float | None = None
+    replayer: MakesReplayer | None = None
+    pool: TrialPool | None = None
+    id: str = field(init=False)
+    spending: Spending = field(init=False)
+    result: TuneResult = field(init=False)
+    search: Search = field(init=False)
+    plain_end: float = field(init=False)  # of plain decoding, on the clock
+    search_end: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        store, place, now = self.store, self.environment, self.clock()
+        self.id = run_id(place, self.workload, {**self.options, "seed": self.seed})
+        if self.fresh:
+            store.delete_run(self.id)
+        started = now if self.started is None else self.started
+        self.spending = Spending(store, self.id, self.clock, started)
+        self.result = TuneResult(
+            run=self.id,
+            environment=place,
+            workload=self.workload.name,
+            db=store.url,
+            classes=[],
+            notes=[],
+            unavailable=dict(self.unavailable),
+        )
+        left = max(0.0, self.deadline - now)
+        self.plain_end = self.search_end = self.deadline
+        if math.isfinite(left):
+            self.plain_end -= left * (1 - PLAIN_SHARE)
+            self.search_end -= left * CONFIRM_SHARE
+        self.search = Search(
+            self.measurer,
+            store,
+            self.id,
+            in_time=self._may_try,
+            warn=self.warn,
+            doing=self.doing,
+            seed=self.seed,
+            most=self.trials,
+            objective=self.objective,
+            storage=store.studies() if isinstance(store, KeepsStudies) else None,
+            labels={"model": place.model_name, "workload": self.workload.name},
+            pool=self.pool,
+        )
+
+    @property
+    def replaying(self) -> list[type[Strategy]]:
+        """The strategies that can be predicted."""
+        return [cls for cls in self.strategies if cls.replays]
+
+    def warn(self, text: str) -> None:
+        """Say something that belongs in the result."""
+        self.result.notes.append(text)
+        self.progress.say(text)
+
+    def doing(self, text: str) -> None:
+        """Say what is being done now."""
+        self.progress.doing(text, self.deadline - self.clock())
+
+    def in_replay_time(self) -> Callable[[], bool]:
+        """Whether what begins now, without the target, may go on."""
+        left = max(0.0, self.search_end - self.clock())
+        end = self.clock() + REPLAY_SHARE * left
+        return lambda: self.clock() < end
+
+    def _may_try(self) -> bool:
+        tried = sum(len(arm.trials) + len(arm.running) for arm in self.search.arms)
+        in_budget = self.budget_trials is None or tried < self.budget_trials
+        return in_budget and self.clock() < self.search_end
+
+
+def run_id(
+    environment: Environment, workload: Workload, options: Mapping[str, Any]
+) -> str:
+    """Equal for runs whose trials may be mixed: one is continued by the other."""
+    parts = [
+        list(environment.place()),
+        dict(environment.versions),
+        workload.digest,
+        dict(options),
+    ]
+    if environment.heads is not None:
+        parts.append(environment.heads)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
