@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import pytest
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import Tunable
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.selector import FEWEST_PROMPTS
-from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.phases import tune_with
-from adaptspec_tuner.profiler import Agreement, Sample, Setting
+from adaptspec_tuner.profiler import Sample, Setting
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
 from adaptspec_tuner.run import Interrupted, Run
 from adaptspec_tuner.workloads import Prompt, Workload
 
-PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
 CLASSES = ("chat", "code", "maths")
 WORKLOAD = Workload(
     "w", tuple(Prompt(f"{c}{i}", c, text="x") for c in CLASSES for i in range(8))
 )
 
 
-class KnobParams(Params):
+class WideParams(KnobParams):
     k: Annotated[int, Tunable(1, 40)] = Field(default=4)
 
 
-class Knob(Strategy):
-    name = "knob"
-    summary = "a strategy that is never run"
-    Params = KnobParams
-    replays = True
-
-    def start(self, target: Target) -> Drafter:
-        raise NotImplementedError
+class Wide(Knob):
+    Params = WideParams
 
 
-class Slower(Knob):
+class Slower(Wide):
     name = "slower"
 
 
-class Trace:
+class Trace(FakeMeasurer):
     """Generations of one second each; knobs are twice as fast, but not in maths."""
 
     def __init__(self) -> None:
@@ -66,14 +58,6 @@ class Trace:
         self.measured.append((setting.strategy, prompt.id))
         return Sample((1, 2, 3), speed, 10.0 / speed, forwards=2)
 
-    def agreement(
-        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
-    ) -> Agreement:
-        return "identical"
-
-    def forget(self) -> None:
-        pass
-
 
 def run(
     trace: Trace,
@@ -85,7 +69,7 @@ def run(
     return tune_with(
         Run(
             trace,
-            [Knob, Slower],
+            [Wide, Slower],
             WORKLOAD,
             store,
             place,

@@ -6,10 +6,9 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
-from pydantic import Field
 
 import adaptspec_plugins
 from adaptspec.classify import KEY, STATES, UNKNOWN, Classifier
@@ -18,9 +17,6 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
-from adaptspec.params import Params, Tunable
-from adaptspec.profile import Environment
-from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec.testing.fakes import FakeClock, tiny_model, tiny_tokenizer
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.classes import (
@@ -31,10 +27,10 @@ from adaptspec_tuner.classes import (
     known_only,
     probed,
 )
+from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.profiler import (
     PLAIN_SETTING,
-    Agreement,
     Profiler,
     Sample,
     Setting,
@@ -117,25 +113,11 @@ def test_the_same_prompts_give_the_same_classes() -> None:
     assert one.gains == other.gains
 
 
-class KnobParams(Params):
-    k: Annotated[int, Tunable(1, 8)] = Field(default=4)
-
-
-class Knob(Strategy):
-    name = "knob"
-    summary = "a strategy that is never run"
-    Params = KnobParams
-    replays = True
-
-    def start(self, target: Target) -> Drafter:
-        raise NotImplementedError
-
-
 def test_settings_tried_are_the_defaults_and_the_bounds() -> None:
-    assert [s.params["k"] for s in probed(Knob)] == [4, 1, 8]
+    assert [s.params["k"] for s in probed(Knob)] == [4, 1, 12]
 
 
-class Trace:
+class Trace(FakeMeasurer):
     """Long drafts pay for code, and cost elsewhere."""
 
     def __init__(self, clock: FakeClock, seconds: float) -> None:
@@ -147,14 +129,6 @@ class Trace:
         speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * k)
         return Sample((1, 2, 3), speed, self.seconds, forwards=2)
 
-    def agreement(
-        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
-    ) -> Agreement:
-        return "identical"
-
-    def forget(self) -> None:
-        pass
-
 
 def run(
     store: MemoryStore,
@@ -162,7 +136,6 @@ def run(
     states: ReadsStates | None = None,
 ) -> TuneResult:
     clock = FakeClock()
-    place = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
     fast: Any = Trace(clock, 0.0)
     return tune_with(
         Run(
@@ -170,7 +143,7 @@ def run(
             [Knob],
             Workload("w", tuple(prompts)),
             store,
-            place,
+            PLACE,
             deadline=2000.0,
             clock=clock,
             progress=Progress(None, clock),

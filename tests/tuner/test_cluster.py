@@ -8,18 +8,16 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
-from pydantic import Field
 
 from adaptspec.errors import AdaptSpecError
-from adaptspec.params import Params, Tunable
-from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.cluster import Bench, RayPool
-from adaptspec_tuner.profiler import Agreement, Sample, Setting
+from adaptspec_tuner.fakes import FakeMeasurer, Knob
+from adaptspec_tuner.profiler import Sample, Setting
 from adaptspec_tuner.search import Search
 from adaptspec_tuner.workloads import Prompt
 
@@ -31,20 +29,7 @@ PLAIN = {p.id: Sample((1, 2), 10.0, 1.0) for p in PROMPTS}
 PLACE: list[Any] = ["m", None, "float32", "cpu", "this", 1, None, {}]
 
 
-class KnobParams(Params):
-    k: Annotated[int, Tunable(1, 12)] = Field(default=4)
-
-
-class Knob(Strategy):
-    name = "knob"
-    summary = "a strategy that is never run"
-    Params = KnobParams
-
-    def start(self, target: Target) -> Drafter:
-        raise NotImplementedError
-
-
-class Measured:
+class Measured(FakeMeasurer):
     """Fastest at seven; the first to measure four dies of it, where ``grave`` is."""
 
     def __init__(self, grave: str | None = None) -> None:
@@ -60,12 +45,6 @@ class Measured:
             else:
                 os._exit(1)
         return Sample((1, 2), 20.0 - abs(7 - k) + int(prompt.id), 1.0)
-
-    def agreement(self, prompt: Prompt, plain: Any, other: Any) -> Agreement:
-        return "identical"
-
-    def forget(self) -> None:
-        pass
 
 
 def build(grave: str | None = None) -> Bench:

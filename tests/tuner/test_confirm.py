@@ -7,7 +7,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import NormalDist
 
 import pytest
@@ -20,8 +20,9 @@ from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.bootstrap import interval, overall
 from adaptspec_tuner.confirm import as_record, confirm
+from adaptspec_tuner.fakes import FakeMeasurer
 from adaptspec_tuner.memory import PeakMemory
-from adaptspec_tuner.profiler import PLAIN_SETTING, Agreement, Sample, Setting
+from adaptspec_tuner.profiler import PLAIN_SETTING, Sample, Setting
 from adaptspec_tuner.report import ClassResult, break_even
 from adaptspec_tuner.spending import Spending
 from adaptspec_tuner.workloads import Prompt
@@ -84,7 +85,7 @@ def test_of_many_prompts_it_is_the_normal_interval_of_their_mean() -> None:
     assert math.log(high) == pytest.approx(normal.inv_cdf(0.975), abs=0.004)
 
 
-class Scripted:
+class Scripted(FakeMeasurer):
     """Speeds by setting and prompt; each generation takes a second."""
 
     def __init__(self, speed: Callable[[Setting, Prompt], float]) -> None:
@@ -104,11 +105,6 @@ class Scripted:
             positions=((3, 4), (1, 2)) if prompt.id == "0" else ((1, 1),),
             peak_memory=100 + int(prompt.id),
         )
-
-    def agreement(
-        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
-    ) -> Agreement:
-        return "identical"
 
     def forget(self) -> None:
         self.order.append(("forget", ""))

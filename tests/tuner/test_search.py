@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
-from adaptspec.profile import PLAIN, Environment
-from adaptspec.strategy import Drafter, Strategy, Target
+from adaptspec.params import Tunable
+from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import FakeClock
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.phases import tune_with, untried_lines
-from adaptspec_tuner.profiler import Agreement, Sample, Setting, near_tie
+from adaptspec_tuner.profiler import Sample, Setting, near_tie
 from adaptspec_tuner.progress import Progress
 from adaptspec_tuner.report import TuneResult
 from adaptspec_tuner.run import Interrupted, Run
 from adaptspec_tuner.space import distributions, tuned
 from adaptspec_tuner.workloads import Prompt, Workload
 
-PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
 
-
-class KnobParams(Params):
+class SeveralParams(KnobParams):
     k: Annotated[int, Tunable(1, 8)] = Field(default=4)
     kind: Annotated[Literal["a", "b"], Tunable()] = Field(default="a")
     width: Annotated[float, Tunable(0.0, 1.0, step=0.25, when={"kind": ("b",)})] = (
@@ -34,16 +31,11 @@ class KnobParams(Params):
     fixed: int = Field(default=3)
 
 
-class Knob(Strategy):
-    name = "knob"
-    summary = "a strategy that is never run"
-    Params = KnobParams
-
-    def start(self, target: Target) -> Drafter:
-        raise NotImplementedError
+class Several(Knob):
+    Params = SeveralParams
 
 
-class Trace:
+class Trace(FakeMeasurer):
     """Speeds from a table; each generation takes a second."""
 
     def __init__(self, clock: FakeClock, factor: float = 0.25) -> None:
@@ -63,14 +55,6 @@ class Trace:
             tokens = (1, 2, 4) if self.wrong else tokens
         return Sample(tokens, speed, 1.0, forwards=2)
 
-    def agreement(
-        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
-    ) -> Agreement:
-        return "identical" if tuple(plain) == tuple(other) else "mismatch"
-
-    def forget(self) -> None:
-        pass
-
 
 WORKLOAD = Workload("w", tuple(Prompt(str(i), text="x") for i in range(4)))
 
@@ -81,7 +65,7 @@ def run(
     return tune_with(
         Run(
             trace,
-            [Knob],
+            [Several],
             WORKLOAD,
             store,
             PLACE,
@@ -94,15 +78,15 @@ def run(
 
 
 def test_the_space_is_what_the_parameters_declare() -> None:
-    space = distributions(KnobParams)
+    space = distributions(SeveralParams)
     assert set(space) == {"k", "kind", "width"}
     assert repr(space["k"]) == "IntDistribution(high=8, log=False, low=1, step=1)"
     assert repr(space["kind"]) == "CategoricalDistribution(choices=('a', 'b'))"
 
 
 def test_a_conditional_parameter_is_searched_only_where_it_matters() -> None:
-    assert "width" not in tuned(KnobParams, KnobParams().model_dump())
-    assert "width" in tuned(KnobParams, KnobParams(kind="b").model_dump())
+    assert "width" not in tuned(SeveralParams, SeveralParams().model_dump())
+    assert "width" in tuned(SeveralParams, SeveralParams(kind="b").model_dump())
     store, trace = MemoryStore(), Trace(FakeClock())
     result = run(trace, store, budget=1000.0, trials=30)
     trials = store.trials(result.run)
@@ -114,7 +98,7 @@ def test_the_search_starts_with_the_defaults_and_finds_what_is_faster() -> None:
     store, trace = MemoryStore(), Trace(FakeClock())
     result = run(trace, store)
     first = store.trials(result.run)[0]
-    assert dict(first.params) == KnobParams().model_dump()
+    assert dict(first.params) == SeveralParams().model_dump()
     found = result.classes[0]
     assert found.choice.strategy == "knob"
     assert int(found.choice.params["k"]) > 4
@@ -147,7 +131,7 @@ def test_an_interrupted_run_continues_without_measuring_again() -> None:
     trials = store.trials(result.run)
     assert len({t.number for t in trials}) == len(trials)
     assert len({json.dumps(dict(t.params)) for t in trials}) == len(trials)
-    default = Setting("knob", KnobParams().model_dump()).key
+    default = Setting("knob", SeveralParams().model_dump()).key
     tuned_default = [m for m in before if m[0] == default]
     assert len(tuned_default) == 2  # its tuning prompts
     assert result.classes[0].choice.strategy == "knob"
@@ -199,7 +183,7 @@ def test_fresh_forgets_what_was_measured() -> None:
     run(trace, store)
     count = len(trace.measured)
     run(trace, store, fresh=True, trials=1)
-    default = Setting("knob", KnobParams().model_dump()).key
+    default = Setting("knob", SeveralParams().model_dump()).key
     assert default in {key for key, _ in trace.measured[count:]}
 
 

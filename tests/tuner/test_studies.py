@@ -9,18 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import optuna
 import psutil  # type: ignore[import-untyped]
 import pytest
-from pydantic import Field
 
-from adaptspec.params import Params, Scalar, Tunable
+from adaptspec.params import Scalar
 from adaptspec.profile import Trial
-from adaptspec.strategy import Drafter, Strategy, Target
 from adaptspec_profiles.sql import SqlStore
-from adaptspec_tuner.profiler import Agreement, Sample, Setting
+from adaptspec_tuner.fakes import FakeMeasurer, Knob, KnobParams
+from adaptspec_tuner.profiler import Sample, Setting
 from adaptspec_tuner.search import Search
 from adaptspec_tuner.studies import SILENT_SECONDS, WORKER, Study, alive, this_process
 from adaptspec_tuner.workloads import Prompt
@@ -29,20 +28,7 @@ PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(2)]
 PLAIN = {p.id: Sample((1, 2), 10.0, 1.0) for p in PROMPTS}
 
 
-class KnobParams(Params):
-    k: Annotated[int, Tunable(1, 12)] = Field(default=4)
-
-
-class Knob(Strategy):
-    name = "knob"
-    summary = "a strategy that is never run"
-    Params = KnobParams
-
-    def start(self, target: Target) -> Drafter:
-        raise NotImplementedError
-
-
-class Measured:
+class Measured(FakeMeasurer):
     """Fastest at seven."""
 
     def __init__(self, pause: float = 0.0) -> None:
@@ -51,12 +37,6 @@ class Measured:
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         time.sleep(self.pause)
         return Sample((1, 2), 20.0 - abs(7 - int(setting.params["k"])), 1.0)
-
-    def agreement(self, prompt: Prompt, plain: Any, other: Any) -> Agreement:
-        return "identical"
-
-    def forget(self) -> None:
-        pass
 
 
 def search(store: SqlStore, most: int = 100, pause: float = 0.0) -> Search:
