@@ -1,10 +1,8 @@
-"""The store on a real PostgreSQL server: the contract, crowds, kills, its errors."""
+"""The store on a real PostgreSQL server: the contract, its schema, its errors."""
 
 from __future__ import annotations
 
 import builtins
-import signal
-import subprocess
 import sys
 from typing import Any
 
@@ -19,23 +17,6 @@ from adaptspec_profiles.engine import make_engine
 from adaptspec_profiles.migrations import VERSION_TABLE, migrate
 from adaptspec_profiles.schema import Base
 
-WRITER = """
-import sys
-from adaptspec.profile import Trial
-from adaptspec.testing.stores import example_profile
-from adaptspec_profiles import open_store
-url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-store = open_store(url)
-for number in range(count):
-    store.add_trial(Trial("shared", "chat", "x", number, {"by": name}, "complete", 1.0))
-    store.add_trial(Trial(name, "chat", "x", number, {}, "complete", 1.0))
-    store.put_record("shared", f"key {number}", {"by": name})
-    store.add_profiles([example_profile(run="shared", prompt_class=str(number))])
-    print(number, flush=True)
-store.add_profiles([example_profile(run=name)])
-store.close()
-"""
-
 
 class TestPostgresStore(ProfileStoreContract):
     @pytest.fixture
@@ -49,49 +30,6 @@ class TestPostgresStore(ProfileStoreContract):
 def store(postgres_url: str) -> Any:
     store = open_store(postgres_url)
     yield store
-    store.close()
-
-
-def start_writer(url: str, name: str, count: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, url, name, str(count)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_three_processes_create_and_write_one_empty_database(postgres_url: str) -> None:
-    names = ["a", "b", "c"]
-    writers = [start_writer(postgres_url, name, 25) for name in names]
-    for writer in writers:
-        writer.communicate(timeout=120)
-        assert writer.returncode == 0
-    store = open_store(postgres_url)
-    assert [t.number for t in store.trials("shared")] == list(range(25))
-    for name in names:
-        assert [t.number for t in store.trials(name)] == list(range(25))
-    shared = store.profiles(run="shared")
-    assert sorted(int(p.prompt_class) for p in shared) == list(range(25))
-    assert sorted(p.run for p in store.profiles(prompt_class="chat")) == names
-    store.close()
-
-
-def test_a_killed_writer_loses_nothing_it_finished(postgres_url: str) -> None:
-    writer = start_writer(postgres_url, "a", 10_000)
-    assert writer.stdout is not None
-    seen = -1
-    for line in writer.stdout:
-        seen = int(line)
-        if seen >= 20:
-            break
-    writer.send_signal(signal.SIGKILL)
-    writer.communicate()
-    store = open_store(postgres_url)
-    numbers = [t.number for t in store.trials("a")]
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) > seen
-    store.add_profiles([example_profile(run="after")])
-    assert len(store.profiles(run="after")) == 1
     store.close()
 
 
