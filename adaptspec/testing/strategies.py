@@ -491,7 +491,14 @@ def toy_law(
 def fits(
     seen: Mapping[tuple[int, ...], int], law: Mapping[tuple[int, ...], float]
 ) -> bool:
-    """Whether a chi-square test lets the counts pass as draws from ``law``.
+    """Whether a chi-square test lets the counts pass as draws from ``law``."""
+    return chi_square(seen, law) > SIGNIFICANCE
+
+
+def chi_square(
+    seen: Mapping[tuple[int, ...], int], law: Mapping[tuple[int, ...], float]
+) -> float:
+    """The chance of counts as far from ``law`` as these, or farther.
 
     Outcomes expected fewer than five times are counted together.
     """
@@ -507,7 +514,7 @@ def fits(
         rest_seen, rest_expected = observed.pop(), expected.pop()
         observed[-1] += rest_seen
         expected[-1] += rest_expected
-    return bool(chisquare(observed, expected).pvalue > SIGNIFICANCE)
+    return float(chisquare(observed, expected).pvalue)
 
 
 def _target(

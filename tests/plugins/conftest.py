@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import scipy.stats
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -168,52 +167,3 @@ def checked_drafts(
     monkeypatch.setattr(DraftSequence, "begin", checked_begin)
     monkeypatch.setattr(DraftSequence, "extend", checked_extend)
     return seen
-
-
-@pytest.fixture(scope="session")
-def chi_square() -> Callable[[Mapping[Any, int], Mapping[Any, float]], float]:
-    """The p-value of counts under a law; outcomes expected under 5 times are pooled."""
-
-    def test(counts: Mapping[Any, int], law: Mapping[Any, float]) -> float:
-        total = sum(counts.values())
-        assert set(counts) <= {outcome for outcome, p in law.items() if p > 0}
-        observed, expected = [0.0], [0.0]
-        for outcome, p in law.items():
-            if total * p < 5:
-                observed[0] += counts.get(outcome, 0)
-                expected[0] += total * p
-            else:
-                observed.append(counts.get(outcome, 0))
-                expected.append(total * p)
-        if expected[0] < 5:  # too little even together: the likeliest takes it
-            likeliest = expected.index(max(expected[1:]))
-            for pooled in (observed, expected):
-                pooled[likeliest] += pooled[0]
-                del pooled[0]
-        return float(scipy.stats.chisquare(observed, expected).pvalue)
-
-    return test
-
-
-@pytest.fixture(scope="session")
-def sampled_law(
-    fresh_logits: Callable[..., torch.Tensor],
-) -> Callable[[LanguageModel, list[int], float], dict[tuple[int, int], float]]:
-    """The exact law of the second and third new token, enumerated."""
-
-    def enumerate_law(
-        model: LanguageModel, ids: list[int], temperature: float
-    ) -> dict[tuple[int, int], float]:
-        def after(*tokens: int) -> list[float]:
-            logits = fresh_logits(model, [*ids, *tokens])
-            probs: list[float] = (logits.double() / temperature).softmax(-1).tolist()
-            return probs
-
-        law: dict[tuple[int, int], float] = {}
-        for first, p in enumerate(after()):
-            for second, q in enumerate(after(first)):
-                for third, r in enumerate(after(first, second)):
-                    law[second, third] = law.get((second, third), 0.0) + p * q * r
-        return law
-
-    return enumerate_law

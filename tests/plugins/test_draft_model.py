@@ -16,6 +16,7 @@ from adaptspec.decoding.sampling import Sampler
 from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.models import LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
+from adaptspec.testing.strategies import chi_square, toy_law
 from adaptspec_plugins._draft_chain import DraftChain
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft_model import DraftModel, DraftModelParams
@@ -149,8 +150,6 @@ class Overconfident(DraftModel):
 )
 def test_sampled_output_has_the_targets_law(
     llama: BuildModel,
-    sampled_law: Any,
-    chi_square: Any,
     strategy: DraftModel,
     exact: bool,
 ) -> None:
@@ -166,7 +165,7 @@ def test_sampled_output_has_the_targets_law(
         )
         for seed in SEEDS
     )
-    p_value = chi_square(counts, sampled_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 

@@ -20,6 +20,7 @@ from adaptspec.decoding.sampling import Sampler
 from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.models import Capability, LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
+from adaptspec.testing.strategies import chi_square, toy_law
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft_tree import DraftTree, DraftTreeParams, expected_shape
 
@@ -189,8 +190,6 @@ class Pretended(DraftTree):
 )
 def test_sampled_trees_leave_the_targets_law(
     llama: BuildModel,
-    sampled_law: Any,
-    chi_square: Any,
     cls: type[DraftTree],
     params: dict[str, Any],
     exact: bool,
@@ -203,7 +202,7 @@ def test_sampled_trees_leave_the_targets_law(
         controls = Controls(max_new_tokens=4, temperature=HOT, seed=seed)
         run = engine.generate(strategy, [1, 2], controls)
         counts[tuple(run.token_ids[1:3])] += 1
-    p_value = chi_square(counts, sampled_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 

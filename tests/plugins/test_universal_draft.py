@@ -40,6 +40,7 @@ from adaptspec.testing.fakes import (
     tiny_module,
     tiny_tokenizer,
 )
+from adaptspec.testing.strategies import chi_square, toy_law
 from adaptspec_plugins._vocabularies import LONGEST_TAIL, LOOKBEHIND, Vocabulary
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft_model import DraftModel, DraftModelParams
@@ -597,7 +598,7 @@ class Misreporting(UniversalDraft):
     ids=["intersection", "negative control"],
 )
 def test_sampled_output_has_the_targets_law(
-    sampled_law: Any, chi_square: Any, strategy: UniversalDraft, exact: bool
+    strategy: UniversalDraft, exact: bool
 ) -> None:
     target, draft = contract_toys()
     engine = Engine(target, draft)
@@ -611,7 +612,7 @@ def test_sampled_output_has_the_targets_law(
         )
         for seed in range(300)
     )
-    p_value = chi_square(counts, sampled_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 
