@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+import adaptspec_plugins
+import adaptspec_profiles.plugin
+import adaptspec_tuner.plugin
+from adaptspec.host import Host
 from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
 
 # The first-party plugins by name: the tests don't depend on what else is installed.
@@ -31,6 +35,18 @@ cli.main(sys.argv[1:])
 """
 
 Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """What :data:`PROGRAM` has, in this process."""
+    return Host(
+        {
+            "bundled": adaptspec_plugins,
+            "profiles": adaptspec_profiles.plugin,
+            "tuner": adaptspec_tuner.plugin,
+        }
+    )
 
 
 @pytest.fixture

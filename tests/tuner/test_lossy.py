@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import adaptspec_plugins
-import adaptspec_profiles.plugin
-import adaptspec_tuner.plugin
 from adaptspec.cli import build_cli
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
@@ -22,17 +19,6 @@ from adaptspec_tuner.options import chosen_strategies
 from adaptspec_tuner.report import TuneResult, print_result
 from adaptspec_tuner.tuning import tune
 from adaptspec_tuner.workloads import Prompt, Workload
-
-
-@pytest.fixture(scope="module")
-def host() -> Host:
-    return Host(
-        {
-            "bundled": adaptspec_plugins,
-            "profiles": adaptspec_profiles.plugin,
-            "tuner": adaptspec_tuner.plugin,
-        }
-    )
 
 
 @pytest.fixture(scope="module")

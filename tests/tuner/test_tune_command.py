@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from adaptspec.cli import build_cli
 from adaptspec.errors import AdaptSpecError
+from adaptspec.host import Host
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.commands import parse_budget, parse_memory
 
@@ -36,6 +40,7 @@ def test_a_killed_run_continues_and_no_finished_trial_is_lost_or_repeated(
     victim = start(*arguments, "--budget", "10m", "--trials", "100000")
     while len(trials_in(db)) < 2:
         assert victim.poll() is None, victim.communicate()
+        time.sleep(0.05)
     victim.kill()
     victim.communicate()
     finished = trials_in(db)  # it may have finished more meanwhile
@@ -90,18 +95,17 @@ def trials_in(db: Path) -> list[tuple[int, str]]:
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_1(
-    start: Any,
+    host: Host,
     arguments: list[str],
     said: str,
     tiny_pair: tuple[str, str],
     tmp_path: Path,
 ) -> None:
-    given = ["--model", tiny_pair[0], "--db", str(tmp_path / "p.db")]
-    running = start(*given, *arguments)
-    _, told = running.communicate(timeout=600)
-    assert running.returncode == 1
-    assert said in told
-    assert len(told.strip().splitlines()) == 1
+    given = ["tune", "--model", tiny_pair[0], "--db", str(tmp_path / "p.db")]
+    done = CliRunner().invoke(build_cli(host), [*given, *arguments], obj=host)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_budget_is_read_in_seconds_minutes_and_hours() -> None:

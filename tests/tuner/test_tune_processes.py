@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 
+POLL_SECONDS = 0.05
 TRIALS = "select run, prompt_class, strategy, number, params from tuning_trials"
 PROFILES = "select id, run, prompt_class, strategy from profiles order by id"
 
@@ -37,6 +39,7 @@ def test_ctrl_c_exits_130_and_keeps_what_was_stored(
     running = start(*arguments, *only, "--trials", "100000")
     while not (stored := rows(db, TRIALS)):
         assert running.poll() is None, running.communicate()
+        time.sleep(POLL_SECONDS)
     running.send_signal(signal.SIGINT)
     out, told = running.communicate(timeout=600)
     assert running.returncode == 130
@@ -57,6 +60,7 @@ def test_a_run_killed_while_it_confirms_leaves_whole_classes_and_continues(
     running = start(*arguments, *options)
     while not rows(db, PROFILES):
         assert running.poll() is None, running.communicate()
+        time.sleep(POLL_SECONDS)
     running.kill()
     running.communicate()
     before = rows(db, PROFILES)
