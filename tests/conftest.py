@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,10 +14,26 @@ import pytest
 # The contracts' own asserts explain themselves.
 pytest.register_assert_rewrite("adaptspec.testing")
 
+MOST_WORKERS = 4  # each takes up to 2 GiB of memory
 
 # A busy machine is no failure, and every run tries the same examples.
 hypothesis.settings.register_profile("adaptspec", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("adaptspec")
+
+# Test processes beside each other share the cores; torch would take all for each.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Folders are shared out; for files and names no worker's start is worth it."""
+    named = ("keyword", "lf", "collectonly")
+    if any(config.getoption(name, None) for name in named):
+        return 0
+    if not all(Path(argument).is_dir() for argument in config.args):
+        return 0
+    return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 @pytest.fixture(scope="session")

@@ -195,10 +195,11 @@ def test_a_forgotten_run_takes_its_studies_along(db: str, store: SqlStore) -> No
     [
         (this_process(), 1e9, True),
         (DEAD, 0.0, False),
-        (this_process().rsplit("/", 1)[0] + "/1.00", 0.0, False),  # its id, reused
+        (this_process().rsplit("/", 1)[0] + "/1.00", 0.0, False),
         ("elsewhere/1/1.00", SILENT_SECONDS / 2, True),
         ("elsewhere/1/1.00", SILENT_SECONDS * 2, False),
     ],
+    ids=["itself", "dead", "its id, reused", "elsewhere", "elsewhere, silent"],
 )
 def test_a_process_here_is_looked_up_and_one_elsewhere_judged_by_its_silence(
     worker: str, silent: float, lives: bool
