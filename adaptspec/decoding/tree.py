@@ -236,6 +236,8 @@ class TokenTree:
 
     def _check_siblings(self) -> None:
         for node, children in enumerate(self.children):
+            if len(children) < 2:
+                continue
             tokens = [self.tokens[child] for child in children]
             if len(set(tokens)) != len(tokens):
                 raise InvalidTreeError(

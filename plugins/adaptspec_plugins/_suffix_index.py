@@ -8,7 +8,7 @@ taken over those when somebody asks.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +61,7 @@ class SuffixIndex:
         self._tokens: list[int] = []
         self._base = 0  # absolute position of _tokens[0]
         self._run = 0  # tokens since the last separator
-        self._places: dict[tuple[int, ...], deque[int]] = {}
+        self._places: dict[tuple[int, ...], list[int]] = {}
 
     def __len__(self) -> int:
         """Tokens and separators held."""
@@ -75,18 +75,24 @@ class SuffixIndex:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the running sequence."""
         held, places = self._tokens, self._places
-        for token in tokens:
-            held.append(token)
-            self._run += 1
-            end = self._base + len(held)
-            for size in KEYS:
-                if size > self._run:
-                    break
-                key = tuple(held[-size:])
+        first, begun = len(held), len(held) - self._run
+        held.extend(tokens)
+        last = len(held)
+        self._run = last - begun
+        for size in KEYS:
+            at = max(first + 1, begun + size)  # behind the first new n-gram
+            if at > last:
+                break
+            ends = range(self._base + at, self._base + last + 1)
+            columns = (held[at - size + i : last - size + 1 + i] for i in range(size))
+            for end, key in zip(ends, zip(*columns, strict=True), strict=True):
                 found = places.get(key)
                 if found is None:
-                    found = places[key] = deque(maxlen=OCCURRENCES + 1)
+                    places[key] = [end]
+                    continue
                 found.append(end)
+                if len(found) > OCCURRENCES + 1:
+                    del found[0]
 
     def separate(self) -> None:
         """End the running sequence: no match crosses this point."""
@@ -105,7 +111,7 @@ class SuffixIndex:
                 if found is None:
                     continue
                 while found and found[0] <= self._base + count:
-                    found.popleft()
+                    del found[0]
                 if not found:
                     del self._places[key]
         del self._tokens[:count]
@@ -154,6 +160,8 @@ class SuffixIndex:
         shares: list[float] = []
         counts: list[int] = []
         score, order = 0.0, 0
+        held, base = self._tokens, self._base
+        size = len(held)
         # (-path probability, order, token, parent, level, share, occurrences)
         heap: list[tuple[float, int, int, int, int, float, list[int]]] = []
 
@@ -162,11 +170,17 @@ class SuffixIndex:
             if level >= depth:
                 return
             followers: dict[int, list[int]] = {}
+            offset = level - base
             for end in reached:
-                token = self._next(end + level)
-                if token != SEPARATOR:
-                    followers.setdefault(token, []).append(end)
-            ranked = sorted(followers.items(), key=lambda item: -len(item[1]))
+                at = end + offset
+                token = held[at] if at < size else SEPARATOR
+                if token in followers:
+                    followers[token].append(end)
+                elif token != SEPARATOR:
+                    followers[token] = [end]
+            ranked = list(followers.items())
+            if len(ranked) > 1:
+                ranked.sort(key=lambda item: -len(item[1]))
             for token, behind in ranked if tree else ranked[:1]:
                 share = len(behind) / len(reached)
                 if value * share < least:
@@ -178,13 +192,27 @@ class SuffixIndex:
         grow(-1, 0, list(ends), 1.0)
         while heap and len(tokens) < budget:
             value, _, token, parent, level, share, behind = heapq.heappop(heap)
+            if not heap and len(behind) == 1:
+                # Nothing competes with the one occurrence: copy what followed it.
+                at = behind[0] + level - base
+                copied = held[at : at + min(budget - len(tokens), depth - level)]
+                if SEPARATOR in copied:
+                    copied = copied[: copied.index(SEPARATOR)]
+                node = len(tokens)
+                tokens += copied
+                parents += [parent, *range(node, node + len(copied) - 1)]
+                shares += [share, *[1.0] * (len(copied) - 1)]
+                counts += [1] * len(copied)
+                score -= value * len(copied)
+                break
             node = len(tokens)
             tokens.append(token)
             parents.append(parent)
             shares.append(share)
             counts.append(len(behind))
             score -= value
-            grow(node, level + 1, behind, -value)
+            if len(tokens) < budget:
+                grow(node, level + 1, behind, -value)
         return Draft(tokens, parents, shares, counts, score)
 
     def best_draft(
@@ -198,10 +226,14 @@ class SuffixIndex:
         depth: int,
         room: int,
         tree: bool,
+        above: float = 0.0,
     ) -> Draft:
         """The draft of the highest score over all match lengths; ties: the longer.
 
         A match of ``n`` tokens may draft ``factor * n + offset`` of them.
+
+        Args:
+            above: Drafts of this score or less aren't wanted.
         """
         matches = self.matches(context, depth)
         sizes = Counter(match.length for match in matches)
@@ -210,11 +242,12 @@ class SuffixIndex:
         for length in sorted(sizes, reverse=True):
             taken += sizes[length]
             budget = min(most, int(factor * length + offset))
-            if budget < 1:
+            # A node scores 1 at most, and so does a level; shorter ones have no more.
+            if min(budget, room) <= max(best.score, above):
                 break
             ends = [match.end for match in matches[:taken]]
             grown = self.draft(ends, budget, least, room, tree)
-            if grown.score > best.score:
+            if grown.score > max(best.score, above):
                 best = Draft(
                     grown.tokens,
                     grown.parents,

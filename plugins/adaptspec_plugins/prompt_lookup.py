@@ -8,7 +8,6 @@ several matches merged into a tree, and copies that run on periodically past the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -98,7 +97,7 @@ class _Lookup(Drafter):
         tree = TokenTree.from_paths(
             ids[-1], [path for path, _ in paths], context.max_nodes
         )
-        return replace(tree, evidence=_evidence(tree, paths))
+        return TokenTree(tree.tokens, tree.parents, evidence=_evidence(tree, paths))
 
     def _paths(self, length: int) -> list[tuple[tuple[int, ...], int]]:
         """Distinct continuations, each with the size of the n-gram that matched."""
@@ -150,12 +149,21 @@ class NgramIndex:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append ``tokens``; the n-grams before each of them become findable."""
-        for token in tokens:
-            end = len(self.tokens)
-            for n, starts in self._starts.items():
-                if n <= end:
-                    starts.setdefault(tuple(self.tokens[end - n :]), []).append(end)
-            self.tokens.append(token)
+        held, first = self.tokens, len(self.tokens)
+        held.extend(tokens)
+        last = len(held)
+        for n, starts in self._starts.items():
+            at = max(first, n)
+            if at >= last:
+                continue
+            columns = (held[at - n + i : last - n + i] for i in range(n))
+            ends = range(at, last)
+            for end, ngram in zip(ends, zip(*columns, strict=True), strict=True):
+                found = starts.get(ngram)
+                if found is None:
+                    starts[ngram] = [end]
+                else:
+                    found.append(end)
 
     def matches(self) -> Iterator[tuple[int, Sequence[int]]]:
         """For the last n tokens, longest n first: n, where earlier ones went on.

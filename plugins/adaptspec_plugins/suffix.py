@@ -215,7 +215,7 @@ class _SuffixDrafter(Drafter):
         if depth < 1:
             return TokenTree.root_only(root)
 
-        def best(index: SuffixIndex) -> Draft:
+        def best(index: SuffixIndex, above: float = 0.0) -> Draft:
             return index.best_draft(
                 context.ids,
                 factor=params.spec_factor,
@@ -225,12 +225,13 @@ class _SuffixDrafter(Drafter):
                 depth=params.max_depth,
                 room=depth,
                 tree=self._tree,
+                above=above,
             )
 
         draft, past = best(self._index), False
         if params.use_global:
-            other = best(self._past.index)
-            if other.score > draft.score:
+            other = best(self._past.index, draft.score)
+            if other.tokens:
                 draft, past = other, True
         if not draft.tokens or draft.score < params.min_score:
             return TokenTree.root_only(root)

@@ -161,6 +161,35 @@ def test_the_best_draft_has_the_highest_score_over_all_match_lengths(
     assert best.score == pytest.approx(max(scores))
 
 
+@given(Texts, Context_, st.floats(0, 4))
+def test_a_draft_that_must_beat_a_score_is_the_best_one_or_none(
+    texts: list[list[int]], context: list[int], above: float
+) -> None:
+    index = indexed(texts)
+    options: dict[str, Any] = dict(
+        factor=1.0, offset=0.0, most=6, least=0.1, depth=8, room=3, tree=True
+    )
+    best = index.best_draft(context, **options)
+    wanted = index.best_draft(context, **options, above=above)
+    assert list(wanted.tokens) == (list(best.tokens) if best.score > above else [])
+
+
+@given(st.lists(st.integers(0, 2), max_size=60), Context_, st.integers(1, 9))
+def test_a_text_is_indexed_alike_in_pieces_and_at_once(
+    text: list[int], context: list[int], piece: int
+) -> None:
+    whole, pieces = SuffixIndex(), SuffixIndex()
+    for index in (whole, pieces):
+        index.extend([0, 1])
+        index.separate()
+    whole.extend(text)
+    for at in range(0, len(text), piece):
+        pieces.extend(text[at : at + piece])
+    assert len(whole) == len(pieces) == len(text) + 3
+    assert whole.keys == pieces.keys
+    assert whole.matches(context, 9) == pieces.matches(context, 9)
+
+
 @given(Texts, Context_, st.data())
 def test_forgotten_texts_leave_nothing_behind(
     texts: list[list[int]], context: list[int], data: st.DataObject
