@@ -75,17 +75,14 @@ class SuffixIndex:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the running sequence."""
         held, places = self._tokens, self._places
-        first, begun = len(held), len(held) - self._run
-        held.extend(tokens)
-        last = len(held)
-        self._run = last - begun
-        for size in KEYS:
-            at = max(first + 1, begun + size)  # behind the first new n-gram
-            if at > last:
-                break
-            ends = range(self._base + at, self._base + last + 1)
-            columns = (held[at - size + i : last - size + 1 + i] for i in range(size))
-            for end, key in zip(ends, zip(*columns, strict=True), strict=True):
+        for token in tokens:
+            held.append(token)
+            self._run += 1
+            end = self._base + len(held)
+            for size in KEYS:
+                if size > self._run:
+                    break
+                key = tuple(held[-size:])
                 found = places.get(key)
                 if found is None:
                     places[key] = [end]

@@ -149,21 +149,12 @@ class NgramIndex:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append ``tokens``; the n-grams before each of them become findable."""
-        held, first = self.tokens, len(self.tokens)
-        held.extend(tokens)
-        last = len(held)
-        for n, starts in self._starts.items():
-            at = max(first, n)
-            if at >= last:
-                continue
-            columns = (held[at - n + i : last - n + i] for i in range(n))
-            ends = range(at, last)
-            for end, ngram in zip(ends, zip(*columns, strict=True), strict=True):
-                found = starts.get(ngram)
-                if found is None:
-                    starts[ngram] = [end]
-                else:
-                    found.append(end)
+        for token in tokens:
+            end = len(self.tokens)
+            for n, starts in self._starts.items():
+                if n <= end:
+                    starts.setdefault(tuple(self.tokens[end - n :]), []).append(end)
+            self.tokens.append(token)
 
     def matches(self) -> Iterator[tuple[int, Sequence[int]]]:
         """For the last n tokens, longest n first: n, where earlier ones went on.
