@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,18 +15,22 @@ from typing import Any
 import pytest
 
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+from adaptspec_tuner.workloads import Prompt
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def tables() -> Any:
+def benchmark(name: str) -> Any:
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import tables
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return tables
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    return benchmark("tables")
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +189,27 @@ def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -
     assert rows["hf_generate"]["identical"] == 1
     assert rows["prompt_lookup"]["identical"] == 0
     assert rows["suffix"]["identical"] == 0  # one of its repeats differed
+
+
+def test_held_out_prompts_gain_by_what_was_best_for_their_class_when_tuning() -> None:
+    ratios = {
+        "a1": {"x": 2.0, "y": 1.5},
+        "b1": {"x": 0.5, "y": 1.2},
+        "c1": {"x": 0.5, "y": 0.9},  # plain decoding is best
+        "a2": {"x": 3.0, "y": 9.0},
+        "b2": {"x": 9.0, "y": 0.8},
+        "c2": {"x": 9.0, "y": 9.0},
+        "d2": {"x": 1.1, "y": 9.0},  # of no class that was tuned on
+    }
+    logs = {
+        name: {key: math.log(value) for key, value in found.items()}
+        for name, found in ratios.items()
+    }
+    tuning = [Prompt(name, name[0], text="") for name in ("a1", "b1", "c1")]
+    held_out = [Prompt(name, name[0], text="") for name in ("a2", "b2", "c2", "d2")]
+    gained = benchmark("classing").gained
+    plainly = gained(tuning, held_out, logs, None)
+    assert plainly == pytest.approx((3.0 * 0.8 * 1.0 * 1.0) ** (1 / 4))
+    assert gained(tuning, held_out, logs, "x") == pytest.approx(
+        (3.0 * 0.8 * 1.0 * 1.1) ** (1 / 4)
+    )
