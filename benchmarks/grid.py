@@ -35,6 +35,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.bootstrap import overall
 from adaptspec_tuner.confirm import confirm
 from adaptspec_tuner.profiler import PLAIN_SETTING, Profiler, Setting
+from adaptspec_tuner.report import told_errors
 from adaptspec_tuner.tuning import tune
 from adaptspec_tuner.workloads import (
     Prompt,
@@ -45,8 +46,12 @@ from adaptspec_tuner.workloads import (
 )
 
 AXES: Mapping[str, Mapping[str, Sequence[Scalar]]] = {
-    "prompt_lookup": {"num_tokens": (2, 3, 5, 8, 12, 16, 24), "max_ngram": (3, 4, 6)},
-    "draft_model": {"k": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4)},
+    "prompt_lookup": {
+        "num_tokens": (2, 3, 5, 8, 12, 16, 24),
+        "max_ngram": (3, 4, 6),
+        "branches": (1, 3),
+    },
+    "draft_model": {"k": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4, 0.7)},
 }
 BLOCK = 11  # settings between two measurements of plain decoding
 SHARE = 0.1  # of the grid's time, for one tuning
@@ -73,7 +78,7 @@ class Progress:
             "costs": None,
             "grid": {},  # class -> setting key -> ratio to plain decoding
             "seconds_grid": 0.0,
-            "tuned": [],  # of each seed: seconds, class -> setting key, notes
+            "tuned": [],  # of each seed, what `tune` found and took
             "confirmed": {},  # class -> setting key -> ratio, interval
         }
         if path.exists():
@@ -255,6 +260,21 @@ def main(
                 "classes": found,
                 "reasons": {told.name: told.choice.reason for told in result.classes},
                 "notes": list(result.notes),
+                "predictions": [
+                    pair for told in result.classes for pair in told.prediction_errors
+                ],
+                "spent": dict(result.spent),
+                "measured": {
+                    told.name: [
+                        [
+                            Setting(p.strategy, dict(p.params)).key,
+                            p.measurement.ratio,
+                            told.prediction(p),
+                        ]
+                        for p in told.profiles
+                    ]
+                    for told in result.classes
+                },
             }
         )
         progress.save()
@@ -265,6 +285,8 @@ def main(
         for note in told["notes"]:
             click.echo(f"seed {seed}: {note}")
         click.echo(f"seed {seed}: {told['seconds']:.0f} s of {budget:.0f} s")
+    errors = [(e, same) for told in state["tuned"] for e, same in told["predictions"]]
+    click.echo(f"all seeds: {told_errors(errors)}")
 
     for name in wanted:
         compare(progress, profiler, name, held_out.by_class()[name], repeats)

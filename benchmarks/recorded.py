@@ -56,7 +56,13 @@ DEFAULT = (
 
 
 def record(
-    engine: Engine, workload: Workload, per_class: int, longest: int, new: int, at: Path
+    engine: Engine,
+    workload: Workload,
+    per_class: int,
+    longest: int,
+    new: int,
+    at: Path,
+    skip: int = 0,
 ) -> dict[str, Any]:
     """Costs and answers, from ``at`` where they are there already."""
     model, draft = engine.model, engine.draft
@@ -78,7 +84,8 @@ def record(
         write()
     for name, prompts in workload.by_class().items():
         short = [(p, model.encode(p.content)) for p in prompts]
-        short = [(p, ids) for p, ids in short if len(ids) <= longest][:per_class]
+        short = [(p, ids) for p, ids in short if len(ids) <= longest]
+        short = short[skip : skip + per_class]
         for number, (prompt, ids) in enumerate(short):
             if prompt.id in kept["answers"]:
                 continue
@@ -146,6 +153,7 @@ def pace(samples: Sequence[Sample]) -> float:
 @click.option("--workload", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--record", "at", required=True, type=click.Path(path_type=Path))
 @click.option("--per-class", default=4, show_default=True)
+@click.option("--skip", default=0, show_default=True, help="First prompts left out.")
 @click.option("--max-prompt-tokens", default=700, show_default=True)
 @click.option("-n", "--max-new-tokens", default=64, show_default=True)
 @click.option("--contender", multiple=True, metavar="LABEL=STRATEGY:NAME=VALUE,...")
@@ -159,6 +167,7 @@ def main(
     workload: Path,
     at: Path,
     per_class: int,
+    skip: int,
     max_prompt_tokens: int,
     max_new_tokens: int,
     contender: tuple[str, ...],
@@ -174,7 +183,7 @@ def main(
     engine = Engine(model, load_model(draft_path) if draft_path else None)
     prompts_file = read_workload(workload)
     kept = record(
-        engine, prompts_file, per_class, max_prompt_tokens, max_new_tokens, at
+        engine, prompts_file, per_class, max_prompt_tokens, max_new_tokens, at, skip
     )
     if record_only:
         return

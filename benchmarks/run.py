@@ -32,7 +32,7 @@ from adaptspec_tuner.profiler import first_difference, near_tie
 from adaptspec_tuner.workloads import Workload, example_workload, read_workload
 from contenders import HF, PLAIN, SWEEP, Contender, Peer, ours, theirs
 from parts import PARTS, measure_parts, show_parts
-from tables import Run, show_table, summarise
+from tables import Run, show_speeds, show_table, summarise
 
 # id, class, token ids, new tokens
 Prompt = tuple[str, str, list[int], int]
@@ -135,9 +135,11 @@ def chosen_prompts(
     per_class: int,
     length: int,
     longest: int | None,
+    skip: int,
     say: Callable[[str], None],
 ) -> list[Prompt]:
-    """The first ``per_class`` prompts of each class that are short enough, encoded.
+    """Of each class's prompts that are short enough, ``per_class`` after the first
+    ``skip``, encoded.
 
     The classes take turns, so that a run cut off has seen all of them.
     """
@@ -152,7 +154,7 @@ def chosen_prompts(
         groups.append(
             [
                 (p.id, p.prompt_class, ids, p.max_new_tokens or length)
-                for p, ids in short[:per_class]
+                for p, ids in short[skip : skip + per_class]
             ]
         )
     turns = itertools.zip_longest(*groups)
@@ -196,7 +198,10 @@ def chosen_prompts(
     help="One more setting of ours, e.g. prompt_lookup:3=prompt_lookup:num_tokens=3.",
 )
 @click.option("--keep", is_flag=True, help="Let ours remember earlier prompts.")
-@click.option("--baselines", help="Only these of Hugging Face's, by commas.")
+@click.option(
+    "--baselines", help="Only these of Hugging Face's, by commas; none: ours alone."
+)
+@click.option("--skip", default=0, show_default=True, help="First prompts left out.")
 @click.option("--hf-sweep", is_flag=True, help="Theirs with shorter drafts, too.")
 @click.option("--vllm-python", help="A Python that has vLLM: adds it as a contender.")
 @click.option(
@@ -234,6 +239,7 @@ def main(
     contender: tuple[str, ...],
     keep: bool,
     baselines: str | None,
+    skip: int,
     hf_sweep: bool,
     vllm_python: str | None,
     vllm_method: tuple[str, ...],
@@ -259,7 +265,12 @@ def main(
     for folder in heads:
         model.attach(host.open_heads(folder, model))
     draft = load_model(draft_path, dtype=dtype) if draft_path else None
-    untouched = load_model(model_path, dtype=dtype, accelerate=False)
+    alone = baselines == "none"
+    untouched = (
+        None
+        if alone and not wanted_parts
+        else load_model(model_path, dtype=dtype, accelerate=False)
+    )
     result: dict[str, Any] = {
         "machine": machine(model, draft),
         "workload": prompts_file.name,
@@ -276,7 +287,7 @@ def main(
     if not no_decode:
         plain_draft = (
             load_model(draft_path, dtype=dtype, accelerate=False)
-            if draft_path
+            if draft_path and not alone
             else None
         )
         prompts = chosen_prompts(
@@ -285,6 +296,7 @@ def main(
             per_class,
             max_new_tokens,
             max_prompt_tokens,
+            skip,
             progress.print,
         )
         settings = parse_params(params)
@@ -292,12 +304,13 @@ def main(
         used: dict[str, Any] = {}
         kinds: dict[str, str] = {}
         theirs_wanted = baselines.split(",") if baselines else sorted(host.baselines)
-        for name in dict.fromkeys([HF, *theirs_wanted]):
+        for name in [] if alone else dict.fromkeys([HF, *theirs_wanted]):
             if name not in host.baselines:
                 raise click.BadParameter(
                     f"{', '.join(sorted(host.baselines))} expected, got {name!r}",
                     param_hint="--baselines",
                 )
+            assert untouched is not None
             reason = host.baselines[name].unavailable(untouched, plain_draft)
             if reason is not None:
                 progress.print(f"not run: {name}: {reason}", markup=False)
@@ -365,6 +378,7 @@ def main(
             for peer in peers.values():
                 peer.close()
     if wanted_parts:
+        assert untouched is not None
         progress.print(f"parts: {', '.join(wanted_parts)}")
         result.update(
             measure_parts(wanted_parts, model, untouched, host, model_path, dtype)
@@ -381,6 +395,7 @@ def main(
     )
     if not no_decode:
         show_table(console, f"Decoding, {result['workload']}", result["table"])
+        show_speeds(console, result["table"])
     show_parts(console, result)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import geometric_mean, mean, median, quantiles
 from typing import Any
 
 from rich.console import Console
@@ -52,7 +52,8 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """A row per class and contender, the class ``all`` last.
 
-    Ratios are paired by prompt: to ``generate``, to our plain decoding, and to the best
+    Means are geometric, over the prompts that all contenders were timed on. Ratios are
+    paired by prompt: to ``generate``, to our plain decoding, and to the best
     setting of Hugging Face's own strategy of the same kind (of all theirs, where there
     is none), best in that class. ``strategies`` says what each contender is.
     """
@@ -66,6 +67,8 @@ def summarise(
     rows = []
     for prompt_class in classes:
         prompts = [p for p, c in of_class.items() if prompt_class in (c, ALL)]
+        # A mean over other prompts than plain decoding's or another's says nothing.
+        shared = [p for p in prompts if all((name, p) in ms for name in names)]
         for name in names:
             timed = [p for p in prompts if (name, p) in ms]
             if not timed:
@@ -95,9 +98,18 @@ def summarise(
                     "ms_per_token": spread([ms[name, p] for p in timed]),
                     "times_hf": ratios(HF),
                     "times_plain": ratios(PLAIN),
+                    "mean_times_plain": geometric_mean(
+                        [ms[PLAIN, p] / ms[name, p] for p in shared]
+                    )
+                    if shared
+                    else None,
+                    "mean_ms": geometric_mean([ms[name, p] for p in shared])
+                    if shared
+                    else None,
                     "rival": rival,
                     "times_rival": ratios(rival),
                     "tokens_per_forward": median(per_forward) if per_forward else None,
+                    "mean_per_forward": mean(per_forward) if per_forward else None,
                     "identical": sum(
                         all(t == tokens[PLAIN, p][0] for t in tokens[name, p])
                         for p in timed
@@ -149,6 +161,30 @@ def show_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) 
             f"{row['identical']}/{row['prompts']}{ties}",
             end_section=last,
         )
+    console.print(table, markup=False)
+
+
+def show_speeds(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print speeds over plain decoding, a row per class, a column per contender."""
+    table = Table(
+        title="Speed over our plain decoding, geometric mean over prompts",
+        title_justify="left",
+    )
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for column in ("class, prompts", *names):
+        table.add_column(column)
+    found = {(row["class"], row["contender"]): row for row in rows}
+
+    def cells(group: str, key: str, digits: int) -> list[str]:
+        values = [found.get((group, name), {}).get(key) for name in names]
+        return ["-" if v is None else f"{v:.{digits}f}" for v in values]
+
+    for group in dict.fromkeys(row["class"] for row in rows):
+        count = min(row["prompts"] for row in rows if row["class"] == group)
+        table.add_row(f"{group}, {count}", *cells(group, "mean_times_plain", 2))
+    table.add_section()
+    table.add_row("ms a token", *cells(ALL, "mean_ms", 0))
+    table.add_row("tokens a forward", *cells(ALL, "mean_per_forward", 2))
     console.print(table, markup=False)
 
 

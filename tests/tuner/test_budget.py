@@ -99,6 +99,17 @@ def test_classes_that_are_confirmed_are_confirmed_on_enough_prompts(
         assert all(p.measurement.prompts >= FEWEST_PROMPTS for p in found.profiles)
 
 
+@pytest.mark.parametrize("budget", [27.0, 30.0, 34.0])
+def test_a_small_budget_goes_to_confirming_every_class_before_more_trials(
+    budget: float,
+) -> None:
+    trace = Trace()
+    result = run(trace, MemoryStore(), budget)
+    assert {found.name for found in result.classes} == set(CLASSES)
+    assert not any(found.few for found in result.classes)
+    assert trace.clock.now <= 1.05 * budget
+
+
 def test_a_budget_of_trials_is_that_many_in_all() -> None:
     store = MemoryStore()
     result = run(Trace(), store, math.inf, budget_trials=9)

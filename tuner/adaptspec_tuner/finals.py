@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -34,17 +35,15 @@ def confirm_classes(
     done = {p.prompt_class for p in run.store.profiles(run=run.id)}
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
-        # Of one prompt with one setting, if it is no slower than plain.
-        once = median(
-            [plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain]
-            or [0.0]
-        )
+        once = _once(tuning, name, plain)
         share = (run.deadline - run.clock()) / (len(names) - index)
-        finalists = _finalists(
+        others = 1 + len(run.baselines)
+        ranked = _finalists(
             [arm for arm in run.search.arms if arm.prompt_class == name],
-            _settings_in(share, once) - 1 - len(run.baselines),
+            _plain_times(share, once) - others,
         )
-        expected = (1 + len(finalists) + len(run.baselines)) * once
+        finalists = [setting for _, setting in ranked]
+        expected = once * (others + sum(_share(ratio) for ratio, _ in ranked))
         if index and run.clock() + FEWEST_PROMPTS * expected > run.deadline:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
@@ -73,15 +72,43 @@ def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
     return workload.by_class().get(name, ())
 
 
-def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
-    """The best setting of the best strategies; hopeless ones only for want of any.
+def least_confirmation(
+    run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+) -> float:
+    """Seconds in which one setting and plain decoding of every class are confirmed on as
+    many prompts as a choice takes, and a trial that ends late is made up for."""
+    whole = [
+        sum(plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain)
+        for name in held_out.classes
+    ]
+    once = sum(_once(tuning, name, plain) for name in held_out.classes)
+    return FEWEST_PROMPTS * (2 + len(run.baselines)) * once + max(whole, default=0.0)
+
+
+def _once(tuning: Workload, name: str, plain: Mapping[str, Sample]) -> float:
+    """Seconds in which a prompt of the class is decoded plainly."""
+    seconds = [plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain]
+    return median(seconds or [0.0])
+
+
+def _plain_times(seconds: float, once: float) -> float:
+    """How often a class is decoded plainly in ``seconds``, on as many prompts as a
+    choice takes."""
+    return seconds / (FEWEST_PROMPTS * once) if once > 0 else math.inf
+
+
+def _finalists(
+    arms: Sequence[Arm], times: float = math.inf
+) -> list[tuple[float, Setting]]:
+    """The best setting of the best strategies, and what they are to plain decoding;
+    hopeless ones only for want of any.
 
     Of a strategy that there was no time to try, what the replay promises most of.
 
     Args:
-        most: How many there is time for; one is taken anyway.
+        times: They take no longer than plain decoding so many times; one is taken
+            anyway.
     """
-    most = min(FINALISTS, max(1, most))
     found: list[tuple[float, Setting]] = []
     for arm in arms:
         if arm.best is not None:
@@ -90,15 +117,15 @@ def _finalists(arms: Sequence[Arm], most: int = FINALISTS) -> list[Setting]:
             key = max(arm.predicted, key=lambda key: arm.predicted[key])
             found.append((arm.predicted[key], Setting.from_key(key)))
     ranked = sorted(found, key=lambda pair: -pair[0])
-    worth = [pair for pair in ranked if pair[0] >= HOPELESS][:most] or ranked[:1]
-    return [setting for _, setting in worth]
+    worth = [pair for pair in ranked if pair[0] >= HOPELESS][:FINALISTS] or ranked[:1]
+    taken = itertools.accumulate(_share(ratio) for ratio, _ in worth)
+    fitting = sum(total <= times for total in taken)
+    return worth[: max(1, fitting)]
 
 
-def _settings_in(seconds: float, once: float) -> int:
-    """How many settings can be confirmed on as many prompts as a choice takes."""
-    if math.isinf(seconds) or once <= 0:
-        return FINALISTS + 1
-    return int(seconds / (FEWEST_PROMPTS * once))
+def _share(ratio: float) -> float:
+    """Of plain decoding's time; a faster one reads the prompt, too, in this time."""
+    return 1 / min(1.0, max(ratio, HOPELESS))
 
 
 def _until(

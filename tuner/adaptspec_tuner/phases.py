@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec_tuner.discovering import discover_classes
-from adaptspec_tuner.finals import confirm_classes
+from adaptspec_tuner.finals import confirm_classes, least_confirmation
 from adaptspec_tuner.presearch import as_records, presearch
 from adaptspec_tuner.profiler import Sample
 from adaptspec_tuner.report import TuneResult, told_errors
@@ -37,6 +37,8 @@ def tune_with(run: Run) -> TuneResult:
     try:
         with run.progress:
             plain = _decode_plainly(run, tuning)
+            # A strategy that is found is of no use unless there is time to confirm it.
+            run.keep_back(least_confirmation(run, tuning, held_out, plain))
             predictor = _predictor(run, tuning, plain)
             if run.discovered:
                 tuning, held_out = discover_classes(

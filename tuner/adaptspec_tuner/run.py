@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 PLAIN_SHARE = 0.25  # of the budget, at most
 CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
-REPLAY_SHARE = 0.15  # of the search, for trials without the target
+LEAST_SEARCH = 0.25  # of what is left after plain decoding, whatever confirming takes
+REPLAY_SHARE = 0.5  # of the search, if all strategies replay, for trials of that kind
+CLASSES_SHARE = 0.15  # of the search, for replays that discovered classes are told by
 
 # From plain decoding of prompts to what predicts from it, where anything can.
 MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
@@ -143,10 +145,22 @@ class Run:
         """Say what is being done now."""
         self.progress.doing(text, self.deadline - self.clock())
 
+    def keep_back(self, seconds: float) -> None:
+        """End the search so early that ``seconds`` are left for confirming."""
+        most = (1 - LEAST_SEARCH) * max(0.0, self.deadline - self.clock())
+        self.search_end = min(self.search_end, self.deadline - min(seconds, most))
+
     def in_replay_time(self) -> Callable[[], bool]:
-        """Whether what begins now, without the target, may go on."""
-        left = max(0.0, self.search_end - self.clock())
-        end = self.clock() + REPLAY_SHARE * left
+        """Whether trials that begin now, without the target, may go on."""
+        return self._within(REPLAY_SHARE * len(self.replaying) / len(self.strategies))
+
+    def in_classes_time(self) -> Callable[[], bool]:
+        """Whether replays that classes are discovered by may go on."""
+        return self._within(CLASSES_SHARE)
+
+    def _within(self, share: float) -> Callable[[], bool]:
+        """Whether no more than ``share`` of the search has passed from now on."""
+        end = self.clock() + share * max(0.0, self.search_end - self.clock())
         return lambda: self.clock() < end
 
     def _may_try(self) -> bool:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = 480.0  # seconds
 DEFAULT_NEW_TOKENS = 64
 COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
-LONGEST_COSTS = 40.0  # seconds, whatever the budget
+LONGEST_COSTS = 30.0  # seconds, whatever the budget
 
 
 def tune(
