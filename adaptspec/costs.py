@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.errors import AdaptSpecError
 
 if TYPE_CHECKING:
-    from adaptspec.decoding.latency import LatencyCurve
+    from adaptspec.decoding.latency import LatencyCurve, LatencyTimer
     from adaptspec.models import LanguageModel
     from adaptspec.profile import Environment, ProfileStore
 
 CONTEXTS = (128, 1024, 4096)
 DRAFT_ROWS = (1, 2, 3, 4, 6, 8, 16)
 ROUNDS = 24  # at most
-LONGEST = 40.0  # seconds for all contexts of the target; the draft gets half of it
+LONGEST = 30.0  # seconds
 KEY = "costs"
 FORMAT = 2
 
@@ -152,23 +152,32 @@ def measure_costs(
 ) -> HardwareCosts:
     """Measure both models' forwards in under a minute.
 
+    Args:
+        longest: Seconds after which nothing is timed once more.
+
     Raises:
         AdaptSpecError: if the target can't verify drafts; nothing is to be chosen then.
     """
-    from adaptspec.decoding.latency import ROWS
+    from adaptspec.decoding.latency import ROWS, time_rounds
 
     if model.capability.level == "plain":
         raise AdaptSpecError(f"can't verify drafts: {model.capability.reason}")
     started = perf_counter()
     doing(f"measuring forwards of {model.name}")
-    target = _measure(model, ROWS, contexts, longest)
-    small = None
+    # In turns: a machine that is slow for some seconds is slow for all of it, and what
+    # a draft costs in comparison stays right.
+    timers = [_timers(model, ROWS, contexts)]
     if draft is not None and draft.capability.level != "plain":
-        doing(f"measuring forwards of {draft.name}")
-        small = _measure(draft, DRAFT_ROWS, contexts, longest / 2)
+        timers.append(_timers(draft, DRAFT_ROWS, contexts))
+    time_rounds([timer for group in timers for timer in group], ROUNDS, longest)
+    target, *small = (
+        _costs(found, group)
+        for found, group in zip((model, draft), timers, strict=False)
+        if found is not None
+    )
     return HardwareCosts(
         target,
-        small,
+        small[0] if small else None,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         perf_counter() - started,
     )
@@ -213,29 +222,30 @@ def _owner(environment: Environment) -> str:
     return "hardware-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _measure(
-    model: LanguageModel,
-    rows: Sequence[int],
-    contexts: Sequence[int],
-    longest: float,
-) -> ForwardCosts:
-    from adaptspec.decoding.latency import measure_latency, measure_moving, rising
+def _timers(
+    model: LanguageModel, rows: Sequence[int], contexts: Sequence[int]
+) -> list[LatencyTimer]:
+    """One for each context that the model has room for."""
+    from adaptspec.decoding.latency import LatencyTimer
 
-    curves: dict[int, LatencyCurve] = {}
+    timers: dict[int, LatencyTimer] = {}
     for context in contexts:
-        curve = measure_latency(
-            model, rows, ROUNDS, context=context, longest=longest / len(contexts) / 2
-        )
-        curves.setdefault(curve.context, curve)
+        timer = LatencyTimer(model, rows, context)
+        timers.setdefault(timer.context, timer)
+    return [timers[context] for context in sorted(timers)]
+
+
+def _costs(model: LanguageModel, timers: Sequence[LatencyTimer]) -> ForwardCosts:
+    from adaptspec.decoding.latency import measure_moving, rising
+
+    curves = [timer.curve() for timer in timers]
     # Models of few positions may have room for fewer tokens behind a long context.
-    common = set.intersection(*(set(curve.rows) for curve in curves.values()))
-    ordered = [curves[context] for context in sorted(curves)]
-    kept = sorted(common)
+    kept = sorted(set.intersection(*(set(curve.rows) for curve in curves)))
     # Nor do more cached tokens cost less.
-    columns = [rising([curve(count) for curve in ordered]) for count in kept]
+    columns = [rising([curve(count) for curve in curves]) for count in kept]
     return ForwardCosts(
-        [curve.context for curve in ordered],
+        [curve.context for curve in curves],
         kept,
         [list(line) for line in zip(*columns, strict=True)],
-        measure_moving(model, ordered[0].context),
+        measure_moving(model, curves[0].context),
     )

@@ -55,15 +55,8 @@ class LatencyCurve:
         return max(self.seconds[low] + max(0.0, share) * rise, 1e-9)
 
 
-def measure_latency(
-    model: LanguageModel,
-    rows: Sequence[int] = ROWS,
-    rounds: int = ROUNDS,
-    *,
-    context: int = CONTEXT,
-    longest: float = LONGEST_SECONDS,
-) -> LatencyCurve:
-    """Time forwards of each size in turn, so that drift falls on all alike.
+class LatencyTimer:
+    """Times forwards of one model behind so many cached tokens, round by round.
 
     A forward here ends with the choice of each row's likeliest token. A size's time is
     the median of its rounds, as decoding meets the machine's moods too; of a few rounds
@@ -72,34 +65,74 @@ def measure_latency(
     that verifies chains.
 
     Args:
+        context: Cached tokens, fewer where the model has no room for them.
+    """
+
+    def __init__(
+        self, model: LanguageModel, rows: Sequence[int] = ROWS, context: int = CONTEXT
+    ) -> None:
+        if model.max_length is not None:
+            rows = [count for count in rows if count < model.max_length] or [1]
+            context = max(0, min(context, model.max_length - max(rows)))
+        self.context = context
+        self._model = model
+        self._cache = _filled(model, context, max(rows))
+        self._token = min(5, model.vocab_size - 1)
+        self._times: dict[int, list[float]] = {count: [] for count in rows}
+        self._rounds = 0
+        _timed(model, self._cache, 1, context, self._token)  # warm-up
+
+    def round(self) -> None:
+        """Time each size once, so that drift falls on all alike."""
+        for count, times in self._times.items():
+            if self._rounds % RARELY == 0 or count <= COMMON_ROWS:
+                times.append(
+                    _timed(self._model, self._cache, count, self.context, self._token)
+                )
+        self._rounds += 1
+
+    def curve(self) -> LatencyCurve:
+        """What the rounds so far say; one is needed."""
+        typical = [
+            median(seconds) if len(seconds) >= ENOUGH else min(seconds)
+            for seconds in self._times.values()
+        ]
+        return LatencyCurve(tuple(self._times), tuple(rising(typical)), self.context)
+
+
+def measure_latency(
+    model: LanguageModel,
+    rows: Sequence[int] = ROWS,
+    rounds: int = ROUNDS,
+    *,
+    context: int = CONTEXT,
+    longest: float = LONGEST_SECONDS,
+) -> LatencyCurve:
+    """Time forwards of each size by a :class:`LatencyTimer`.
+
+    Args:
         rounds: At most.
         context: Cached tokens, fewer where the model has no room for them.
         longest: Seconds after which no further round begins.
     """
-    if model.max_length is not None:
-        rows = [count for count in rows if count < model.max_length] or [1]
-        context = max(0, min(context, model.max_length - max(rows)))
-    cache = model.new_cache(context + max(rows))
-    if context:
-        # What the rows hold doesn't matter, and reading so many would take long.
-        read = min(context, PREFILLED)
-        model.prefill([i % model.vocab_size for i in range(read)], cache)
-        cache.repeat(context)
-    token = min(5, model.vocab_size - 1)
-    times: dict[int, list[float]] = {count: [] for count in rows}
+    timer = LatencyTimer(model, rows, context)
+    time_rounds([timer], rounds, longest)
+    return timer.curve()
+
+
+def time_rounds(timers: Sequence[LatencyTimer], rounds: int, longest: float) -> None:
+    """One round of each after the other, so that drift falls on all timers alike.
+
+    Args:
+        rounds: At most, of each.
+        longest: Seconds after which no further round of all begins.
+    """
     started = perf_counter()
-    _timed(model, cache, 1, context, token)  # warm-up
-    for turn in range(rounds):
-        for count in rows:
-            if turn % RARELY == 0 or count <= COMMON_ROWS:
-                times[count].append(_timed(model, cache, count, context, token))
+    for _ in range(rounds):
+        for timer in timers:
+            timer.round()
         if perf_counter() - started > longest:
             break
-    typical = [
-        median(seconds) if len(seconds) >= ENOUGH else min(seconds)
-        for seconds in times.values()
-    ]
-    return LatencyCurve(tuple(rows), tuple(rising(typical)), context)
 
 
 def measure_moving(model: LanguageModel, context: int = CONTEXT) -> float:
@@ -111,11 +144,7 @@ def measure_moving(model: LanguageModel, context: int = CONTEXT) -> float:
     size = MOVED[-1] + 1
     if model.max_length is not None:
         context = max(0, min(context, model.max_length - size))
-    cache = model.new_cache(context + size)
-    if context:
-        read = min(context, PREFILLED)
-        model.prefill([i % model.vocab_size for i in range(read)], cache)
-        cache.repeat(context)
+    cache = _filled(model, context, size)
     token = min(5, model.vocab_size - 1)
     tree = TokenTree.chain(token, [token] * (size - 1))
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -147,6 +176,17 @@ def rising(seconds: Sequence[float]) -> list[float]:
             count += size
         pools.append((mean, count))
     return [mean for mean, count in pools for _ in range(count)]
+
+
+def _filled(model: LanguageModel, context: int, room: int) -> TreeCache:
+    """A cache of ``context`` tokens with ``room`` for more."""
+    cache = model.new_cache(context + room)
+    if context:
+        # What the rows hold doesn't matter, and reading so many would take long.
+        read = min(context, PREFILLED)
+        model.prefill([i % model.vocab_size for i in range(read)], cache)
+        cache.repeat(context)
+    return cache
 
 
 def _timed(
