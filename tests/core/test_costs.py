@@ -54,6 +54,28 @@ def test_measured_costs_cover_what_the_model_has_room_for_and_come_back() -> Non
     )
 
 
+def test_a_machine_that_turns_slow_meanwhile_does_so_for_both_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    draft = noisy_draft(model)
+    calls, slow_after = 0, 10**9
+
+    def timed(timed_model: object, *rest: object) -> float:
+        nonlocal calls
+        calls += 1
+        return (3.0 if timed_model is model else 1.0) * (
+            2.0 if calls > slow_after else 1
+        )
+
+    monkeypatch.setattr("adaptspec.decoding.latency._timed", timed)
+    measure_costs(model, draft, longest=1e9)
+    slow_after, calls = calls // 3, 0
+    costs = measure_costs(model, draft, longest=1e9)
+    assert costs.draft is not None
+    assert costs.target.seconds[0][0] == pytest.approx(3 * costs.draft.seconds[0][0])
+
+
 @pytest.mark.parametrize(
     "record",
     [
