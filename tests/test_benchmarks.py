@@ -111,6 +111,32 @@ def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     assert result["choosing_ms"] > 0
 
 
+def test_ours_alone_are_measured_without_anybody_else_s(
+    model: Path, tmp_path: Path
+) -> None:
+    workload = tmp_path / "w.jsonl"
+    lines = [
+        {"id": f"{name}{i}", "class": name, "prompt": f"one two {i} one two"}
+        for name in "xy"
+        for i in range(3)
+    ]
+    workload.write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "out.json"
+    done = run(
+        *("-m", str(model), "--workload", str(workload), "-n", "6"),
+        *("--skip", "1", "--per-class", "1", "--baselines", "none"),
+        *("--strategies", "suffix", "--parts", "none", "--json", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(output.read_text())["runs"]
+    assert {(r["contender"], r["prompt"]) for r in runs} == {
+        (name, prompt)
+        for name in ("autoregressive", "suffix")
+        for prompt in ("x1", "y1")
+    }
+    assert "geometric mean" in done.stdout
+
+
 def test_bad_options_are_one_line(model: Path) -> None:
     assert "got sped" in run("-m", str(model), "--parts", "sped").stderr
     broken = run("-m", str(model), "--contender", "x", "--parts", "none")
@@ -170,6 +196,29 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
     assert rows["class p", "mine"]["times_rival"][1] == 0.5
     assert rows["class q", "mine"]["times_rival"][1] == 2.0
     assert rows["all", "hf_generate"]["times_hf"] == [1.0, 1.0, 1.0]
+
+
+def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
+    tables: Any,
+) -> None:
+    times = {
+        "autoregressive": {"p": 100.0, "q": 100.0, "r": 100.0},
+        "mine": {"p": 50.0, "q": 12.5, "r": None},
+    }
+    runs = [
+        tables.Run(name, prompt, "c", [1], ms, 2.0)
+        for name, found in times.items()
+        for prompt, ms in found.items()
+    ]
+    kinds = {"autoregressive": "autoregressive", "mine": "hybrid"}
+    rows = {
+        row["contender"]: row
+        for row in tables.summarise(runs, {}, kinds)
+        if row["class"] == "all"
+    }
+    assert rows["mine"]["mean_times_plain"] == pytest.approx(4.0)
+    assert rows["mine"]["mean_ms"] == pytest.approx(25.0)
+    assert rows["autoregressive"]["mean_ms"] == pytest.approx(100.0)
 
 
 def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -> None:
