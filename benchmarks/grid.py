@@ -6,8 +6,7 @@ The grid measures every setting of prompt lookup and the draft model on the tuni
 of each class, as `tune` splits it. Then `tune` runs with several seeds, each in a tenth
 of the grid's time, from an empty store but for the hardware costs, which are measured
 once and told apart. At last the grid's best settings of each class, what each seed
-found and plain decoding are measured interleaved on the held-out half. (A seed decides
-how `tune` splits the prompts, too, so most seeds tune on other prompts than the grid.)
+found and plain decoding are measured interleaved on the held-out half.
 
 Everything measured is in OUT at once: stopped, the same command continues.
 """
@@ -223,7 +222,7 @@ def main(
     shortened = [replace(p, max_new_tokens=max_new_tokens) for p in prompts]
     chosen = Workload(read.name, tuple(shortened))
     profiler = Profiler(Engine(target, draft), host, max_new_tokens)
-    tuning, held_out = split(chosen, 0)
+    tuning, held_out = split(chosen)
     progress = Progress(out)
     state = progress.state
 

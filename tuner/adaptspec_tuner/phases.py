@@ -33,7 +33,8 @@ def tune_with(run: Run) -> TuneResult:
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
     workload = _unclassed(run.workload) if run.discovered else run.workload
-    tuning, held_out = split(workload, run.seed)
+    # Whatever the seed: whoever tries several must not have tuned on what is held out.
+    tuning, held_out = split(workload)
     try:
         with run.progress:
             plain = _decode_plainly(run, tuning)
