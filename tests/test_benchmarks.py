@@ -201,7 +201,7 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
 def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
     tables: Any,
 ) -> None:
-    times = {
+    times: dict[str, dict[str, float | None]] = {
         "autoregressive": {"p": 100.0, "q": 100.0, "r": 100.0},
         "mine": {"p": 50.0, "q": 12.5, "r": None},
     }

@@ -75,8 +75,10 @@ def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
 def least_confirmation(
     run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
 ) -> float:
-    """Seconds in which one setting and plain decoding of every class are confirmed on as
-    many prompts as a choice takes, and a trial that ends late is made up for."""
+    """Seconds in which one setting and plain decoding of every class are confirmed.
+
+    On as many prompts as a choice takes; a trial that ends late is made up for.
+    """
     whole = [
         sum(plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain)
         for name in held_out.classes
