@@ -31,18 +31,22 @@ def open_studies(url: URL) -> RDBStorage:
     """
     import optuna
 
+    from adaptspec_profiles.claims import ClaimingStorage
+
     text = url.render_as_string(hide_password=False)
     options: dict[str, Any] = {"pool_pre_ping": True}
+    kind = optuna.storages.RDBStorage
     if url.get_backend_name() == "sqlite":
         # Optuna reads on one connection while it writes on another: no transaction
         # may begin before the first write, and that one by taking the lock to write.
         # Nothing stays open that a store closed later would have to wait for.
         connect = {"timeout": BUSY_SECONDS, "isolation_level": "IMMEDIATE"}
         options = {"poolclass": NullPool, "connect_args": connect}
+        kind = ClaimingStorage
     for attempt in range(OPENINGS):
         try:
             with _quiet():
-                return optuna.storages.RDBStorage(text, engine_kwargs=options)
+                return kind(text, engine_kwargs=options)
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             # Where transactions don't wait, another process made the tables meanwhile.
             if attempt == OPENINGS - 1:

@@ -7,10 +7,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import optuna
 import pytest
@@ -190,6 +192,35 @@ def test_optuna_shares_the_file(tmp_path: Path) -> None:
     assert len(store.profiles()) == 1
     store.close()
     storage.engine.dispose()
+
+
+def test_a_waiting_trial_goes_to_one_of_two_that_ask_at_once(tmp_path: Path) -> None:
+    running = optuna.trial.TrialState.RUNNING
+    stores = [SqlStore(f"sqlite:///{tmp_path / 'p.db'}") for _ in range(2)]
+    first, second = (store.studies() for store in stores)
+    study = optuna.create_study(storage=first, study_name="s")
+    study.enqueue_trial({"x": 1})
+    (waiting,) = study.get_trials(deepcopy=False)
+    taken: list[bool] = []
+
+    def ask(storage: optuna.storages.RDBStorage) -> None:
+        taken.append(storage.set_trial_state_values(waiting._trial_id, running))
+
+    other = threading.Thread(target=ask, args=[second])
+    check = first.check_trial_is_updatable
+
+    def meanwhile(*args: Any) -> None:
+        # The first has read the state, and has not written it.
+        other.start()
+        other.join(timeout=0.5)
+        check(*args)
+
+    with patch.object(first, "check_trial_is_updatable", meanwhile):
+        ask(first)
+    other.join()
+    assert sorted(taken) == [False, True]
+    for store in stores:
+        store.close()
 
 
 @pytest.mark.parametrize("name", ["a?b.db", "a#b%20c.db", "plain name.db"])

@@ -15,12 +15,13 @@ import optuna
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from adaptspec.params import Scalar
+from adaptspec.params import Params, Scalar
 from adaptspec.profile import Trial
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.fakes import FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.profiler import Sample, Setting
 from adaptspec_tuner.search import Search
+from adaptspec_tuner.space import suggest
 from adaptspec_tuner.studies import SILENT_SECONDS, WORKER, Study, alive, this_process
 from adaptspec_tuner.workloads import Prompt
 
@@ -155,6 +156,24 @@ def test_what_was_stored_and_not_told_is_told_and_not_run_again(
     assert finished(db) == {number: 1.7}
     search(store).search()
     assert [dict(t.params) for t in store.trials("r1")].count(setting) == 1
+
+
+def test_whose_trial_was_given_up_before_it_spoke_begins_another(
+    db: str, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = study(store)
+
+    def stalled(params: type[Params], asked: optuna.trial.Trial) -> dict[str, Scalar]:
+        if asked.number == 0:
+            failed = optuna.trial.TrialState.FAIL
+            in_optuna(db).tell(asked.number, state=failed)
+        return suggest(params, asked)
+
+    monkeypatch.setattr("adaptspec_tuner.studies.suggest", stalled)
+    asked, _ = mine.ask()
+    assert asked.number == 1
+    in_optuna(db).tell(asked.number, state=optuna.trial.TrialState.FAIL)
+    assert not mine.report(asked, 0, 1.0)
 
 
 def test_what_a_living_process_tries_is_left_to_it(store: SqlStore) -> None:

@@ -95,22 +95,26 @@ class Study:
 
     def ask(self) -> tuple[optuna.trial.Trial, dict[str, Scalar]]:
         """A trial begun, with its setting."""
-        with quiet():
-            asked = self._study.ask()
-            setting = suggest(self._params, asked)
-            if self._shared:
-                asked.set_user_attr(SETTING, dict(setting))
-                asked.set_user_attr(WORKER, self._worker)
-                self._beat(asked, always=True)
-        return asked, setting
+        while True:
+            # Stalled before it could say who it is, a process is taken for dead, and
+            # the trial was given up: the next one, then.
+            with quiet(), suppress(_finished_already()):
+                asked = self._study.ask()
+                setting = suggest(self._params, asked)
+                if self._shared:
+                    asked.set_user_attr(SETTING, dict(setting))
+                    asked.set_user_attr(WORKER, self._worker)
+                    self._beat(asked, always=True)
+                return asked, setting
 
     def report(self, asked: optuna.trial.Trial, step: int, ratio: float) -> bool:
         """Tell one prompt's running ratio; whether to give the setting up."""
-        with quiet():
+        with quiet(), suppress(_finished_already()):
             asked.report(ratio, step)
             if self._shared:
                 self._beat(asked)
             return asked.should_prune()
+        return False  # taken for dead; what it finds counts if nobody was faster
 
     def tell(self, asked: optuna.trial.Trial, trial: Trial) -> None:
         """What came of it: ``trial``, or one of the same setting."""
