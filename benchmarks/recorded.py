@@ -9,7 +9,8 @@ a table of times on a shared machine can't show. Drafters are shown the 32 highe
 logits after committed tokens. What the target thought after wrong guesses isn't on
 record, so token recycling, alone and in the hybrid, does a little better in truth. A
 strategy keeps what it learns from one prompt to the next, in an order drawn by
-``--seed``.
+``--seed``; with ``--orders N`` figures are means over as many orders, each begun with
+nothing learnt.
 
 With ``--tune N`` a strategy's parameters are searched first, for each class on every
 second prompt by N trials of the tuner's own search, and the table is of the others.
@@ -22,6 +23,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
@@ -35,9 +37,9 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel, load_model
-from adaptspec.strategy import Strategy
+from adaptspec.strategy import Strategy, union
 from adaptspec_tuner.presearch import presearch
-from adaptspec_tuner.profiler import Recording, Sample, Setting
+from adaptspec_tuner.profiler import PLAIN_SETTING, Recording, Sample, Setting
 from adaptspec_tuner.replay import Replayer
 from adaptspec_tuner.workloads import Prompt, Workload, read_workload
 from contenders import PLAIN
@@ -146,6 +148,20 @@ def pace(samples: Sequence[Sample]) -> float:
     return sum(n for n, _ in decoded) / sum(n / speed for n, speed in decoded)
 
 
+def compared(
+    samples: dict[str, Sample],
+    plain: dict[str, Sample],
+    answers: dict[str, Any],
+    group: str,
+) -> tuple[float, float]:
+    """Tokens per forward and speed-up over plain decoding in a class, or in all."""
+    ids = [key for key in samples if group in (answers[key]["class"], ALL)]
+    tokens = sum(len(samples[key].tokens) - 1 for key in ids)
+    forwards = sum(samples[key].forwards for key in ids)
+    ratio = pace([samples[key] for key in ids]) / pace([plain[key] for key in ids])
+    return tokens / max(1, forwards), ratio
+
+
 @click.command()
 @click.option("-m", "--model", "model_path", required=True, help="Model folder.")
 @click.option("--draft-model", "draft_path", help="Draft model folder.")
@@ -158,6 +174,7 @@ def pace(samples: Sequence[Sample]) -> float:
 @click.option("-n", "--max-new-tokens", default=64, show_default=True)
 @click.option("--contender", multiple=True, metavar="LABEL=STRATEGY:NAME=VALUE,...")
 @click.option("--seed", default=0, show_default=True, help="Of the prompts' order.")
+@click.option("--orders", default=1, show_default=True, help="Orders of the prompts.")
 @click.option("--tune", "trials", type=int, help="Trials of each class and strategy.")
 @click.option("--record-only", is_flag=True, help="Stop once all is recorded.")
 def main(
@@ -172,6 +189,7 @@ def main(
     max_new_tokens: int,
     contender: tuple[str, ...],
     seed: int,
+    orders: int,
     trials: int | None,
     record_only: bool,
 ) -> None:
@@ -194,41 +212,41 @@ def main(
     }
     costs = kept["costs"]
     draft_costs = ForwardCosts(**costs["draft"]) if costs.get("draft") else None
-    replayer = Replayer(
-        engine, host, ForwardCosts(**costs["target"]), recordings, draft_costs, TOPS
-    )
-    prompts = [Prompt(name, a["class"], text="") for name, a in answers.items()]
-    random.Random(seed).shuffle(prompts)
-    classes = list(dict.fromkeys(a["class"] for a in answers.values()))
-    table = Table(title="tokens per forward / speed-up", title_justify="left")
-    for column in ("", *classes, ALL):
-        table.add_column(column)
-    plain: dict[str, Sample] = {}
-    for label, name, params in map(
-        parse_contender, [f"{PLAIN}={PLAIN}", *(contender or DEFAULT)]
-    ):
+    runs = []
+    for label, name, params in map(parse_contender, contender or DEFAULT):
         cls = host.strategy(name)
         if reason := cls.unavailable(model, engine.draft):
             click.echo(f"not run: {label}: {reason}", err=True)
             continue
-        if trials is None or name == PLAIN:
-            values = cls.Params.parse(params, name).model_dump()
-            found = replay(replayer, Setting(name, values), prompts)
-        else:
-            found = tuned(replayer, cls, prompts, trials, seed)
-        plain = plain or found
+        runs.append((label, cls, cls.Params.parse(params, name).model_dump()))
+    needs = union([host.create(cls.name, v).needs(model) for _, cls, v in runs])
+    target = ForwardCosts(**costs["target"])
+    replayer = Replayer(engine, host, target, recordings, draft_costs, TOPS, needs)
+    shuffled = []
+    for order in range(seed, seed + orders):
+        prompts = [Prompt(name, a["class"], text="") for name, a in answers.items()]
+        random.Random(order).shuffle(prompts)
+        shuffled.append(prompts)
+    classes = list(dict.fromkeys(a["class"] for a in answers.values()))
+    table = Table(title="tokens per forward / speed-up", title_justify="left")
+    for column in ("", *classes, ALL):
+        table.add_column(column)
+    plain = replay(replayer, PLAIN_SETTING, shuffled[0])
+    for label, cls, values in runs:
+        found = []
+        for number, prompts in enumerate(shuffled):
+            replayer.forget()
+            if trials is None:
+                found.append(replay(replayer, Setting(cls.name, values), prompts))
+            else:
+                found.append(tuned(replayer, cls, prompts, trials, seed + number))
         cells = []
         for group in (*classes, ALL):
-            ids = [
-                p.id
-                for p in prompts
-                if group in (p.prompt_class, ALL) and p.id in found
-            ]
-            some = [found[i] for i in ids]
-            tokens = sum(len(s.tokens) - 1 for s in some)
-            ratio = pace(some) / pace([plain[i] for i in ids])
-            forwards = sum(s.forwards for s in some)
-            cells.append(f"{tokens / max(1, forwards):.2f}/{ratio:.3f}")
+            tokens, ratios = zip(
+                *(compared(samples, plain, answers, group) for samples in found),
+                strict=True,
+            )
+            cells.append(f"{mean(tokens):.2f}/{mean(ratios):.3f}")
         table.add_row(label, *cells)
         click.echo(f"{label}: {cells[-1]}", err=True)
     Console(width=170).print(table, markup=False)

@@ -15,6 +15,7 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.decoding.tree import TokenTree
 from adaptspec.host import Host
 from adaptspec.models import Forward, LanguageModel
+from adaptspec.strategy import union
 from adaptspec.testing.fakes import FakeClock, noisy_draft, random_ids, tiny_model
 from adaptspec_plugins.heads.attached import MedusaTrained
 from adaptspec_plugins.heads.fakes import tiny_heads
@@ -141,15 +142,7 @@ def test_heads_see_the_states_of_a_real_run_and_the_target_reads_once(
     real = Engine(model).generate(
         HOST.create("medusa", params), recording.prompt, controls()
     )
-    reads = 0
-    forward: Any = model.model.forward
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        nonlocal reads
-        reads += 1
-        return forward(*arguments, **named)
-
-    monkeypatch.setattr(model.model, "forward", counted)
+    reads = count_reads(model, monkeypatch)
     replayer = Replayer(Engine(model), HOST, FLAT, {"p": recording})
     setting = Setting("medusa", params)
     for _ in range(2):
@@ -161,7 +154,45 @@ def test_heads_see_the_states_of_a_real_run_and_the_target_reads_once(
         sum(step.accepted for step in real.stats.steps),
     )
     assert sample.accepted > 0
-    assert reads == 1
+    assert len(reads) == 1
+
+
+def count_reads(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by an item with every forward of ``model``."""
+    reads: list[int] = []
+    forward: Any = model.model.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        reads.append(len(reads))
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    return reads
+
+
+def test_strategies_of_different_needs_share_one_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    recording = recorded(model)
+    text = [*recording.prompt, *recording.tokens]
+    model.attach(MedusaTrained(model, tiny_heads(model, "fitted", texts=[text])))
+    names = ["medusa", "token_recycling", "hybrid"]
+    needs = union([HOST.create(name, {}).needs(model) for name in names])
+    alone = [
+        Replayer(Engine(model), HOST, FLAT, {"p": recording}, tops=8).measure(
+            Setting(name), Prompt("p", text="")
+        )
+        for name in names
+    ]
+    reads = count_reads(model, monkeypatch)
+    shared = Replayer(Engine(model), HOST, FLAT, {"p": recording}, None, 8, needs)
+    together = [shared.measure(Setting(name), Prompt("p", text="")) for name in names]
+    assert [(s.tokens, s.accepted) for s in together] == [
+        (s.tokens, s.accepted) for s in alone
+    ]
+    assert all(s.accepted for s in together)
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])

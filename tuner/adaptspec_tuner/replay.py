@@ -26,6 +26,7 @@ from adaptspec.costs import ForwardCosts
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.models import Forward, LanguageModel
+from adaptspec.strategy import Needs, union
 from adaptspec_tuner.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -41,10 +42,11 @@ if TYPE_CHECKING:
     from adaptspec.decoding.latency import LatencyCurve
     from adaptspec.decoding.tree import TokenTree
     from adaptspec.host import Host
-    from adaptspec.strategy import Needs, Strategy
+    from adaptspec.strategy import Strategy
     from adaptspec_tuner.workloads import Prompt
 
 CONTEXT_STEP = 64  # cached tokens between two curves worth telling apart
+NOTHING = Needs()
 
 
 class VirtualClock:
@@ -225,6 +227,7 @@ class Replayer:
         tops: Logits that drafters are shown after each committed token. What the target
             thought of tokens that it didn't choose isn't known, so a drafter that
             learns from those, too, does no better than in a real run.
+        needs: What strategies to come will need, too: the target reads a text once.
     """
 
     def __init__(
@@ -235,9 +238,10 @@ class Replayer:
         recordings: Mapping[str, Recording],
         draft_costs: ForwardCosts | None = None,
         tops: int = 0,
+        needs: Needs = NOTHING,
     ) -> None:
         self._host = host
-        self._real, self._tops = engine.model, tops
+        self._real, self._tops, self._needs = engine.model, tops, needs
         self._readings: dict[str, tuple[Needs, Reading]] = {}
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
@@ -306,6 +310,7 @@ class Replayer:
         needs = strategy.needs(self._real)
         if not needs.hidden_layers and not self._tops:
             return None
+        needs = union([needs, self._needs])
         kept = self._readings.get(prompt)
         if kept is None or not _serves(kept[0], needs):
             reading = read(
