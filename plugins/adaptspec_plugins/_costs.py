@@ -25,6 +25,9 @@ MARGIN = 1.3
 STEPS_BEFORE, STEPS_KEPT = 8, 40
 # Share of all time that calls may lose which are made to find out whether they pay.
 EXPLORED = 0.004
+# Share of a sequence's time, or a usual one's, that may be lost so in it: short answers
+# aren't spent on finding out.
+SEQUENCE_EXPLORED = 0.1
 # Plain steps that may be lost so before anything is known.
 CREDIT = 1.5
 # A draft model that pays is at least so much faster than the target.
@@ -111,23 +114,48 @@ class Pace:
 
 
 class Exploration:
-    """Seconds that all sequences may lose, and have lost, to find out what pays."""
+    """Seconds that may be lost, and have been lost, to find out what pays.
 
-    def __init__(self) -> None:
+    Args:
+        whole: Of all sequences; None for that itself.
+    """
+
+    def __init__(self, whole: Exploration | None = None) -> None:
+        self._whole = whole
         self._total = 0.0
         self._lost = 0.0
+        self._typical = Mean()  # seconds of a sequence that ended
+
+    def fresh(self) -> Exploration:
+        """A new sequence's, which counts for all, too."""
+        return Exploration(self)
 
     def passed(self, seconds: float) -> None:
         """A step took ``seconds``."""
         self._total += seconds
+        if self._whole is not None:
+            self._whole.passed(seconds)
+
+    def ended(self) -> None:
+        """The sequence has."""
+        if self._whole is not None and self._total:
+            self._whole._typical.add(self._total)
 
     def affords(self, seconds: float, plain: float) -> bool:
         """Whether as much more may be lost; ``plain`` is a plain step's time."""
-        return self._lost + seconds <= EXPLORED * self._total + CREDIT * plain
+        lost, whole = self._lost + seconds, self._whole
+        if whole is None:
+            return lost <= EXPLORED * self._total + CREDIT * plain
+        typical = max(self._total, whole._typical.value)
+        if whole._typical.count and lost > SEQUENCE_EXPLORED * typical:
+            return False
+        return whole.affords(seconds, plain)
 
     def lost(self, seconds: float) -> None:
         """A call took ``seconds`` more than its tokens saved."""
         self._lost += max(0.0, seconds)
+        if self._whole is not None:
+            self._whole.lost(seconds)
 
 
 class MemberCost:

@@ -157,7 +157,7 @@ class _HybridDrafter(Drafter):
         self._clock = target.clock
         self._trees = target.trees
         self._calibration = calibration
-        self._exploration = exploration
+        self._exploration = exploration.fresh()
         self._forward = forward
         self._max_nodes = max_nodes
         self._shifts = calibration.fresh()
@@ -172,7 +172,7 @@ class _HybridDrafter(Drafter):
         self._runs: list[Run] = []
         try:
             for member in members:
-                self._runs.append(Run(member, target, exploration))
+                self._runs.append(Run(member, target, self._exploration))
         except BaseException:
             self.close()
             raise
@@ -227,6 +227,7 @@ class _HybridDrafter(Drafter):
                     pace.add(len(outcome.emitted), min(steps, MOST_STEPS))
 
     def close(self) -> None:
+        self._exploration.ended()
         for run in self._runs:
             run.drafter.close()
 

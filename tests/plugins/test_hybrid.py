@@ -558,6 +558,18 @@ def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
     assert simulated.clock.now < 1.01 * alone
 
 
+@pytest.mark.parametrize(("length", "again"), [(14, False), (400, True)])
+def test_short_answers_are_not_spent_on_finding_out(length: int, again: bool) -> None:
+    simulated = world(length)
+    hybrid = hybrid_of(simulated.member("model", 0.05, takes=0.4, needs_draft=True))
+    simulated.decode(hybrid)
+    first = len(simulated.asked["model"])
+    assert first
+    for _ in range(5):
+        simulated.decode(hybrid)
+    assert (len(simulated.asked["model"]) > first) is again
+
+
 def test_the_model_isnt_asked_for_tokens_that_come_cheaply_a_step_later() -> None:
     simulated = world(2000)
     free = simulated.member(
