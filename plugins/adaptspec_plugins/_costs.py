@@ -26,8 +26,8 @@ STEPS_BEFORE, STEPS_KEPT = 8, 40
 # Share of all time that calls may lose which are made to find out whether they pay.
 EXPLORED = 0.004
 # Share of a sequence's time, or a usual one's, that may be lost so in it: short answers
-# aren't spent on finding out.
-SEQUENCE_EXPLORED = 0.1
+# aren't spent on finding out. A first call takes up to thrice what is assumed of it.
+SEQUENCE_EXPLORED = 0.03
 # Plain steps that may be lost so before anything is known.
 CREDIT = 1.5
 # A draft model that pays is at least so much faster than the target.
