@@ -199,6 +199,7 @@ class Strategy(ABC):
         reference: The paper or repository it comes from.
         Params: Its parameters, declared once.
         needs_draft: Whether it needs a draft model of the same vocabulary.
+        needs_other_draft: Whether it needs a draft model with another tokenizer.
         needs_heads: The kind of trained heads it drafts with (``--heads``), or None.
         lossless: False only for what changes the output's law; shown everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
@@ -215,6 +216,7 @@ class Strategy(ABC):
     reference: ClassVar[str] = ""
     Params: ClassVar[type[Params]] = NoParams
     needs_draft: ClassVar[bool] = False
+    needs_other_draft: ClassVar[bool] = False
     needs_trees: ClassVar[bool] = False
     needs_heads: ClassVar[str | None] = None
     lossless: ClassVar[bool] = True

@@ -55,6 +55,8 @@ def _item(host: Host, cls: type[Strategy] | type[Baseline]) -> dict[str, Any]:
     needs = []
     if cls.needs_draft:
         needs.append("a draft model with the target's vocabulary")
+    if getattr(cls, "needs_other_draft", False):
+        needs.append("a draft model with another tokenizer")
     if kind := getattr(cls, "needs_heads", None):
         needs.append(f"{kind} heads trained for the target")
     if getattr(cls, "needs_trees", False):

@@ -170,7 +170,14 @@ class Run:
             )
         )
         if getattr(self._strategy.params, "gate", False):
-            drafter = Gate(drafter, self._strategy.gate_memory, self._clock)
+            drafter = Gate(
+                drafter,
+                self._strategy.gate_memory,
+                self._clock,
+                prompt=self._prompt,
+                reads=self._strategy.needs_draft or self._strategy.needs_other_draft,
+                prefill=self._stats.seconds_prefill,
+            )
         try:
             self._cache = cache
             yield self._prefill(drafter, needs)

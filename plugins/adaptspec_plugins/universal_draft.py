@@ -55,6 +55,7 @@ class UniversalDraft(Strategy):
     summary = "a model with another tokenizer drafts a chain"
     reference = "arXiv:2502.05202"
     Params = UniversalDraftParams
+    needs_other_draft = True
     replays = True
     params: UniversalDraftParams
 
