@@ -114,48 +114,64 @@ class Pace:
 
 
 class Exploration:
-    """Seconds that may be lost, and have been lost, to find out what pays.
+    """Seconds that may be lost, and have been lost, to find out what pays."""
 
-    Args:
-        whole: Of all sequences; None for that itself.
-    """
-
-    def __init__(self, whole: Exploration | None = None) -> None:
-        self._whole = whole
+    def __init__(self) -> None:
+        self.typical = Mean()  # seconds of a sequence that ended
         self._total = 0.0
         self._lost = 0.0
-        self._typical = Mean()  # seconds of a sequence that ended
 
-    def fresh(self) -> Exploration:
-        """A new sequence's, which counts for all, too."""
-        return Exploration(self)
+    def fresh(self) -> SequenceExploration:
+        """A new sequence's, which counts here, too."""
+        return SequenceExploration(self)
 
     def passed(self, seconds: float) -> None:
         """A step took ``seconds``."""
         self._total += seconds
-        if self._whole is not None:
-            self._whole.passed(seconds)
-
-    def ended(self) -> None:
-        """The sequence has."""
-        if self._whole is not None and self._total:
-            self._whole._typical.add(self._total)
 
     def affords(self, seconds: float, plain: float) -> bool:
         """Whether as much more may be lost; ``plain`` is a plain step's time."""
-        lost, whole = self._lost + seconds, self._whole
-        if whole is None:
-            return lost <= EXPLORED * self._total + CREDIT * plain
-        typical = max(self._total, whole._typical.value)
-        if whole._typical.count and lost > SEQUENCE_EXPLORED * typical:
+        return self._lost + seconds <= EXPLORED * self._total + CREDIT * plain
+
+    def lost(self, seconds: float) -> None:
+        """A call took ``seconds`` more than its tokens saved."""
+        self._lost += seconds
+
+
+class SequenceExploration:
+    """A sequence's part in the :class:`Exploration` of all, bounded by its own length.
+
+    Args:
+        whole: Of all sequences.
+    """
+
+    def __init__(self, whole: Exploration) -> None:
+        self._whole = whole
+        self._total = 0.0
+        self._lost = 0.0
+
+    def passed(self, seconds: float) -> None:
+        """A step took ``seconds``."""
+        self._total += seconds
+        self._whole.passed(seconds)
+
+    def ended(self) -> None:
+        """The sequence has."""
+        if self._total:
+            self._whole.typical.add(self._total)
+
+    def affords(self, seconds: float, plain: float) -> bool:
+        """Whether as much more may be lost; ``plain`` is a plain step's time."""
+        typical = self._whole.typical
+        bearable = SEQUENCE_EXPLORED * max(self._total, typical.value)
+        if typical.count and self._lost + seconds > bearable:
             return False
-        return whole.affords(seconds, plain)
+        return self._whole.affords(seconds, plain)
 
     def lost(self, seconds: float) -> None:
         """A call took ``seconds`` more than its tokens saved."""
         self._lost += max(0.0, seconds)
-        if self._whole is not None:
-            self._whole.lost(seconds)
+        self._whole.lost(max(0.0, seconds))
 
 
 class MemberCost:
@@ -222,7 +238,7 @@ class MemberCost:
 class Turns:
     """Which steps of one sequence call a member. Deterministic but for the clock."""
 
-    def __init__(self, cost: MemberCost, exploration: Exploration) -> None:
+    def __init__(self, cost: MemberCost, exploration: SequenceExploration) -> None:
         self.cost = cost
         self.calls = 0
         self._exploration = exploration

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.strategy import Outcome, Strategy, Target
 from adaptspec_plugins._calibration import Calibration
-from adaptspec_plugins._costs import Exploration, MemberCost, Pace, Turns
+from adaptspec_plugins._costs import (
+    Exploration,
+    MemberCost,
+    Pace,
+    SequenceExploration,
+    Turns,
+)
 from adaptspec_plugins._prior import shipped
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class Run:
     """One member's drafter in one sequence."""
 
     def __init__(
-        self, member: Member, target: Target, exploration: Exploration
+        self, member: Member, target: Target, exploration: SequenceExploration
     ) -> None:
         self.index = member.index
         self.name = member.strategy.name
