@@ -189,6 +189,11 @@ def test_a_replaced_model_computes_the_same_and_holds_no_weight_twice(
 ) -> None:
     if kind == "native" and not available():
         pytest.skip("no native kernel here")
+    if kind == "packed":
+        try:
+            subject.pack(torch.zeros(8, 8, dtype=dtype))
+        except RuntimeError as error:  # as `choose` finds out
+            pytest.skip(str(error).splitlines()[0])
     torch.manual_seed(1)
     model = Tied().to(dtype)
     ids = torch.arange(rows) % 24
