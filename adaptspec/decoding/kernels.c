@@ -12,15 +12,17 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define COLS 4 /* weight rows per tile */
+#define ROWS 4 /* activation rows per tile, at most 6 */
 #elif defined(__AVX__)
 #define LANES 8
 #define COLS 2
+#define ROWS 6
 #else
 #define LANES 4
 #define COLS 4
+#define ROWS 4
 #endif
 
-#define ROWS 4 /* activation rows per tile */
 #define GROUP 16 /* weight rows that share a chunk of x */
 #define CHUNK 512 /* of k: ROWS x CHUNK floats and GROUP x CHUNK weights fit in 48 KiB */
 
@@ -96,6 +98,8 @@ static inline void totals(const vfloat *v, int count, float *out) {
 #define F32_HALVES 1
 #define F32_HALF(word, h) ((vfloat)(word))
 
+#define FEW(n) ((n) < ROWS ? (n) : ROWS)
+
 #define TILE(KIND, NAME, TYPE)                                                          \
     static inline __attribute__((always_inline)) void NAME(                             \
         const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
@@ -129,14 +133,18 @@ static inline void totals(const vfloat *v, int count, float *out) {
         const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
         long count, int rows, float *out, long out_stride) {                            \
         switch (rows * 2 + (ahead != 0)) {                                              \
-        case 2: NAME(x, stride, w, 0, count, 1, out, out_stride); break;                \
-        case 3: NAME(x, stride, w, ahead, count, 1, out, out_stride); break;            \
-        case 4: NAME(x, stride, w, 0, count, 2, out, out_stride); break;                \
-        case 5: NAME(x, stride, w, ahead, count, 2, out, out_stride); break;            \
-        case 6: NAME(x, stride, w, 0, count, 3, out, out_stride); break;                \
-        case 7: NAME(x, stride, w, ahead, count, 3, out, out_stride); break;            \
-        case 8: NAME(x, stride, w, 0, count, 4, out, out_stride); break;                \
-        default: NAME(x, stride, w, ahead, count, 4, out, out_stride);                  \
+        case 2: NAME(x, stride, w, 0, count, FEW(1), out, out_stride); break;           \
+        case 3: NAME(x, stride, w, ahead, count, FEW(1), out, out_stride); break;       \
+        case 4: NAME(x, stride, w, 0, count, FEW(2), out, out_stride); break;           \
+        case 5: NAME(x, stride, w, ahead, count, FEW(2), out, out_stride); break;       \
+        case 6: NAME(x, stride, w, 0, count, FEW(3), out, out_stride); break;           \
+        case 7: NAME(x, stride, w, ahead, count, FEW(3), out, out_stride); break;       \
+        case 8: NAME(x, stride, w, 0, count, FEW(4), out, out_stride); break;           \
+        case 9: NAME(x, stride, w, ahead, count, FEW(4), out, out_stride); break;       \
+        case 10: NAME(x, stride, w, 0, count, FEW(5), out, out_stride); break;          \
+        case 11: NAME(x, stride, w, ahead, count, FEW(5), out, out_stride); break;      \
+        case 12: NAME(x, stride, w, 0, count, FEW(6), out, out_stride); break;          \
+        case 13: NAME(x, stride, w, ahead, count, FEW(6), out, out_stride); break;      \
         }                                                                               \
     }
 
@@ -147,6 +155,7 @@ TILE(F32, tile_f32, float)
     void NAME(const float *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y,    \
               long t_count, long n_count, long k_count, int threads) {                  \
         long full = k_count / KIND##_STEP * KIND##_STEP;                                \
+        long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
         long groups = (n_count + GROUP - 1) / GROUP;                                    \
         _Pragma("omp parallel num_threads(threads)") {                                  \
             float *sums = malloc(t_count * GROUP * sizeof(float));                      \
@@ -158,8 +167,8 @@ TILE(F32, tile_f32, float)
                 for (long k0 = 0; k0 < full; k0 += CHUNK) {                             \
                     long count = full - k0 < CHUNK ? full - k0 : CHUNK;                 \
                     long next = k0 + CHUNK < full ? CHUNK : GROUP * k_count - k0;       \
-                    for (long t = 0; t < t_count; t += ROWS) {                          \
-                        int rows = t_count - t < ROWS ? (int)(t_count - t) : ROWS;      \
+                    for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
+                        rows = (t_count - t + tile - 1) / tile;                         \
                         for (long c0 = 0; c0 < cols; c0 += COLS) {                      \
                             const TYPE *row[COLS];                                      \
                             const char *ahead[COLS];                                    \
@@ -169,7 +178,7 @@ TILE(F32, tile_f32, float)
                                 ahead[c] = (const char *)(row[c] + next);               \
                             }                                                           \
                             TILE_OF##_rows(x + t * stride + k0, stride, row,            \
-                                           t ? 0 : ahead, count, rows,                  \
+                                           t ? 0 : ahead, count, (int)rows,             \
                                            sums + t * GROUP + c0, GROUP);               \
                         }                                                               \
                     }                                                                   \
@@ -185,10 +194,11 @@ TILE(F32, tile_f32, float)
                                    (k_count - full) * sizeof(TYPE));                    \
                             row[c] = tail[c];                                           \
                         }                                                               \
-                        for (long t = 0; t < t_count; t += ROWS) {                      \
-                            int rows = t_count - t < ROWS ? (int)(t_count - t) : ROWS;  \
+                        for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) {\
+                            rows = (t_count - t + tile - 1) / tile;                     \
                             TILE_OF##_rows(x + t * stride + full, stride, row, 0,       \
-                                           KIND##_STEP, rows, sums + t * GROUP + c0,    \
+                                           KIND##_STEP, (int)rows,                      \
+                                           sums + t * GROUP + c0,                       \
                                            GROUP);                                      \
                         }                                                               \
                     }                                                                   \
