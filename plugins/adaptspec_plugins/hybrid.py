@@ -251,7 +251,8 @@ class _HybridDrafter(Drafter):
                 self._candidates, self._chance, most, self._forward, spent, self._rate
             )
         nodes = best_first(self._candidates, self._chance, most)
-        return best_tree(nodes, self._forward, spent, self._rate)
+        depths = self._candidates.depths
+        return best_tree(nodes, depths, self._forward, spent, self._rate)
 
     def _chance(self, marks: Marks, rival: Marks) -> float:
         return self._calibration.chance(marks, rival, self._shifts)

@@ -26,6 +26,8 @@ from adaptspec.testing import StrategyContract
 from adaptspec_plugins import register_strategies
 from adaptspec_plugins._calibration import BUCKETS, MOST_SEEN, Calibration
 from adaptspec_plugins._merge import (
+    DOUBT,
+    LEVEL_DOUBT,
     MOST_TOGETHER,
     Candidates,
     best_chain,
@@ -152,6 +154,11 @@ class Chances:
             node = self.candidates.parents[node]
         return product
 
+    def counting(self, node: int) -> float:
+        """What its path's chance counts for in the choice: a part for each level."""
+        deep = len(spelled(self.candidates, node))
+        return self.of_path(node) * DOUBT * LEVEL_DOUBT**deep
+
 
 def closed_subsets(candidates: Candidates) -> list[tuple[int, ...]]:
     nodes = range(1, len(candidates))
@@ -177,12 +184,14 @@ def test_best_first_has_the_largest_sum_of_all_closed_sets_of_each_size(
     assert sorted(n for n, _ in found) == list(range(1, len(candidates)))
     best: dict[int, float] = {}
     for chosen in closed_subsets(candidates):
-        total = sum(chances.of_path(node) for node in chosen)
+        total = sum(chances.counting(node) for node in chosen)
         best[len(chosen)] = max(best.get(len(chosen), 0.0), total)
     for size, total in best.items():
         chosen = tuple(sorted(node for node, _ in found[:size]))
         assert chosen in closed_subsets(candidates)
-        assert sum(chance for _, chance in found[:size]) == pytest.approx(total)
+        assert sum(map(chances.counting, chosen)) == pytest.approx(total)
+    for node, chance in found:
+        assert chance == pytest.approx(chances.of_path(node))
 
 
 def costs(rises: Sequence[float]) -> Callable[[int], float]:
@@ -196,14 +205,14 @@ def test_no_closed_set_is_worth_more_at_the_pace_than_the_tree_chosen(
     candidates = merged([paths])
     chances, seconds = Chances(candidates, seed), costs(rises)
     nodes = best_first(candidates, chances.given_marks(), 100)
-    plan = best_tree(nodes, seconds, spent, pace)
-    best = max(
-        1
-        + sum(map(chances.of_path, chosen))
-        - pace * (spent + seconds(1 + len(chosen)))
-        for chosen in closed_subsets(candidates)
-    )
-    assert plan.worth(pace) == pytest.approx(best)
+    plan = best_tree(nodes, candidates.depths, seconds, spent, pace)
+
+    def worth(chosen: Sequence[int]) -> float:
+        gained = sum(map(chances.counting, chosen))
+        return 1 + gained - pace * (spent + seconds(1 + len(chosen)))
+
+    best = max(map(worth, closed_subsets(candidates)))
+    assert worth([node for node, _ in plan.nodes]) == pytest.approx(best)
     assert plan.tokens == pytest.approx(1 + sum(c for _, c in plan.nodes))
     assert plan.seconds == pytest.approx(spent + seconds(1 + len(plan.nodes)))
 
@@ -217,6 +226,11 @@ def test_no_path_is_worth_more_at_the_pace_than_the_chain_chosen(
     plan = best_chain(candidates, chances.given_marks(), most, seconds, 0.1, pace)
     chosen = [node for node, _ in plan.nodes]
     assert [candidates.parents[n] for n in chosen] == [0, *chosen][: len(chosen)]
+
+    def worth(path: Sequence[int]) -> float:
+        tokens = 1 + sum(map(chances.counting, path))
+        return tokens - pace * (0.1 + seconds(1 + len(path)))
+
     worths = []
     for end in range(len(candidates)):
         path = []
@@ -224,9 +238,9 @@ def test_no_path_is_worth_more_at_the_pace_than_the_chain_chosen(
             path.append(end)
             end = candidates.parents[end]
         if len(path) <= most:
-            tokens = 1 + sum(map(chances.of_path, path))
-            worths.append(tokens - pace * (0.1 + seconds(1 + len(path))))
-    assert plan.worth(pace) == pytest.approx(max(worths))
+            worths.append(worth(path))
+    assert worth(chosen) == pytest.approx(max(worths))
+    assert plan.tokens == pytest.approx(1 + sum(c for _, c in plan.nodes))
 
 
 @given(Small, st.integers(0, 99), st.integers(0, 9))
