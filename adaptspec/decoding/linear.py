@@ -2,8 +2,9 @@
 
 A decoding step multiplies few rows by every weight, so it is bound by reading weights.
 Without bfloat16 instructions oneDNN computes such products many times slower than it
-reads; our kernel widens weights in registers instead. Where the instructions exist
-(AMX), oneDNN on weights packed once is the fastest.
+reads; our kernel widens weights in registers instead. With matrix units (AMX) it gives
+them the weights as they lie in memory, so that up to sixteen rows cost what one does.
+With bfloat16 instructions alone (Zen 4), oneDNN on weights packed once is the fastest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -213,7 +214,7 @@ def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
         f"{rows} rows {seconds[rows][best] / plain:.2f}x" for rows in DECIDING_ROWS
     )
     if best == "native":
-        reach = _reach(candidates, dtype)
+        reach = _reach(compiled, weights)
         return Plan("native", reach, f"{reason} of torch's one row{remark}")
     if best == "packed":
         return Plan("packed", 1 << 30, f"{reason} of torch's one row{remark}")
@@ -252,12 +253,13 @@ def _race(
     candidates: dict[str, Callable[[torch.Tensor, int], object]],
     rows: int,
     dtype: torch.dtype,
+    inner: int = TRIAL_SHAPE[1],
 ) -> dict[str, float]:
     """Least seconds of each over all weights, interleaved.
 
     Other programs only ever add time, and seldom to every round.
     """
-    x = torch.randn((rows, TRIAL_SHAPE[1])).to(dtype)
+    x = torch.randn((rows, inner)).to(dtype)
     times: dict[str, list[float]] = {kind: [] for kind in candidates}
     for turn in range(ROUNDS + 1):
         for kind, product in candidates.items():
@@ -269,14 +271,29 @@ def _race(
     return {kind: min(found) for kind, found in times.items()}
 
 
-def _reach(
-    candidates: dict[str, Callable[[torch.Tensor, int], object]], dtype: torch.dtype
-) -> int:
-    """Up to how many rows the native product beats torch's."""
-    pair = {kind: candidates[kind] for kind in ("none", "native")}
+def _reach(compiled: Kernel, weights: list[torch.Tensor]) -> int:
+    """Up to how many rows the native product beats torch's, on high weights and wide.
+
+    Torch's time for many rows depends much on which of the two they are.
+    """
     reach = 32
     for rows in MANY_ROWS:
-        seconds = _race(pair, rows, dtype)
+        seconds = {"none": 0.0, "native": 0.0}
+        for outer, inner in (TRIAL_SHAPE, TRIAL_SHAPE[::-1]):
+            shaped = [weight.view(outer, inner) for weight in weights]
+
+            def torchs(x: torch.Tensor, i: int, at: Any = shaped) -> object:
+                return functional.linear(x, at[i])
+
+            def ours(x: torch.Tensor, i: int, at: Any = shaped) -> object:
+                return compiled.linear(x, at[i], None)
+
+            pair: dict[str, Callable[[torch.Tensor, int], object]] = {
+                "none": torchs,
+                "native": ours,
+            }
+            for kind, least in _race(pair, rows, weights[0].dtype, inner).items():
+                seconds[kind] += least
         if seconds["native"] > seconds["none"]:
             return reach
         reach = rows

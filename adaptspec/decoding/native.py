@@ -20,6 +20,7 @@ SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 SECONDS = 120
+TILE_ROWS, TILE_DEPTH = 16, 32  # as in kernels.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -29,7 +30,10 @@ class NativeUnavailableError(Exception):
 
 
 class Kernel:
-    """The compiled functions."""
+    """The compiled functions.
+
+    ``tiles`` says whether products of bfloat16 run on matrix units (AMX).
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.lanes = int(library.lanes())
@@ -44,6 +48,13 @@ class Kernel:
         for function in self._linear.values():
             function.argtypes = arguments
             function.restype = None
+        self._on_tiles = library.linear_tiles
+        self._on_tiles.argtypes = [
+            *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+            *(_LONG, _LONG, _LONG, _INT),
+        ]
+        self._on_tiles.restype = None
+        self.tiles = bool(library.tiles())
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
         self._widen.restype = None
@@ -59,6 +70,22 @@ class Kernel:
         rows, inner = x.shape
         outer = weight.shape[0]
         y = torch.empty((rows, outer), dtype=x.dtype)
+        if self.tiles and x.dtype is torch.bfloat16:
+            side, steps = min(rows, TILE_ROWS), -(-inner // TILE_DEPTH)
+            filled = -(-rows // side) * side
+            room = torch.empty(filled * steps * TILE_DEPTH, dtype=torch.bfloat16)
+            self._on_tiles(
+                x.data_ptr(),
+                room.data_ptr(),
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                rows,
+                outer,
+                inner,
+                torch.get_num_threads(),
+            )
+            return y
         # Weights of bfloat16 come two to a register's lane.
         step = self.lanes * (2 if x.dtype is torch.bfloat16 else 1)
         stride = -(-inner // step) * step

@@ -126,21 +126,30 @@ def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 builds")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("machine", "lanes"), [("haswell", 8), ("x86-64", 4)])
-def test_builds_for_narrower_registers_compute_the_same(
+@pytest.mark.parametrize(
+    ("machine", "lanes", "needed"),
+    [
+        ("skylake-avx512", 16, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        ("haswell", 8, {"avx2", "fma"}),
+        ("x86-64", 4, set()),
+    ],
+)
+def test_builds_without_matrix_units_or_with_narrower_registers_compute_the_same(
     machine: str,
     lanes: int,
+    needed: set[str],
     dtype: torch.dtype,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if machine == "haswell" and not {"avx2", "fma"} <= set(native._cpu_flags().split()):
-        pytest.skip("this processor has no AVX2")
+    if not needed <= set(native._cpu_flags().split()):
+        pytest.skip(f"this processor hasn't all of {', '.join(sorted(needed))}")
     flags = [f for f in native.FLAGS if not f.startswith("-march")]
     monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={machine}"))
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
     built = native.kernel.__wrapped__()
     assert built.lanes == lanes
+    assert not built.tiles
     torch.manual_seed(0)
     weight, x = torch.randn(37, 611).to(dtype), torch.randn(9, 611).to(dtype)
     exact = x.double() @ weight.double().T
@@ -149,6 +158,21 @@ def test_builds_for_narrower_registers_compute_the_same(
     bound = sizes * 611 * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2
     assert ((found.double() - exact).abs() <= bound).all()
     assert torch.equal(built.linear(x[3:4], weight, None), found[3:4])
+
+
+@pytest.mark.skipif(not available() or not native.kernel().tiles, reason="no AMX here")
+def test_without_leave_to_use_tiles_the_kernel_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    weight, x = (torch.randn(n, 611).to(torch.bfloat16) for n in (37, 40))
+    on_tiles = native.kernel().linear(x, weight, None)
+    refused = native.kernel.__wrapped__()
+    refused.tiles = False
+    monkeypatch.delattr(refused, "_on_tiles")
+    without = refused.linear(x, weight, None)
+    # two roundings of nearly the same sum: a unit of the last place apart at most
+    torch.testing.assert_close(on_tiles, without, rtol=2.0**-7, atol=1e-4)
 
 
 @needs_compiler
@@ -285,6 +309,28 @@ def test_a_damaged_library_is_no_native_kernel(
 def write_junk(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"not a library")
+
+
+@pytest.mark.parametrize(
+    ("slow_from", "reach"), [(64, 32), (256, 64), (1 << 20, 1 << 30)]
+)
+def test_the_native_product_reaches_as_far_as_it_is_faster_on_both_shapes(
+    slow_from: int, reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def race(
+        candidates: dict[str, Any], rows: int, dtype: torch.dtype, inner: int
+    ) -> dict[str, float]:
+        seen.append((rows, inner))
+        # slower on the first shape by less than it is faster on the second, and back
+        by = {4096: 0.4, 1536: -1.0}[inner]
+        return {"none": 1.0, "native": 1.0 + (-by if rows >= slow_from else by)}
+
+    monkeypatch.setattr(subject, "_race", race)
+    weights = [torch.zeros(subject.TRIAL_SHAPE, dtype=torch.bfloat16)]
+    assert subject._reach(cast(Any, None), weights) == reach
+    assert seen[:2] == [(64, 4096), (64, 1536)]
 
 
 def test_callers_weights_are_never_packed() -> None:
