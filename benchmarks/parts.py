@@ -28,7 +28,7 @@ from contenders import PLAIN
 from tables import spread
 
 PARTS = ("verify", "curve", "drafting", "choosing", "memory", "help")
-FORWARD_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+FORWARD_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 64)
 STEP_ROWS = (1, 4, 8, 16)
 CONTEXTS = (1024, 4096, 16384)
 ROUNDS = 9
