@@ -316,9 +316,8 @@ static void put(const float *sums, long cols, const uint16_t *bias, uint16_t *y,
 
 /* One or two blocks of weight rows (`w_blocks`) by one or two of x into sums [w block,
  * x block, SIDE, cols]. `tail` [w block, SIDE, DEPTH] holds what is left of k. */
-static inline __attribute__((always_inline)) void product(
-    const uint16_t *w, long k_count, const uint16_t *tail, const uint32_t *x,
-    const uint32_t *x2, long cols, long distance, int w_blocks, float *sums) {
+static void product(const uint16_t *w, long k_count, const uint16_t *tail, const uint32_t *x,
+                    const uint32_t *x2, long cols, long distance, int w_blocks, float *sums) {
     long full = k_count / DEPTH * DEPTH, stride = k_count * 2;
     _tile_zero(0);
     _tile_zero(1);
@@ -390,18 +389,8 @@ void linear_tiles(const uint16_t *x, uint32_t *pairs, const uint16_t *w, const u
                 for (long t = 0; t < t_count; t += 2 * SIDE) {
                     const uint32_t *at = pairs + t / SIDE * block;
                     int more = t + SIDE < t_count;
-                    if (!wide)
-                        product(rows, k_count, tail, at, 0, cols, AHEAD_NARROW, 1, sums);
-                    else if (w_blocks == 2 && more)
-                        product(rows, k_count, tail, at, at + block, SIDE, AHEAD_WIDE, 2,
-                                sums);
-                    else if (w_blocks == 2)
-                        product(rows, k_count, tail, at, 0, SIDE, AHEAD_WIDE, 2, sums);
-                    else if (more)
-                        product(rows, k_count, tail, at, at + block, SIDE, AHEAD_WIDE, 1,
-                                sums);
-                    else
-                        product(rows, k_count, tail, at, 0, SIDE, AHEAD_WIDE, 1, sums);
+                    product(rows, k_count, tail, at, more ? at + block : 0, cols,
+                            wide ? AHEAD_WIDE : AHEAD_NARROW, w_blocks, sums);
                     for (int i = 0; i < w_blocks; i++)
                         for (int j = 0; j <= more; j++) {
                             long t0 = t + j * SIDE, n = n0 + i * SIDE;

@@ -10,11 +10,11 @@ With bfloat16 instructions alone (Zen 4), oneDNN on weights packed once is the f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 from adaptspec.decoding.native import Kernel, NativeUnavailableError, kernel
 
 Kind = Literal["native", "packed", "none"]
+Product = Callable[[torch.Tensor, int], object]  # rows, number of the weight
 
 TYPES = (torch.bfloat16, torch.float32)
 
@@ -182,25 +183,12 @@ def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
 
     The fastest at one and at eight rows together wins; a few hundred milliseconds.
     """
-    candidates: dict[str, Callable[[torch.Tensor, int], object]] = {}
     generator = torch.Generator().manual_seed(0)
     weights = [
         torch.randn(TRIAL_SHAPE, generator=generator).to(dtype)
         for _ in range(TRIAL_COPIES)
     ]
-    candidates["none"] = lambda x, i: functional.linear(x, weights[i])
-    remark = ""
-    try:
-        compiled = kernel()
-        candidates["native"] = lambda x, i: compiled.linear(x, weights[i], None)
-    except NativeUnavailableError as error:
-        remark = f"; no native kernel: {error}"
-    if own_weights:
-        try:
-            packed = [pack(weight) for weight in weights]
-            candidates["packed"] = lambda x, i: packed_linear(x, packed[i], None)
-        except (AttributeError, RuntimeError) as error:
-            remark += f"; no packing: {str(error).splitlines()[0]}"
+    candidates, remark = _products(weights, own_weights)
     seconds = {rows: _race(candidates, rows, dtype) for rows in DECIDING_ROWS}
     plain = seconds[1]["none"]
 
@@ -214,11 +202,33 @@ def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
         f"{rows} rows {seconds[rows][best] / plain:.2f}x" for rows in DECIDING_ROWS
     )
     if best == "native":
-        reach = _reach(compiled, weights)
+        reach = _reach(weights)
         return Plan("native", reach, f"{reason} of torch's one row{remark}")
     if best == "packed":
         return Plan("packed", 1 << 30, f"{reason} of torch's one row{remark}")
     return Plan("none", 0, f"torch's own product is the fastest here{remark}")
+
+
+def _products(
+    weights: Sequence[torch.Tensor], packing: bool
+) -> tuple[dict[str, Product], str]:
+    """The products there are here, by kind, and why others aren't."""
+    products: dict[str, Product] = {
+        "none": lambda x, i: functional.linear(x, weights[i])
+    }
+    remark = ""
+    try:
+        compiled = kernel()
+        products["native"] = lambda x, i: compiled.linear(x, weights[i], None)
+    except NativeUnavailableError as error:
+        remark = f"; no native kernel: {error}"
+    if packing:
+        try:
+            packed = [pack(weight) for weight in weights]
+            products["packed"] = lambda x, i: packed_linear(x, packed[i], None)
+        except (AttributeError, RuntimeError) as error:
+            remark += f"; no packing: {str(error).splitlines()[0]}"
+    return products, remark
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -250,7 +260,7 @@ def _replaceable(child: nn.Linear) -> bool:
 
 @torch.inference_mode()
 def _race(
-    candidates: dict[str, Callable[[torch.Tensor, int], object]],
+    candidates: Mapping[str, Product],
     rows: int,
     dtype: torch.dtype,
     inner: int = TRIAL_SHAPE[1],
@@ -271,30 +281,21 @@ def _race(
     return {kind: min(found) for kind, found in times.items()}
 
 
-def _reach(compiled: Kernel, weights: list[torch.Tensor]) -> int:
+def _reach(weights: Sequence[torch.Tensor]) -> int:
     """Up to how many rows the native product beats torch's, on high weights and wide.
 
     Torch's time for many rows depends much on which of the two they are.
     """
+    pairs = {
+        inner: _products([weight.view(-1, inner) for weight in weights], False)[0]
+        for inner in reversed(TRIAL_SHAPE)
+    }
     reach = 32
     for rows in MANY_ROWS:
-        seconds = {"none": 0.0, "native": 0.0}
-        for outer, inner in (TRIAL_SHAPE, TRIAL_SHAPE[::-1]):
-            shaped = [weight.view(outer, inner) for weight in weights]
-
-            def torchs(x: torch.Tensor, i: int, at: Any = shaped) -> object:
-                return functional.linear(x, at[i])
-
-            def ours(x: torch.Tensor, i: int, at: Any = shaped) -> object:
-                return compiled.linear(x, at[i], None)
-
-            pair: dict[str, Callable[[torch.Tensor, int], object]] = {
-                "none": torchs,
-                "native": ours,
-            }
-            for kind, least in _race(pair, rows, weights[0].dtype, inner).items():
-                seconds[kind] += least
-        if seconds["native"] > seconds["none"]:
+        raced = [
+            _race(pair, rows, weights[0].dtype, inner) for inner, pair in pairs.items()
+        ]
+        if sum(r["native"] for r in raced) > sum(r["none"] for r in raced):
             return reach
         reach = rows
     return 1 << 30

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,23 +36,21 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.lanes = int(library.lanes())
-        arguments: list[Any] = [
-            *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER),
-            *(_LONG, _LONG, _LONG, _INT),
-        ]
         self._linear = {
             torch.bfloat16: library.linear_bf16,
             torch.float32: library.linear_f32,
         }
-        for function in self._linear.values():
-            function.argtypes = arguments
-            function.restype = None
         self._on_tiles = library.linear_tiles
-        self._on_tiles.argtypes = [
-            *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-            *(_LONG, _LONG, _LONG, _INT),
-        ]
-        self._on_tiles.restype = None
+        for second, functions in (
+            (_LONG, self._linear.values()),
+            (_POINTER, [self._on_tiles]),
+        ):
+            for function in functions:
+                function.argtypes = [
+                    *(_POINTER, second, _POINTER, _POINTER, _POINTER),
+                    *(_LONG, _LONG, _LONG, _INT),
+                ]
+                function.restype = None
         self.tiles = bool(library.tiles())
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
@@ -70,22 +67,36 @@ class Kernel:
         rows, inner = x.shape
         outer = weight.shape[0]
         y = torch.empty((rows, outer), dtype=x.dtype)
+        # Held until the call is over: the kernel reads them by their addresses.
         if self.tiles and x.dtype is torch.bfloat16:
-            side, steps = min(rows, TILE_ROWS), -(-inner // TILE_DEPTH)
-            filled = -(-rows // side) * side
-            room = torch.empty(filled * steps * TILE_DEPTH, dtype=torch.bfloat16)
-            self._on_tiles(
-                x.data_ptr(),
-                room.data_ptr(),
-                weight.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                y.data_ptr(),
-                rows,
-                outer,
-                inner,
-                torch.get_num_threads(),
-            )
-            return y
+            function, room = self._on_tiles, self._room_for_pairs(rows, inner)
+            first, second = x.data_ptr(), room.data_ptr()
+        else:
+            function, wide = self._linear[x.dtype], self._widened(x)
+            first, second = wide.data_ptr(), wide.shape[1]
+        function(
+            first,
+            second,
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            outer,
+            inner,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _room_for_pairs(self, rows: int, inner: int) -> torch.Tensor:
+        """Where ``linear_tiles`` puts x, filled up to whole tiles."""
+        side = min(rows, TILE_ROWS)
+        filled = -(-rows // side) * side
+        depth = -(-inner // TILE_DEPTH) * TILE_DEPTH
+        return torch.empty(filled * depth, dtype=torch.bfloat16)
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` in float32, its rows filled up to whole registers."""
+        rows, inner = x.shape
         # Weights of bfloat16 come two to a register's lane.
         step = self.lanes * (2 if x.dtype is torch.bfloat16 else 1)
         stride = -(-inner // step) * step
@@ -97,18 +108,7 @@ class Kernel:
             wide[:, :inner] = x
         else:
             wide = x
-        self._linear[x.dtype](
-            wide.data_ptr(),
-            stride,
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            rows,
-            outer,
-            inner,
-            torch.get_num_threads(),
-        )
-        return y
+        return wide
 
 
 @functools.cache

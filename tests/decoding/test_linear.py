@@ -329,7 +329,7 @@ def test_the_native_product_reaches_as_far_as_it_is_faster_on_both_shapes(
 
     monkeypatch.setattr(subject, "_race", race)
     weights = [torch.zeros(subject.TRIAL_SHAPE, dtype=torch.bfloat16)]
-    assert subject._reach(cast(Any, None), weights) == reach
+    assert subject._reach(weights) == reach
     assert seen[:2] == [(64, 4096), (64, 1536)]
 
 
