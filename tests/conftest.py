@@ -36,6 +36,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start processes go first: a long one at the end runs alone."""
+    tests = Path(__file__).parent
+    slow = [tests / "tuner", tests / "training", tests / "test_benchmarks.py"]
+    items.sort(key=lambda item: not any(item.path.is_relative_to(s) for s in slow))
+
+
 @pytest.fixture(scope="session")
 def real_model_path() -> Path:
     """The embedded default model, for tests marked ``real_model``."""

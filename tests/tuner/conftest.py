@@ -22,13 +22,16 @@ from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
 
 # The first-party plugins by name: the tests don't depend on what else is installed.
 # A test run in a shell's background ignores Ctrl-C, and so would what it starts.
+# Few settings are replayed: most of the time would go there, and finding the best is
+# what test_replay.py is for.
 PROGRAM = """
-import signal, sys
+import functools, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import adaptspec_plugins
 from adaptspec import cli, host
 from adaptspec_profiles import plugin as profiles
-from adaptspec_tuner import plugin as tuner
+from adaptspec_tuner import phases, plugin as tuner
+phases.presearch = functools.partial(phases.presearch, trials=12)
 mine = host.Host({"bundled": adaptspec_plugins, "profiles": profiles, "tuner": tuner})
 host.Host.installed = classmethod(lambda cls: mine)
 cli.main(sys.argv[1:])

@@ -94,6 +94,7 @@ def test_a_draft_model_is_tuned_and_changes_no_output(
     result = json.loads(out)
     assert result["unavailable"] == {}
     assert result["environment"]["draft"] not in (None, result["environment"]["model"])
+    saved = []
     for found in result["classes"]:
         assert found["trials"] == dict.fromkeys(drafting, 2)
         drafted = [r for r in found["results"] if r["strategy"] in drafting]
@@ -101,8 +102,10 @@ def test_a_draft_model_is_tuned_and_changes_no_output(
         for r in found["results"]:
             assert r["lossless"]
             assert r["identical"] + r["near_ties"] == r["prompts"] == 2
-        # A draft that often agrees saves forwards, whatever the clock says.
-        assert max(r["tokens_per_forward"] for r in drafted) > 1
+        saved += [r["tokens_per_forward"] > 1 for r in drafted]
+    # A draft that often agrees saves forwards. Where it saves no time, which is so of
+    # tiny models, a gate may end it before it does.
+    assert any(saved)
     stored = rows(db, "select distinct draft from environments")
     assert stored == [(result["environment"]["draft"],)]
 
