@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,6 +19,38 @@ import pytest
 pytest.register_assert_rewrite("adaptspec.testing")
 
 MOST_WORKERS = 4  # each takes up to 2 GiB of memory
+
+# What takes seconds to import. None of it starts a thread, so processes fork safely.
+WARM = [
+    "adaptspec_tuner.tuning",
+    "adaptspec_training.training",
+    "adaptspec_profiles.sql",
+    "optuna",
+    "psutil",
+    "pytest",
+    "sqlalchemy.dialects.sqlite",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]
+
+# A test run in a shell's background ignores Ctrl-C, and so would what it starts.
+PROLOGUE = """
+import os, signal
+os.environ.clear()
+os.environ.update(environment)
+for stream, path in (1, out), (2, told):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+CALL = """
+import sys
+from importlib import util
+spec = util.spec_from_file_location("under_test", file)
+module = sys.modules["under_test"] = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+getattr(module, function)(*arguments)
+"""
 
 # A busy machine is no failure, and every run tries the same examples.
 hypothesis.settings.register_profile("adaptspec", deadline=None, derandomize=True)
@@ -41,6 +77,112 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     slow = [tests / "tuner", tests / "training", tests / "test_benchmarks.py"]
     items.sort(key=lambda item: not any(item.path.is_relative_to(s) for s in slow))
+
+
+class Forked:
+    """A process of its own without the seconds of imports, used as a ``Popen`` is."""
+
+    def __init__(
+        self, program: str, folder: Path, environment: Mapping[str, str], **values: Any
+    ) -> None:
+        self._out, self._told = folder / "stdout", folder / "stderr"
+        given = {
+            **values,
+            "environment": {**os.environ, **environment},
+            "out": str(self._out),
+            "told": str(self._told),
+        }
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=exec, args=(PROLOGUE + program, given)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self.returncode) is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote to stdout and stderr, once it has ended."""
+        self.wait(timeout)
+        out, told = (
+            path.read_text() if path.exists() else ""
+            for path in (self._out, self._told)
+        )
+        return out, told
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        self.wait()
+        self._process.close()
+
+
+@pytest.fixture(scope="session")
+def _warm_server() -> None:
+    """What processes are forked from; it ends with this process.
+
+    What is read from the environment at an import must be said before: the number of
+    threads, and what :func:`adaptspec.cli.main` sets.
+    """
+    paths = [str(Path(p or ".").resolve()) for p in sys.path]
+    forkserver.set_forkserver_preload(WARM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+        forkserver.ensure_running()
+
+
+@pytest.fixture
+def fork(
+    _warm_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Forked]]:
+    """Runs a program's text in a process that has these names and variables of the
+    environment; what still runs is killed at the end."""
+    started: list[Forked] = []
+
+    def fork(
+        program: str, environment: Mapping[str, str] | None = None, **values: Any
+    ) -> Forked:
+        folder = tmp_path_factory.mktemp("process")
+        started.append(Forked(program, folder, environment or {}, **values))
+        return started[-1]
+
+    yield fork
+    for process in started:
+        process.close()
+
+
+@pytest.fixture
+def fork_call(fork: Callable[..., Forked]) -> Callable[..., Forked]:
+    """Calls a test file's function with these arguments in a process."""
+
+    def fork_call(function: Callable[..., None], *arguments: Any) -> Forked:
+        return fork(
+            CALL,
+            file=function.__code__.co_filename,
+            function=function.__name__,
+            arguments=arguments,
+        )
+
+    return fork_call
 
 
 @pytest.fixture(scope="session")

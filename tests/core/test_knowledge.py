@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,22 +81,10 @@ def count_often(folder: str) -> None:
         exchanged(Path(folder), strategy, 1)
 
 
-def process(function: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Another process that loads this file and calls a function of it."""
-    code = (
-        "import importlib.util as u, sys\n"
-        "s = u.spec_from_file_location('held', sys.argv[1])\n"
-        "m = sys.modules['held'] = u.module_from_spec(s)\n"
-        "s.loader.exec_module(m)\n"
-        "getattr(m, sys.argv[2])(sys.argv[3])\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, __file__, function, str(folder)]
-    )
-
-
-def test_four_processes_writing_at_once_lose_nothing(tmp_path: Path) -> None:
-    workers = [process("count_often", tmp_path) for _ in range(4)]
+def test_four_processes_writing_at_once_lose_nothing(
+    fork_call: Any, tmp_path: Path
+) -> None:
+    workers = [fork_call(count_often, str(tmp_path)) for _ in range(4)]
     assert [worker.wait() for worker in workers] == [0] * 4
     assert exchanged(tmp_path, Counting()) == 60
 
@@ -120,10 +106,10 @@ def die(folder: str) -> None:
 
 
 def test_a_process_killed_while_it_holds_the_file_leaves_it_whole(
-    tmp_path: Path,
+    fork_call: Any, tmp_path: Path
 ) -> None:
     exchanged(tmp_path, Counting(), 1)
-    assert process("die", tmp_path).wait() == -signal.SIGKILL
+    assert fork_call(die, str(tmp_path)).wait() == -signal.SIGKILL
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert exchanged(tmp_path, Counting(), 2) == 3

@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +45,15 @@ QUICK = Options(
     held_out=0.25,
     seed=1,
 )
+
+
+SAVES_ALWAYS = """
+import adaptspec_training.training as t
+init = t.Schedule.__init__
+t.Schedule.__init__ = lambda self, **k: init(self, **k, save_seconds=0.0)
+from adaptspec.cli import main
+main(arguments)
+"""
 
 
 @pytest.fixture
@@ -208,35 +215,23 @@ def test_the_model_writes_its_own_prompts(
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
-    folder: Path, prompts: Path, tmp_path: Path
+    folder: Path, prompts: Path, tmp_path: Path, fork: Any
 ) -> None:
-    def command(out: str) -> list[str]:
-        script = (
-            "import adaptspec_training.training as t\n"
-            "init = t.Schedule.__init__\n"
-            "t.Schedule.__init__ = lambda self, **k: init(\n"
-            "    self, **k, save_seconds=0.0\n"
-            ")\n"
-            "from adaptspec.cli import main\n"
-            "main()\n"
-        )
+    def start(out: str) -> Any:
         options = (
             f"train medusa -m {folder} --data {prompts} --out {tmp_path / out} "
             "--heads 2 --draft-vocab 0 --epochs 25 --batch-tokens 30 -n 10 "
             "--answer-batch 2 --temperature 0.7 --threads 1"
         )
-        return [sys.executable, "-c", script, *options.split()]
+        return fork(SAVES_ALWAYS, arguments=options.split())
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    whole = start("whole")
+    assert whole.wait() == 0, whole.communicate()
     draw = random.Random(0)
     kills = 0
     work = tmp_path / "killed" / "work"
     while kills < 3:
-        process = subprocess.Popen(
-            command("killed"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start("killed")
         # Once it has begun to work: before, a kill has nothing to spoil.
         seen = footprint(work)
         while process.poll() is None and footprint(work) == seen:
@@ -248,10 +243,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
         process.wait()
         kills += 1
     assert kills >= 2
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
-    assert whole.keys() == killed.keys()
-    for name, tensor in whole.items():
+    last = start("killed")
+    assert last.wait() == 0, last.communicate()
+    undisturbed, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    assert undisturbed.keys() == killed.keys()
+    for name, tensor in undisturbed.items():
         assert torch.equal(tensor, killed[name]), name
 
 

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from adaptspec.host import Host
 from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
 
 # The first-party plugins by name: the tests don't depend on what else is installed.
-# A test run in a shell's background ignores Ctrl-C, and so would what it starts.
 # Few settings are replayed: most of the time would go there, and finding the best is
 # what test_replay.py is for.
 PROGRAM = """
-import functools, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import functools
 import adaptspec_plugins
 from adaptspec import cli, host
 from adaptspec_profiles import plugin as profiles
@@ -34,10 +32,13 @@ from adaptspec_tuner import phases, plugin as tuner
 phases.presearch = functools.partial(phases.presearch, trials=12)
 mine = host.Host({"bundled": adaptspec_plugins, "profiles": profiles, "tuner": tuner})
 host.Host.installed = classmethod(lambda cls: mine)
-cli.main(sys.argv[1:])
+cli.main(arguments)
 """
 
-Start = Callable[..., "subprocess.Popen[str]"]
+ENVIRONMENT = {
+    "ADAPTSPEC_NATIVE": "0",  # nothing here needs the kernel built first
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,24 +54,26 @@ def host() -> Host:
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts ``tune`` (or another command) with these arguments; what still runs is
-    killed at the end."""
+def start(fork: Any) -> Callable[..., Any]:
+    """Starts ``tune`` with these arguments."""
+
+    def start(*arguments: str) -> Any:
+        return fork(PROGRAM, ENVIRONMENT, arguments=["tune", *arguments])
+
+    return start
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Starts ``profiles serve``, which is read while it runs, until the end."""
     paths = [str(Path(p or ".").resolve()) for p in sys.path]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "ADAPTSPEC_NATIVE": "0",  # nothing here needs the kernel built first
-        "OMP_NUM_THREADS": "1",
-    }
     started: list[subprocess.Popen[str]] = []
 
-    def start(
-        *arguments: str, command: Sequence[str] = ("tune",)
-    ) -> subprocess.Popen[str]:
+    def serve(db: Path) -> subprocess.Popen[str]:
+        arguments = ["profiles", "serve", "--db", str(db), "--port", "0"]
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *command, *arguments],
-            env=environment,
+            [sys.executable, "-c", f"arguments = {arguments}\n{PROGRAM}"],
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -78,7 +81,7 @@ def start() -> Iterator[Start]:
         started.append(process)
         return process
 
-    yield start
+    yield serve
     for process in started:
         with process:  # closes its pipes
             process.kill()

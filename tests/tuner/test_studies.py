@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,23 +231,11 @@ def worker(db: str, pause: float) -> None:
     store.close()
 
 
-def start(db: str, pause: float) -> subprocess.Popen[bytes]:
-    code = (
-        "import importlib.util as u, sys\n"
-        f"spec = u.spec_from_file_location('studies_under_test', {__file__!r})\n"
-        "module = u.module_from_spec(spec)\n"
-        "sys.modules['studies_under_test'] = module\n"
-        "spec.loader.exec_module(module)\n"
-        f"module.worker({db!r}, {pause})\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code])
-
-
 def test_processes_share_a_study_without_trying_a_setting_twice(
-    db: str, store: SqlStore
+    db: str, store: SqlStore, fork_call: Any
 ) -> None:
     store.studies()
-    running = [start(db, 0.02) for _ in range(2)]
+    running = [fork_call(worker, db, 0.02) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     trials = store.trials("r1")
     settings = sorted(int(t.params["k"]) for t in trials)
@@ -264,12 +250,12 @@ def test_processes_share_a_study_without_trying_a_setting_twice(
 
 
 def test_a_killed_process_loses_nothing_finished_and_repeats_nothing(
-    db: str, store: SqlStore
+    db: str, store: SqlStore, fork_call: Any
 ) -> None:
     store.studies()
     for _ in range(3):
         before = store.trials("r1")
-        victim = start(db, 0.05)
+        victim = fork_call(worker, db, 0.05)
         deadline = time.monotonic() + 60
         while len(store.trials("r1")) == len(before) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -44,7 +44,7 @@ def stored(url: str) -> list[tuple[str, int]]:
 
 @pytest.fixture(params=["sqlite", "postgres", "grpc"])
 def meeting(
-    request: pytest.FixtureRequest, start: Any, tmp_path: Path
+    request: pytest.FixtureRequest, serve: Any, tmp_path: Path
 ) -> tuple[str, str, str]:
     """Where leader and workers meet: the leader's --db, the workers', and a URL."""
     if request.param == "postgres":
@@ -54,7 +54,7 @@ def meeting(
     if request.param == "sqlite":
         return str(db), str(db), f"sqlite:///{db}"
     pytest.importorskip("grpc", reason="needs adaptspec[grpc]")
-    server = start("--db", str(db), "--port", "0", command=("profiles", "serve"))
+    server = serve(db)
     line = server.stdout.readline()
     assert " at grpc://localhost:" in line, server.communicate()
     return str(db), line.split()[-1], f"sqlite:///{db}"
