@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-# Blocks a row is cut into: maxima of long contiguous blocks are vectorised, an argmax
-# isn't. Of 152k bfloat16 logits this takes a sixth of the time.
+from adaptspec.decoding.native import largest
+
+# A row is cut into so many where our kernel isn't at hand: maxima of long contiguous
+# blocks are vectorised, an argmax isn't. Of 152k bfloat16 logits this takes a sixth of
+# torch's time.
 BLOCKS = 64
 
 
@@ -16,6 +19,9 @@ def argmax_rows(logits: torch.Tensor) -> list[int]:
     One host sync. The same index whatever the number of rows, so that plain decoding
     and a verification break ties alike.
     """
+    if (places := largest(logits, 1)) is not None:
+        known: list[int] = places[:, 0].tolist()
+        return known
     vocab = logits.shape[-1]
     size = vocab // BLOCKS
     if size < BLOCKS or not logits.is_contiguous() or logits.device.type != "cpu":

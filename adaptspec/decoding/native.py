@@ -19,7 +19,7 @@ SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 SECONDS = 120
-TILE_ROWS, TILE_DEPTH = 16, 32  # as in kernels.c
+TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in kernels.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -55,6 +55,14 @@ class Kernel:
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
         self._widen.restype = None
+        self._largest = {
+            torch.bfloat16: library.largest_16,
+            torch.float16: library.largest_16,
+            torch.float32: library.largest_32,
+        }
+        for function in self._largest.values():
+            function.argtypes = [_POINTER, *[_LONG] * 4, _POINTER, _INT]
+            function.restype = None
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -86,6 +94,34 @@ class Kernel:
             torch.get_num_threads(),
         )
         return y
+
+    def ranks(self, x: torch.Tensor, count: int) -> bool:
+        """Whether :meth:`largest` takes these."""
+        return (
+            x.dtype in self._largest
+            and x.device.type == "cpu"
+            and x.dim() == 2
+            and x.stride(1) == 1
+            and 1 <= count <= min(MOST_KEPT, x.shape[1])
+        )
+
+    def largest(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Where the largest of each row of ``x [rows, n]`` stand, ``[rows, count]``.
+
+        Largest first, of equals the first first. Only what :meth:`ranks` allows.
+        """
+        rows, columns = x.shape
+        places = torch.empty((rows, count), dtype=torch.int64)
+        self._largest[x.dtype](
+            x.data_ptr(),
+            rows,
+            columns,
+            x.stride(0),
+            count,
+            places.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return places
 
     def _room_for_pairs(self, rows: int, inner: int) -> torch.Tensor:
         """Where ``linear_tiles`` puts x, filled up to whole tiles."""
@@ -132,6 +168,17 @@ def kernel() -> Kernel:
         raise NativeUnavailableError(
             f"the compiled kernel can't be used: {error}"
         ) from None
+
+
+def largest(x: torch.Tensor, count: int) -> torch.Tensor | None:
+    """:meth:`Kernel.largest`, or None where ``x`` or this process isn't ready for it.
+
+    The kernel comes with a model; nothing is compiled for this.
+    """
+    if not kernel.cache_info().currsize:
+        return None
+    compiled = kernel()
+    return compiled.largest(x, count) if compiled.ranks(x, count) else None
 
 
 def _cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from statistics import median
@@ -60,7 +61,7 @@ class ForwardCost:
     """
 
     def __init__(self, curve: Callable[[int], float]) -> None:
-        self._curve = curve
+        self._curve = functools.cache(curve)
         self._ratios: deque[float] = deque(maxlen=RECENT)
         self._scale = 1.0
 

@@ -7,7 +7,7 @@ chance of its own, so the best tree of every size is found without its recursion
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from adaptspec.decoding.tree import Law, TokenTree
@@ -187,51 +187,64 @@ def doubted(chance: float, depth: int) -> float:
 
 def best_first(
     candidates: Candidates, chance: Chance, most: int
-) -> list[tuple[int, float]]:
+) -> Iterator[tuple[int, float]]:
     """Up to ``most`` nodes with the chances of their paths, the best to choose first.
 
     A child is never better than its parent, so each prefix is closed under parents
     and no other closed set of its size has a larger sum of :func:`doubted` chances.
     """
-    found: list[tuple[int, float]] = []
     waiting = [(-1.0, 0, 1.0)]
-    while waiting and len(found) <= most:
+    for found in range(most + 1):
+        if not waiting:
+            return
         _, node, path = heapq.heappop(waiting)
-        found.append((node, path))
+        if node:
+            yield node, path
+        if found == most:
+            return
         depth = candidates.depths[node] + 1
         for child, share in candidates.shares(node, chance):
             reached = path * share
             heapq.heappush(waiting, (-doubted(reached, depth), child, reached))
-    return found[1 : most + 1]
 
 
 def best_tree(
-    nodes: Sequence[tuple[int, float]],
+    nodes: Iterable[tuple[int, float]],
     depths: Sequence[int],
     seconds: Callable[[int], float],
     spent: float,
     pace: float,
+    most: int,
 ) -> Plan:
     """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
     Args:
-        nodes: From :func:`best_first`.
+        nodes: From :func:`best_first`; taken while more of them can be worth more.
         depths: Of each node.
         seconds: Of a forward over so many rows, the root's included.
         spent: Seconds of the step outside the forward.
         pace: Tokens per second of the steps around.
+        most: Of ``nodes``.
     """
-    best = Plan((), 1.0, spent + seconds(1))
-    most = best.worth(pace)
-    tokens = sure = 1.0
-    for size, (node, chance) in enumerate(nodes, 1):
-        tokens += chance
-        sure += doubted(chance, depths[node])
-        time = spent + seconds(1 + size)
-        if sure - pace * time > most:
-            most = sure - pace * time
-            best = Plan(nodes[:size], tokens, time)
-    return best
+    price = [pace * seconds(1 + size) for size in range(most + 1)]
+    kept: list[tuple[int, float]] = []
+    size, best, tokens = 0, 1.0 - price[0], 1.0
+    expected = sure = 1.0
+    for node, chance in nodes:
+        kept.append((node, chance))
+        gain = doubted(chance, depths[node])
+        expected += chance
+        sure += gain
+        taken = len(kept)
+        if sure - price[taken] > best:
+            size, best, tokens = taken, sure - price[taken], expected
+        # Later nodes gain no more than this one.
+        elif all(
+            sure + gain * more - price[taken + more] <= best
+            for more in range(1, most - taken + 1)
+        ):
+            break
+    return Plan(kept[:size], tokens, spent + seconds(1 + size))
 
 
 def best_chain(

@@ -252,7 +252,7 @@ class _HybridDrafter(Drafter):
             )
         nodes = best_first(self._candidates, self._chance, most)
         depths = self._candidates.depths
-        return best_tree(nodes, depths, self._forward, spent, self._rate)
+        return best_tree(nodes, depths, self._forward, spent, self._rate, most)
 
     def _chance(self, marks: Marks, rival: Marks) -> float:
         return self._calibration.chance(marks, rival, self._shifts)

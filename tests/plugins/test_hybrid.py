@@ -180,7 +180,7 @@ def test_best_first_has_the_largest_sum_of_all_closed_sets_of_each_size(
 ) -> None:
     candidates = merged([paths])
     chances = Chances(candidates, seed)
-    found = best_first(candidates, chances.given_marks(), 100)
+    found = list(best_first(candidates, chances.given_marks(), 100))
     assert sorted(n for n, _ in found) == list(range(1, len(candidates)))
     best: dict[int, float] = {}
     for chosen in closed_subsets(candidates):
@@ -204,8 +204,10 @@ def test_no_closed_set_is_worth_more_at_the_pace_than_the_tree_chosen(
 ) -> None:
     candidates = merged([paths])
     chances, seconds = Chances(candidates, seed), costs(rises)
-    nodes = best_first(candidates, chances.given_marks(), 100)
-    plan = best_tree(nodes, candidates.depths, seconds, spent, pace)
+    nodes = list(best_first(candidates, chances.given_marks(), 100))
+    plan = best_tree(
+        iter(nodes), candidates.depths, seconds, spent, pace, most=len(nodes)
+    )
 
     def worth(chosen: Sequence[int]) -> float:
         gained = sum(map(chances.counting, chosen))
@@ -249,7 +251,7 @@ def test_the_tree_spells_the_chosen_nodes_with_the_likeliest_child_first(
 ) -> None:
     candidates = merged([paths])
     chances = Chances(candidates, seed)
-    nodes = best_first(candidates, chances.given_marks(), size)
+    nodes = list(best_first(candidates, chances.given_marks(), size))
     tree = candidates.tree(nodes)
     tree.check(ROOT, 64)
     chance_of = {spelled(candidates, node): chance for node, chance in nodes}
