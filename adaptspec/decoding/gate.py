@@ -18,7 +18,7 @@ PLAIN_EVERY = 48  # drafting steps between two looks at a plain step
 FORGET = 0.9  # weight of the past at each step
 # Lost to finding out at most: so many plain steps, and this share of all time. What
 # isn't used of the share is kept for later, up to so many plain steps.
-CREDIT, SHARE, KEPT = 1.0, 0.02, 16.0
+CREDIT, SHARE, KEPT = 1.0, 0.01, 8.0
 GUESSED = 0.5  # plain steps that a first drafting step is thought to lose
 FASTER = 4.0  # how much faster a draft model reads than the target, before it is seen
 
