@@ -282,7 +282,7 @@ static void keep(int32_t *keys, int64_t *places, long *kept, long count, int32_t
                                                                                               \
     void NAME(const WORD *x, long rows, long columns, long stride, long count,                \
               int64_t *places, int threads) {                                                 \
-        if (rows < threads) threads = (int)rows;                                              \
+        if (rows < threads) threads = rows > 0 ? (int)rows : 1;                               \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                     \
         for (long r = 0; r < rows; r++)                                                       \
             NAME##_row(x + r * stride, columns, count, places + r * count);                   \

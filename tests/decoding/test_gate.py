@@ -167,7 +167,7 @@ def test_gains_are_no_licence_to_lose() -> None:
     before, tokens = decoding.now, decoding.tokens
     decoding.run(1000, lambda _: 2.0, gain=1)
     # Until the last ten steps say so, and what was kept of the share.
-    assert decoding.now - before - (decoding.tokens - tokens) < 20 + KEPT + 0.02 * 1000
+    assert decoding.now - before - (decoding.tokens - tokens) < 20 + KEPT + SHARE * 1000
 
 
 class Reading(Chain):

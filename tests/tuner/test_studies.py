@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,7 +258,7 @@ def test_a_killed_process_loses_nothing_finished_and_repeats_nothing(
         deadline = time.monotonic() + 60
         while len(store.trials("r1")) == len(before) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(victim.pid, signal.SIGKILL)
+        victim.kill()
         victim.wait()
         assert store.trials("r1")[: len(before)] == before
     search(store).search()

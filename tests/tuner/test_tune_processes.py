@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from adaptspec_tuner.phases import stopped_by_user
+
 Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 
 POLL_SECONDS = 0.05
@@ -42,7 +44,7 @@ def test_ctrl_c_exits_130_and_keeps_what_was_stored(
         time.sleep(POLL_SECONDS)
     running.send_signal(signal.SIGINT)
     out, told = running.communicate(timeout=600)
-    assert running.returncode == 130
+    assert running.returncode == 130, told
     assert out == ""
     assert told.splitlines()[-1] == (
         "Error: stopped; finished trials are kept, the same command continues"
@@ -51,6 +53,19 @@ def test_ctrl_c_exits_130_and_keeps_what_was_stored(
     assert "Loading weights" not in told
     assert set(stored) <= set(rows(db, TRIALS))
     assert rows(db, "pragma integrity_check") == [("ok",)]
+
+
+def test_an_error_made_of_ctrl_c_is_ctrl_c() -> None:
+    def write() -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            raise ValueError("this session can't be closed")  # noqa: B904
+
+    with pytest.raises(ValueError, match="session") as caught:
+        write()
+    assert stopped_by_user(caught.value)
+    assert not stopped_by_user(ValueError("another"))
 
 
 def test_a_run_killed_while_it_confirms_leaves_whole_classes_and_continues(

@@ -51,13 +51,24 @@ def tune_with(run: Run) -> TuneResult:
                 e for found in run.result.classes for e in found.prediction_errors
             ):
                 run.warn(f"replay: {said}")
-    except KeyboardInterrupt:
-        raise Interrupted(run.result) from None
+    except BaseException as error:
+        if stopped_by_user(error):
+            raise Interrupted(run.result) from None
+        raise
     finally:
         close_search(run.store, run.id)
         run.spending.end()
         run.result.spent.update(run.spending.parts)
     return run.result
+
+
+def stopped_by_user(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or an error of cleaning up after it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _stale(store: ProfileStore, environment: Environment) -> str:
