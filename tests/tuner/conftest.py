@@ -55,10 +55,10 @@ def host() -> Host:
 
 @pytest.fixture
 def start(fork: Any) -> Callable[..., Any]:
-    """Starts ``tune`` with these arguments."""
+    """Starts ``tune`` with these arguments, after a text of the test's own."""
 
-    def start(*arguments: str) -> Any:
-        return fork(PROGRAM, ENVIRONMENT, arguments=["tune", *arguments])
+    def start(*arguments: str, first: str = "") -> Any:
+        return fork(first + PROGRAM, ENVIRONMENT, arguments=["tune", *arguments])
 
     return start
 

@@ -18,6 +18,11 @@ Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 
 POLL_SECONDS = 0.05
 TRIALS = "select run, prompt_class, strategy, number, params from tuning_trials"
+# Drafts save no time on tiny models, so that a gate would end them at once.
+OPEN_GATE = """
+from adaptspec.decoding.gate import GateMemory
+GateMemory.wants = lambda *arguments: True
+"""
 PROFILES = "select id, run, prompt_class, strategy from profiles order by id"
 
 
@@ -103,13 +108,13 @@ def test_a_draft_model_is_tuned_and_changes_no_output(
         *arguments,
         *("--draft-model", tiny_pair[1], "--strategies", ",".join(drafting)),
         *("--budget", "10m", "--trials", "2"),
+        first=OPEN_GATE,
     )
     out, told = running.communicate(timeout=600)
     assert running.returncode == 0, told
     result = json.loads(out)
     assert result["unavailable"] == {}
     assert result["environment"]["draft"] not in (None, result["environment"]["model"])
-    saved = []
     for found in result["classes"]:
         assert found["trials"] == dict.fromkeys(drafting, 2)
         drafted = [r for r in found["results"] if r["strategy"] in drafting]
@@ -117,10 +122,8 @@ def test_a_draft_model_is_tuned_and_changes_no_output(
         for r in found["results"]:
             assert r["lossless"]
             assert r["identical"] + r["near_ties"] == r["prompts"] == 2
-        saved += [r["tokens_per_forward"] > 1 for r in drafted]
-    # A draft that often agrees saves forwards. Where it saves no time, which is so of
-    # tiny models, a gate may end it before it does.
-    assert any(saved)
+        # A draft that often agrees saves forwards, whatever the clock says.
+        assert max(r["tokens_per_forward"] for r in drafted) > 1
     stored = rows(db, "select distinct draft from environments")
     assert stored == [(result["environment"]["draft"],)]
 
