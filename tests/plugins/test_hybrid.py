@@ -219,6 +219,14 @@ def test_no_closed_set_is_worth_more_at_the_pace_than_the_tree_chosen(
     assert plan.seconds == pytest.approx(spent + seconds(1 + len(plan.nodes)))
 
 
+def test_a_node_that_does_not_pay_is_taken_with_one_that_then_costs_nothing() -> None:
+    seconds = {1: 1.0, 2: 1.6, 3: 1.6, 4: 9.0}.__getitem__
+    nodes = [(1, 0.5), (2, 0.5), (3, 0.5)]
+    plan = best_tree(iter(nodes), [0, 1, 1, 1], seconds, spent=0.0, pace=1.0, most=3)
+    assert plan.nodes == nodes[:2]
+    assert plan.tokens == 2.0
+
+
 @given(Small, st.integers(0, 99), Curve, st.integers(0, 4), st.floats(0.5, 4))
 def test_no_path_is_worth_more_at_the_pace_than_the_chain_chosen(
     paths: list[list[int]], seed: int, rises: list[float], most: int, pace: float
