@@ -6,15 +6,17 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.engine import Engine, Run
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
+from adaptspec.strategy import Strategy
 
 HF, PLAIN = "hf_generate", "autoregressive"
 
@@ -31,30 +33,63 @@ THEIRS = ("hf_generate", "hf_prompt_lookup", "hf_assisted")
 Contender = Callable[[Sequence[int], int], tuple[list[int], float, float | None]]
 
 
-def ours(
-    engine: Engine,
-    host: Host,
-    name: str,
-    params: Mapping[str, Any],
-    keep: bool = False,
-) -> Contender:
+class Ours:
     """One of our strategies; ``keep`` lets it remember earlier prompts."""
-    held = host.create(name, params)
 
-    def run(ids: Sequence[int], length: int) -> tuple[list[int], float, float | None]:
+    def __init__(
+        self,
+        engine: Engine,
+        host: Host,
+        name: str,
+        params: Mapping[str, Any],
+        keep: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._create: Callable[[], Strategy] = partial(host.create, name, params)
+        self._held = self._create() if keep else None
+
+    def begin(self, ids: Sequence[int], length: int) -> Run:
+        """A generation to iterate over."""
         controls = Controls.for_model(
-            engine.model, temperature=0, max_new_tokens=length
+            self._engine.model, temperature=0, max_new_tokens=length
         )
-        strategy = held if keep else host.create(name, params)
-        done = engine.generate(strategy, ids, controls)
-        speed = done.stats.tokens_per_second
-        return (
-            done.token_ids,
-            1e3 / speed if speed else float("nan"),
-            done.stats.tokens_per_forward,
-        )
+        return Run(self._engine, self._held or self._create(), ids, controls)
 
-    return run
+    def __call__(
+        self, ids: Sequence[int], length: int
+    ) -> tuple[list[int], float, float | None]:
+        """As every contender."""
+        run = self.begin(ids, length)
+        for _ in run:
+            pass
+        return measured(run)
+
+
+def measured(run: Run) -> tuple[list[int], float, float | None]:
+    """What a contender answers, of a generation that is over."""
+    stats = run.result.stats
+    speed = stats.tokens_per_second
+    return (
+        run.result.token_ids,
+        1e3 / speed if speed else float("nan"),
+        stats.tokens_per_forward,
+    )
+
+
+def in_step(runs: Mapping[str, Run]) -> None:
+    """Decode all of them, a step of the one with the fewest tokens at a time.
+
+    So they are at the same place of the answer at the same time, and a machine whose
+    speed drifts drifts for all of them. Of several that which waited longest is next.
+    """
+    going = {name: iter(run) for name, run in runs.items()}
+    emitted = dict.fromkeys(going, 0)  # those still going
+    while emitted:
+        name = min(emitted, key=emitted.__getitem__)
+        before = emitted.pop(name)
+        tokens = next(going[name], None)
+        if tokens is not None:
+            emitted[name] = before + len(tokens)
 
 
 def theirs(

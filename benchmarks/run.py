@@ -3,7 +3,9 @@
     python benchmarks/run.py --model M [--draft-model D] [--workload W] [--json OUT]
 
 Every prompt is decoded greedily by every contender before the next prompt, in an order
-that rotates, after a warm-up; so drift of the machine falls on all alike. Times are of
+that rotates, after a warm-up; so drift of the machine falls on all alike. With
+``--together`` ours take turns step by step, each at the same place of its answer; then
+what drifts within a prompt falls on all alike, too. Times are of
 decoding alone, without the prefill. Nothing here asserts a speed. What was measured is
 written after every prompt, so a run cut off leaves it.
 """
@@ -30,7 +32,17 @@ from adaptspec.host import Host
 from adaptspec.models import LanguageModel, load_model
 from adaptspec_tuner.profiler import first_difference, near_tie
 from adaptspec_tuner.workloads import Workload, example_workload, read_workload
-from contenders import HF, PLAIN, SWEEP, Contender, Peer, ours, theirs
+from contenders import (
+    HF,
+    PLAIN,
+    SWEEP,
+    Contender,
+    Ours,
+    Peer,
+    in_step,
+    measured,
+    theirs,
+)
 from parts import PARTS, measure_parts, show_parts
 from tables import Run, show_speeds, show_table, summarise
 
@@ -42,10 +54,15 @@ def decode_all(
     contenders: Mapping[str, Contender],
     prompts: Sequence[Prompt],
     repeats: int,
+    together: bool,
     say: Callable[[str], None],
     done: Callable[[list[Run]], None],
 ) -> list[Run]:
-    """Every prompt by every contender, interleaved; ``done`` hears of each prompt."""
+    """Every prompt by every contender, interleaved; ``done`` hears of each prompt.
+
+    Args:
+        together: Whether ours take turns step by step.
+    """
     names = list(contenders)
     for name in names:  # warm-up
         contenders[name](prompts[0][2], min(4, prompts[0][3]))
@@ -54,8 +71,18 @@ def decode_all(
         say(f"prompt {turn + 1} of {len(prompts)} ({prompt_class}, {len(ids)} tokens)")
         for repeat in range(repeats):
             first = (turn + repeat) % len(names)
-            for name in names[first:] + names[:first]:
-                tokens, ms, per = contenders[name](ids, length)
+            order = names[first:] + names[:first]
+            begun = {
+                name: contender.begin(ids, length)
+                for name in order
+                if together and isinstance(contender := contenders[name], Ours)
+            }
+            in_step(begun)
+            for name in order:
+                if name in begun:
+                    tokens, ms, per = measured(begun[name])
+                else:
+                    tokens, ms, per = contenders[name](ids, length)
                 timed = None if ms != ms else ms
                 runs.append(
                     Run(name, prompt_id, prompt_class, tokens, timed, per, repeat)
@@ -197,6 +224,11 @@ def chosen_prompts(
     metavar="LABEL=STRATEGY:NAME=VALUE,...",
     help="One more setting of ours, e.g. prompt_lookup:3=prompt_lookup:num_tokens=3.",
 )
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Ours take turns step by step, not answer by answer.",
+)
 @click.option("--keep", is_flag=True, help="Let ours remember earlier prompts.")
 @click.option(
     "--baselines", help="Only these of Hugging Face's, by commas; none: ours alone."
@@ -237,6 +269,7 @@ def main(
     strategies: str | None,
     params: tuple[str, ...],
     contender: tuple[str, ...],
+    together: bool,
     keep: bool,
     baselines: str | None,
     skip: int,
@@ -276,6 +309,7 @@ def main(
         "workload": prompts_file.name,
         "new_tokens": max_new_tokens,
         "repeats": repeats,
+        "together": together,
     }
 
     def write() -> None:
@@ -340,7 +374,7 @@ def main(
                     f"{label!r} is taken; give another label", param_hint="--contender"
                 )
             used[label], kinds[label] = chosen, name
-            found[label] = ours(engine, host, name, chosen, keep)
+            found[label] = Ours(engine, host, name, chosen, keep)
         peers: dict[str, Peer] = {}
         if vllm_python and "draft_model" in vllm_method and draft_path is None:
             raise click.ClickException("vLLM's draft_model needs --draft-model")
@@ -373,7 +407,8 @@ def main(
                     "peer_flashspec.py",
                     *(model_path, draft_path or model_path),
                 )
-            decode_all({**found, **peers}, prompts, repeats, progress.print, note)
+            everyone: dict[str, Contender] = {**found, **peers}
+            decode_all(everyone, prompts, repeats, together, progress.print, note)
         finally:
             for peer in peers.values():
                 peer.close()

@@ -139,6 +139,56 @@ def test_ours_alone_are_measured_without_anybody_else_s(
     assert "geometric mean" in done.stdout
 
 
+def test_together_ours_take_turns_and_say_what_they_say_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    workload = tmp_path / "w.jsonl"
+    lines = [
+        {"id": "a", "class": "x", "prompt": "one two one two one"},
+        {"id": "b", "class": "y", "prompt": "three four"},
+    ]
+    workload.write_text("\n".join(map(json.dumps, lines)))
+    found = []
+    for more in ([], ["--together"]):
+        output = tmp_path / "out.json"
+        done = run(
+            *("-m", str(model), "--draft-model", str(model), "-n", "12", *more),
+            *("--workload", str(workload), "--baselines", "none", "--keep"),
+            *("--strategies", "suffix,draft_model", "--parts", "none"),
+            *("--json", str(output)),
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(output.read_text())
+        assert result["together"] is bool(more)
+        assert all(run["ms_per_token"] > 0 for run in result["runs"])
+        found.append(
+            [(run["contender"], run["prompt"], run["tokens"]) for run in result["runs"]]
+        )
+    assert found[0] == found[1]
+
+
+def test_the_one_with_the_fewest_tokens_steps_next() -> None:
+    told: list[str] = []
+
+    def steps(name: str, *lengths: int) -> Any:
+        for length in lengths:
+            told.append(name)
+            yield [0] * length
+
+    benchmark("contenders").in_step(
+        {
+            "one": steps("one", 1, 1, 1, 1, 1, 1),
+            "four": steps("four", 1, 4, 1),
+            "two": steps("two", 1, 2, 2, 1),
+        }
+    )
+    assert told == [
+        *("one", "four", "two", "one", "four", "two"),  # 2, 5, 3 tokens
+        *("one", "two", "one", "one"),  # 5, 5, 5
+        *("four", "two", "one"),
+    ]
+
+
 def test_a_missing_model_is_one_line() -> None:
     missing = run("-m", "nowhere-at-all", "--parts", "none")
     assert missing.returncode == 1
