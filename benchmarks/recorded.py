@@ -7,8 +7,8 @@ engine run on the recorded answers (the tuner's replay), and a forward takes wha
 hardware's costs say. So strategies differ by what they draft and by nothing else, which
 a table of times on a shared machine can't show. Drafters are shown the 32 highest
 logits after committed tokens. What the target thought after wrong guesses isn't on
-record, so token recycling, alone and in the hybrid, does a little better in truth. A
-strategy keeps what it learns from one prompt to the next, in an order drawn by
+record, so token recycling, alone and in the hybrid, does better in truth. A strategy
+keeps what it learns from one prompt to the next, in an order drawn by
 ``--seed``; with ``--orders N`` figures are means over as many orders, each begun with
 nothing learnt.
 

@@ -23,6 +23,9 @@ MOST_TOGETHER = 0.99
 # overrated (of 35 recorded answers' candidates at 0.14, 0.35 and 0.44, 0.11, 0.29 and
 # 0.36 were right).
 DOUBT, LEVEL_DOUBT = 0.85, 0.93
+# Tokens that a verified node, right or wrong, is worth later: what the model thought
+# after it is what members learn from. See docs/strategies/hybrid.md.
+LESSON = 0.015
 # Evidence of drafters that give none: their own order, this deep and wide.
 PLACES = 16
 
@@ -180,9 +183,9 @@ class Plan:
         return self.tokens - pace * self.seconds
 
 
-def doubted(chance: float, depth: int) -> float:
-    """What a node's chance counts for when nodes are chosen by it."""
-    return chance * DOUBT * LEVEL_DOUBT**depth
+def merit(chance: float, depth: int) -> float:
+    """Tokens that a node counts for when nodes are chosen."""
+    return chance * DOUBT * LEVEL_DOUBT**depth + LESSON
 
 
 def best_first(
@@ -191,7 +194,7 @@ def best_first(
     """Up to ``most`` nodes with the chances of their paths, the best to choose first.
 
     A child is never better than its parent, so each prefix is closed under parents
-    and no other closed set of its size has a larger sum of :func:`doubted` chances.
+    and no other closed set of its size has a larger sum of :func:`merit`.
     """
     waiting = [(-1.0, 0, 1.0)]
     for found in range(most + 1):
@@ -205,7 +208,7 @@ def best_first(
         depth = candidates.depths[node] + 1
         for child, share in candidates.shares(node, chance):
             reached = path * share
-            heapq.heappush(waiting, (-doubted(reached, depth), child, reached))
+            heapq.heappush(waiting, (-merit(reached, depth), child, reached))
 
 
 def best_tree(
@@ -232,7 +235,7 @@ def best_tree(
     expected = sure = 1.0
     for node, chance in nodes:
         kept.append((node, chance))
-        gain = doubted(chance, depths[node])
+        gain = merit(chance, depths[node])
         expected += chance
         sure += gain
         taken = len(kept)
@@ -264,7 +267,7 @@ def best_chain(
         for child, share in candidates.shares(node, chance):
             chances[child] = chances[node] * share
             tokens[child] = tokens[node] + chances[child]
-            sure[child] = sure[node] + doubted(chances[child], depth + 1)
+            sure[child] = sure[node] + merit(chances[child], depth + 1)
         time = spent + seconds(1 + depth)
         if depth <= most and sure[node] - pace * time > worth:
             worth = sure[node] - pace * time

@@ -27,6 +27,7 @@ from adaptspec_plugins import register_strategies
 from adaptspec_plugins._calibration import BUCKETS, MOST_SEEN, Calibration
 from adaptspec_plugins._merge import (
     DOUBT,
+    LESSON,
     LEVEL_DOUBT,
     MOST_TOGETHER,
     Candidates,
@@ -155,9 +156,11 @@ class Chances:
         return product
 
     def counting(self, node: int) -> float:
-        """What its path's chance counts for in the choice: a part for each level."""
+        """What it counts for in the choice: of its path's chance a part for each level,
+        and what it teaches.
+        """
         deep = len(spelled(self.candidates, node))
-        return self.of_path(node) * DOUBT * LEVEL_DOUBT**deep
+        return self.of_path(node) * DOUBT * LEVEL_DOUBT**deep + LESSON
 
 
 def closed_subsets(candidates: Candidates) -> list[tuple[int, ...]]:
