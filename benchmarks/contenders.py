@@ -12,10 +12,12 @@ from typing import Any
 
 import click
 
+from adaptspec.decoding.cache import TreeCache
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
+from adaptspec.decoding.tree import TokenTree
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.models import Forward, LanguageModel
 from adaptspec.strategy import Strategy
 
 HF, PLAIN = "hf_generate", "autoregressive"
@@ -90,6 +92,39 @@ def in_step(runs: Mapping[str, Run]) -> None:
         tokens = next(going[name], None)
         if tokens is not None:
             emitted[name] = before + len(tokens)
+
+
+class Script:
+    """A model that chooses the tokens of one text as long as it has read no others.
+
+    In low precision a tie between two tokens may fall differently in a tree of another
+    size, and what follows is another answer, easier or harder to draft. Held to one
+    text all decode the same. The logits, from which drafters learn, stay the model's.
+
+    Args:
+        model: Its ``verify`` is replaced.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.text: Sequence[int] | None = None  # from the prompt on; None: its own
+        self._verify = model.verify
+        vars(model)["verify"] = self.verify
+
+    def verify(self, tree: TokenTree, cache: TreeCache, **options: Any) -> Forward:
+        """As the model's."""
+        cached = cache.length
+        forward = self._verify(tree, cache, **options)
+        if self.text is not None:
+            best = list(forward.best)
+            node: int | None = 0
+            for token in self.text[cached + 1 :]:
+                if node is None or node not in forward.rows:
+                    break
+                best[forward.rows[node]] = token
+                children = {tree.tokens[c]: c for c in tree.children[node]}
+                node = children.get(token)
+            vars(forward)["best"] = best
+        return forward
 
 
 def theirs(

@@ -39,6 +39,7 @@ from contenders import (
     Contender,
     Ours,
     Peer,
+    Script,
     in_step,
     measured,
     theirs,
@@ -55,6 +56,7 @@ def decode_all(
     prompts: Sequence[Prompt],
     repeats: int,
     together: bool,
+    script: Script | None,
     say: Callable[[str], None],
     done: Callable[[list[Run]], None],
 ) -> list[Run]:
@@ -62,6 +64,7 @@ def decode_all(
 
     Args:
         together: Whether ours take turns step by step.
+        script: Holds ours to our plain decoding's answer.
     """
     names = list(contenders)
     for name in names:  # warm-up
@@ -69,6 +72,9 @@ def decode_all(
     runs: list[Run] = []
     for turn, (prompt_id, prompt_class, ids, length) in enumerate(prompts):
         say(f"prompt {turn + 1} of {len(prompts)} ({prompt_class}, {len(ids)} tokens)")
+        if script is not None:
+            script.text = None
+            script.text = [*ids, *contenders[PLAIN](ids, length)[0]]
         for repeat in range(repeats):
             first = (turn + repeat) % len(names)
             order = names[first:] + names[:first]
@@ -229,6 +235,11 @@ def chosen_prompts(
     is_flag=True,
     help="Ours take turns step by step, not answer by answer.",
 )
+@click.option(
+    "--held",
+    is_flag=True,
+    help="Ours are held to plain decoding's answer where a tie would fall otherwise.",
+)
 @click.option("--keep", is_flag=True, help="Let ours remember earlier prompts.")
 @click.option(
     "--baselines", help="Only these of Hugging Face's, by commas; none: ours alone."
@@ -270,6 +281,7 @@ def main(
     params: tuple[str, ...],
     contender: tuple[str, ...],
     together: bool,
+    held: bool,
     keep: bool,
     baselines: str | None,
     skip: int,
@@ -310,6 +322,7 @@ def main(
         "new_tokens": max_new_tokens,
         "repeats": repeats,
         "together": together,
+        "held": held,
     }
 
     def write() -> None:
@@ -408,7 +421,9 @@ def main(
                     *(model_path, draft_path or model_path),
                 )
             everyone: dict[str, Contender] = {**found, **peers}
-            decode_all(everyone, prompts, repeats, together, progress.print, note)
+            script = Script(model) if held else None
+            say = progress.print
+            decode_all(everyone, prompts, repeats, together, script, say, note)
         finally:
             for peer in peers.values():
                 peer.close()

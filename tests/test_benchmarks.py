@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+from adaptspec.decoding.engine import Engine
+from adaptspec.host import Host
+from adaptspec.testing.fakes import tiny_model, tiny_module, tiny_tokenizer
 from adaptspec_tuner.workloads import Prompt
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -165,6 +167,28 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
             [(run["contender"], run["prompt"], run["tokens"]) for run in result["runs"]]
         )
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "token_recycling", "draft_model"])
+def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
+    contenders = benchmark("contenders")
+    model = tiny_model("llama")
+    ours = contenders.Ours(
+        Engine(model, tiny_model("llama")), Host.installed(), name, {}
+    )
+    prompt, free = [1, 2, 3], ours([1, 2, 3], 12)[0]
+    script = contenders.Script(model)
+    assert ours(prompt, 12)[0] == free
+    held = [free[0], *(token % 50 + 5 for token in range(10))]
+    script.text = [*prompt, *held]
+    assert ours(prompt, 11)[0] == held
+    told = ours(prompt, 14)[0]
+    assert told[:11] == held
+    script.text = None
+    model = tiny_model("llama")
+    plain = contenders.Ours(Engine(model), Host.installed(), "autoregressive", {})
+    assert told[11:] == plain([*prompt, *held], 3)[0]
+    assert ours(prompt, 12)[0] == free
 
 
 def test_the_one_with_the_fewest_tokens_steps_next() -> None:
