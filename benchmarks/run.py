@@ -94,6 +94,8 @@ def decode_all(
                     Run(name, prompt_id, prompt_class, tokens, timed, per, repeat)
                 )
         done(runs)
+    if script is not None:
+        script.text = None
     return runs
 
 

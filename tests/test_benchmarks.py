@@ -151,7 +151,7 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     ]
     workload.write_text("\n".join(map(json.dumps, lines)))
     found = []
-    for more in ([], ["--together"]):
+    for more in ([], ["--together"], ["--together", "--held"]):
         output = tmp_path / "out.json"
         done = run(
             *("-m", str(model), "--draft-model", str(model), "-n", "12", *more),
@@ -161,12 +161,13 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
         )
         assert done.returncode == 0, done.stderr
         result = json.loads(output.read_text())
-        assert result["together"] is bool(more)
+        assert result["together"] is ("--together" in more)
+        assert result["held"] is ("--held" in more)
         assert all(run["ms_per_token"] > 0 for run in result["runs"])
         found.append(
             [(run["contender"], run["prompt"], run["tokens"]) for run in result["runs"]]
         )
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "token_recycling", "draft_model"])
