@@ -50,12 +50,23 @@ class Ours:
         self._create: Callable[[], Strategy] = partial(host.create, name, params)
         self._held = self._create() if keep else None
 
+    def warm_up(self, ids: Sequence[int], length: int) -> None:
+        """Decode once with a strategy that is then forgotten.
+
+        A first call is slow and its answer short: no lesson for a gate that remembers.
+        """
+        for _ in self._begin(self._create(), ids, length):
+            pass
+
     def begin(self, ids: Sequence[int], length: int) -> Run:
         """A generation to iterate over."""
+        return self._begin(self._held or self._create(), ids, length)
+
+    def _begin(self, strategy: Strategy, ids: Sequence[int], length: int) -> Run:
         controls = Controls.for_model(
             self._engine.model, temperature=0, max_new_tokens=length
         )
-        return Run(self._engine, self._held or self._create(), ids, controls)
+        return Run(self._engine, strategy, ids, controls)
 
     def __call__(
         self, ids: Sequence[int], length: int

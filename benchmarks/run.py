@@ -67,8 +67,12 @@ def decode_all(
         script: Holds ours to our plain decoding's answer.
     """
     names = list(contenders)
-    for name in names:  # warm-up
-        contenders[name](prompts[0][2], min(4, prompts[0][3]))
+    first, short = prompts[0][2], min(4, prompts[0][3])
+    for contender in contenders.values():
+        if isinstance(contender, Ours):
+            contender.warm_up(first, short)
+        else:
+            contender(first, short)
     runs: list[Run] = []
     for turn, (prompt_id, prompt_class, ids, length) in enumerate(prompts):
         say(f"prompt {turn + 1} of {len(prompts)} ({prompt_class}, {len(ids)} tokens)")
@@ -76,8 +80,8 @@ def decode_all(
             script.text = None
             script.text = [*ids, *contenders[PLAIN](ids, length)[0]]
         for repeat in range(repeats):
-            first = (turn + repeat) % len(names)
-            order = names[first:] + names[:first]
+            begin = (turn + repeat) % len(names)
+            order = names[begin:] + names[:begin]
             begun = {
                 name: contender.begin(ids, length)
                 for name in order
