@@ -170,7 +170,9 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("name", ["autoregressive", "token_recycling", "draft_model"])
+@pytest.mark.parametrize(
+    "name", ["autoregressive", "prompt_lookup", "token_recycling", "draft_model"]
+)
 def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
     contenders = benchmark("contenders")
     model = tiny_model("llama")
@@ -180,7 +182,7 @@ def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
     prompt, free = [1, 2, 3], ours([1, 2, 3], 12)[0]
     script = contenders.Script(model)
     assert ours(prompt, 12)[0] == free
-    held = [free[0], *(token % 50 + 5 for token in range(10))]
+    held = [free[0], *([7, 8, 9] * 4)[:10]]  # soon drafted by looking it up
     script.text = [*prompt, *held]
     assert ours(prompt, 11)[0] == held
     told = ours(prompt, 14)[0]
@@ -190,6 +192,20 @@ def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
     plain = contenders.Ours(Engine(model), Host.installed(), "autoregressive", {})
     assert told[11:] == plain([*prompt, *held], 3)[0]
     assert ours(prompt, 12)[0] == free
+
+
+def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
+    engine, host = Engine(tiny_model("llama")), Host.installed()
+
+    def forwards(before: str) -> float:
+        contenders = benchmark("contenders")
+        ours = contenders.Ours(engine, host, "token_recycling", {}, keep=True)
+        if before:
+            getattr(ours, before)([1, 2, 3], 24)
+        found: float = ours([1, 2, 3], 24)[2]
+        return found
+
+    assert forwards("warm_up") == forwards("") < forwards("__call__")
 
 
 def test_the_one_with_the_fewest_tokens_steps_next() -> None:
