@@ -95,6 +95,10 @@ class Successors:
         """Tokens with successors."""
         return int(np.count_nonzero(self._table[:, 0] >= 0))
 
+    def __contains__(self, token: int) -> bool:
+        """Whether ``token`` has successors."""
+        return bool(self._table[token, 0] >= 0)
+
     def after(self, token: int) -> list[int]:
         """Successors of ``token``, likeliest first, padded with -1 to the width."""
         row: list[int] = self._table[token].tolist()

@@ -71,7 +71,7 @@ class Hybrid(Strategy):
     summary = "merges several drafters' proposals in one tree of what pays here"
     reference = "arXiv:2411.10666"
     Params = HybridParams
-    knowledge = 2  # 1 had no counts to begin with
+    knowledge = 3  # 2 numbered token recycling's evidence otherwise
     params: HybridParams
 
     def __init__(self, params: Any = None) -> None:

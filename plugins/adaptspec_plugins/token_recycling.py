@@ -1,8 +1,8 @@
 """Token recycling: draft what the model thought likely after each token before.
 
 Luo et al. 2024, arXiv:2408.08696, with the tree grown best first by measured chances
-of each rank, unknown tokens left out in place of drafting token 0, rows of the prompt
-filled from the prefill, and an update order in which the accepted node wins.
+of each rank, the commonest tokens after an unknown one in place of token 0, rows of the
+prompt filled from the prefill, and an update order in which the accepted node wins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 from adaptspec.decoding.tree import TokenTree
 from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec_plugins._commonest import Commonest
 from adaptspec_plugins._successors import (
     COMPARED,
     WIDEST,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 FIRST = (0.25, 0.38, 0.51, 0.73)
 REST = 0.2
 STALE = 0.5  # what is left of it where this sequence hasn't written the row
+# How often the commonest token follows one that has no row; it shrinks as
+# 1 / rank ** COMMON_POWER.
+COMMON, COMMON_POWER = 0.05, 0.4
 DEEPEST = 4  # told apart in a node's evidence
 LAST_RANK = 7  # the same
 
@@ -58,6 +62,12 @@ class TokenRecyclingParams(DraftingParams):
         ge=0.0,
         le=1.0,
         description="least estimated chance of acceptance of a candidate",
+    )
+    common: Annotated[int, Tunable(0, 12)] = Field(
+        default=8,
+        ge=0,
+        le=WIDEST,
+        description="commonest tokens tried after one never evaluated; needs a tree",
     )
     prefill_positions: int = Field(
         default=256,
@@ -81,6 +91,7 @@ class TokenRecycling(Strategy):
     def __init__(self, params: TokenRecyclingParams | None = None) -> None:
         super().__init__(params)
         self._table: Successors | None = None
+        self._commonest = Commonest(self.params.common)
 
     def needs(self, model: LanguageModel) -> Needs:
         """Logits at the prompt's last positions."""
@@ -99,7 +110,11 @@ class TokenRecycling(Strategy):
         if table is None:
             table = Successors(size, self.params.k)
         self._table = table
-        return _Recycler(self.params, table, target.prompt, target.trees)
+        if not self.params.persist:
+            self._commonest = Commonest(self.params.common)
+        return _Recycler(
+            self.params, table, self._commonest, target.prompt, target.trees
+        )
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
         """Of a token that two processes learnt of, the one that saves last wins."""
@@ -123,26 +138,36 @@ class _Recycler(Drafter):
         self,
         params: TokenRecyclingParams,
         table: Successors,
+        commonest: Commonest,
         prompt: Sequence[int],
         trees: bool,
     ) -> None:
         self._params, self._table, self._prompt = params, table, prompt
-        self._ranks = params.k if trees else 1
+        self._commonest = commonest
+        self._trees = trees
         self._learnt: set[int] = set()  # tokens whose rows this sequence has written
 
     def propose(self, context: Context) -> TokenTree:
-        """The likeliest continuations through known tokens."""
+        """The likeliest continuations, the commonest tokens after unknown ones."""
         return grow(
             context.ids[-1],
-            self._table.after,
+            self._after,
             self._sureness,
             nodes=min(self._params.nodes, context.max_nodes),
             depth=context.room - 1,
-            ranks=self._ranks,
+            ranks=WIDEST if self._trees else 1,
             min_chance=self._params.min_chance,
         )
 
+    def _after(self, token: int) -> Sequence[int]:
+        row = self._table.after(token)
+        if row[0] >= 0 or not self._trees:
+            return row[: self._params.k]
+        return [other for other in self._commonest.tokens if other != token]
+
     def _sureness(self, token: int) -> int:
+        if token not in self._table:
+            return UNKNOWN
         return 2 * self._table.level(token) + (token in self._learnt)
 
     def observe(self, outcome: Outcome) -> None:
@@ -162,6 +187,7 @@ class _Recycler(Drafter):
                 for node in order
                 if node in outcome.rows
             ]
+        self._commonest.count(outcome.emitted)
         self._learn(evaluated, outcome.logits)
 
     def _learn(
@@ -253,6 +279,8 @@ CHANCES = [
     for level in range(len(FIRST))
     for learnt in (False, True)
 ]
+UNKNOWN = len(CHANCES)
+CHANCES.append(tuple(COMMON / rank**COMMON_POWER for rank in range(1, WIDEST + 1)))
 
 
 def _principal_first(tree: TokenTree) -> TokenTree:
@@ -269,6 +297,6 @@ def _principal_first(tree: TokenTree) -> TokenTree:
 
 
 def _evidence(rank: int, depth: int, state: int) -> int:
-    """What sets candidates apart: rank, sureness and age of the row, depth; 0..255."""
+    """What sets candidates apart: rank, sureness and age of the row, depth; 0..287."""
     kinds = min(rank, LAST_RANK) * DEEPEST + min(depth, DEEPEST) - 1
     return kinds * len(CHANCES) + state

@@ -23,7 +23,8 @@ from adaptspec.knowledge import KnowledgeFile, KnowledgeWarning
 from adaptspec.models import Capability, LanguageModel
 from adaptspec.strategy import Context, Drafter, Outcome, Target
 from adaptspec.testing.strategies import StrategyContract
-from adaptspec_plugins import _successors
+from adaptspec_plugins import _commonest, _successors
+from adaptspec_plugins._commonest import Commonest
 from adaptspec_plugins._successors import Successors, likeliest
 from adaptspec_plugins.token_recycling import (
     CHANCES,
@@ -454,3 +455,72 @@ def test_a_table_of_another_vocabulary_is_refused_when_the_model_is_known(
     with pytest.warns(KnowledgeWarning, match="vocab_size must be the model's 64"):
         drafter = start(strategy, target, prompt)
     assert drafter.propose(Context(prompt, 50, 50, 0)).proposed == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 5),
+    st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=8),
+    st.sampled_from([1.0005, 1e100]),
+)
+def test_the_commonest_are_those_of_most_weight_and_late_ones_weigh_more(
+    width: int, texts: list[list[int]], largest: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_commonest, "LARGEST", largest)  # rescaled often, or never
+        commonest = Commonest(width)
+        for text in texts:
+            commonest.count(text)
+    text = [token for part in texts for token in part]
+    weights: dict[int, float] = {}
+    for age, token in enumerate(reversed(text)):
+        weights[token] = weights.get(token, 0.0) + _commonest.KEPT**age
+    ranked = sorted(weights.values(), reverse=True)[:width]
+    assert [weights[t] for t in commonest.tokens] == pytest.approx(ranked)
+    assert len(set(commonest.tokens)) == len(ranked)
+
+
+def counted(model: LanguageModel, emitted: Sequence[int], **params: Any) -> Drafter:
+    """After a prompt of 60 and 3s, of which the row of 60 was learnt."""
+    drafter = start(recycling(**params), model, [3, 3, 3, 60])
+    rising = torch.arange(64.0)[None]
+    drafter.observe(Outcome(None, (), emitted[:1], {3: 0}, rising))
+    root = TokenTree.root_only(emitted[0])
+    for token in emitted[1:]:
+        drafter.observe(Outcome(root, (0,), (token,), {}, rising[:0]))
+    return drafter
+
+
+def first_tokens(drafter: Drafter, root: int) -> list[int]:
+    tree = drafter.propose(Context([60, root], 50, 50, 0))
+    return [tree.tokens[node] for node in tree.children[0]]
+
+
+def test_the_commonest_emitted_tokens_follow_one_that_was_never_evaluated(
+    target: LanguageModel,
+) -> None:
+    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, nodes=4)
+    # 7 is as common as 9, but later.
+    assert first_tokens(drafter, 8) == [5, 7, 9]
+    assert first_tokens(drafter, 7) == [5, 9]  # not after itself
+    assert first_tokens(drafter, 60)[:2] == [63, 62]  # its row stands as it is
+
+
+def test_without_common_or_a_tree_nothing_follows_an_unknown_token(
+    target: LanguageModel, llama: BuildModel
+) -> None:
+    assert first_tokens(counted(target, [9, 5], common=0), 8) == []
+    chain = llama()
+    chain.__dict__["capability"] = Capability("chain", "for the test")
+    assert first_tokens(counted(chain, [9, 5]), 8) == []
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_a_request_that_keeps_nothing_counts_only_its_own_tokens(
+    target: LanguageModel, persist: bool
+) -> None:
+    strategy = recycling(persist=persist, common=4)
+    for emitted in ((4, 3), (6, 5)):
+        drafter = start(strategy, target, [60])
+        drafter.observe(Outcome(None, (), emitted, {}, torch.zeros(0, 64)))
+    assert first_tokens(drafter, 9) == ([5, 6, 3, 4] if persist else [5, 6])
