@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FIRST = (0.25, 0.38, 0.51, 0.73)
 REST = 0.2
 STALE = 0.5  # what is left of it where this sequence hasn't written the row
-# How often the commonest token follows one that has no row; it shrinks as
+# Chance taken for the commonest token after one that has no row; it shrinks as
 # 1 / rank ** COMMON_POWER.
 COMMON, COMMON_POWER = 0.05, 0.4
 DEEPEST = 4  # told apart in a node's evidence
@@ -160,9 +160,8 @@ class _Recycler(Drafter):
         )
 
     def _after(self, token: int) -> Sequence[int]:
-        row = self._table.after(token)
-        if row[0] >= 0 or not self._trees:
-            return row[: self._params.k]
+        if token in self._table or not self._trees:
+            return self._table.after(token)
         return [other for other in self._commonest.tokens if other != token]
 
     def _sureness(self, token: int) -> int:

@@ -506,6 +506,13 @@ def test_the_commonest_emitted_tokens_follow_one_that_was_never_evaluated(
     assert first_tokens(drafter, 60)[:2] == [63, 62]  # its row stands as it is
 
 
+def test_the_commonest_follow_unknown_candidates_as_well(target: LanguageModel) -> None:
+    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, nodes=6)
+    tree = drafter.propose(Context([60, 8], 50, 50, 0))
+    below = tree.children[tree.children[0][0]]
+    assert [tree.tokens[node] for node in below] == [7, 9]
+
+
 def test_without_common_or_a_tree_nothing_follows_an_unknown_token(
     target: LanguageModel, llama: BuildModel
 ) -> None:
