@@ -6,8 +6,9 @@ Sequoia (arXiv:2402.12374) sizes its trees by such a curve.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, log
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
 
 # 17: with matrix units the time is flat up to 16 rows and jumps there.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 48, 64)
+# Where a model was never tuned and answers wait for it: fewer sizes, but more rounds.
+QUICK_ROWS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
 CONTEXT = 128
 PREFILLED = 16  # tokens really read; the other rows are copies
-ROUNDS = 4
+ROUNDS = 12
 COMMON_ROWS = 16
 RARELY = 4  # larger sizes are timed in one round of so many
-ENOUGH = 5  # rounds for a median
+MOVES = 5  # timed of each kind
+SWEEPS = 4  # of the median polish
 MOVED = (0, 2, 3)  # of the nodes in a tree: a path that isn't its first rows
-LONGEST_SECONDS = 3.0  # no further round after this: large models need fewer
+LONGEST_SECONDS = 5.0  # no further round after this
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class LatencyCurve:
 class LatencyTimer:
     """Times forwards of one model behind so many cached tokens, round by round.
 
-    A forward here ends with the choice of each row's likeliest token. A size's time is
-    the median of its rounds, as decoding meets the machine's moods too; of a few rounds
-    the least, as noise only adds time. More tokens never cost less. Sizes above 16
+    A forward here ends with the choice of each row's likeliest token. What a size costs
+    beside another is taken within rounds, since a machine is often slow for a whole
+    round; a stray pause counts for nothing. More tokens never cost less. Sizes above 16
     tokens, which are rarely drafted, are timed every fourth round only. Needs a model
     that verifies chains.
 
@@ -79,31 +83,29 @@ class LatencyTimer:
         self._model = model
         self._cache = _filled(model, context, max(rows))
         self._token = min(5, model.vocab_size - 1)
-        self._times: dict[int, list[float]] = {count: [] for count in rows}
+        self._times: dict[int, dict[int, float]] = {count: {} for count in rows}
         self._rounds = 0
         _timed(model, self._cache, 1, context, self._token)  # warm-up
 
     def round(self) -> None:
-        """Time each size once, so that drift falls on all alike."""
-        for count, times in self._times.items():
+        """Time each size once, every other round from the largest down."""
+        sizes = list(self._times)
+        for count in sizes if self._rounds % 2 == 0 else reversed(sizes):
             if self._rounds % RARELY == 0 or count <= COMMON_ROWS:
-                times.append(
-                    _timed(self._model, self._cache, count, self.context, self._token)
+                self._times[count][self._rounds] = _timed(
+                    self._model, self._cache, count, self.context, self._token
                 )
         self._rounds += 1
 
     def curve(self) -> LatencyCurve:
         """What the rounds so far say; one is needed."""
-        typical = [
-            median(seconds) if len(seconds) >= ENOUGH else min(seconds)
-            for seconds in self._times.values()
-        ]
-        return LatencyCurve(tuple(self._times), tuple(rising(typical)), self.context)
+        seconds = rising(typical(list(self._times.values())))
+        return LatencyCurve(tuple(self._times), tuple(seconds), self.context)
 
 
 def measure_latency(
     model: LanguageModel,
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[int] = QUICK_ROWS,
     rounds: int = ROUNDS,
     *,
     context: int = CONTEXT,
@@ -149,7 +151,7 @@ def measure_moving(model: LanguageModel, context: int = CONTEXT) -> float:
     token = min(5, model.vocab_size - 1)
     tree = TokenTree.chain(token, [token] * (size - 1))
     times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(2 * ENOUGH):
+    for turn in range(2 * MOVES):
         model.verify(tree, cache)
         moved = turn % 2 == 1
         nodes = MOVED if moved else range(len(MOVED))
@@ -160,6 +162,28 @@ def measure_moving(model: LanguageModel, context: int = CONTEXT) -> float:
         times[moved].append(perf_counter() - started)
         cache.truncate(context)
     return max(0.0, median(times[True]) - median(times[False]))
+
+
+def typical(times: Sequence[Mapping[int, float]]) -> list[float]:
+    """What each size takes in a round of middling speed.
+
+    Sizes are told apart within rounds by Tukey's median polish (Exploratory Data
+    Analysis, 1977) of the logarithms.
+
+    Args:
+        times: Of each size: round -> seconds.
+    """
+    logs = [{at: log(max(seconds, 1e-9)) for at, seconds in of.items()} for of in times]
+    rounds = sorted(set().union(*logs))
+    sizes, moods = [0.0] * len(logs), dict.fromkeys(rounds, 0.0)
+    for _ in range(SWEEPS):
+        sizes = [median(of[at] - moods[at] for at in of) for of in logs]
+        for at in rounds:
+            moods[at] = median(
+                of[at] - size for of, size in zip(logs, sizes, strict=True) if at in of
+            )
+    middle = median(moods.values())
+    return [exp(size + middle) for size in sizes]
 
 
 def rising(seconds: Sequence[float]) -> list[float]:
