@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Callable
-from statistics import median
-
 from adaptspec_plugins._merge import Plan
 
-# Steps whose median says how far forwards are from the measured curve: context, load.
-RECENT = 9
 # Weight of a new observation in running means.
 NEW = 1 / 16
 # A member slower than this share of a plain forward is asked only where it pays.
@@ -51,28 +44,6 @@ GAIN, GAIN_SEEN = 1.2, 6
 PATIENCE, MOST_PATIENCE = 32, 512
 # Steps after which a cheap member is judged.
 TRIAL = 16
-
-
-class ForwardCost:
-    """Seconds of a verification of so many rows: a measured curve, scaled by now.
-
-    Args:
-        curve: Seconds by rows, non-decreasing.
-    """
-
-    def __init__(self, curve: Callable[[int], float]) -> None:
-        self._curve = functools.cache(curve)
-        self._ratios: deque[float] = deque(maxlen=RECENT)
-        self._scale = 1.0
-
-    def __call__(self, rows: int) -> float:
-        """Expected seconds."""
-        return self._curve(rows) * self._scale
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """A forward of ``rows`` took ``seconds``."""
-        self._ratios.append(max(seconds, 1e-9) / self._curve(rows))
-        self._scale = median(self._ratios)
 
 
 class Mean:

@@ -25,7 +25,8 @@ from adaptspec.strategy import (
     union,
 )
 from adaptspec_plugins._calibration import Calibration, Marks
-from adaptspec_plugins._costs import Exploration, ForwardCost, Mean, Pace
+from adaptspec_plugins._costs import Exploration, Mean, Pace
+from adaptspec_plugins._forward_cost import ForwardCost
 from adaptspec_plugins._members import Member, Members, Run
 from adaptspec_plugins._merge import (
     Candidates,

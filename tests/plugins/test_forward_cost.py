@@ -1,0 +1,104 @@
+"""What the hybrid takes a forward to cost: a wrong curve is found out by use."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from adaptspec_plugins._forward_cost import ForwardCost
+
+SIZES = (1, 2, 3, 5, 8, 12, 16, 17, 20, 30, 60, 100)
+
+
+def truth(rows: int) -> float:
+    """A step at 17, as with matrix units."""
+    return 0.2 * (1 + 0.01 * rows) * (1.4 if rows > 16 else 1.0)
+
+
+def steep(rows: int) -> float:
+    """What a bad moment may measure of it."""
+    return truth(rows) * (1 + 0.02 * min(rows, 16))
+
+
+def errors(cost: ForwardCost) -> list[float]:
+    """Of what each size costs beside one row, from the truth."""
+    return [
+        cost(rows) / cost(1) / (truth(rows) / truth(1)) - 1
+        for rows in SIZES
+        if rows <= 60
+    ]
+
+
+def test_it_begins_with_the_curve_and_some_hope_for_larger_sizes() -> None:
+    cost = ForwardCost(truth)
+    assert cost(1) == truth(1)
+    assert all(-0.15 <= error <= 0 for error in errors(cost))
+    assert min(errors(cost)) < -0.1
+
+
+def test_a_machine_that_turns_slow_slows_all_sizes_alike() -> None:
+    cost = ForwardCost(truth)
+    before = [cost(rows) for rows in SIZES]
+    for _ in range(20):
+        cost.observe(6, 3 * truth(6))
+    for rows, once in zip(SIZES, before, strict=True):
+        assert cost(rows) == pytest.approx(3 * once, rel=0.1)
+
+
+def flat(rows: int) -> float:
+    """Another."""
+    return 0.2 + 1e-4 * rows
+
+
+@pytest.mark.parametrize("wrong", [steep, flat])
+def test_sizes_in_turn_correct_a_wrong_curve_whatever_the_mood(
+    wrong: Callable[[int], float],
+) -> None:
+    cost, rng, mood = ForwardCost(wrong), random.Random(4), 1.0
+    assert max(map(abs, errors(cost))) > 0.15
+    for turn in range(1500):
+        if turn % 50 == 0:
+            mood = rng.uniform(0.7, 2.0)
+        rows = rng.choice(SIZES)
+        noise = rng.gauss(1.0, 0.05) if rng.random() > 0.02 else 10.0
+        cost.observe(rows, truth(rows) * mood * max(noise, 0.5))
+    assert max(map(abs, errors(cost))) < 0.08
+
+
+def test_of_a_curve_too_steep_a_large_size_is_tried_and_found_out() -> None:
+    """Chosen as the hybrid does, by the most tokens for the time."""
+    gains = {1: 1.0, 4: 1.1, 16: 1.18}
+
+    def chosen(cost: ForwardCost) -> int:
+        return max(gains, key=lambda rows: gains[rows] / cost(rows))
+
+    def slightly_steep(rows: int) -> float:
+        return truth(rows) * (1 + 0.005 * rows)
+
+    cost = ForwardCost(slightly_steep)
+    rng = random.Random(1)
+    picks = []
+    for _ in range(400):
+        picks.append(chosen(cost))
+        cost.observe(picks[-1], truth(picks[-1]) * rng.gauss(1.0, 0.04))
+    best = max(gains, key=lambda rows: gains[rows] / truth(rows))
+    assert picks[-100:].count(best) > 80
+
+
+def test_one_stray_pause_moves_nothing_much() -> None:
+    cost = ForwardCost(truth)
+    for _ in range(10):
+        cost.observe(8, truth(8))
+    before = [cost(rows) for rows in SIZES]
+    cost.observe(16, 1000 * truth(16))
+    for rows, once in zip(SIZES, before, strict=True):
+        assert cost(rows) == pytest.approx(once, rel=0.1)
+
+
+def test_a_clock_that_stands_still_is_borne() -> None:
+    cost = ForwardCost(truth)
+    for rows in SIZES:
+        cost.observe(rows, 0.0)
+    assert all(cost(rows) > 0 for rows in SIZES)
