@@ -15,8 +15,10 @@ FIRST_CALLS = 2
 # Called only where it promises this many times what it takes: the promise is an
 # estimate, and of the steps that promise most some do so by chance.
 MARGIN = 1.3
-# Steps of earlier sequences that a new one's pace starts with, and its memory.
-STEPS_BEFORE, STEPS_KEPT = 8, 40
+# What a sequence's pace remembers, in steps; what that of all does, so that the last
+# answer, perhaps of another kind, isn't the measure of the next; and what of the latter
+# a new sequence begins with.
+STEPS_KEPT, STEPS_OF_ALL, STEPS_BEFORE = 40, 1000, 4
 # Share of all time that calls may lose which are made to find out whether they pay.
 EXPLORED = 0.004
 # Share of a sequence's time, or a usual one's, that may be lost so in it: short answers
@@ -69,20 +71,28 @@ class Mean:
 
 
 class Pace:
-    """Tokens per second of a sequence's steps, which begins with earlier ones'."""
+    """Tokens per second of a sequence's steps, which begins with earlier ones'.
 
-    def __init__(self, tokens: float = 1.0, steps: float = 0.0) -> None:
-        self.tokens = tokens  # of a step's time without drafts
-        self._steps = steps
+    Args:
+        tokens: In the time of a step without drafts, to begin with.
+        steps: As if seen in so many.
+        kept: Steps it remembers.
+    """
+
+    def __init__(
+        self, tokens: float = 1.0, steps: float = 0.0, kept: float = STEPS_OF_ALL
+    ) -> None:
+        self.tokens = tokens
+        self._steps, self._kept = steps, kept
 
     def add(self, tokens: float, plain_steps: float) -> None:
         """A step emitted ``tokens`` in the time of ``plain_steps``."""
-        self._steps = min(self._steps, STEPS_KEPT) + plain_steps
+        self._steps = min(self._steps, self._kept) + plain_steps
         self.tokens += (tokens - self.tokens * plain_steps) / max(self._steps, 1.0)
 
     def fresh(self) -> Pace:
         """A new sequence's."""
-        return Pace(self.tokens, min(self._steps, STEPS_BEFORE))
+        return Pace(self.tokens, min(self._steps, STEPS_BEFORE), STEPS_KEPT)
 
 
 class Exploration:
