@@ -6,7 +6,7 @@ import bisect
 import functools
 from collections import deque
 from collections.abc import Callable
-from math import exp, log, sqrt
+from math import exp, log
 from statistics import median
 
 # Steps whose median says how far forwards are from the measured curve: context, load.
@@ -49,10 +49,11 @@ class ForwardCost:
         """Expected seconds, hopeful where it is little known."""
         known = self._known.get(rows)
         if known is None:
-            seen = max(self._seen[self._near(rows)[-1][0] :])
+            near = self._near(rows)
+            seen = sum(share * max(self._seen[at:]) for at, share in near)
             hope = HOPE * min(1.0, (rows - 1) / (HOPED - 1))
             one, known = self._expected(1), self._expected(rows)
-            hoped = known - hope * one / sqrt(1.0 + seen / CURVE_SEEN)
+            hoped = known - hope * one / (1.0 + seen / CURVE_SEEN)
             known = self._known[rows] = max(hoped, min(known, one)) * self._scale
         return known
 

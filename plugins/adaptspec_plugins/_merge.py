@@ -25,7 +25,7 @@ MOST_TOGETHER = 0.99
 DOUBT, LEVEL_DOUBT = 0.85, 0.93
 # Tokens that a verified node, right or wrong, is worth later: what the model thought
 # after it is what members learn from. See docs/strategies/hybrid.md.
-LESSON = 0.015
+LESSON = 0.02
 # Evidence of drafters that give none: their own order, this deep and wide.
 PLACES = 16
 
