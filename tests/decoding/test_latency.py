@@ -37,9 +37,7 @@ def test_noise_cannot_make_more_tokens_cheaper(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(subject, "_timed", timed)
     curve = measure_latency(tiny_model("llama"), rows=(1, 2, 4), rounds=2)
     # Two rounds: 1 and 2 rows are pooled, 4 stands out.
-    assert curve.seconds[0] == curve.seconds[1]
-    assert 2.5 < curve.seconds[0] < 4.5
-    assert curve.seconds[2] == pytest.approx((9.0 * 7.0) ** 0.5, rel=0.05)
+    assert list(curve.seconds) == pytest.approx([3.35, 3.35, 63**0.5], rel=1e-3)
 
 
 def test_a_machine_slow_for_whole_rounds_leaves_the_shape_of_the_curve(
