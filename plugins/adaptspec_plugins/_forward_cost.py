@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections import deque
 from collections.abc import Callable
-from math import exp, log
-from statistics import median
+from math import exp, log, sqrt
 
-# Steps whose median says how far forwards are from the measured curve: context, load.
-RECENT = 9
 # Rows whose error of the curve is learnt; between two of them it is a line. With matrix
 # units the next step of the curve begins at 17.
 KNOTS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
-# What the curve counts for at a knot, in forwards; the least weight of a later one.
-CURVE_SEEN, LEAST_WEIGHT = 4.0, 1 / 128
-# Most that one forward is taken to differ from what was expected, as a logarithm.
-SURPRISE = 0.3
+# How far the curve may be wrong, as variances of logarithms: what a knot's error may
+# differ from that of the one before. One row's counts as the machine's mood.
+SPREADS = (0.0, *4 * (0.06**2,), 0.12**2, 0.04**2, 0.04**2, 0.06**2)
+# As variances of logarithms: of the mood before the first forward, of its change from
+# one to the next, of one forward's noise.
+MOOD, DRIFT, NOISE = 0.5**2, 0.03**2, 0.07**2
+# What an error keeps from one forward to the next; the rest returns to the curve.
+KEPT = 0.999
+# In standard deviations: a surprise counts as so many at most; one beyond the second is
+# a pause that teaches nothing or, if the next is one, too, another mood.
+SURPRISE, STRAY = 2.5, 4.0
 # Of one row's time: how much less than the curve says sixteen rows and more may cost,
 # fewer in proportion, while that is only measured and not seen in use: of a curve too
 # steep by chance, large sizes would never be tried. What is seen of one size bounds
-# what smaller ones may be hoped to cost.
-HOPE, HOPED = 0.15, 16
+# what smaller ones may be hoped to cost. Halved after so many forwards.
+HOPE, HOPED, HALVED = 0.15, 16, 4.0
 
 
 class ForwardCost:
     """Seconds of a verification of so many rows.
 
-    How fast the machine is now is one factor for all sizes, the median over the last
-    forwards. What is left is the curve's own error; a curve is measured in seconds,
-    and on a shared machine 16 rows may seem to take 1.0 or 1.4 times what one takes.
+    A forward's time is the curve's, times a mood that drifts and is the same for all
+    sizes, times the curve's own error at that size; a curve is measured in seconds, and
+    on a shared machine 16 rows may seem to take 1.0 or 1.4 times what one takes. Both
+    are followed by a Kalman filter over their logarithms: a surprise is put down to
+    what was less certain, in a size not seen before to the curve.
 
     Args:
         curve: Seconds by rows, non-decreasing.
@@ -39,9 +44,18 @@ class ForwardCost:
     def __init__(self, curve: Callable[[int], float]) -> None:
         self._curve = functools.cache(curve)
         self._near = functools.cache(_near)
-        self._ratios: deque[float] = deque(maxlen=RECENT)
-        self._scale = 1.0
-        self._errors = [0.0] * len(KNOTS)
+        sums = [sum(SPREADS[: at + 1]) for at in range(len(KNOTS))]
+        # Mood first, then errors: those of two knots share what the smaller one's is.
+        self._prior = [
+            [sums[min(one, other)] for other in range(len(KNOTS))]
+            for one in range(len(KNOTS))
+        ]
+        self._covariance = [
+            [MOOD, *[0.0] * len(KNOTS)],
+            *([0.0, *row] for row in self._prior),
+        ]
+        self._mean = [0.0] * (1 + len(KNOTS))
+        self._stray = 0.0
         self._seen = [0.0] * len(KNOTS)
         self._known: dict[int, float] = {}
 
@@ -49,29 +63,63 @@ class ForwardCost:
         """Expected seconds, hopeful where it is little known."""
         known = self._known.get(rows)
         if known is None:
-            near = self._near(rows)
-            seen = sum(share * max(self._seen[at:]) for at, share in near)
+            seen = sum(share * max(self._seen[at:]) for at, share in self._near(rows))
             hope = HOPE * min(1.0, (rows - 1) / (HOPED - 1))
             one, known = self._expected(1), self._expected(rows)
-            hoped = known - hope * one / (1.0 + seen / CURVE_SEEN)
-            known = self._known[rows] = max(hoped, min(known, one)) * self._scale
+            hoped = known - hope * one / (1.0 + seen / HALVED)
+            known = self._known[rows] = max(hoped, min(known, one))
         return known
 
     def observe(self, rows: int, seconds: float) -> None:
         """A forward of ``rows`` took ``seconds``."""
-        ratio = max(seconds, 1e-9) / self._expected(rows)
-        self._ratios.append(ratio)
-        self._scale = median(self._ratios)
-        surprise = min(max(log(ratio / self._scale), -SURPRISE), SURPRISE)
-        for at, share in self._near(rows):
+        near = self._near(rows)
+        surprise = log(max(seconds, 1e-9) / self._expected(rows))
+        self._age()
+        towards = self._towards(near)
+        variance = _at(towards, near) + NOISE
+        if abs(surprise) > STRAY * sqrt(variance):
+            again, self._stray = surprise * self._stray > 0, surprise
+            if not again:
+                return
+            self._covariance[0][0] += surprise**2
+            towards = self._towards(near)
+            variance = _at(towards, near) + NOISE
+        self._stray = 0.0
+        most = SURPRISE * sqrt(variance)
+        surprise = min(max(surprise, -most), most)
+        for one, share in enumerate(towards):
+            self._mean[one] += share * surprise / variance
+            row = self._covariance[one]
+            for other, more in enumerate(towards):
+                row[other] -= share * more / variance
+        for at, share in near:
             self._seen[at] += share
-            weight = max(1 / (CURVE_SEEN + self._seen[at]), LEAST_WEIGHT)
-            self._errors[at] += share * weight * surprise
         self._known.clear()
 
+    def _age(self) -> None:
+        """One forward later the mood has drifted and errors are somewhat less known."""
+        for at, row in enumerate(self._covariance[1:]):
+            self._mean[1 + at] *= KEPT
+            row[0] *= KEPT
+            self._covariance[0][1 + at] *= KEPT
+            for other, prior in enumerate(self._prior[at], 1):
+                row[other] = KEPT**2 * row[other] + (1 - KEPT**2) * prior
+        self._covariance[0][0] += DRIFT
+
+    def _towards(self, near: tuple[tuple[int, float], ...]) -> list[float]:
+        """The covariance of all that is followed with what was just seen."""
+        return [
+            row[0] + sum(share * row[1 + at] for at, share in near)
+            for row in self._covariance
+        ]
+
     def _expected(self, rows: int) -> float:
-        error = sum(share * self._errors[at] for at, share in self._near(rows))
-        return self._curve(rows) * exp(error)
+        return self._curve(rows) * exp(_at(self._mean, self._near(rows)))
+
+
+def _at(values: list[float], near: tuple[tuple[int, float], ...]) -> float:
+    """The mood's with a size's, of what is followed."""
+    return values[0] + sum(share * values[1 + at] for at, share in near)
 
 
 def _near(rows: int) -> tuple[tuple[int, float], ...]:

@@ -85,6 +85,33 @@ def test_of_a_curve_too_steep_a_large_size_is_tried_and_found_out() -> None:
     assert picks[-100:].count(16) > 80
 
 
+def test_a_size_new_and_dear_is_the_curves_error_and_not_a_mood() -> None:
+    """Even where nothing but that size is verified from then on."""
+    cost, rng = ForwardCost(flat), random.Random(3)
+    for _ in range(4):
+        cost.observe(1, truth(1) * rng.gauss(1.0, 0.03))
+    for _ in range(2):
+        cost.observe(24, truth(24) * rng.gauss(1.0, 0.03))
+    assert truth(24) / truth(1) > 1.7
+    assert cost(24) / cost(1) > 1.35
+    for _ in range(18):
+        cost.observe(24, truth(24) * rng.gauss(1.0, 0.03))
+    assert cost(24) == pytest.approx(truth(24), rel=0.1)
+    assert cost(1) == pytest.approx(truth(1), rel=0.2)
+
+
+def test_a_mood_that_jumps_is_followed_from_the_second_forward_on() -> None:
+    cost = ForwardCost(truth)
+    for _ in range(10):
+        cost.observe(8, truth(8))
+    cost.observe(8, 3 * truth(8))
+    assert cost(8) == pytest.approx(truth(8), rel=0.1)
+    cost.observe(8, 3 * truth(8))
+    cost.observe(8, 3 * truth(8))
+    for rows in SIZES:
+        assert cost(rows) == pytest.approx(3 * truth(rows), rel=0.2)
+
+
 def test_one_stray_pause_moves_nothing_much() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
