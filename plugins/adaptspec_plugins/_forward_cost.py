@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable
-from math import exp, log, sqrt
+from math import exp, isfinite, log, sqrt
 
 # Rows whose error of the curve is learnt; between two of them it is a line. With matrix
 # units the next step of the curve begins at 17.
@@ -14,13 +14,19 @@ KNOTS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
 # differ from that of the one before. One row's counts as the machine's mood.
 SPREADS = (0.0, *4 * (0.06**2,), 0.12**2, 0.04**2, 0.04**2, 0.06**2)
 # As variances of logarithms: of the mood before the first forward, of its change from
-# one to the next, of one forward's noise.
+# one to the next, of one forward's noise at least.
 MOOD, DRIFT, NOISE = 0.5**2, 0.03**2, 0.07**2
-# What an error keeps from one forward to the next; the rest returns to the curve.
+# The weight of one more forward in what the noise is taken to be.
+NEW = 1 / 50
+# What is known of an error is kept so from one forward to the next.
 KEPT = 0.999
 # In standard deviations: a surprise counts as so many at most; one beyond the second is
-# a pause that teaches nothing or, if the next is one, too, another mood.
+# a pause that teaches nothing, unless the next forward of that size is another.
 SURPRISE, STRAY = 2.5, 4.0
+# Two such are the curve's error at a size that was verified less often than this, or
+# where others came as expected in between, and if it is no more than that; else another
+# mood.
+SELDOM, MOST_ERROR = 4.0, log(4.5)
 # Of one row's time: how much less than the curve says sixteen rows and more may cost,
 # fewer in proportion, while that is only measured and not seen in use: of a curve too
 # steep by chance, large sizes would never be tried. What is seen of one size bounds
@@ -35,7 +41,7 @@ class ForwardCost:
     sizes, times the curve's own error at that size; a curve is measured in seconds, and
     on a shared machine 16 rows may seem to take 1.0 or 1.4 times what one takes. Both
     are followed by a Kalman filter over their logarithms: a surprise is put down to
-    what was less certain, in a size not seen before to the curve.
+    what was less certain, in a size seldom seen before to the curve.
 
     Args:
         curve: Seconds by rows, non-decreasing.
@@ -55,7 +61,9 @@ class ForwardCost:
             *([0.0, *row] for row in self._prior),
         ]
         self._mean = [0.0] * (1 + len(KNOTS))
-        self._stray = 0.0
+        self._noise = NOISE
+        self._strays: dict[int, float] = {}  # by knot, since a usual forward there
+        self._usual = 0  # usual forwards since the last stray
         self._seen = [0.0] * len(KNOTS)
         self._known: dict[int, float] = {}
 
@@ -71,20 +79,36 @@ class ForwardCost:
         return known
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A forward of ``rows`` took ``seconds``."""
+        """A forward of ``rows`` took ``seconds``. No time or no end teaches nothing."""
+        if not (isfinite(seconds) and seconds > 0):
+            return
         near = self._near(rows)
-        surprise = log(max(seconds, 1e-9) / self._expected(rows))
         self._age()
+        surprise = log(seconds / self._expected(rows))
         towards = self._towards(near)
-        variance = _at(towards, near) + NOISE
+        uncertain = _at(towards, near)
+        variance = uncertain + self._noise
+        seen = min(surprise**2, SURPRISE**2 * variance) - uncertain
+        self._noise = max(NOISE, self._noise + NEW * (seen - self._noise))
+        knot = max(near, key=lambda pair: pair[1])[0]
         if abs(surprise) > STRAY * sqrt(variance):
-            again, self._stray = surprise * self._stray > 0, surprise
+            again = surprise * self._strays.get(knot, 0.0) > 0
+            self._strays[knot] = surprise
+            usual, self._usual = self._usual, 0
             if not again:
                 return
-            self._covariance[0][0] += surprise**2
+            # Larger sizes share the error.
+            own = knot > 0 and (usual > 0 or self._seen[knot] < SELDOM)
+            own = own and abs(surprise) < MOST_ERROR
+            unsure = range(1 + near[0][0], 1 + len(KNOTS)) if own else range(1)
+            for one in unsure:
+                for other in unsure:
+                    self._covariance[one][other] += surprise**2
             towards = self._towards(near)
-            variance = _at(towards, near) + NOISE
-        self._stray = 0.0
+            variance = _at(towards, near) + self._noise
+        else:
+            self._usual += 1
+        self._strays.pop(knot, None)
         most = SURPRISE * sqrt(variance)
         surprise = min(max(surprise, -most), most)
         for one, share in enumerate(towards):
@@ -97,9 +121,12 @@ class ForwardCost:
         self._known.clear()
 
     def _age(self) -> None:
-        """One forward later the mood has drifted and errors are somewhat less known."""
+        """One forward later the mood has drifted and errors are somewhat less known.
+
+        They are as uncertain as at first in the end, and stay where they were: returned
+        to the curve, that of the one size verified would slowly pass for a mood.
+        """
         for at, row in enumerate(self._covariance[1:]):
-            self._mean[1 + at] *= KEPT
             row[0] *= KEPT
             self._covariance[0][1 + at] *= KEPT
             for other, prior in enumerate(self._prior[at], 1):

@@ -61,7 +61,7 @@ def test_sizes_in_turn_correct_a_wrong_curve_whatever_the_mood(
     for turn in range(1500):
         if turn % 50 == 0:
             mood = rng.uniform(0.7, 2.0)
-        rows = rng.choice(SIZES)
+        rows = rng.choice(SIZES[:-1])  # the last is beyond all knots
         noise = rng.gauss(1.0, 0.05) if rng.random() > 0.02 else 10.0
         cost.observe(rows, truth(rows) * mood * max(noise, 0.5))
     assert max(map(abs, errors(cost))) < 0.08
@@ -100,6 +100,41 @@ def test_a_size_new_and_dear_is_the_curves_error_and_not_a_mood() -> None:
     assert cost(1) == pytest.approx(truth(1), rel=0.2)
 
 
+def test_an_error_isnt_taken_for_a_mood_after_a_thousand_forwards() -> None:
+    """Of one size, which tell the two apart no more."""
+    cost, rng = ForwardCost(flat), random.Random(3)
+    for rows in (1, 1, 1, 1, *1500 * [24]):
+        cost.observe(rows, truth(rows) * rng.gauss(1.0, 0.03))
+    assert cost(24) / cost(1) > 1.35
+    assert cost(1) == pytest.approx(truth(1), rel=0.25)
+
+
+@pytest.mark.parametrize("order", ["in turns", "one after the other"])
+@pytest.mark.parametrize(
+    ("rows", "factor"), [(2, 1.8), (16, 0.5), (16, 2.4), (24, 2.5)]
+)
+def test_a_size_far_from_the_curve_is_learnt(
+    rows: int, factor: float, order: str
+) -> None:
+    cost, rng = ForwardCost(flat), random.Random(1)
+    sizes = 30 * [1, rows] if order == "in turns" else [*30 * [1], *30 * [rows]]
+    for size in sizes:
+        actual = flat(size) * (factor if size == rows else 1.0)
+        cost.observe(size, actual * rng.gauss(1.0, 0.03))
+    # What is hoped at most is left of it where a size is seldom seen.
+    assert cost(rows) == pytest.approx(factor * flat(rows), rel=0.1)
+    assert cost(1) == pytest.approx(flat(1), rel=0.1)
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.4])
+def test_a_noisy_machine_isnt_full_of_moods_and_errors(spread: float) -> None:
+    cost, rng = ForwardCost(truth), random.Random(2)
+    for _ in range(1000):
+        rows = rng.choice((1, 2, 4, 8, 16, 24))
+        cost.observe(rows, truth(rows) * max(rng.gauss(1.0, spread), 0.05))
+    assert max(map(abs, errors(cost))) < 0.2
+
+
 def test_a_mood_that_jumps_is_followed_from_the_second_forward_on() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
@@ -122,8 +157,22 @@ def test_one_stray_pause_moves_nothing_much() -> None:
         assert cost(rows) == pytest.approx(once, rel=0.1)
 
 
-def test_a_clock_that_stands_still_is_borne() -> None:
+def test_pauses_now_and_then_leave_it_as_it_was() -> None:
+    cost, rng = ForwardCost(truth), random.Random(7)
+    for _ in range(5000):
+        rows = rng.choice(SIZES)
+        pause = 1000 if rng.random() < 0.01 else 1
+        cost.observe(rows, truth(rows) * rng.gauss(1.0, 0.06) * pause)
+    for _ in range(40):
+        cost.observe(8, truth(8))
+    assert max(map(abs, errors(cost))) < 0.15
+    assert cost(8) == pytest.approx(truth(8), rel=0.1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_what_no_clock_shows_teaches_nothing(seconds: float) -> None:
     cost = ForwardCost(truth)
-    for rows in SIZES:
-        cost.observe(rows, 0.0)
-    assert all(cost(rows) > 0 for rows in SIZES)
+    before = [cost(rows) for rows in SIZES]
+    for rows in 2 * SIZES:
+        cost.observe(rows, seconds)
+    assert [cost(rows) for rows in SIZES] == before
