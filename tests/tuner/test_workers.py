@@ -75,11 +75,8 @@ def test_workers_share_the_search_and_one_that_dies_is_made_good(
     workers = [start(*arguments, "--worker", "--db", theirs) for _ in range(2)]
     leader = start(*arguments, "--db", db)
     deadline = time.monotonic() + 240
-    # Replayed settings take no time: where this process had to wait for the database or
-    # the processor, the leader may be through before the kill.
     while len(stored(url)) < 5 and time.monotonic() < deadline:
-        if leader.poll() is not None:
-            break
+        assert leader.poll() is None, (stored(url), leader.communicate())
         time.sleep(0.05)
     workers[0].kill()
     out, told = leader.communicate(timeout=300)
