@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Callable
 from math import exp, isfinite, log, sqrt
 
 # Rows whose error of the curve is learnt; between two of them it is a line. With matrix
 # units the next step of the curve begins at 17.
-KNOTS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
+KNOTS = (1, 2, 4, 8, 16, 17, 24, 32, 64, 128)
 # How far the curve may be wrong, as variances of logarithms: what a knot's error may
 # differ from that of the one before. One row's counts as the machine's mood.
-SPREADS = (0.0, *4 * (0.06**2,), 0.12**2, 0.04**2, 0.04**2, 0.06**2)
+SPREADS = (0.0, *4 * (0.06**2,), 0.12**2, *2 * (0.04**2,), *2 * (0.06**2,))
 # As variances of logarithms: of the mood before the first forward, of its change from
 # one to the next, of one forward's noise at least.
 MOOD, DRIFT, NOISE = 0.5**2, 0.03**2, 0.07**2
@@ -97,13 +98,14 @@ class ForwardCost:
             usual, self._usual = self._usual, 0
             if not again:
                 return
-            # Larger sizes share the error.
-            own = knot > 0 and (usual > 0 or self._seen[knot] < SELDOM)
-            own = own and abs(surprise) < MOST_ERROR
-            unsure = range(1 + near[0][0], 1 + len(KNOTS)) if own else range(1)
-            for one in unsure:
-                for other in unsure:
-                    self._covariance[one][other] += surprise**2
+            # An error is shared by larger sizes.
+            own = (usual > 0 or self._seen[knot] < SELDOM) and knot > 0
+            if own and abs(surprise) < MOST_ERROR:
+                unsure = range(1 + near[0][0], len(self._mean))
+            else:
+                unsure = range(1)  # the mood
+            for one, other in itertools.product(unsure, repeat=2):
+                self._covariance[one][other] += surprise**2
             towards = self._towards(near)
             variance = _at(towards, near) + self._noise
         else:

@@ -61,7 +61,7 @@ def test_sizes_in_turn_correct_a_wrong_curve_whatever_the_mood(
     for turn in range(1500):
         if turn % 50 == 0:
             mood = rng.uniform(0.7, 2.0)
-        rows = rng.choice(SIZES[:-1])  # the last is beyond all knots
+        rows = rng.choice(SIZES)
         noise = rng.gauss(1.0, 0.05) if rng.random() > 0.02 else 10.0
         cost.observe(rows, truth(rows) * mood * max(noise, 0.5))
     assert max(map(abs, errors(cost))) < 0.08
@@ -121,7 +121,6 @@ def test_a_size_far_from_the_curve_is_learnt(
     for size in sizes:
         actual = flat(size) * (factor if size == rows else 1.0)
         cost.observe(size, actual * rng.gauss(1.0, 0.03))
-    # What is hoped at most is left of it where a size is seldom seen.
     assert cost(rows) == pytest.approx(factor * flat(rows), rel=0.1)
     assert cost(1) == pytest.approx(flat(1), rel=0.1)
 
@@ -155,6 +154,38 @@ def test_one_stray_pause_moves_nothing_much() -> None:
     cost.observe(16, 1000 * truth(16))
     for rows, once in zip(SIZES, before, strict=True):
         assert cost(rows) == pytest.approx(once, rel=0.1)
+
+
+def test_a_size_that_turns_dear_alone_is_no_mood() -> None:
+    cost = ForwardCost(truth)
+    for rows in 30 * [1, 16]:
+        cost.observe(rows, truth(rows))
+    for rows in (16, 1, 16):
+        cost.observe(rows, truth(rows) * (2.4 if rows == 16 else 1.0))
+    assert cost(1) == pytest.approx(truth(1), rel=0.1)
+    assert cost(16) > 1.8 * truth(16)
+
+
+def test_a_stray_up_and_one_down_are_no_news() -> None:
+    cost = ForwardCost(truth)
+    for _ in range(10):
+        cost.observe(8, truth(8))
+    before = [cost(rows) for rows in SIZES]
+    cost.observe(8, 3 * truth(8))
+    cost.observe(8, truth(8) / 3)
+    assert [cost(rows) for rows in SIZES] == pytest.approx(before, rel=0.05)
+
+
+def test_two_long_pauses_of_a_new_size_are_no_error_of_the_curve() -> None:
+    cost = ForwardCost(truth)
+    for _ in range(10):
+        cost.observe(1, truth(1))
+    for _ in range(2):
+        cost.observe(24, 1000 * truth(24))
+    for _ in range(4):
+        cost.observe(1, truth(1))
+    assert cost(1) == pytest.approx(truth(1), rel=0.1)
+    assert cost(24) == pytest.approx(truth(24), rel=0.2)
 
 
 def test_pauses_now_and_then_leave_it_as_it_was() -> None:
