@@ -272,6 +272,14 @@ class Strategy(ABC):
             return f"needs tree attention: {model.capability.reason}"
         return None
 
+    def uses_draft(self, model: LanguageModel, draft: LanguageModel) -> bool:
+        """Whether this setting runs ``draft`` when it decodes with ``model``.
+
+        The tuner counts the draft model's memory for settings that do. Override it
+        where parameters decide; the default is what the class attributes declare.
+        """
+        return self.needs_draft or self.needs_other_draft
+
     def needs(self, model: LanguageModel) -> Needs:
         """What the drafter wants from the target's forward passes."""
         return Needs()

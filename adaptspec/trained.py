@@ -8,7 +8,11 @@ from typing import Protocol
 
 
 class TrainedHeads(Protocol):
-    """Heads that a plugin read for one target; its strategies know what is in them."""
+    """Heads that a plugin read for one target; its strategies know what is in them.
+
+    They may have ``nbytes``, too: what their weights take of memory, see
+    :func:`bytes_of`.
+    """
 
     @property
     def kind(self) -> str:
@@ -22,9 +26,10 @@ class TrainedHeads(Protocol):
     def digest(self) -> str:
         """Fingerprint of everything in them that decides speed."""
 
-    @property
-    def nbytes(self) -> int:
-        """What their weights take of memory."""
+
+def bytes_of(heads: TrainedHeads) -> int:
+    """What their weights take of memory: ``nbytes``, or 0 where they don't say."""
+    return int(getattr(heads, "nbytes", None) or 0)
 
 
 def digest_of(heads: Iterable[TrainedHeads]) -> str | None:

@@ -99,6 +99,13 @@ class Hybrid(Strategy):
             ]
         )
 
+    def uses_draft(self, model: LanguageModel, draft: LanguageModel) -> bool:
+        """Whether a member that can run here does."""
+        return any(
+            member.strategy.uses_draft(model, draft)
+            for member in self._available(model, draft)
+        )
+
     def start(self, target: Target) -> Drafter:
         """Start every member that can run here."""
         members = self._available(target.model, target.draft)

@@ -283,6 +283,7 @@ def test_attached_heads_count_as_memory_of_what_reads_them_alone(
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
     from adaptspec.testing.fakes import tiny_model
+    from adaptspec.trained import bytes_of
     from adaptspec_plugins.heads.fakes import attach_tiny_heads
     from adaptspec_tuner.profiler import Profiler
 
@@ -291,8 +292,9 @@ def test_attached_heads_count_as_memory_of_what_reads_them_alone(
     assert profiler._unused(setting) == 0
     heads = attach_tiny_heads(model, heads=2).heads["medusa"]
     # Two heads: a block of 32 x 32 with its bias and an output of 64 x 32, float32.
-    assert heads.nbytes == 2 * 4 * (32 * 32 + 32 + 64 * 32)
-    assert profiler._unused(setting) == (0 if reads else heads.nbytes)
+    size = 2 * 4 * (32 * 32 + 32 + 64 * 32)
+    assert bytes_of(heads) == size
+    assert profiler._unused(setting) == (0 if reads else size)
 
 
 def test_a_setting_that_takes_too_much_memory_is_refused_with_both_figures() -> None:

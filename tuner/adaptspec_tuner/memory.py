@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -52,3 +54,22 @@ class PeakMemory:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return 0
+
+
+def weights_of(modules: Iterable[nn.Module]) -> dict[int, int]:
+    """The weights in memory: something that tells each apart -> its bytes.
+
+    What several modules share is there once, as it is in memory.
+    """
+    from adaptspec.decoding.linear import PackedLinear
+
+    found: dict[int, int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            # Views of a caller's model share its tensors.
+            found[id(tensor)] = tensor.nbytes
+        for layer in module.modules():
+            if isinstance(layer, PackedLinear):
+                weights = layer.in_features * layer.out_features
+                found[id(layer)] = weights * layer.dtype.itemsize
+    return found

@@ -14,7 +14,8 @@ from adaptspec.params import Scalar
 from adaptspec.profile import LATENCY, PLAIN, SPEED
 from adaptspec.states import pooled, states_layer
 from adaptspec.strategy import Needs
-from adaptspec_tuner.memory import PeakMemory
+from adaptspec.trained import bytes_of
+from adaptspec_tuner.memory import PeakMemory, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -255,17 +256,23 @@ class Profiler:
 
     def _unused(self, setting: Setting) -> int:
         """Bytes of loaded weights that ``setting`` would do without."""
-        return self._unused_draft(setting) + self._unused_heads(setting)
+        return self._unused_models(setting) + self._unused_heads(setting)
 
-    def _unused_draft(self, setting: Setting) -> int:
-        draft = self._engine.draft
-        if draft is None or setting.baseline:
-            return 0
-        cls = self._host.strategy(setting.strategy)
-        # A hybrid's drafters may use the draft model by parameter.
-        if cls.needs_draft or any("draft" in name for name in setting.params):
-            return 0
-        return sum(p.nbytes for p in draft.model.parameters())
+    def _unused_models(self, setting: Setting) -> int:
+        """A draft model that isn't asked, and the models of other engines."""
+        model, draft = self._engine.model, self._engine.draft
+        if setting.baseline:
+            asks = self._host.baselines[setting.strategy].needs_draft
+            used = [self._theirs, self._their_draft if asks else None]
+        else:
+            asks = draft is not None and self._strategy(setting).uses_draft(
+                model, draft
+            )
+            used = [model, draft if asks else None]
+        loaded = [model, draft, self._theirs, self._their_draft]
+        needed = weights_of(each.model for each in used if each is not None)
+        everything = weights_of(each.model for each in loaded if each is not None)
+        return sum(size for place, size in everything.items() if place not in needed)
 
     def _unused_heads(self, setting: Setting) -> int:
         model = self._engine.model
@@ -279,7 +286,9 @@ class Profiler:
                 read = {strategy.needs_heads}
             elif strategy.needs(model).hidden_layers:
                 read = set(model.heads)
-        return sum(one.nbytes for kind, one in model.heads.items() if kind not in read)
+        return sum(
+            bytes_of(one) for kind, one in model.heads.items() if kind not in read
+        )
 
     def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
