@@ -66,3 +66,16 @@ class ProfileStoreError(AdaptSpecError, RuntimeError):
 
 class KnowledgeError(AdaptSpecError, OSError):
     """What strategies learnt can't be written beside the profiles."""
+
+
+class StoreWarning(UserWarning):
+    """What is kept on disk can't be used, or not all of it; work goes on without."""
+
+
+def stopped_by_user(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or an error of cleaning up after it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adaptspec_tuner.phases import stopped_by_user
+from adaptspec.errors import stopped_by_user
 
 Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 

@@ -135,6 +135,11 @@ def parse_memory(text: str) -> int:
     type=click.IntRange(min=1),
     help="Most prompts per class. A strategy needs 4, 2 of them held out, to win.",
 )
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave out prompts that can't be read or decoded; they are counted.",
+)
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
 @click.option(
@@ -173,6 +178,7 @@ def tune(
     threads: int | None,
     seed: int,
     limit: int | None,
+    skip_bad: bool,
     baselines: bool,
     fresh: bool,
     worker: bool,
@@ -187,12 +193,14 @@ def tune(
     most_memory = None if max_memory is None else parse_memory(max_memory)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
     from adaptspec_tuner.progress import Progress
-    from adaptspec_tuner.run import Interrupted
+    from adaptspec_tuner.run import Interrupted, Stopped
     from adaptspec_tuner.tuning import tune as run_tune
     from adaptspec_tuner.workloads import example_workload, read_workload
 
     # A bad line is told before a model is fetched.
-    prompts = example_workload() if workload is None else read_workload(workload)
+    prompts = (
+        example_workload() if workload is None else read_workload(workload, skip_bad)
+    )
     errors = stderr_console()
     if model is None:
         from adaptspec.default_model import default_model_path
@@ -221,6 +229,7 @@ def tune(
                 threads=threads,
                 seed=seed,
                 limit=limit,
+                skip_bad=skip_bad,
                 baselines=baselines,
                 fresh=fresh,
                 worker=worker,
@@ -228,12 +237,21 @@ def tune(
                 host=host,
                 progress=Progress(errors, time.monotonic),
             )
-    except Interrupted as stopped:
+    except Stopped as stopped:
         if stopped.result.classes:
             _show(stopped.result, as_json)
+        if not isinstance(stopped, Interrupted):
+            raise
         click.echo(f"Error: {stopped}", err=True)
         sys.exit(130)
-    _show(result, as_json)
+    if result.classes or result.worked is not None or as_json:
+        _show(result, as_json)
+    if not result.classes and result.worked is None:
+        raise AdaptSpecError(
+            f"no class could be confirmed, so nothing is chosen: {result.notes[-1]}"
+            if result.notes
+            else "no class could be confirmed; give a larger --budget"
+        )
 
 
 def _show(result: TuneResult, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from statistics import median
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.errors import stopped_by_user
 from adaptspec.profile import SPEED, Measurement
 from adaptspec_tuner.bootstrap import interval, overall
 from adaptspec_tuner.profiler import (
@@ -17,6 +18,7 @@ from adaptspec_tuner.profiler import (
     Measurer,
     Sample,
     Setting,
+    in_a_line,
     spread,
 )
 
@@ -53,8 +55,8 @@ def confirm(
     """What was found by setting key; plain decoding comes first.
 
     Prompt by prompt, the order reversed each time, one prompt at least. A setting that
-    fails is dropped with a warning. Prompts on which plain decoding ends with its first
-    token tell nothing.
+    fails is dropped with a warning; so is a prompt that can't be decoded plainly.
+    Prompts on which plain decoding ends with its first token tell nothing.
 
     Args:
         in_time: Whether another prompt may begin, given the seconds that the longest
@@ -64,29 +66,39 @@ def confirm(
     settings = [PLAIN_SETTING, *finalists]
     # setting key -> prompt id -> its samples, one per repeat
     samples: dict[str, dict[str, list[Sample]]] = {s.key: {} for s in settings}
+    failed: set[str] = set()  # prompts that can't be decoded plainly
     turn, longest = 0, expected
     for _ in range(repeats):
         # Or repeats would measure drafts copied from the same prompt's last answer.
         measurer.forget()
-        for prompt in prompts:
+        for prompt in [p for p in prompts if p.id not in failed]:
             if turn and not in_time(longest, turn):
                 break
             order = settings if turn % 2 == 0 else settings[::-1]
             turn += 1
             started = clock()
-            for setting in list(order):
+            found: dict[str, Sample] = {}
+            errors: dict[str, Exception] = {}
+            for setting in order:
                 try:
-                    sample = measurer.measure(setting, prompt)
-                # A third party's strategy may raise anything.
+                    found[setting.key] = measurer.measure(setting, prompt)
+                # A third party's strategy may raise anything, and so may a model.
                 except Exception as error:
-                    if setting == PLAIN_SETTING:
+                    if stopped_by_user(error):
                         raise
-                    warn(f"{setting.strategy} dropped: {error}")
-                    settings = [s for s in settings if s.key != setting.key]
-                    continue
-                samples[setting.key].setdefault(prompt.id, []).append(sample)
+                    errors[setting.key] = error
             taken = clock() - started
             longest = taken if turn == 1 else max(longest, taken)
+            if PLAIN_SETTING.key in errors:
+                reason = in_a_line(errors[PLAIN_SETTING.key])
+                failed.add(prompt.id)
+                warn(f"prompt {prompt.id!r} is left out: {reason}")
+                continue
+            for key, sample in found.items():
+                samples[key].setdefault(prompt.id, []).append(sample)
+            for setting in [s for s in settings if s.key in errors]:
+                warn(f"{setting.strategy} dropped: {errors[setting.key]}")
+                settings = [s for s in settings if s.key != setting.key]
     plain = {
         key: runs for key, runs in samples[PLAIN_SETTING.key].items() if runs[0].speed
     }
@@ -95,16 +107,23 @@ def confirm(
     confirmed = {}
     for setting in settings:
         ours = {key: samples[setting.key].get(key, []) for key in plain}
-        agreed = [
-            _worst(
-                [
-                    measurer.agreement(p, plain[p.id][0].tokens, run.tokens)
-                    for run in ours[p.id]
-                ]
-            )
-            for p in prompts
-            if p.id in plain
-        ]
+        try:
+            agreed = [
+                _worst(
+                    [
+                        measurer.agreement(p, plain[p.id][0].tokens, run.tokens)
+                        for run in ours[p.id]
+                    ]
+                )
+                for p in prompts
+                if p.id in plain
+            ]
+        # A forward tells near ties, for which there may be no memory left.
+        except Exception as error:
+            if stopped_by_user(error):
+                raise
+            warn(f"{setting.strategy} dropped: {in_a_line(error)}")
+            continue
         lossless = setting.baseline or "mismatch" not in agreed
         if not lossless:
             warn(

@@ -35,7 +35,7 @@ def discover_classes(
     Args:
         recorded: Ids of the tuning prompts that classes are learnt from.
     """
-    run.spending.begin("classes")
+    run.begin("classes")
     run.doing("discovering classes")
     learnt_from = [p for p in tuning.prompts if p.id in recorded]
     classifier = _classifier(run, predictor, learnt_from)

@@ -8,11 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 
+from adaptspec.errors import stopped_by_user
 from adaptspec.profile import Profile
 from adaptspec.selector import FEWEST_PROMPTS, select
 from adaptspec_tuner.bootstrap import overall
 from adaptspec_tuner.confirm import Confirmed, as_record, confirm
-from adaptspec_tuner.profiler import PLAIN_SETTING, Sample, Setting, typical
+from adaptspec_tuner.profiler import (
+    PLAIN_SETTING,
+    Sample,
+    Setting,
+    in_a_line,
+    typical,
+)
 from adaptspec_tuner.report import ClassResult
 from adaptspec_tuner.run import Run
 from adaptspec_tuner.search import HOPELESS, Arm
@@ -48,7 +55,7 @@ def confirm_classes(
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
-        run.spending.begin("confirm")
+        run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")
         confirmed = confirm(
             run.measurer,
@@ -62,7 +69,9 @@ def confirm_classes(
             expected=expected,
         )
         if not confirmed:
-            run.warn(f"{name}: plain decoding ends at once; nothing to compare")
+            run.warn(
+                f"{name}: plain decoding fails or ends at once; nothing to compare"
+            )
             continue
         _keep(run, held_out, name, confirmed)
     run.result.classes.sort(key=lambda found: held_out.classes.index(found.name))
@@ -147,9 +156,15 @@ def _keep(
     """Store what was confirmed of a class, what was predicted of it, and the choice."""
     predicted: Mapping[str, float] = {}
     if run.replayer is not None:
-        run.spending.begin("replay")
-        predicted = _predict(run, _of_class(held_out, name), confirmed)
-        run.store.put_record(run.id, f"predicted/{name}", predicted)
+        run.begin("replay")
+        try:
+            predicted = _predict(run, _of_class(held_out, name), confirmed)
+        # A third party's strategy may raise anything; what was measured counts.
+        except Exception as error:
+            if stopped_by_user(error):
+                raise
+            run.warn(f"{name}: nothing is predicted: {in_a_line(error)}")
+        run.keep(lambda: run.store.put_record(run.id, f"predicted/{name}", predicted))
     lossy = {cls.name for cls in run.strategies if not cls.lossless}
     now = datetime.now(timezone.utc)
     profiles = [
@@ -168,8 +183,9 @@ def _keep(
         )
         for found in confirmed.values()
     ]
-    run.store.put_record(run.id, f"confirm/{name}", as_record(confirmed))
-    run.store.add_profiles(profiles)
+    record = as_record(confirmed)
+    run.keep(lambda: run.store.put_record(run.id, f"confirm/{name}", record))
+    run.keep(lambda: run.store.add_profiles(profiles))
     arms = [arm for arm in run.search.arms if arm.prompt_class == name]
     run.result.classes.append(
         ClassResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from adaptspec.classify import STATES, TEXT
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import LATENCY, PLAIN, SPEED, ProfileStore
 from adaptspec_tuner.remote import SCHEME, RemoteStore, open_remote
-from adaptspec_tuner.workloads import Prompt, Workload, example_workload, read_workload
+from adaptspec_tuner.workloads import Workload, example_workload, read_workload
 
 if TYPE_CHECKING:
     from adaptspec.host import Host
@@ -22,7 +23,11 @@ EXAMPLE_TOKENS = 48
 
 
 def check_options(
-    objective: str, classes: str, class_features: str, baselines: bool
+    objective: str,
+    classes: str,
+    class_features: str,
+    baselines: bool,
+    limit: int | None,
 ) -> None:
     """Refuse what is unknown or doesn't go together."""
     if objective not in (SPEED, LATENCY):
@@ -37,6 +42,8 @@ def check_options(
         raise AdaptSpecError(
             f"class_features must be {TEXT!r} or {STATES!r}, got {class_features!r}"
         )
+    if limit is not None and limit < 1:
+        raise AdaptSpecError(f"limit must be 1 prompt per class or more, got {limit}")
     if class_features != TEXT and classes != AUTO:
         raise AdaptSpecError(
             f"--class-features {class_features} is about discovered classes; add "
@@ -74,22 +81,13 @@ def chosen_strategies(
     return [known[n] for n in dict.fromkeys(names) if n != PLAIN]
 
 
-def asked_prompts(
-    workload: Workload | Path | str | None, limit: int | None
-) -> Workload:
-    """``limit`` prompts of each class at most; of the examples where none are given."""
+def asked_prompts(workload: Workload | Path | str | None, skip_bad: bool) -> Workload:
+    """The prompts of a file; the examples where none are given."""
     if workload is None:
-        workload = _shortened(example_workload(), EXAMPLE_TOKENS)
-    elif not isinstance(workload, Workload):
-        workload = read_workload(Path(workload))
-    if limit is None:
+        return _shortened(example_workload(), EXAMPLE_TOKENS)
+    if isinstance(workload, Workload):
         return workload
-    if limit < 1:
-        raise AdaptSpecError(f"limit must be 1 prompt per class or more, got {limit}")
-    kept: list[Prompt] = []
-    for prompts in workload.by_class().values():
-        kept.extend(prompts[:limit])
-    return replace(workload, prompts=tuple(kept))
+    return read_workload(Path(workload), skip_bad)
 
 
 def _shortened(workload: Workload, most: int) -> Workload:
@@ -99,6 +97,23 @@ def _shortened(workload: Workload, most: int) -> Workload:
         for p in workload.prompts
     ]
     return replace(workload, prompts=tuple(prompts))
+
+
+def check_store(host: Host, db: str | ProfileStore | None, worker: bool) -> None:
+    """Refuse a store that can't be written, before work is done for it.
+
+    Raises:
+        AdaptSpecError: naming it, the reason and the way out.
+    """
+    store = opened_store(host, db, worker)
+    try:
+        if not isinstance(store, RemoteStore):
+            name = f"check-{uuid.uuid4().hex}"
+            store.put_record(name, name, {})
+            store.delete_run(name)
+    finally:
+        if store is not db:
+            store.close()
 
 
 def opened_store(

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec_tuner.discovering import discover_classes
 from adaptspec_tuner.finals import confirm_classes, least_confirmation
 from adaptspec_tuner.presearch import as_records, presearch
-from adaptspec_tuner.profiler import Sample
+from adaptspec_tuner.profiler import Sample, in_a_line
 from adaptspec_tuner.report import TuneResult, told_errors
-from adaptspec_tuner.run import Interrupted, Run
+from adaptspec_tuner.run import Interrupted, Run, Stopped
 from adaptspec_tuner.search import Arm
 from adaptspec_tuner.workers import close_search, open_search
 from adaptspec_tuner.workloads import DEFAULT_CLASS, Prompt, Workload, split
@@ -29,6 +30,7 @@ def tune_with(run: Run) -> TuneResult:
 
     Raises:
         Interrupted: on Ctrl-C.
+        Stopped: if it ended on its way, or not all that it found could be stored.
     """
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
@@ -54,21 +56,38 @@ def tune_with(run: Run) -> TuneResult:
     except BaseException as error:
         if stopped_by_user(error):
             raise Interrupted(run.result) from None
-        raise
+        if (reason := _in_words(error, run.store)) is None:
+            raise
+        kept = "" if run.unstored else "; what was measured is kept"
+        raise Stopped(f"{reason}{kept}", run.result) from error
     finally:
-        close_search(run.store, run.id)
-        run.spending.end()
+        run.keep(lambda: close_search(run.store, run.id))
+        run.keep(run.spending.end)
         run.result.spent.update(run.spending.parts)
+    if run.unstored is not None:
+        raise Stopped(
+            f"not all of it is stored: {run.unstored}; the same command measures again "
+            "what is missing",
+            run.result,
+        ) from run.unstored
     return run.result
 
 
-def stopped_by_user(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or an error of cleaning up after it."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _in_words(error: BaseException, store: ProfileStore) -> str | None:
+    """What ended a tune, in a line; None for what only a traceback explains."""
+    if isinstance(error, AdaptSpecError):
+        return str(error)
+    if type(error).__module__.partition(".")[0] in ("optuna", "sqlalchemy"):
+        cause = error.__cause__ or error
+        return (
+            f"can't use the profile database {store.url}: "
+            f"{in_a_line(getattr(cause, 'orig', None) or cause)}; mend it or give "
+            "another --db"
+        )
+    # Of torch and the operating system: no memory, no device, no space.
+    if isinstance(error, OSError | MemoryError | RuntimeError):
+        return in_a_line(error)
+    return None
 
 
 def _stale(store: ProfileStore, environment: Environment) -> str:
@@ -98,16 +117,29 @@ def _unclassed(workload: Workload) -> Workload:
 
 def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
     """Plain decoding of the tuning prompts by their ids, the classes in turn."""
-    run.spending.begin("plain")
+    run.begin("plain")
     measured: dict[str, Sample] = {}
+    failed: Exception | None = None
     prompts = tuning.limit(len(tuning.prompts)).prompts
     for index, prompt in enumerate(prompts):
         if index >= len(tuning.classes) and run.clock() >= run.plain_end:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
             break
-        sample = run.search.plain(prompt)
+        try:
+            sample = run.search.plain(prompt)
+        except ProfileStoreError:
+            raise
+        # A model's own code may raise anything; the other prompts are tuned on.
+        except Exception as error:
+            if stopped_by_user(error):
+                raise
+            failed = error
+            run.warn(f"prompt {prompt.id!r} is left out: {in_a_line(error)}")
+            continue
         if sample.speed > 0:
             measured[prompt.id] = sample
+    if failed is not None and not measured:
+        raise failed
     return measured
 
 
@@ -116,8 +148,18 @@ def _predictor(
 ) -> Replayer | None:
     if run.replayer is None or not run.replaying or run.clock() >= run.search_end:
         return None
-    run.spending.begin("costs")
-    return run.replayer([(p, plain[p.id]) for p in tuning.prompts if p.id in plain])
+    run.begin("costs")
+    recorded = [(p, plain[p.id]) for p in tuning.prompts if p.id in plain]
+    try:
+        return run.replayer(recorded)
+    except ProfileStoreError:
+        raise
+    # Timing forwards behind long contexts may take more memory than there is.
+    except Exception as error:
+        if stopped_by_user(error):
+            raise
+        run.warn(f"replay: left out: {in_a_line(error)}")
+        return None
 
 
 def _search(
@@ -136,7 +178,7 @@ def _search(
     )
     tried = None
     if predictor is not None:
-        run.spending.begin("replay")
+        run.begin("replay")
         run.doing("trying settings against the recorded answers")
         tried = presearch(
             predictor,
@@ -157,7 +199,7 @@ def _search(
         for name, prompts in usable.items():
             best = tried.best.get((name, cls.name), []) if tried else []
             run.search.add(name, cls, prompts, plain, best)
-    run.spending.begin("trials")
+    run.begin("trials")
     open_search(run.store, run.id, usable)
     untried = run.search.search()
     close_search(run.store, run.id)

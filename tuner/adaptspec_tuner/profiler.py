@@ -341,6 +341,23 @@ class Profiler:
             self._engine.model, max_new_tokens=length, temperature=0.0
         )
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a prompt and its output; None where the model doesn't say."""
+        return self._engine.model.max_length
+
+    def ids(self, prompt: Prompt) -> Sequence[int]:
+        """The prompt's token ids.
+
+        Raises:
+            AdaptSpecError: if it can't be encoded; templates may raise anything else.
+        """
+        return self._encoded(prompt)
+
+    def length(self, prompt: Prompt) -> int:
+        """New tokens that are asked for."""
+        return self._length(prompt)
+
     def _length(self, prompt: Prompt) -> int:
         return prompt.max_new_tokens or self._max_new_tokens
 
@@ -377,6 +394,14 @@ def typical(samples: Sequence[Sample]) -> Sample:
             for name in ("seconds_target", "seconds_draft", "seconds_rest")
         },
     )
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error for people; of others than AdaptSpec's with its type."""
+    if isinstance(error, AdaptSpecError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.errors import AdaptSpecError
+from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import SPEED, Environment, ProfileStore
 from adaptspec_tuner.profiler import Measurer, Sample, Setting
 from adaptspec_tuner.progress import Progress
@@ -34,18 +34,25 @@ CLASSES_SHARE = 0.15  # of the search, for replays that discovered classes are t
 MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
 
 
-class Interrupted(AdaptSpecError):
-    """Stopped by the user; what was finished is stored.
+class Stopped(AdaptSpecError):
+    """Ended on its way.
 
     Args:
         result: The classes already confirmed.
     """
 
+    def __init__(self, text: str, result: TuneResult) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class Interrupted(Stopped):
+    """Stopped by the user; what was finished is stored."""
+
     def __init__(self, result: TuneResult) -> None:
         super().__init__(
-            "stopped; finished trials are kept, the same command continues"
+            "stopped; finished trials are kept, the same command continues", result
         )
-        self.result = result
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Run:
         states: What they are told by, in place of the prompts' texts.
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
+        notes: What there was to say before it began; belongs in the result.
     """
 
     measurer: Measurer
@@ -88,6 +96,8 @@ class Run:
     started: float | None = None
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
+    notes: Sequence[str] = ()
+    unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)
     spending: Spending = field(init=False)
     result: TuneResult = field(init=False)
@@ -111,6 +121,8 @@ class Run:
             notes=[],
             unavailable=dict(self.unavailable),
         )
+        for note in self.notes:
+            self.warn(note)
         left = max(0.0, self.deadline - now)
         self.plain_end = self.search_end = self.deadline
         if math.isfinite(left):
@@ -145,6 +157,20 @@ class Run:
         """Say what is being done now."""
         self.progress.doing(text, self.deadline - self.clock())
 
+    def begin(self, part: str) -> None:
+        """Account for what is done from here on."""
+        self.keep(lambda: self.spending.begin(part))
+
+    def keep(self, write: Callable[[], object]) -> None:
+        """Write to the store; if it fails, go on, and tell in the end.
+
+        For what there is to show without: what was measured must not be lost with it.
+        """
+        try:
+            write()
+        except ProfileStoreError as error:
+            self.unstored = self.unstored or error
+
     def keep_back(self, seconds: float) -> None:
         """End the search so early that ``seconds`` are left for confirming."""
         most = (1 - LEAST_SEARCH) * max(0.0, self.deadline - self.clock())
@@ -164,8 +190,8 @@ class Run:
         return lambda: self.clock() < end
 
     def _may_try(self) -> bool:
-        tried = sum(len(arm.trials) + len(arm.running) for arm in self.search.arms)
-        in_budget = self.budget_trials is None or tried < self.budget_trials
+        most = self.budget_trials
+        in_budget = most is None or self.search.tried < most
         return in_budget and self.clock() < self.search_end
 
 

@@ -146,6 +146,11 @@ class Search:
         self.arms: list[Arm] = []
         self.finished = 0  # trials, by this process
 
+    @property
+    def tried(self) -> int:
+        """Trials finished, by whomever, and those that this process is at."""
+        return sum(len(arm.trials) + len(arm.running) for arm in self.arms)
+
     def plain(self, prompt: Prompt) -> Sample:
         """Plain decoding of ``prompt``, measured once per run."""
         key = plain_key(prompt.prompt_class, prompt.id)

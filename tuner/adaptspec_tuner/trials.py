@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.errors import AdaptSpecError
+from adaptspec.errors import AdaptSpecError, stopped_by_user
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import SPEED, Trial
 from adaptspec_tuner.profiler import Measurer, Sample, Setting
@@ -69,13 +69,15 @@ def run_trial(
         try:
             job.space.parse(params, name)
             sample = measurer.measure(Setting(name, params), prompt)
+            agreement = measurer.agreement(prompt, plain.tokens, sample.tokens)
         # A third party's strategy may raise anything; the search goes on.
         except Exception as error:
+            if stopped_by_user(error):
+                raise
             detail["error"] = f"{type(error).__name__}: {error}"
             if not isinstance(error, AdaptSpecError):
                 warn(f"{name} {params} failed: {detail['error']}")
             return finished("failed")
-        agreement = measurer.agreement(prompt, plain.tokens, sample.tokens)
         if agreement == "mismatch":
             detail["error"] = f"mismatch: prompt {prompt.id!r}"
             warn(

@@ -19,12 +19,14 @@ from adaptspec_tuner.options import (
     DECLARED,
     asked_prompts,
     check_options,
+    check_store,
     chosen_strategies,
     opened_store,
 )
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.profiler import Profiler, Sample, Setting
 from adaptspec_tuner.progress import Progress
+from adaptspec_tuner.prompts import check_model, measurable
 from adaptspec_tuner.report import TuneResult
 from adaptspec_tuner.run import MakesReplayer, Run, run_id
 from adaptspec_tuner.workers import KeepsStudies, work
@@ -65,6 +67,7 @@ def tune(
     threads: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    skip_bad: bool = False,
     baselines: bool = False,
     fresh: bool = False,
     worker: bool = False,
@@ -90,6 +93,7 @@ def tune(
             Their results say so, and they are never the choice here.
         trials: Most trials per class and strategy.
         limit: Most prompts per class.
+        skip_bad: Leave out prompts that can't be read or decoded, and say how many.
         baselines: Measure other engines beside, on untouched copies of the models.
         fresh: Forget what an earlier run with these options measured.
         worker: Only run trials of another process's equal tune, which leads.
@@ -97,8 +101,10 @@ def tune(
             one's kind run the trials; the models must be paths that they have, too.
 
     Raises:
-        AdaptSpecError: for bad options, a bad workload or a model that won't load.
-        Interrupted: on Ctrl-C.
+        AdaptSpecError: for bad options, a bad workload, a database that can't be
+            written or a model that won't load or can't be tuned.
+        Stopped: where something ended it on its way; its ``result`` holds the classes
+            that were confirmed. :class:`~adaptspec_tuner.run.Interrupted` on Ctrl-C.
     """
     started = clock()
     import torch
@@ -106,12 +112,13 @@ def tune(
     from adaptspec.decoder import environment_of
     from adaptspec.host import Host
 
-    check_options(objective, classes, class_features, baselines)
+    check_options(objective, classes, class_features, baselines, limit)
     if budget_trials is not None:
         budget = math.inf
     host = host or Host.installed()
     chosen = chosen_strategies(host, strategies, allow_lossy)
-    workload = asked_prompts(workload, limit)
+    workload = asked_prompts(workload, skip_bad)
+    check_store(host, db, worker)  # before a model is loaded
     if threads is not None:
         torch.set_num_threads(threads)
     models = Models(model, draft_model, heads, dtype, device)
@@ -139,6 +146,16 @@ def tune(
         keep_states=from_states,
     )
     progress = progress or Progress(None, clock)
+    notes: list[str] = []
+    workload = measurable(
+        workload,
+        profiler,
+        limit=limit,
+        one_class=classes == AUTO,
+        skip_bad=skip_bad,
+        warn=notes.append,
+    )
+    check_model(target, profiler.ids(workload.prompts[0]))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if objective != SPEED:
         options["objective"] = objective
@@ -162,6 +179,8 @@ def tune(
                     f"workers need a database to meet in, not {store.url}"
                 )
             run = run_id(environment, workload, {**options, "seed": seed})
+            for note in notes:
+                progress.say(note)
             with progress:
                 count = work(
                     profiler,
@@ -171,6 +190,8 @@ def tune(
                     run,
                     storage=store.studies(),
                     deadline=deadline,
+                    patience=DEFAULT_BUDGET,
+                    budget_trials=budget_trials,
                     clock=clock,
                     warn=progress.say,
                     doing=doing,
@@ -214,6 +235,7 @@ def tune(
                     doing=doing,
                 ),
                 pool=pool,
+                notes=notes,
             )
         )
     finally:

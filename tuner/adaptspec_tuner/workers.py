@@ -7,6 +7,7 @@ threads, versions, prompts and options: so trials run on identical hardware only
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -83,11 +84,18 @@ def work(
     warn: Callable[[str], None],
     doing: Callable[[str], None],
     most: int,
+    patience: float = math.inf,
+    budget_trials: int | None = None,
     seed: int = 0,
     objective: str = SPEED,
     wait: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Run trials of ``run`` until its leader closes the search or time is up.
+    """Run trials of ``run`` until its leader closes the search or the budget is spent.
+
+    Args:
+        deadline: Infinite where ``budget_trials`` is the budget.
+        patience: Seconds that it waits for a leader, if the deadline is later.
+        budget_trials: Trials in all, others' that are known among them.
 
     Returns:
         How many were run.
@@ -96,19 +104,24 @@ def work(
         AdaptSpecError: if no leader opened it in time.
     """
     doing("waiting for a tune of the same options")
+    waited = min(deadline, clock() + patience)
     while not _open(store, run):
-        if clock() >= deadline:
+        if clock() >= waited:
             raise AdaptSpecError(
-                f"no search of run {run} was open within the budget; a worker needs "
+                f"no search of run {run} was open in time; a worker needs "
                 "a tune of the same model, prompts, options and versions on the same "
                 "kind of machine, and the same --db"
             )
         wait(POLL_SECONDS)
+
+    def in_budget() -> bool:
+        return budget_trials is None or search.tried < budget_trials
+
     search = Search(
         measurer,
         store,
         run,
-        in_time=lambda: clock() < deadline and _open(store, run),
+        in_time=lambda: clock() < deadline and in_budget() and _open(store, run),
         warn=warn,
         doing=doing,
         seed=seed,

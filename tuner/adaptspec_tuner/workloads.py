@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +34,7 @@ class Prompt:
 
     Args:
         max_new_tokens: None leaves the length to whoever runs it.
+        where: The file and line that it was read from.
     """
 
     id: str
@@ -42,6 +42,7 @@ class Prompt:
     text: str | None = None
     messages: tuple[Message, ...] = ()
     max_new_tokens: int | None = None
+    where: str = field(default="", compare=False, kw_only=True)
 
     @property
     def content(self) -> str | list[dict[str, str]]:
@@ -58,11 +59,13 @@ class Workload:
     Args:
         reused: After a split, the classes too small to divide: their one prompt
             stands on both sides, so their result isn't on unseen prompts.
+        skipped: Of each bad line that was left out in reading, what is wrong with it.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     reused: frozenset[str] = field(default=frozenset(), kw_only=True)
+    skipped: tuple[str, ...] = field(default=(), kw_only=True)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -95,12 +98,15 @@ class Workload:
         return replace(self, prompts=tuple(turns[:count]))
 
 
-def read_workload(path: Path) -> Workload:
+def read_workload(path: Path, skip_bad: bool = False) -> Workload:
     """The workload in a file of JSON lines, named after the file.
 
     A line has ``prompt`` (text) or ``messages`` (a chat), and may have ``class``,
     ``id`` and ``max_new_tokens``. Without an id its line number is its id. Blank
     lines are skipped.
+
+    Args:
+        skip_bad: Leave bad lines out; the workload's ``skipped`` tells of them.
 
     Raises:
         WorkloadError: naming file, line number, what is wrong and what is expected.
@@ -114,22 +120,34 @@ def read_workload(path: Path) -> Workload:
         ) from error
     line_of: dict[str, int] = {}
     prompts = []
-    for number, line in _lines(path, content):
-        prompt = _prompt(path, number, line)
-        if (first := line_of.setdefault(prompt.id, number)) != number:
-            raise _bad(
-                path,
-                number,
-                f"id {prompt.id!r} is line {first}'s already",
-                "give each line an id of its own, or none at all",
-            )
-        prompts.append(prompt)
+    skipped = []
+    # Split as bytes: str.splitlines would also break at U+2028 inside a prompt.
+    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), start=1):
+        try:
+            text = _text(path, number, line)
+            if not text:
+                continue
+            prompt = _prompt(path, number, text)
+            if (first := line_of.setdefault(prompt.id, number)) != number:
+                raise _bad(
+                    path,
+                    number,
+                    f"id {prompt.id!r} is line {first}'s already",
+                    "give each line an id of its own, or none at all",
+                )
+        except WorkloadError as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
+            continue
+        prompts.append(replace(prompt, where=f"{path}, line {number}"))
     if not prompts:
+        got = f"no good line ({skipped[0]})" if skipped else "an empty file"
         raise WorkloadError(
-            f"{path}: a workload needs at least one prompt, got an empty file; "
+            f"{path}: a workload needs at least one prompt, got {got}; "
             f"write lines such as {SHAPE}"
         )
-    return Workload(Path(path).stem, tuple(prompts))
+    return Workload(Path(path).stem, tuple(prompts), skipped=tuple(skipped))
 
 
 def example_workload() -> Workload:
@@ -176,22 +194,18 @@ def _draw(seed: int, prompt_id: str) -> tuple[bytes, str]:
     return hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest(), prompt_id
 
 
-def _lines(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that isn't blank."""
-    # Split as bytes: str.splitlines would also break at U+2028 inside a prompt.
-    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise _bad(
-                path,
-                number,
-                f"not UTF-8 at byte {error.start + 1} of the line "
-                f"(0x{line[error.start]:02x})",
-                "save the file as UTF-8",
-            ) from error
-        if text:
-            yield number, text
+def _text(path: Path, number: int, line: bytes) -> str:
+    """What the line holds; empty if it is blank."""
+    try:
+        return line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise _bad(
+            path,
+            number,
+            f"not UTF-8 at byte {error.start + 1} of the line "
+            f"(0x{line[error.start]:02x})",
+            "save the file as UTF-8",
+        ) from error
 
 
 class _Strict(BaseModel):
