@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec._version import __version__
 from adaptspec.errors import AdaptSpecError
-from adaptspec.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from adaptspec.decoder import Decoder as Decoder
     from adaptspec.decoder import Result as Result
     from adaptspec.decoder import load as load
+    from adaptspec.hookspecs import hookimpl as hookimpl
     from adaptspec.selector import Choice as Choice
 
 __all__ = [
@@ -24,11 +24,13 @@ __all__ = [
     "load",
 ]
 
-# Heavy names come when asked for: `adaptspec --help` must not wait for torch.
+# Heavy names come when asked for: `adaptspec --help` must not wait for torch, and
+# nothing is imported before the command line listens for Ctrl-C.
 _LAZY = {
     "Choice": "adaptspec.selector",
     "Decoder": "adaptspec.decoder",
     "Result": "adaptspec.decoder",
+    "hookimpl": "adaptspec.hookspecs",
     "load": "adaptspec.decoder",
 }
 

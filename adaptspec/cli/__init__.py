@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import signal
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from adaptspec._version import __version__
-from adaptspec.errors import AdaptSpecError
+from adaptspec.errors import AdaptSpecError, StoreWarning, stopped_by_user
 from adaptspec.host import Host, PluginWarning
 
 DEBUG_VARIABLE = "ADAPTSPEC_DEBUG"
+INTERRUPTED = 130  # as a shell says of what Ctrl-C ended
 
 
 class _Cli(click.Group):
-    """Commands whose errors are one line and exit code 1, unless debugging."""
+    """Commands whose errors are one line and exit code 1, unless debugging.
+
+    Ctrl-C ends any of them with 130.
+    """
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:
+            _leave()
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except AdaptSpecError as error:
+            found = super().invoke(ctx)
+            sys.stdout.flush()  # while what fails can still be told
+            return found
+        except click.exceptions.Exit:
+            raise
+        except BaseException as error:
+            if stopped_by_user(error):
+                _leave()
             if ctx.params.get("debug") or os.environ.get(DEBUG_VARIABLE):
                 raise
-            raise click.ClickException(str(error)) from None
+            if isinstance(error, AdaptSpecError):
+                raise click.ClickException(str(error)) from None
+            if isinstance(error, OSError) and error.errno != errno.EPIPE:
+                raise click.ClickException(_told(error)) from None
+            raise
 
 
 def build_cli(host: Host) -> click.Group:
@@ -62,11 +85,26 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        _leave()
     command(args=arguments, prog_name="adaptspec")
 
 
+def _leave() -> NoReturn:
+    """End after Ctrl-C, without a word; a second one ends it at once."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    sys.exit(INTERRUPTED)
+
+
+def _told(error: OSError) -> str:
+    """What the operating system refused, in a line."""
+    what = f"{error.filename}: " if error.filename else ""
+    return f"{what}{error.strerror or error}"
+
+
 def _one_line(message: Warning | str, category: type[Warning], *args: Any) -> None:
-    if issubclass(category, PluginWarning):
+    if issubclass(category, PluginWarning | StoreWarning):
         click.echo(f"Warning: {message}", err=True)
     elif os.environ.get(DEBUG_VARIABLE):
         _every_one(message, category)
