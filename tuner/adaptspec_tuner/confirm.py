@@ -120,7 +120,7 @@ def confirm(
             ]
         # A forward tells near ties, for which there may be no memory left.
         except Exception as error:
-            if stopped_by_user(error):
+            if setting == PLAIN_SETTING or stopped_by_user(error):
                 raise
             warn(f"{setting.strategy} dropped: {in_a_line(error)}")
             continue
