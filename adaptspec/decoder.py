@@ -22,7 +22,7 @@ from adaptspec.costs import stored_costs, use_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
 from adaptspec.decoding.stats import RunStats
-from adaptspec.errors import AdaptSpecError
+from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.models import LanguageModel, Prompt, load_model
@@ -41,6 +41,7 @@ NO_STORE = (
 )
 
 
+BAD_STORE = "plain decoding: the store of profiles can't be used"
 UNLIKE = "plain decoding: the prompt is unlike those that were tuned on"
 
 
@@ -104,8 +105,8 @@ class Decoder:
     Args:
         model: The target.
         draft: A draft model for the strategies that need one.
-        store: Where profiles are; they are read once, here. Without one, plain decoding
-            is chosen.
+        store: Where profiles are; they are read once, here. Without one, or where it
+            can't be read (a warning says why), plain decoding is chosen.
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
             the profiles. It may hold token ids of earlier outputs.
@@ -127,23 +128,16 @@ class Decoder:
         self._allow_lossy = allow_lossy
         self.engine = Engine(model, draft)
         self.environment = environment_of(model, draft)
-        self.profiles: list[Profile] = (
-            store.profiles(model=model.digest) if store is not None else []
-        )
-        self._profiled = store is not None
-        if store is not None and not self.profiles:
-            # Another version of the same model: select says so.
-            self.profiles = [
-                p
-                for p in store.profiles()
-                if p.environment.model_name == self.environment.model_name
-            ]
+        self.profiles: list[Profile] = []
         self._classifier_run = ""  # whose classes the classifier's names are
-        self._classifier = self._stored_classifier(store)
-        if store is not None and self.profiles:
-            costs = stored_costs(store, self.environment)
-            if costs is not None:
-                use_costs(costs, model, draft)
+        self._classifier: Classifier | None = None
+        self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
+        self._told: set[str] = set()
+        if store is not None:
+            try:
+                self._read_store(store)
+            except ProfileStoreError as error:
+                self.give_up_store(error)
         self._keeper: KnowledgeKeeper | None = None
         folder = store.folder if store is not None and learn else None
         if folder is not None:
@@ -151,7 +145,29 @@ class Decoder:
             weakref.finalize(self, self._keeper.save)  # at exit, too
         self._strategies: dict[tuple[str, str], Strategy] = {}
         self._choices: dict[str | None, Choice] = {}
-        self._told: set[str] = set()
+
+    def give_up_store(self, error: ProfileStoreError) -> None:
+        """Decode plainly from here on, since profiles can't be read; say so once."""
+        self.profiles, self._classifier = [], None
+        self._unprofiled = BAD_STORE
+        self._told.add(BAD_STORE)
+        warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
+
+    def _read_store(self, store: ProfileStore) -> None:
+        self.profiles = store.profiles(model=self.model.digest)
+        if not self.profiles:
+            # Another version of the same model: select says so.
+            self.profiles = [
+                p
+                for p in store.profiles()
+                if p.environment.model_name == self.environment.model_name
+            ]
+        self._classifier = self._stored_classifier(store)
+        if self.profiles:
+            costs = stored_costs(store, self.environment)
+            if costs is not None:
+                use_costs(costs, self.model, self.draft)
+        self._unprofiled = None
 
     def choose(
         self,
@@ -170,8 +186,8 @@ class Decoder:
             )
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
-        if not self._profiled:
-            return Choice(prompt_class, PLAIN, {}, NO_STORE)
+        if self._unprofiled is not None:
+            return Choice(prompt_class, PLAIN, {}, self._unprofiled)
         if prompt_class not in self._choices:
             chosen = select(
                 self._profiles_of(prompt_class),
@@ -296,10 +312,10 @@ class Decoder:
             return self.profiles
         return [p for p in self.profiles if p.run == self._classifier_run]
 
-    def _stored_classifier(self, store: ProfileStore | None) -> Classifier | None:
+    def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
         """The newest run's, if that run discovered its classes."""
         here = measured_here(self.profiles, self.environment)
-        if store is None or not here:
+        if not here:
             return None
         newest = max(here, key=lambda p: (p.created, p.run))
         record = store.record(newest.run, CLASSIFIER)
@@ -413,6 +429,10 @@ class PlainDecodingWarning(UserWarning):
     """Nothing faster than plain decoding is known here; said once per reason."""
 
 
+class NoStoreWarning(PlainDecodingWarning, StoreWarning):
+    """The store of profiles can't be used; whatever was measured, decoding is plain."""
+
+
 def load(
     model: str | Path | nn.Module | LanguageModel,
     draft_model: str | Path | nn.Module | LanguageModel | None = None,
@@ -433,7 +453,8 @@ def load(
             used as it is and never changed.
         draft_model: The same for the draft.
         db: Path or SQLAlchemy URL of the profile database; None: the user's own, or no
-            profiles if no plugin opens one.
+            profiles if no plugin opens one. Where it can't be used, a warning says why,
+            and decoding is plain.
         learn: See :class:`Decoder`.
         heads: Folders of heads trained for the target, for the strategies that draft
             with them.
@@ -442,7 +463,7 @@ def load(
     Raises:
         ModelLoadError: if a model can't be loaded.
         HeadsLoadError: if heads can't be read or don't fit the target.
-        ProfileStoreError: if the database can't be read.
+        ProfileStoreError: if ``db`` is given and no plugin opens databases.
     """
     host = host or Host.installed()
     target = _language_model(model, tokenizer, dtype, device)
@@ -453,10 +474,18 @@ def load(
         if draft_model is None
         else _language_model(draft_model, None, dtype, target.device)
     )
-    if db is None and not _opens_stores(host):
+    opens = _opens_stores(host)
+    if db is None and not opens:
         return Decoder(target, draft, None, host, learn, allow_lossy)
     if db is None or isinstance(db, str | Path):
-        store = host.open_store(None if db is None else str(db))
+        try:
+            store = host.open_store(None if db is None else str(db))
+        except ProfileStoreError as error:
+            if not opens:
+                raise
+            decoder = Decoder(target, draft, None, host, learn, allow_lossy)
+            decoder.give_up_store(error)
+            return decoder
         try:
             return Decoder(target, draft, store, host, learn, allow_lossy)
         finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.errors import KnowledgeError
+from adaptspec.errors import KnowledgeError, StoreWarning, stopped_by_user
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ LOCK_SECONDS = 30.0
 EVERY_SECONDS = 60.0
 
 
-class KnowledgeWarning(UserWarning):
+class KnowledgeWarning(StoreWarning):
     """A knowledge file can't be used and is replaced; decoding goes on without it."""
 
 
@@ -59,17 +59,31 @@ class KnowledgeFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
-                self._write(strategy.sync(self._read()))
+                self._write(self._merged(strategy))
         except Timeout:
             raise KnowledgeError(
                 f"{self.path} is locked by another process for {LOCK_SECONDS:g} s; "
                 "what was learnt is kept in memory (load(..., learn=False) keeps none)"
             ) from None
-        except OSError as error:
+        # A file system without locks says so in an error of its own.
+        except (OSError, NotImplementedError) as error:
             raise KnowledgeError(
                 f"can't write {self.path}: {error}; make the folder writable or "
                 "pass load(..., learn=False)"
             ) from error
+
+    def _merged(self, strategy: Strategy) -> dict[str, Any]:
+        stored = self._read()
+        if stored is None:
+            return strategy.sync(None)
+        try:
+            return strategy.sync(stored)
+        # Whole, and still not what the strategy writes: it may stumble over anything.
+        except Exception as error:
+            if stopped_by_user(error):
+                raise
+            self._refuse(f"it can't be taken in ({type(error).__name__}: {error})")
+            return strategy.sync(None)
 
     def _read(self) -> dict[str, torch.Tensor] | None:
         """The tensors of a whole file of this model, strategy and version, or None."""
@@ -81,7 +95,7 @@ class KnowledgeFile:
             with safe_open(self.path, "pt") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             self._refuse(f"it is damaged ({error})")
             return None
         problem = next(

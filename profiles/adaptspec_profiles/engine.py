@@ -75,7 +75,7 @@ def make_engine(url: str) -> Engine:
             f"{str(error).splitlines()[0]}; {way} "
             "(--db takes a file path or a SQLAlchemy URL)"
         ) from error
-    except (ArgumentError, OSError, SQLAlchemyError) as error:
+    except (ArgumentError, OSError, RuntimeError, SQLAlchemyError) as error:
         raise ProfileStoreError(
             f"can't use the profile database {safe_url(url)}: "
             f"{str(error).splitlines()[0]} "
@@ -160,7 +160,10 @@ def safe_url(url: str) -> str:
     """
     scheme, mark, rest = url.partition("://")
     if not mark:
-        return f"sqlite:///{parsed_url(url).database}"
+        try:
+            return f"sqlite:///{parsed_url(url).database}"
+        except RuntimeError:  # the home of a user that isn't there
+            return f"sqlite:///{url}"
     login, at, place = rest.rpartition("@")
     user = re.split(r"[:/?#]", login)[0]
     return f"{scheme}://{user}{at}{place.partition('?')[0]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -9,28 +11,47 @@ from datetime import timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Engine, delete, func, inspect, select
+from alembic.util import CommandError
+from sqlalchemy import Engine, Select, delete, func, inspect, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from adaptspec.errors import ProfileStoreError
-from adaptspec.profile import Environment, Measurement, Profile, Trial
+from adaptspec.errors import ProfileStoreError, StoreWarning
+from adaptspec.profile import Environment, Profile, Trial
 from adaptspec_profiles.convert import (
     LARGEST_INTEGER,
     environment_digest,
     json_value,
+    profile_from_json,
     same_profile,
     same_trial,
 )
 from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
-from adaptspec_profiles.schema import EnvironmentRow, ProfileRow, RecordRow, TrialRow
+from adaptspec_profiles.schema import (
+    Base,
+    EnvironmentRow,
+    ProfileRow,
+    RecordRow,
+    TrialRow,
+)
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 T = TypeVar("T")
 RACES = 10  # lost to other writers, before it counts as a failure
+# What a column that doesn't hold what it should makes of reading it.
+DAMAGE = (ValueError, TypeError, AttributeError)
+WAYS_OUT = {
+    "readonly": "; make the file and its folder writable, or give another --db",
+    "unable to open": "; its folder must be there and writable, or give another --db",
+    "full": "; free some space, or give another --db",
+    "disk I/O": "; look after the disk, or give another --db",
+    "locked": "; end the process that uses it, or give another --db",
+    "not a database": "; give another --db",
+    "malformed": "; put an older copy in its place, or give another --db",
+}
 
 
 class SqlStore:
@@ -46,12 +67,13 @@ class SqlStore:
         self._studies: RDBStorage | None = None
         try:
             migrate(self._engine)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, CommandError) as error:
             self._engine.dispose()
             raise self._failure("open", error) from error
         except ProfileStoreError:
             self._engine.dispose()
             raise
+        self._told: set[tuple[str, object]] = set()  # damaged rows
 
     @property
     def folder(self) -> Path | None:
@@ -91,8 +113,8 @@ class SqlStore:
         prompt_class: str | None = None,
         run: str | None = None,
     ) -> list[Profile]:
-        """Newest first."""
-        query = select(ProfileRow).join(ProfileRow.environment)
+        """Newest first; a damaged row is left out, with a warning that names it."""
+        query = select(ProfileRow.id).join(ProfileRow.environment)
         if model is not None:
             query = query.where(EnvironmentRow.model == model)
         if prompt_class is not None:
@@ -100,20 +122,28 @@ class SqlStore:
         if run is not None:
             query = query.where(ProfileRow.run == run)
         query = query.order_by(ProfileRow.created.desc(), ProfileRow.id.desc())
-        with self._reading() as session:
-            return [_profile(row) for row in session.scalars(query)]
+        return self._whole(ProfileRow, query, _profile)
 
     def profile(self, profile_id: int) -> Profile | None:
         """One by id."""
         if not 0 < profile_id <= LARGEST_INTEGER:
             return None
-        with self._reading() as session:
-            row = session.get(ProfileRow, profile_id)
-            return None if row is None else _profile(row)
+        try:
+            with self._reading() as session:
+                row = session.get(ProfileRow, profile_id)
+                return None if row is None else _profile(row)
+        except (ProfileStoreError, *DAMAGE) as error:
+            if isinstance(error.__cause__, SQLAlchemyError):
+                raise
+            raise ProfileStoreError(
+                self._damaged(ProfileRow, {profile_id: error})
+            ) from error
 
     def delete_run(self, run: str) -> int:
         """Profiles, trials, records and studies of a run."""
-        if inspect(self._engine).has_table("studies"):
+        with self._reading() as session:
+            kept = inspect(session.connection()).has_table("studies")
+        if kept:
             from adaptspec_profiles.studies import delete_studies
 
             delete_studies(self.studies(), run)
@@ -134,44 +164,45 @@ class SqlStore:
             with self._writing() as session:
                 session.add(TrialRow(**_trial_fields(trial)))
         except ProfileStoreError as error:
-            repeated = isinstance(error.__cause__, IntegrityError) and any(
+            if not isinstance(error.__cause__, IntegrityError):
+                raise
+            known = any(
                 _trial_key(t) == _trial_key(trial) for t in self.trials(trial.run)
             )
-            if not repeated:
+            if not (known or self._replaced(trial)):
                 raise
 
     def trials(self, run: str) -> list[Trial]:
-        """By class, strategy and number."""
-        with self._reading() as session:
-            rows = session.scalars(select(TrialRow).where(TrialRow.run == run))
-            found = [
-                Trial(
-                    row.run,
-                    row.prompt_class,
-                    row.strategy,
-                    row.number,
-                    row.params,
-                    row.state,
-                    row.value,
-                    row.detail,
-                )
-                for row in rows
-            ]
+        """By class, strategy and number; damaged rows are left out as profiles are."""
+        query = select(TrialRow.id).where(TrialRow.run == run)
+        found = self._whole(TrialRow, query, _trial)
         # Not by the database, whose order of text may be a language's.
         return sorted(found, key=_trial_key)
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
         """Replace an older one."""
         checked = json_value(value)
-        self._write(
-            lambda session: session.merge(RecordRow(run=run, key=key, value=checked))
-        )
+
+        def put(session: Session) -> None:
+            # Not read before: what is replaced may be damaged.
+            here = (RecordRow.run == run) & (RecordRow.key == key)
+            changed = session.execute(
+                update(RecordRow).where(here).values(value=checked)
+            )
+            if not getattr(changed, "rowcount", 0):
+                session.add(RecordRow(run=run, key=key, value=checked))
+
+        self._write(put)
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
-        """As it was put."""
-        with self._reading() as session:
-            row = session.get(RecordRow, (run, key))
-            return None if row is None else dict(row.value)
+        """As it was put; None for a damaged one, with a warning that names it."""
+        try:
+            with self._reading() as session:
+                row = session.get(RecordRow, (run, key))
+                return None if row is None else dict(_object(row.value, "value"))
+        except DAMAGE as error:
+            self._warn(RecordRow, {f"{run} {key}": error})
+            return None
 
     def close(self) -> None:
         """Release connections."""
@@ -181,6 +212,67 @@ class SqlStore:
             close_studies(self._studies)
             self._studies = None
         self._engine.dispose()
+
+    def _whole(
+        self,
+        table: type[ProfileRow] | type[TrialRow],
+        wanted: Select[Any],
+        made: Callable[[Any], T],
+    ) -> list[T]:
+        """What the rows of these ids hold, in their order, without damaged ones."""
+        with self._reading() as session:
+            ids = list(session.scalars(wanted))
+        rows = select(table).where(table.id.in_(wanted.order_by(None)))
+        try:
+            with self._reading() as session:
+                read: list[Any] = list(session.scalars(rows))
+                found = {row.id: made(row) for row in read}
+        except (ProfileStoreError, *DAMAGE):
+            found, damaged = {}, {}
+            for row_id in ids:
+                try:
+                    with self._reading() as session:
+                        row = session.get(table, row_id)
+                        if row is not None:
+                            found[row_id] = made(row)
+                except (ProfileStoreError, *DAMAGE) as error:
+                    damaged[row_id] = error
+            self._warn(table, damaged)
+        return [found[row_id] for row_id in ids if row_id in found]
+
+    def _replaced(self, trial: Trial) -> bool:
+        """Put ``trial`` in the place of a damaged row, if there is one."""
+        here = (
+            (TrialRow.run == trial.run)
+            & (TrialRow.prompt_class == trial.prompt_class)
+            & (TrialRow.strategy == trial.strategy)
+            & (TrialRow.number == trial.number)
+        )
+        with self._writing() as session:
+            changed = session.execute(
+                update(TrialRow).where(here).values(**_trial_fields(trial))
+            )
+            return bool(getattr(changed, "rowcount", 0))
+
+    def _warn(self, table: type[Base], damaged: Mapping[Any, Exception]) -> None:
+        """Tell of damaged rows that weren't told of yet."""
+        name = table.__tablename__
+        new = {k: e for k, e in damaged.items() if (name, k) not in self._told}
+        if new:
+            self._told |= {(name, key) for key in new}
+            warnings.warn(self._damaged(table, new), StoreWarning, stacklevel=4)
+
+    def _damaged(self, table: type[Base], rows: Mapping[Any, Exception]) -> str:
+        error = next(iter(rows.values()))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        keys = ", ".join(map(str, sorted(rows)))
+        which = f"rows {keys} of {table.__tablename__} in {self._url} are"
+        if len(rows) == 1:
+            which = f"row {keys} of {table.__tablename__} in {self._url} is"
+        return (
+            f"{which} damaged and not used: {reason}; run tune again, or forget the "
+            "run with `adaptspec profiles delete RUN`"
+        )
 
     def _write(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` in a transaction, again where another process came first.
@@ -217,43 +309,52 @@ class SqlStore:
 
     def _failure(self, what: str, error: Exception) -> ProfileStoreError:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        way = next((way for sign, way in WAYS_OUT.items() if sign in reason), "")
         return ProfileStoreError(
-            f"can't {what} the profile database {self._url}: {reason} "
+            f"can't {what} the profile database {self._url}: {reason}{way} "
             "(--db takes a file path or a SQLAlchemy URL)"
         )
 
 
-def _environment(session: Session, environment: Environment) -> EnvironmentRow:
+def _environment(session: Session, environment: Environment) -> int:
     fields = asdict(environment)
     # Without heads as before there were any, so that older rows are found again.
     absent = {"heads", "heads_name"} if environment.heads is None else set()
     digest = environment_digest({k: v for k, v in fields.items() if k not in absent})
-    row = session.scalar(select(EnvironmentRow).where(EnvironmentRow.digest == digest))
-    if row is None:
-        row = EnvironmentRow(digest=digest, **fields)
-        session.add(row)
-        session.flush()
-    return row
+    known = session.scalar(
+        select(EnvironmentRow.id).where(EnvironmentRow.digest == digest)
+    )
+    if known is not None:
+        # Written again without a look: it may be damaged.
+        session.execute(
+            update(EnvironmentRow).where(EnvironmentRow.id == known).values(**fields)
+        )
+        return known
+    row = EnvironmentRow(digest=digest, **fields)
+    session.add(row)
+    session.flush()
+    return row.id
 
 
 def _put(session: Session, profile: Profile) -> int:
     """Store a profile; one of its setting keeps the id that it has."""
     environment = _environment(session, profile.environment)
-    row = session.scalar(
-        select(ProfileRow).where(
+    known = session.scalar(
+        select(ProfileRow.id).where(
             ProfileRow.run == profile.run,
             ProfileRow.prompt_class == profile.prompt_class,
             ProfileRow.strategy == profile.strategy,
             ProfileRow.baseline == profile.baseline,
         )
     )
-    fields = {**_profile_fields(profile), "environment": environment}
-    if row is None:
-        row = ProfileRow(**fields)
-        session.add(row)
-    else:
-        for name, value in fields.items():
-            setattr(row, name, value)
+    fields = {**_profile_fields(profile), "environment_id": environment}
+    if known is not None:
+        session.execute(
+            update(ProfileRow).where(ProfileRow.id == known).values(**fields)
+        )
+        return known
+    row = ProfileRow(**fields)
+    session.add(row)
     session.flush()
     return row.id
 
@@ -276,33 +377,54 @@ def _profile_fields(profile: Profile) -> dict[str, Any]:
 
 
 def _profile(row: ProfileRow) -> Profile:
+    """What the row holds.
+
+    Raises:
+        ProfileStoreError: naming the field that is wrong, missing or unknown.
+    """
     where = row.environment
-    return Profile(
-        environment=Environment(
-            where.model,
-            where.model_name,
-            where.draft,
-            where.draft_name,
-            where.dtype,
-            where.device,
-            where.device_name,
-            where.threads,
-            where.versions,
-            where.heads,
-            where.heads_name,
-        ),
-        workload=row.workload,
-        workload_name=row.workload_name,
-        prompt_class=row.prompt_class,
-        strategy=row.strategy,
-        params=row.params,
-        measurement=Measurement(**row.measurement),
-        created=row.created.replace(tzinfo=timezone.utc),
-        lossless=row.lossless,
-        baseline=row.baseline,
-        run=row.run,
-        id=row.id,
+    names = [field.name for field in dataclasses.fields(Environment)]
+    record = {
+        "environment": {name: getattr(where, name) for name in names},
+        "workload": row.workload,
+        "workload_name": row.workload_name,
+        "prompt_class": row.prompt_class,
+        "strategy": row.strategy,
+        "params": _object(row.params, "params"),
+        "measurement": _object(row.measurement, "measurement"),
+        "created": row.created.replace(tzinfo=timezone.utc),
+        "lossless": row.lossless,
+        "baseline": row.baseline,
+        "run": row.run,
+    }
+    return dataclasses.replace(profile_from_json(record), id=row.id)
+
+
+def _trial(row: TrialRow) -> Trial:
+    """What the row holds; a search reads them often, so only what must be is looked at.
+
+    Raises:
+        TypeError: naming the field that can't be.
+    """
+    for name, kind in (("number", int), ("state", str), ("value", float | int | None)):
+        if not isinstance(getattr(row, name), kind):
+            raise TypeError(f"{name} can't be {getattr(row, name)!r}")
+    return Trial(
+        row.run,
+        row.prompt_class,
+        row.strategy,
+        row.number,
+        _object(row.params, "params"),
+        row.state,
+        row.value,
+        _object(row.detail, "detail"),
     )
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a JSON object, got {value!r:.60}")
+    return value
 
 
 def _trial_key(trial: Trial) -> tuple[str, str, str, int]:

@@ -97,10 +97,19 @@ def serve_studies(
 
 
 def delete_studies(storage: RDBStorage, run: str) -> None:
-    """Forget the studies of ``run``."""
-    for study in storage.get_all_studies():
-        if study.study_name.startswith(f"{run}/"):
-            storage.delete_study(study._study_id)
+    """Forget the studies of ``run``.
+
+    Raises:
+        ProfileStoreError: if they can't be written.
+    """
+    import optuna
+
+    try:
+        for study in storage.get_all_studies():
+            if study.study_name.startswith(f"{run}/"):
+                storage.delete_study(study._study_id)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise _failure(storage.engine.url, error) from error
 
 
 def close_studies(storage: RDBStorage) -> None:

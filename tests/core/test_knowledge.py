@@ -137,6 +137,41 @@ def test_a_damaged_file_is_refused_by_name_and_replaced(
     assert exchanged(tmp_path, Counting()) == 2
 
 
+def test_a_whole_file_that_the_strategy_stumbles_over_is_refused_and_replaced(
+    tmp_path: Path,
+) -> None:
+    exchanged(tmp_path, Counting(), 5)
+
+    class Otherwise(Counting):
+        """The same name and version, and other tensors."""
+
+        name = "counting"
+
+        def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+            if stored is not None:
+                _ = stored["counts"]
+            return {"counts": torch.tensor(self.fresh)}
+
+    file = KnowledgeFile(tmp_path, MODEL, Otherwise)
+    with pytest.warns(
+        KnowledgeWarning, match=r"counting\.safetensors.*taken in.*counts"
+    ):
+        file.exchange(Otherwise())
+    file.exchange(Otherwise())  # what replaced it is its own
+
+
+def test_a_file_system_without_locks_is_told_once_and_decoding_goes_on(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*arguments: Any, **named: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with pytest.warns(KnowledgeWarning, match="flock.*learn=False") as told:
+        assert learnt(host, tmp_path, 2) == [1, 2]
+    assert len([w for w in told if w.category is KnowledgeWarning]) == 1
+
+
 def test_another_version_is_refused_by_name(tmp_path: Path) -> None:
     class Newer(Counting):
         name = "counting"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptspec.classify import KEY as CLASSIFIER
 from adaptspec.classify import Classifier
+from adaptspec.errors import AdaptSpecError
 from adaptspec_tuner.classes import (
     classified,
     discover,
@@ -66,7 +67,13 @@ def _classifier(
     """The run's, or one learnt from what replays say of each prompt; stored."""
     if (record := run.store.record(run.id, CLASSIFIER)) is not None:
         # Learnt anew it might differ, and the run's trials are of these classes.
-        return Classifier.from_json(record)
+        try:
+            return Classifier.from_json(record)
+        except AdaptSpecError as error:
+            raise AdaptSpecError(
+                f"the classes that run {run.id} found can't be read: {error}; begin it "
+                "anew with --fresh"
+            ) from error
     gains: dict[str, dict[str, float]] = {}
     if predictor is not None:
         settings = [setting for cls in run.replaying for setting in probed(cls)]

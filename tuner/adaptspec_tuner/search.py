@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -155,7 +156,9 @@ class Search:
         """Plain decoding of ``prompt``, measured once per run."""
         key = plain_key(prompt.prompt_class, prompt.id)
         if (record := self._store.record(self._run, key)) is not None:
-            return Sample.from_json(record)
+            # A damaged record is measured again.
+            with suppress(KeyError, TypeError, ValueError):
+                return Sample.from_json(record)
         self._doing(f"{prompt.prompt_class}: plain decoding")
         sample = self._measurer.measure(PLAIN_SETTING, prompt)
         self._store.put_record(self._run, key, sample.as_json())
@@ -246,6 +249,7 @@ class Search:
             t
             for t in self._store.trials(self._run)
             if (t.prompt_class, t.strategy) == (prompt_class, name)
+            and (t.state == "failed" or isinstance(t.detail.get("ratio"), int | float))
         ]
 
     def _try(self, arm: Arm) -> None:

@@ -29,8 +29,12 @@ class Spending:
         self, store: Records, run: str, clock: Callable[[], float], started: float
     ) -> None:
         self._store, self._run, self._clock = store, run, clock
-        earlier = store.record(run, KEY) or {}
-        self.parts: dict[str, float] = dict(earlier.get("parts", {}))
+        earlier = (store.record(run, KEY) or {}).get("parts")
+        self.parts: dict[str, float] = {
+            str(name): float(seconds)
+            for name, seconds in (earlier if isinstance(earlier, dict) else {}).items()
+            if isinstance(seconds, int | float)  # not where it was damaged
+        }
         self._part, self._since = "loading", started
 
     @property

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec_profiles.engine import reading
+from adaptspec_profiles.engine import reading, safe_url
 
 # Optuna keeps `alembic_version` in the same database.
 VERSION_TABLE = "adaptspec_version"
@@ -48,8 +48,9 @@ def migrate(
     while True:
         current = _current(engine)
         if current is not None and current not in known:
+            url = safe_url(engine.url.render_as_string(hide_password=True))
             raise ProfileStoreError(
-                f"the profile database is at step {current!r}, newer than this "
+                f"the profile database {url} is at step {current!r}, newer than this "
                 f"adaptspec knows (last: {known[-1]!r}); upgrade adaptspec or "
                 "give another --db"
             )
