@@ -68,7 +68,8 @@ def test_a_prompt_counts_once_in_its_class(same: tuple[Prompt, ...], told: int) 
     ids, said = kept(same)
     assert len(ids) == len(same) - told
     assert ids[0] == "chat0"
-    assert [line.split()[0] for line in said] == [str(told)] * (told > 0)
+    wanted = f"repeated prompts left out: {told}; in a class each counts once"
+    assert said == [wanted] * (told > 0)
 
 
 def test_chats_are_the_same_if_the_same_is_said_by_the_same() -> None:
@@ -114,14 +115,14 @@ def test_a_prompt_that_cannot_be_decoded_is_named_or_left_out(
     assert len(str(caught.value).splitlines()) == 1
     ids, said = kept(prompts, skip_bad=True)
     assert ids == ["chat0"]
-    assert said[0].startswith("1 bad prompts left out")
+    assert said[0].startswith("bad prompts left out: 1; the first: prompt 'x'")
     with pytest.raises(WorkloadError, match="no prompt of w is left"):
         kept([bad], skip_bad=True)
 
 
 def test_outputs_that_the_models_length_cuts_are_told() -> None:
     assert kept(texts("a a a a a a a a", "b b"))[1] == [
-        "1 prompts leave room for fewer new tokens than asked for: their outputs end "
+        "prompts with room for fewer new tokens than asked for: 1; their outputs end "
         "at the model's 10 tokens"
     ]
 
@@ -211,7 +212,7 @@ def test_tune_leaves_bad_lines_out_and_says_how_many(
     done = told(host, tmp_path, strict_model, SYSTEM, {"prompt": " "}, skip=True)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
-    assert any(note.startswith("2 bad prompts") for note in result["notes"])
+    assert any(note.startswith("bad prompts left out: 2;") for note in result["notes"])
     (found,) = result["classes"]
     assert all(r["prompts"] == 2 for r in found["results"])
 
@@ -232,7 +233,9 @@ def test_a_prompt_eight_times_is_one_prompt_and_chooses_nothing(host: Host) -> N
     assert found.reused
     assert found.choice.strategy == PLAIN
     assert {p.measurement.prompts for p in found.profiles} == {1}
-    assert any(note.startswith("7 prompts left out") for note in result.notes)
+    assert any(
+        note.startswith("repeated prompts left out: 7;") for note in result.notes
+    )
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 5])

@@ -84,15 +84,12 @@ def measurable(
             f"no prompt of {workload.name} is left; the first: {bad[0]}"
         )
     if bad:
-        warn(f"{len(bad)} bad prompts left out; the first: {bad[0]}")
+        warn(f"bad prompts left out: {len(bad)}; the first: {bad[0]}")
     if copies:
-        warn(
-            f"{copies} prompts left out that repeat another of their class: each "
-            "counts once"
-        )
+        warn(f"repeated prompts left out: {copies}; in a class each counts once")
     if cut:
         warn(
-            f"{cut} prompts leave room for fewer new tokens than asked for: their "
+            f"prompts with room for fewer new tokens than asked for: {cut}; their "
             f"outputs end at the model's {model.most_tokens} tokens"
         )
     return replace(workload, prompts=tuple(kept), skipped=())
