@@ -36,6 +36,7 @@ from adaptspec.errors import (
     ModelLoadError,
     NoHiddenStatesError,
 )
+from adaptspec.vocabulary import vocabulary_mismatch
 
 if TYPE_CHECKING:
     from adaptspec.trained import TrainedHeads
@@ -187,6 +188,13 @@ class LanguageModel:
         head = self.source.get_output_embeddings()  # type: ignore[operator]
         weight = getattr(head, "weight", None)
         return int(self.config.hidden_size if weight is None else weight.shape[1])
+
+    @property
+    def input_size(self) -> int:
+        """How many token ids the model can read: the rows of its embedding."""
+        embedding = self.source.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embedding, "weight", None)
+        return int(self.vocab_size if weight is None else weight.shape[0])
 
     @property
     def max_length(self) -> int | None:
@@ -400,25 +408,7 @@ class LanguageModel:
 
     def vocabulary_mismatch(self, other: LanguageModel) -> str | None:
         """Why ``other``'s token ids mean something else here, or None."""
-        if self.tokenizer is None or other.tokenizer is None:
-            if self.vocab_size != other.vocab_size:
-                return (
-                    f"{self.name} has {self.vocab_size} tokens, "
-                    f"{other.name} {other.vocab_size}, and no tokenizers to compare"
-                )
-            return None
-        mine, theirs = self._vocabulary, other._vocabulary
-        if mine == theirs:
-            return None
-        differing = sum(theirs.get(token) != index for token, index in mine.items())
-        return (
-            f"{self.name} and {other.name} disagree on {differing} "
-            f"of {len(mine)} tokens"
-        )
-
-    @functools.cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return dict(self.tokenizer.get_vocab())
+        return vocabulary_mismatch(self, other)
 
     def _limited(self, length: int) -> bool:
         return any(reach.limits(length) for reach in self.reaches.values())
