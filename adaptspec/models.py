@@ -31,19 +31,14 @@ from adaptspec.decoding.masks import (
     tree_mask,
 )
 from adaptspec.decoding.tree import TokenTree
-from adaptspec.errors import (
-    InvalidPromptError,
-    ModelLoadError,
-    NoHiddenStatesError,
-)
+from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.prompts import Prompt, encode_prompt
 from adaptspec.vocabulary import vocabulary_mismatch
 
 if TYPE_CHECKING:
     from adaptspec.trained import TrainedHeads
 
 Level = Literal["tree", "chain", "plain"]
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
 
 # Graph capture needs fixed shapes: on CUDA trees are padded up to one of these.
 CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -384,21 +379,29 @@ class LanguageModel:
         hidden = {i: output.hidden_states[i][:, -1].clone() for i in hidden_layers}
         return output.logits[:, -1], hidden
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, of chat messages (template applied), or ids as they are.
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a text, of chat messages, or ids as they are.
+
+        See :func:`~adaptspec.prompts.encode_prompt` for the rules and arguments.
 
         Raises:
             InvalidPromptError: if it is empty, out of the vocabulary, or needs a
                 tokenizer or chat template that isn't there.
         """
-        ids = self._encode(prompt)
-        if not ids:
-            raise InvalidPromptError("a prompt must have at least one token, got none")
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise InvalidPromptError(
-                f"token ids must be in 0..{self.vocab_size - 1}, got {bad[0]}"
-            )
-        return ids
+        return encode_prompt(
+            self,
+            prompt,
+            raw=raw,
+            tools=tools,
+            template_arguments=template_arguments,
+        )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``; empty without a tokenizer."""
@@ -482,35 +485,6 @@ class LanguageModel:
             )
         hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
         return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, torch.Tensor):
-            if prompt.dim() == 2 and prompt.shape[0] == 1:
-                prompt = prompt[0]
-            if prompt.dim() != 1:
-                raise InvalidPromptError(
-                    f"input ids must be [n] or [1, n], got {list(prompt.shape)}"
-                )
-            return [int(token) for token in prompt.tolist()]
-        if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
-        if self.tokenizer is None:
-            raise InvalidPromptError(
-                "a text prompt needs a tokenizer; pass token ids or load the model "
-                "with its tokenizer"
-            )
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InvalidPromptError(
-                f"{self.name} has no chat template; pass a text prompt instead"
-            )
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],  # type: ignore[arg-type]
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_model(

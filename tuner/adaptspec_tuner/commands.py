@@ -135,6 +135,7 @@ def parse_memory(text: str) -> int:
     type=click.IntRange(min=1),
     help="Most prompts per class. A strategy needs 4, 2 of them held out, to win.",
 )
+@click.option("--raw", is_flag=True, help="Don't apply the chat template to texts.")
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
 @click.option(
@@ -173,6 +174,7 @@ def tune(
     threads: int | None,
     seed: int,
     limit: int | None,
+    raw: bool,
     baselines: bool,
     fresh: bool,
     worker: bool,
@@ -193,6 +195,8 @@ def tune(
 
     # A bad line is told before a model is fetched.
     prompts = example_workload() if workload is None else read_workload(workload)
+    if raw:
+        prompts = prompts.as_raw()
     errors = stderr_console()
     if model is None:
         from adaptspec.default_model import default_model_path
