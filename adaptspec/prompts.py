@@ -92,7 +92,7 @@ def encode_prompt(
     """
     prompt = _only_one(prompt)
     arguments = dict(template_arguments or {})
-    if tools is not None:
+    if tools:
         arguments["tools"] = list(tools)
     ids = _given_ids(model, prompt)
     if ids is None:
@@ -263,18 +263,27 @@ def _attended(ids: list[int], mask: list[int]) -> list[int]:
 def _without_pads(model: LanguageModel, ids: list[int]) -> list[int]:
     """Without padding at both ends, which the model's own ``generate`` masks, too.
 
-    A padding token that also begins or ends texts isn't told from one that does.
+    Where a text may end with the padding token, nothing tells them apart. Where the
+    tokenizer begins texts with it, one stays in front.
     """
-    pad = _special(model, "pad_token_id")
-    others = {*_special(model, "eos_token_id"), *_special(model, "bos_token_id")}
-    if len(pad) != 1 or pad & others:
+    pads = _special(model, "pad_token_id")
+    if len(pads) != 1 or pads & _special(model, "eos_token_id"):
         return ids
     first, last = 0, len(ids)
-    while first < last and ids[first] in pad:
+    while first < last and ids[first] in pads:
         first += 1
-    while last > first and ids[last - 1] in pad:
+    while last > first and ids[last - 1] in pads:
         last -= 1
+    if first and pads & _special(model, "bos_token_id") and _begins(model, ids[0]):
+        first -= 1
     return ids[first:last]
+
+
+def _begins(model: LanguageModel, token: int) -> bool:
+    """Whether texts begin with ``token``; without a tokenizer they may."""
+    if model.tokenizer is None:
+        return True
+    return _tokenized(model, "", add_special_tokens=True)[:1] == [token]
 
 
 def _special(model: LanguageModel, name: str) -> set[int]:
@@ -409,7 +418,7 @@ def _rendered(
     arguments: Mapping[str, Any],
 ) -> str:
     arguments = dict(arguments)
-    _check_arguments(model, arguments)
+    _check_read(model, arguments, messages)
     if not arguments.keys() & {"add_generation_prompt", "continue_final_message"}:
         last = messages[-1] if messages else {}
         continued = last.get("role") == "assistant" and not last.get("tool_calls")
@@ -447,16 +456,23 @@ def _refused(model: LanguageModel, error: Exception) -> InvalidPromptError:
     )
 
 
-def _check_arguments(model: LanguageModel, arguments: Mapping[str, Any]) -> None:
+def _check_read(
+    model: LanguageModel,
+    arguments: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+) -> None:
     """Refuse what the template would drop without a word."""
     template = arguments.get("chat_template") or model.tokenizer.chat_template
     text = " ".join(template.values()) if isinstance(template, dict) else str(template)
-    for name in arguments:
+    given = [name for name in arguments if name not in OF_ALL_TEMPLATES]
+    if any(message.get("tool_calls") for message in messages):
+        given.append("tool_calls")
+    for name in given:
         if name in NOT_FOR_TEMPLATES:
             raise InvalidPromptError(
                 f"{name!r} is no argument of a chat template; leave it out"
             )
-        if name not in OF_ALL_TEMPLATES and not re.search(rf"\b{name}\b", text):
+        if not re.search(rf"\b{name}\b", text):
             raise InvalidPromptError(
                 f"the chat template of {model.name} doesn't read {name!r}; leave it out"
             )

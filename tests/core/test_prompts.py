@@ -21,6 +21,7 @@ TEMPLATE = """
 {%- if tools %}w50 {% endif -%}
 {%- for tool in tools or [] %}{{ tool.function.name }} {% endfor -%}
 {%- for message in messages -%}
+{%- for call in message.tool_calls or [] %}w51 {% endfor -%}
 {%- if message['role'] == 'system' and strict is defined -%}
 {{ raise_exception('System role not supported') }}
 {%- endif -%}
@@ -137,6 +138,22 @@ def test_padding_is_left_out_as_generate_leaves_it_out(
         assert theirs[0, 6:].tolist() == ours[0, 3:].tolist()
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_first_token_that_pads_too_is_told_by_the_tokenizer(begins: bool) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.bos_token = "w3"
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="w3 $A", special_tokens=[("w3", 3)]
+        )
+    model = LanguageModel(tiny_module("llama"), tokenizer)
+    expected = [3, *IDS] if begins else IDS
+    assert model.encode([3, *IDS]) == model.encode([3, 3, 3, *IDS]) == expected
+    assert model.encode({"input_ids": [3, *IDS], "attention_mask": [1] * 4})[0] == 3
+
+
 def test_masks_that_leave_out_the_middle_or_dont_fit_are_refused(
     model: LanguageModel,
 ) -> None:
@@ -228,7 +245,7 @@ def test_a_text_is_read_as_it_is_without_a_template() -> None:
     model = LanguageModel(tiny_module("llama"), tokenizer, "bare")
     assert model.encode("w5 w9") == [5, 9]
     assert "bare has no chat template" in refusal(model, [USER])
-    assert "bare has none" in refusal(model, "w5", tools=[])
+    assert "bare has none" in refusal(model, "w5", tools=[7])
 
 
 def rendered(model: LanguageModel, chat: Any, **given: Any) -> list[int]:
@@ -304,10 +321,15 @@ def test_what_a_template_would_drop_is_refused_by_name(model: LanguageModel) -> 
     assert "tiny doesn't read 'enable_thinkin'" in said
     said = refusal(model, [USER], template_arguments={"documents": []})
     assert "'documents'" in said
+    called = {"role": "assistant", "content": "w7", "tool_calls": [{"id": "1"}]}
+    plain = {"chat_template": "{{ messages[0].content }}"}
+    said = refusal(model, [USER, called, USER], template_arguments=plain)
+    assert "doesn't read 'tool_calls'" in said
+    assert model.encode([USER], tools=[]) == model.encode([USER])
     said = refusal(model, [USER], template_arguments={"tokenize": True})
     assert "'tokenize' is no argument of a chat template" in said
-    assert "tools: token ids are read as they are" in refusal(model, IDS, tools=[])
-    assert "raw leaves it out" in refusal(model, "w5", tools=[], raw=True)
+    assert "tools: token ids are read as they are" in refusal(model, IDS, tools=[7])
+    assert "raw leaves it out" in refusal(model, "w5", tools=[7], raw=True)
     assert "refuses the messages: Tools should" in refusal(model, [USER], tools=[7])
 
 
