@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from adaptspec.models import LanguageModel
+
+
+_compared: WeakKeyDictionary[
+    LanguageModel, WeakKeyDictionary[LanguageModel, str | None]
+] = WeakKeyDictionary()
 
 
 def vocabulary_mismatch(model: LanguageModel, other: LanguageModel) -> str | None:
     """Why the text tokens of ``model`` and ``other`` differ, or None if they don't.
 
     Added tokens (special tokens, tools' marks, padding) may differ: verification
-    corrects a draft that doesn't know one.
+    corrects a draft that doesn't know one. Two models are compared once.
     """
+    others = _compared.setdefault(model, WeakKeyDictionary())
+    if other not in others:
+        others[other] = _mismatch(model, other)
+    return others[other]
+
+
+def _mismatch(model: LanguageModel, other: LanguageModel) -> str | None:
     if model.tokenizer is None or other.tokenizer is None:
         if model.vocab_size != other.vocab_size:
             return (
@@ -21,11 +35,11 @@ def vocabulary_mismatch(model: LanguageModel, other: LanguageModel) -> str | Non
                 f"{other.name} {other.vocab_size}, and no tokenizers to compare"
             )
         return None
-    mine, theirs = _text_tokens(model), _text_tokens(other)
+    every_mine, every_theirs = _tokens(model), _tokens(other)
+    mine, theirs = _of_text(model, every_mine), _of_text(other, every_theirs)
     if mine == theirs:
         return None
     # A token of text here may be an added one there, and still be the same.
-    every_mine, every_theirs = _tokens(model), _tokens(other)
     differing = [
         token
         for token in {**mine, **theirs}
@@ -54,9 +68,9 @@ def _tokens(model: LanguageModel) -> dict[str, int]:
     return {token: i for token, i in known.items() if i < model.vocab_size}
 
 
-def _text_tokens(model: LanguageModel) -> dict[str, int]:
-    """The same without special, added and unused tokens."""
+def _of_text(model: LanguageModel, tokens: Mapping[str, int]) -> dict[str, int]:
+    """Those of ``tokens`` that are neither special nor added."""
     tokenizer: Any = model.tokenizer
     left_out = {*getattr(tokenizer, "added_tokens_decoder", ())}
     left_out.update(getattr(tokenizer, "all_special_ids", ()))
-    return {token: i for token, i in _tokens(model).items() if i not in left_out}
+    return {token: i for token, i in tokens.items() if i not in left_out}
