@@ -76,7 +76,9 @@ def prompt_text(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[-1], Mapping):
-        return str(prompt[-1].get("content", ""))
+        from adaptspec.prompts import message_text
+
+        return message_text(prompt[-1])
     return None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+import sys
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +26,13 @@ from adaptspec.decoding.stats import RunStats
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
 from adaptspec.knowledge import KnowledgeKeeper
-from adaptspec.models import LanguageModel, Prompt, load_model
+from adaptspec.models import LanguageModel, load_model
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
+from adaptspec.prompts import Prompt
 from adaptspec.selector import Choice, measured_here, select
 from adaptspec.states import pooled
 from adaptspec.strategy import Needs, union
+from adaptspec.streaming import TextPieces
 from adaptspec.trained import digest_of, name_of
 
 if TYPE_CHECKING:
@@ -60,35 +63,82 @@ class Result:
 class Stream(Iterator[str]):
     """Pieces of text as soon as they are accepted; afterwards what they came to.
 
+    Use it in a ``with`` block, or :meth:`close` it, to give it up early; a stream that
+    is dropped is given up, too. An error in decoding is raised once and ends it.
+
     Args:
         choice: What decodes.
         seconds_classifying: As in :class:`Result`.
+        on_end: Called once, when the stream has ended or was given up.
     """
 
     def __init__(
-        self, model: LanguageModel, run: Run, choice: Choice, seconds_classifying: float
+        self,
+        model: LanguageModel,
+        run: Run,
+        choice: Choice,
+        seconds_classifying: float,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
-        self._model, self._run = model, run
-        self._pieces = _pieces(model, run)
+        self._model, self._on_end = model, on_end
+        self._run: Run | None = run
+        self._steps = iter(run)
+        self._unread: list[int] = []  # tokens that no piece has been made of
+        self._pieces = TextPieces(model.tokenizer)
+        self._generation = run.result
 
     def __next__(self) -> str:
         """The next piece."""
-        return next(self._pieces)
+        while self._step():
+            unread, self._unread = self._unread, []
+            if piece := self._pieces.add(unread):
+                return piece
+        if piece := self._pieces.rest(self.result.text):
+            return piece
+        raise StopIteration
 
     def finish(self) -> None:
-        """Decode to the end in place of reading pieces."""
-        for _ in self._run:
+        """Decode to the end in place of reading pieces; they can be read afterwards."""
+        while self._step():
             pass
 
     def close(self) -> None:
-        """Give it up."""
-        self._pieces.close()
+        """Give it up: nothing more is decoded, and the cache is freed.
+
+        What was decoded stays in :attr:`result` and can be read as pieces. Closing an
+        ended stream does nothing.
+        """
+        if self._run is None:
+            return
+        try:
+            self._steps.close()
+        finally:
+            self._generation, self._run = self._run.result, None
+            if self._on_end is not None:
+                self._on_end()
+
+    def __enter__(self) -> Stream:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close it, if it was made at all."""
+        if "_generation" in self.__dict__ and not sys.is_finalizing():
+            self.close()
 
     @property
     def result(self) -> Result:
-        """All of it (so far, while it isn't read to the end)."""
-        generation = self._run.result
+        """All of it, or what there is so far; ``finish`` says which.
+
+        ``finish`` is ``unfinished`` until the last token is decoded, and stays so if
+        the stream was given up.
+        """
+        generation = self._generation if self._run is None else self._run.result
         return Result(
             text=self._model.decode(generation.token_ids),
             token_ids=generation.token_ids,
@@ -97,6 +147,21 @@ class Stream(Iterator[str]):
             finish=generation.finish,
             seconds_classifying=self.seconds_classifying,
         )
+
+    def _step(self) -> bool:
+        """Decode one step; False if there is none left."""
+        if self._run is None:
+            return False
+        try:
+            tokens = next(self._steps, None)
+        except BaseException:
+            self.close()
+            raise
+        if tokens is None:
+            self.close()
+            return False
+        self._unread += tokens
+        return True
 
 
 class Decoder:
@@ -209,9 +274,14 @@ class Decoder:
         params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        raw: bool = False,
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         **controls: Any,
     ) -> Result:
         """Decode after a text, chat messages or token ids.
+
+        A text is a user's message where the model has a chat template.
 
         Args:
             prompt_class: The class its kind was profiled under.
@@ -219,6 +289,10 @@ class Decoder:
             params: The strategy's parameters; those left out have their defaults.
             max_new_tokens: Default: the model's configuration, else 128.
             temperature: 0 is greedy; default: as the model's configuration says.
+            raw: Read a text as it is, without the chat template.
+            tools: What the model may call: JSON schemas, or functions with type hints.
+            template_arguments: Further arguments of the model's chat template, such as
+                ``enable_thinking`` or ``documents``.
             **controls: Any other field of :class:`~adaptspec.decoding.Controls`.
 
         Raises:
@@ -231,11 +305,10 @@ class Decoder:
             params,
             max_new_tokens,
             temperature,
+            {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
         )
         stream.finish()
-        if self._keeper is not None:
-            self._keeper.refresh()
         return stream.result
 
     def stream(
@@ -247,6 +320,9 @@ class Decoder:
         params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        raw: bool = False,
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         **controls: Any,
     ) -> Stream:
         """The same, as pieces of text as soon as they are accepted.
@@ -262,26 +338,32 @@ class Decoder:
             params,
             max_new_tokens,
             temperature,
+            {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
         )
 
-    def classify(self, prompt: Prompt) -> str | None:
+    def classify(self, prompt: Prompt, **encoding: Any) -> str | None:
         """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
 
         None where classes weren't discovered (``adaptspec tune --classes auto``). Where
         states tell them (``--class-features states``), the target reads the prompt.
+
+        Args:
+            **encoding: ``raw``, ``tools`` and ``template_arguments``, as given to
+                :meth:`generate`.
         """
         if self._classifier is None:
             return None
         if self._classifier.states is not None:
-            ids = self.model.encode(prompt)
+            ids = self.model.encode(prompt, **encoding)
             one = Controls.for_model(self.model, max_new_tokens=1, temperature=0.0)
             return self._class_read(self._classifier, self._plain_run(ids, one))[0]
         text = prompt_text(prompt)
         if text is None:  # token ids
             if self.model.tokenizer is None:
                 return UNKNOWN
-            text = last_message(self.model.tokenizer, self.model.encode(prompt))
+            ids = self.model.encode(prompt, **encoding)
+            text = last_message(self.model.tokenizer, ids)
         return self._classifier.classify(text)
 
     def _plain_run(self, ids: Sequence[int], controls: Controls) -> Run:
@@ -345,6 +427,7 @@ class Decoder:
         params: Mapping[str, Any] | None,
         max_new_tokens: int | None,
         temperature: float | None,
+        encoding: Mapping[str, Any],
         controls: Mapping[str, Any],
     ) -> Stream:
         seconds = 0.0
@@ -354,12 +437,12 @@ class Decoder:
             temperature=temperature,
             **controls,
         )
-        ids = self.model.encode(prompt)
+        ids = self.model.encode(prompt, **encoding)
         run: Run | None = None
         if prompt_class is None and strategy is None and self._classifier is not None:
             if self._classifier.states is None:
                 started = perf_counter()
-                prompt_class = self.classify(prompt)
+                prompt_class = self.classify(prompt, **encoding)
                 seconds = perf_counter() - started
             else:
                 run = self._plain_run(ids, settings)
@@ -372,7 +455,8 @@ class Decoder:
             run = Run(self.engine, decoding, ids, settings)
         else:
             run.use(decoding)
-        return Stream(self.model, run, choice, seconds)
+        learnt = None if self._keeper is None else self._keeper.refresh
+        return Stream(self.model, run, choice, seconds, learnt)
 
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
@@ -404,25 +488,6 @@ class Decoder:
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(reason, PlainDecodingWarning, stacklevel=4)
-
-
-def _pieces(model: LanguageModel, run: Run) -> Generator[str, None, None]:
-    pending: list[int] = []
-    context: list[int] = []
-    for tokens in run:
-        for token in tokens:
-            pending.append(token)
-            before = model.decode(context)
-            text = model.decode([*context, *pending])
-            # A replacement character at the end is an unfinished one.
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                continue
-            if piece := text[len(before) :]:
-                yield piece
-            context, pending = [*context, *pending][-8:], []
-    if pending:
-        before = model.decode(context)
-        yield model.decode([*context, *pending])[len(before) :]
 
 
 class PlainDecodingWarning(UserWarning):

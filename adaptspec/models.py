@@ -31,18 +31,14 @@ from adaptspec.decoding.masks import (
     tree_mask,
 )
 from adaptspec.decoding.tree import TokenTree
-from adaptspec.errors import (
-    InvalidPromptError,
-    ModelLoadError,
-    NoHiddenStatesError,
-)
+from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.prompts import Prompt, encode_prompt
+from adaptspec.vocabulary import vocabulary_mismatch
 
 if TYPE_CHECKING:
     from adaptspec.trained import TrainedHeads
 
 Level = Literal["tree", "chain", "plain"]
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
 
 # Graph capture needs fixed shapes: on CUDA trees are padded up to one of these.
 CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -187,6 +183,13 @@ class LanguageModel:
         head = self.source.get_output_embeddings()  # type: ignore[operator]
         weight = getattr(head, "weight", None)
         return int(self.config.hidden_size if weight is None else weight.shape[1])
+
+    @property
+    def input_size(self) -> int:
+        """How many token ids the model can read: the rows of its embedding."""
+        embedding = self.source.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embedding, "weight", None)
+        return int(self.vocab_size if weight is None else weight.shape[0])
 
     @property
     def max_length(self) -> int | None:
@@ -376,21 +379,29 @@ class LanguageModel:
         hidden = {i: output.hidden_states[i][:, -1].clone() for i in hidden_layers}
         return output.logits[:, -1], hidden
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, of chat messages (template applied), or ids as they are.
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        tools: Sequence[Any] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a text, of chat messages, or ids as they are.
+
+        See :func:`~adaptspec.prompts.encode_prompt` for the rules and arguments.
 
         Raises:
             InvalidPromptError: if it is empty, out of the vocabulary, or needs a
                 tokenizer or chat template that isn't there.
         """
-        ids = self._encode(prompt)
-        if not ids:
-            raise InvalidPromptError("a prompt must have at least one token, got none")
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise InvalidPromptError(
-                f"token ids must be in 0..{self.vocab_size - 1}, got {bad[0]}"
-            )
-        return ids
+        return encode_prompt(
+            self,
+            prompt,
+            raw=raw,
+            tools=tools,
+            template_arguments=template_arguments,
+        )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``; empty without a tokenizer."""
@@ -400,25 +411,7 @@ class LanguageModel:
 
     def vocabulary_mismatch(self, other: LanguageModel) -> str | None:
         """Why ``other``'s token ids mean something else here, or None."""
-        if self.tokenizer is None or other.tokenizer is None:
-            if self.vocab_size != other.vocab_size:
-                return (
-                    f"{self.name} has {self.vocab_size} tokens, "
-                    f"{other.name} {other.vocab_size}, and no tokenizers to compare"
-                )
-            return None
-        mine, theirs = self._vocabulary, other._vocabulary
-        if mine == theirs:
-            return None
-        differing = sum(theirs.get(token) != index for token, index in mine.items())
-        return (
-            f"{self.name} and {other.name} disagree on {differing} "
-            f"of {len(mine)} tokens"
-        )
-
-    @functools.cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return dict(self.tokenizer.get_vocab())
+        return vocabulary_mismatch(self, other)
 
     def _limited(self, length: int) -> bool:
         return any(reach.limits(length) for reach in self.reaches.values())
@@ -492,35 +485,6 @@ class LanguageModel:
             )
         hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
         return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, torch.Tensor):
-            if prompt.dim() == 2 and prompt.shape[0] == 1:
-                prompt = prompt[0]
-            if prompt.dim() != 1:
-                raise InvalidPromptError(
-                    f"input ids must be [n] or [1, n], got {list(prompt.shape)}"
-                )
-            return [int(token) for token in prompt.tolist()]
-        if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
-        if self.tokenizer is None:
-            raise InvalidPromptError(
-                "a text prompt needs a tokenizer; pass token ids or load the model "
-                "with its tokenizer"
-            )
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InvalidPromptError(
-                f"{self.name} has no chat template; pass a text prompt instead"
-            )
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],  # type: ignore[arg-type]
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_model(

@@ -68,7 +68,7 @@ class States:
             run = Run(
                 self._engine,
                 Host.installed().create(PLAIN, {}),
-                model.encode(prompt.content),
+                prompt.encode(model),
                 Controls.for_model(model, temperature=0, max_new_tokens=1),
             )
             needs = Needs(hidden_layers=(self.layer,), prefill_hidden="all")

@@ -85,7 +85,7 @@ def record(
         ).as_json()
         write()
     for name, prompts in workload.by_class().items():
-        short = [(p, model.encode(p.content)) for p in prompts]
+        short = [(p, p.encode(model)) for p in prompts]
         short = [(p, ids) for p, ids in short if len(ids) <= longest]
         short = short[skip : skip + per_class]
         for number, (prompt, ids) in enumerate(short):

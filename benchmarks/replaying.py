@@ -104,9 +104,7 @@ def main(
     model = load_model(model_path)
     engine = Engine(model)
     read = read_workload(workload)
-    short = [
-        p for p in read.prompts if len(model.encode(p.content)) <= max_prompt_tokens
-    ]
+    short = [p for p in read.prompts if len(p.encode(model)) <= max_prompt_tokens]
     taken = replace(read, prompts=tuple(short)).limit(count)
     kept = record(engine, taken, count, max_prompt_tokens, max_new_tokens, at)
     recordings = {

@@ -184,7 +184,7 @@ def chosen_prompts(
     """
     groups: list[list[Prompt]] = []
     for name, prompts in workload.by_class().items():
-        encoded = [(p, model.encode(p.content)) for p in prompts]
+        encoded = [(p, p.encode(model)) for p in prompts]
         short = [
             (p, ids) for p, ids in encoded if longest is None or len(ids) <= longest
         ]

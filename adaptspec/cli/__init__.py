@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from adaptspec._version import __version__
+from adaptspec.cli.texts import make_printable
 from adaptspec.errors import AdaptSpecError, StoreWarning, stopped_by_user
 from adaptspec.host import Host, PluginWarning
 
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _one_line  # type: ignore[assignment]
+    make_printable()
     try:
         command = build_cli(Host.installed())
     except AdaptSpecError as error:  # two plugins that claim one name

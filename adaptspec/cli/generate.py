@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptspec.cli.output import print_json, without_loading_bars
+from adaptspec.cli.texts import argument_text, prompt_with_input, write
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
+
+if TYPE_CHECKING:
+    from adaptspec.decoder import Result, Stream
 
 
 @click.command()
@@ -37,13 +41,26 @@ from adaptspec.host import Host
     help="Default: the model's configuration, else 128.",
 )
 @click.option("-t", "--temperature", type=float, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Sample from so many likeliest tokens.")
+@click.option(
+    "--top-p", type=float, help="Sample from the likeliest tokens of this probability."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End the output with this text; may be given several times.",
+)
+@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option(
     "--dtype",
     default="auto",
     show_default=True,
     help="auto: as the weights are stored.",
 )
+@click.option("--device", help="Default: CUDA if there is one, else the CPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -60,72 +77,131 @@ def generate(
     allow_lossy: bool,
     max_new_tokens: int | None,
     temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
+    stop: tuple[str, ...],
+    system: str | None,
     dtype: str,
+    device: str | None,
+    threads: int | None,
     raw: bool,
     as_json: bool,
 ) -> None:
-    """Decode PROMPT (default: standard input); text to stdout, figures to stderr."""
-    text = prompt if prompt is not None else sys.stdin.read()
-    if not text.strip():
-        raise AdaptSpecError("the prompt is empty; pass it as argument or on stdin")
-    if param and strategy is None:
-        raise AdaptSpecError("--param needs --strategy")
-    from adaptspec.decoder import load
+    """Decode PROMPT; text to stdout as it comes, figures to stderr.
 
-    if model is None:
-        from adaptspec.default_model import default_model_path
+    Text that is piped in comes before PROMPT, with an empty line between them. Without
+    PROMPT, or where it is -, standard input is the prompt. It is a user's message where
+    the model has a chat template.
+    """
+    try:
+        text = prompt_with_input(prompt)
+        if param and strategy is None:
+            raise AdaptSpecError("--param needs --strategy")
+        if system is not None and raw:
+            raise AdaptSpecError("--system needs the chat template; leave out --raw")
+        stops = [argument_text(each, "--stop") for each in stop]
+        asked: Any = text
+        if system is not None:
+            content = argument_text(system, "--system")
+            asked = [
+                {"role": "system", "content": content},
+                {"role": "user", "content": text},
+            ]
+        from adaptspec.decoder import load
 
-        model = str(default_model_path(lambda line: click.echo(line, err=True)))
-    with without_loading_bars():
-        decoder = load(
-            model,
-            draft_model,
-            db,
-            dtype=dtype,
-            host=host,
-            heads=heads,
-            allow_lossy=allow_lossy,
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        if model is None:
+            from adaptspec.default_model import default_model_path
+
+            model = str(default_model_path(lambda line: click.echo(line, err=True)))
+        with without_loading_bars():
+            decoder = load(
+                model,
+                draft_model,
+                db,
+                dtype=dtype,
+                device=device,
+                host=host,
+                heads=heads,
+                allow_lossy=allow_lossy,
+            )
+        stream = decoder.stream(
+            asked,
+            prompt_class=prompt_class,
+            strategy=strategy,
+            params=dict(param) or None,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            raw=raw,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_strings=stops or None,
         )
-    chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
-    asked: Any = [{"role": "user", "content": text}] if chat else text
-    result = decoder.generate(
-        asked,
-        prompt_class=prompt_class,
-        strategy=strategy,
-        params=dict(param) or None,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    stats = result.stats
+    except KeyboardInterrupt:
+        click.echo("Interrupted before the first token", err=True)
+        sys.exit(130)
+    try:
+        with stream:
+            whole = _shown(stream, silent=as_json)
+    finally:
+        if stream.result.token_ids and not as_json:
+            write("\n")
     if as_json:
-        print_json(
-            {
-                "text": result.text,
-                "token_ids": result.token_ids,
-                "finish": result.finish,
-                "strategy": result.choice.strategy,
-                "params": dict(result.choice.params),
-                "lossless": result.choice.lossless,
-                "reason": result.choice.reason,
-                "prompt_class": result.choice.prompt_class,
-                "tokens_per_second": stats.tokens_per_second,
-                "tokens_per_forward": stats.tokens_per_forward,
-                "acceptance": stats.acceptance,
-                "seconds": {
-                    "classifying": result.seconds_classifying,
-                    "prefill": stats.seconds_prefill,
-                    "target": stats.seconds_target,
-                    "draft": stats.seconds_draft,
-                    "rest": stats.seconds_rest,
-                },
-            }
-        )
-        return
-    click.echo(result.text)
+        print_json(_as_json(stream.result))
+    else:
+        click.echo(_figures(stream.result), err=True)
+    if not whole:
+        sys.exit(130)
+
+
+def _shown(stream: Stream, silent: bool) -> bool:
+    """Print the text as it comes; False if Ctrl-C ended it."""
+    whole = True
+    while True:
+        try:
+            piece = next(stream, None)
+            if piece is None:
+                return whole
+            if not silent:
+                write(piece)
+        except KeyboardInterrupt:
+            whole = False
+            stream.close()  # what was held back is still to be read
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    stats = result.stats
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish": result.finish,
+        "strategy": result.choice.strategy,
+        "params": dict(result.choice.params),
+        "lossless": result.choice.lossless,
+        "reason": result.choice.reason,
+        "prompt_class": result.choice.prompt_class,
+        "tokens_per_second": stats.tokens_per_second,
+        "tokens_per_forward": stats.tokens_per_forward,
+        "acceptance": stats.acceptance,
+        "seconds": {
+            "classifying": result.seconds_classifying,
+            "prefill": stats.seconds_prefill,
+            "target": stats.seconds_target,
+            "draft": stats.seconds_draft,
+            "rest": stats.seconds_rest,
+        },
+    }
+
+
+def _figures(result: Result) -> str:
+    stats = result.stats
     lossy = "" if result.choice.lossless else " [LOSSY]"
-    click.echo(
+    return (
         f"{result.choice.strategy}{lossy} ({result.choice.reason}): "
         f"{stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.tokens_per_forward:.2f} tokens per target forward"
@@ -133,6 +209,5 @@ def generate(
             f", class found in {result.seconds_classifying * 1000:.1f} ms"
             if result.seconds_classifying
             else ""
-        ),
-        err=True,
+        )
     )

@@ -33,9 +33,9 @@ def stderr_console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as indented JSON on stdout."""
-    import click
+    from adaptspec.cli.texts import write
 
-    click.echo(json.dumps(value, indent=2, default=str))
+    write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 @contextmanager

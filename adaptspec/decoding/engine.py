@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from adaptspec.errors import InvalidPromptError, UnavailableStrategyError
 from adaptspec.models import Forward, LanguageModel
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 
-Finish = Literal["length", "eos", "stop"]
+# `unfinished`: more would have come, but the iteration was given up, or goes on.
+Finish = Literal["length", "eos", "stop", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ class Run:
     def result(self) -> Generation:
         """What was generated (so far, if the iteration was given up)."""
         return Generation(
-            self._ids[self._prompt :], self._stats, self._finish or "length"
+            self._ids[self._prompt :], self._stats, self._finish or "unfinished"
         )
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Generator[list[int], None, None]:
         model = self._model
         level = model.capability.level
         needs = self._strategy.needs(model)

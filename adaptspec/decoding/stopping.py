@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from adaptspec.errors import UnsupportedControlError
+
 if TYPE_CHECKING:
     from adaptspec.decoding.controls import Controls
     from adaptspec.models import LanguageModel
@@ -17,6 +19,10 @@ class Stopping:
         self._model = model
         self._eos = frozenset(controls.eos_token_ids)
         self._stops = controls.stop_strings
+        if "" in self._stops:
+            raise UnsupportedControlError(
+                "a stop string must have at least one character, got ''; leave it out"
+            )
         # Every token of a stop string's text covers at least one of its bytes, but for
         # tokens that decode to nothing, for which a few more are looked at.
         self._tail = max((len(s.encode()) for s in self._stops), default=0) + 8

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from adaptspec.models import LanguageModel
 
 
+UNKNOWN = -1e4  # logit of a token that the draft doesn't have; finite in every dtype
+
+
 class DraftSequence:
     """Evaluates draft tokens; what the target confirms is never evaluated again.
 
@@ -29,6 +32,8 @@ class DraftSequence:
     def __init__(self, model: LanguageModel, vocab_size: int) -> None:
         self._model = model
         self._vocab_size = vocab_size
+        self._readable = model.input_size
+        self._stand_in = _stand_in(model)
         self._cache: TreeCache | None = None
         self._base = 0  # cached rows before node 0
         self._tokens: list[int] = []
@@ -53,7 +58,8 @@ class DraftSequence:
             self._cache = self._model.new_cache(len(ids) + context.room)
         else:
             self._keep(ids)
-        forward = self._model.prefill(ids[self._cache.length :], self._cache)
+        unread = self._known(ids[self._cache.length :])
+        forward = self._model.prefill(unread, self._cache)
         self._base = len(ids) - 1
         self._tokens, self._parents = [ids[-1]], [-1]
         return self._fit(forward.logits)
@@ -64,10 +70,19 @@ class DraftSequence:
         done = len(self._tokens)
         self._tokens.extend(tokens)
         self._parents.extend(parents)
-        tree = TokenTree(self._tokens, self._parents)
+        tree = TokenTree(self._known(self._tokens), self._parents)
         if len(tokens) == 1 and tree.is_chain:  # plain causal attention, no mask needed
-            return self._fit(self._model.prefill(tokens, self._cache).logits)
+            return self._fit(
+                self._model.prefill(self._known(tokens), self._cache).logits
+            )
         return self._fit(self._model.extend(tree, self._cache, done).logits)
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens the draft can read: its stand-in for those that only the target has.
+
+        What it drafts behind one is a worse guess, which verification makes good.
+        """
+        return [t if t < self._readable else self._stand_in for t in tokens]
 
     def _keep(self, ids: Sequence[int]) -> None:
         """Keep the nodes that were committed: the path spelling ``ids`` from node 0."""
@@ -91,8 +106,20 @@ class DraftSequence:
         self._cache.keep(self._base, path)
 
     def _fit(self, logits: torch.Tensor) -> torch.Tensor:
-        """Cut or pad with -inf to the target's vocabulary (paddings differ)."""
+        """Cut or pad to the target's vocabulary.
+
+        Tokens that only the target has are drafted where the controls allow no others.
+        """
         missing = self._vocab_size - logits.shape[-1]
         if missing <= 0:
             return logits[..., : self._vocab_size]
-        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return torch.nn.functional.pad(logits, (0, missing), value=UNKNOWN)
+
+
+def _stand_in(model: LanguageModel) -> int:
+    """What the draft reads in place of a token that it doesn't know."""
+    for name in ("unk_token_id", "eos_token_id"):
+        token = getattr(model.tokenizer, name, None)
+        if isinstance(token, int) and 0 <= token < model.input_size:
+            return token
+    return 0

@@ -38,8 +38,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self._tokenizer = tokenizer
-        self.entries: dict[str, int] = dict(tokenizer.get_vocab())
-        known = {token: i for token, i in self.entries.items() if i < size}
+        known = {token: i for token, i in tokenizer.get_vocab().items() if i < size}
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special}
         special.update(tokenizer.all_special_ids)
@@ -139,7 +138,6 @@ class Pairing:
 
     def __init__(self, target: Vocabulary, draft: Vocabulary) -> None:
         self.target, self.draft = target, draft
-        self.same = target.entries == draft.entries
         self.to_draft: dict[int, int] = {
             index: draft.ids[piece]
             for piece, index in target.ids.items()

@@ -84,6 +84,19 @@ class HFAssisted(HFGenerate):
     needs_draft = True
     params: HFAssistedParams
 
+    @classmethod
+    def unavailable(
+        cls, model: LanguageModel, draft: LanguageModel | None
+    ) -> str | None:
+        """transformers takes other sizes of the vocabulary for another tokenizer."""
+        if reason := super().unavailable(model, draft):
+            return reason
+        assert draft is not None
+        sizes = model.config.vocab_size, draft.config.vocab_size
+        if sizes[0] != sizes[1]:
+            return f"transformers wants vocabularies of one size, got {sizes}"
+        return None
+
     def run(
         self,
         model: LanguageModel,

@@ -79,7 +79,7 @@ class UniversalDraft(Strategy):
         except (AttributeError, TypeError, ValueError) as error:
             # Tokenizers of other libraries come in under the same attribute.
             return f"the tokenizers can't be compared: {error}"
-        if pairing.same:
+        if draft.vocabulary_mismatch(model) is None:
             return "the draft shares the target's vocabulary: use draft_model"
         if draft.capability.level == "plain":
             return f"the draft model can't roll back: {draft.capability.reason}"

@@ -139,7 +139,10 @@ def encode_conversation(
             continue
         if all(earlier["role"] != "user" for earlier in messages[:at]):
             continue  # said to nobody
-        before = model.encode(messages[:at])
+        # A turn of its own, also behind another of the assistant's.
+        before = model.encode(
+            messages[:at], template_arguments={"add_generation_prompt": True}
+        )
         text = _rendered(model, messages[: at + 1])
         whole = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
         if whole[: len(before)] != before or whole[: len(tokens)] != tokens:

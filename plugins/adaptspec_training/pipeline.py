@@ -248,7 +248,7 @@ class _Run:
         longest = min(options.max_length, target.max_length or options.max_length)
         encoded = []
         for name, prompt in prompts:
-            ids = target.encode(prompt.content)
+            ids = prompt.encode(target)
             room = longest - len(ids)
             limit = min(prompt.max_new_tokens or options.max_new_tokens, room)
             if limit >= 1:

@@ -21,6 +21,7 @@ from adaptspec.errors import (
     ModelLoadError,
     ProfileStoreError,
     UnknownStrategyError,
+    UnsupportedControlError,
 )
 from adaptspec.host import Host
 from adaptspec.models import LanguageModel
@@ -169,6 +170,12 @@ def test_a_stop_string_ends_the_output_with_its_token(decoder: Decoder) -> None:
         assert stop in text
         before = decoder.model.decode(cut.token_ids[:-1], skip_special=False)
         assert stop not in before
+
+
+def test_an_empty_stop_string_is_refused(decoder: Decoder) -> None:
+    for stops in ("", ["w5", ""]):
+        with pytest.raises(UnsupportedControlError, match="at least one character"):
+            decoder.generate(PROMPT, strategy=PLAIN, stop_strings=stops)
 
 
 def test_what_isnt_a_model_is_refused() -> None:

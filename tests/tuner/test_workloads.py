@@ -60,7 +60,7 @@ def test_a_line_gives_its_prompt_class_id_and_length(tmp_path: Path) -> None:
             "id": "greeting",
             "max_new_tokens": 9,
         },
-        {"prompt": "Count", "id": 40},
+        {"prompt": "Count", "id": 40, "raw": True},
     ]
     path = written(tmp_path, "\n".join(json.dumps(line) for line in lines))
 
@@ -75,13 +75,25 @@ def test_a_line_gives_its_prompt_class_id_and_length(tmp_path: Path) -> None:
             messages=(Message("system", "Be brief."), Message("user", "Hi")),
             max_new_tokens=9,
         ),
-        Prompt("40", "default", text="Count"),
+        Prompt("40", "default", text="Count", raw=True),
     )
     assert [p.content for p in workload.prompts] == [
         "Say hi",
         lines[1]["messages"],
         "Count",
     ]
+
+
+def test_a_workload_can_be_read_without_the_chat_template(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        '{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}',
+    )
+    workload = read_workload(path)
+    assert [p.raw for p in workload.prompts] == [False, False]
+    raw = workload.as_raw()
+    assert [p.raw for p in raw.prompts] == [True, False]
+    assert raw.digest != workload.digest
 
 
 def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
@@ -116,6 +128,11 @@ def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
         ('{"prompt": "a", "max_new_tokens": 0}', "'max_new_tokens' .* got 0"),
         ('{"prompt": "a", "max_new_tokens": true}', "'max_new_tokens' .* got True"),
         ('{"prompt": "a", "max_new_tokens": "9"}', "'max_new_tokens' .* got '9'"),
+        ('{"prompt": "a", "raw": 1}', "'raw' .* got 1"),
+        (
+            '{"raw": true, "messages": [{"role": "user", "content": "b"}]}',
+            "'raw' is for a 'prompt'",
+        ),
         ('{"messages": []}', "'messages' .* at least 1 item"),
         ('{"messages": "hi"}', "'messages' should be a valid list, got 'hi'"),
         ('{"messages": [{"role": "user"}]}', "'messages.0.content' is missing"),

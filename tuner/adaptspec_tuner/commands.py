@@ -140,6 +140,7 @@ def parse_memory(text: str) -> int:
     is_flag=True,
     help="Leave out prompts that can't be read or decoded; they are counted.",
 )
+@click.option("--raw", is_flag=True, help="Don't apply the chat template to texts.")
 @click.option("--baselines/--no-baselines", help="Measure other engines beside.")
 @click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
 @click.option(
@@ -179,6 +180,7 @@ def tune(
     seed: int,
     limit: int | None,
     skip_bad: bool,
+    raw: bool,
     baselines: bool,
     fresh: bool,
     worker: bool,
@@ -201,6 +203,8 @@ def tune(
     prompts = (
         example_workload() if workload is None else read_workload(workload, skip_bad)
     )
+    if raw:
+        prompts = prompts.as_raw()
     errors = stderr_console()
     if model is None:
         from adaptspec.default_model import default_model_path

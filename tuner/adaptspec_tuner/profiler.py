@@ -363,7 +363,7 @@ class Profiler:
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         if prompt.id not in self._ids:
-            self._ids[prompt.id] = self._engine.model.encode(prompt.content)
+            self._ids[prompt.id] = prompt.encode(self._engine.model)
         return self._ids[prompt.id]
 
 

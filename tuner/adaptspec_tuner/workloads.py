@@ -8,11 +8,14 @@ import json
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptspec.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from adaptspec.models import LanguageModel
 
 DEFAULT_CLASS = "default"
 BOM = b"\xef\xbb\xbf"
@@ -35,6 +38,7 @@ class Prompt:
     Args:
         max_new_tokens: None leaves the length to whoever runs it.
         where: The file and line that it was read from.
+        raw: Whether ``text`` is read as it is, without the chat template.
     """
 
     id: str
@@ -43,6 +47,7 @@ class Prompt:
     messages: tuple[Message, ...] = ()
     max_new_tokens: int | None = None
     where: str = field(default="", compare=False, kw_only=True)
+    raw: bool = False
 
     @property
     def content(self) -> str | list[dict[str, str]]:
@@ -50,6 +55,14 @@ class Prompt:
         if self.text is not None:
             return self.text
         return [{"role": m.role, "content": m.content} for m in self.messages]
+
+    def encode(self, model: LanguageModel) -> list[int]:
+        """Its token ids, as ``Decoder.generate`` would read them.
+
+        Raises:
+            InvalidPromptError: if the model can't read it.
+        """
+        return model.encode(self.content, raw=self.raw)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Workload:
     def digest(self) -> str:
         """SHA-256 of the prompts and their ids, whatever their order and the name."""
         rows = [
-            [p.id, p.prompt_class, p.content, p.max_new_tokens]
+            [p.id, p.prompt_class, p.content, p.max_new_tokens, p.raw]
             for p in sorted(self.prompts, key=lambda p: p.id)
         ]
         canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"))
@@ -89,6 +102,11 @@ class Workload:
             for name in self.classes
         }
 
+    def as_raw(self) -> Workload:
+        """The same with every text read as it is, without the chat template."""
+        prompts = (replace(p, raw=p.text is not None) for p in self.prompts)
+        return replace(self, prompts=tuple(prompts))
+
     def limit(self, count: int) -> Workload:
         """At most ``count`` prompts in all, taken from the classes in turn."""
         if count < 1:
@@ -102,8 +120,8 @@ def read_workload(path: Path, skip_bad: bool = False) -> Workload:
     """The workload in a file of JSON lines, named after the file.
 
     A line has ``prompt`` (text) or ``messages`` (a chat), and may have ``class``,
-    ``id`` and ``max_new_tokens``. Without an id its line number is its id. Blank
-    lines are skipped.
+    ``id``, ``max_new_tokens`` and, beside a text, ``raw``. Without an id its line
+    number is its id. Blank lines are skipped.
 
     Args:
         skip_bad: Leave bad lines out; the workload's ``skipped`` tells of them.
@@ -223,12 +241,15 @@ class _Line(_Strict):
     prompt_class: Annotated[str, Field(min_length=1, alias="class")] = DEFAULT_CLASS
     id: Annotated[str, Field(min_length=1)] | int | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    raw: bool = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> _Line:
         if (self.prompt is None) == (self.messages is None):
             found = "neither" if self.prompt is None else "both"
             raise ValueError(f"one of 'prompt' and 'messages' must be given, {found}")
+        if self.raw and self.prompt is None:
+            raise ValueError("'raw' is for a 'prompt'; messages need the chat template")
         return self
 
 
@@ -253,6 +274,7 @@ def _prompt(path: Path, number: int, text: str) -> Prompt:
         text=line.prompt,
         messages=tuple(Message(m.role, m.content) for m in line.messages or ()),
         max_new_tokens=line.max_new_tokens,
+        raw=line.raw,
     )
 
 
