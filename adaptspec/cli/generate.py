@@ -44,6 +44,11 @@ from adaptspec.host import Host
     show_default=True,
     help="auto: as the weights are stored.",
 )
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that comes with a model. Only for models you trust.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -62,6 +67,7 @@ def generate(
     temperature: float | None,
     seed: int,
     dtype: str,
+    trust_remote_code: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -86,6 +92,7 @@ def generate(
             host=host,
             heads=heads,
             allow_lossy=allow_lossy,
+            trust_remote_code=trust_remote_code,
         )
     chat = getattr(decoder.model.tokenizer, "chat_template", None) and not raw
     asked: Any = [{"role": "user", "content": text}] if chat else text

@@ -53,7 +53,8 @@ class DraftSequence:
             self._cache = self._model.new_cache(len(ids) + context.room)
         else:
             self._keep(ids)
-        forward = self._model.prefill(ids[self._cache.length :], self._cache)
+        unread = self._readable(ids[self._cache.length :])
+        forward = self._model.prefill(unread, self._cache)
         self._base = len(ids) - 1
         self._tokens, self._parents = [ids[-1]], [-1]
         return self._fit(forward.logits)
@@ -64,10 +65,16 @@ class DraftSequence:
         done = len(self._tokens)
         self._tokens.extend(tokens)
         self._parents.extend(parents)
-        tree = TokenTree(self._tokens, self._parents)
+        tokens = self._readable(tokens)
+        tree = TokenTree(self._readable(self._tokens), self._parents)
         if len(tokens) == 1 and tree.is_chain:  # plain causal attention, no mask needed
             return self._fit(self._model.prefill(tokens, self._cache).logits)
         return self._fit(self._model.extend(tree, self._cache, done).logits)
+
+    def _readable(self, tokens: Sequence[int]) -> list[int]:
+        """``tokens``, with 0 for those that only the target has an embedding for."""
+        known = self._model.embedded
+        return [token if token < known else 0 for token in tokens]
 
     def _keep(self, ids: Sequence[int]) -> None:
         """Keep the nodes that were committed: the path spelling ``ids`` from node 0."""
