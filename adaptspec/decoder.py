@@ -204,10 +204,8 @@ class Decoder:
             except ProfileStoreError as error:
                 self.give_up_store(error)
         self._keeper: KnowledgeKeeper | None = None
-        folder = store.folder if store is not None and learn else None
-        if folder is not None:
-            self._keeper = KnowledgeKeeper(folder / "knowledge", model.digest)
-            weakref.finalize(self, self._keeper.save)  # at exit, too
+        self._folder = store.folder if store is not None and learn else None
+        self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
         self._choices: dict[str | None, Choice] = {}
 
@@ -354,6 +352,7 @@ class Decoder:
         """
         if self._classifier is None:
             return None
+        self._follow()
         if self._classifier.states is not None:
             ids = self.model.encode(prompt, **encoding)
             one = Controls.for_model(self.model, max_new_tokens=1, temperature=0.0)
@@ -365,6 +364,22 @@ class Decoder:
             ids = self.model.encode(prompt, **encoding)
             text = last_message(self.model.tokenizer, ids)
         return self._classifier.classify(text)
+
+    def _follow(self) -> None:
+        """Take over changes of the caller's models; profiles are of one version."""
+        models = [m for m in (self.model, self.draft) if m is not None]
+        if any([model.follow() for model in models]):
+            self.environment = environment_of(self.model, self.draft)
+            self._choices.clear()
+            self.save()
+            self._strategies.clear()  # what they learnt is of the earlier version
+            self._open_keeper()
+
+    def _open_keeper(self) -> None:
+        if self._folder is not None:
+            folder = self._folder / "knowledge"
+            self._keeper = KnowledgeKeeper(folder, self.model.digest)
+            weakref.finalize(self, self._keeper.save)  # at exit, too
 
     def _plain_run(self, ids: Sequence[int], controls: Controls) -> Run:
         plain = self._strategy(Choice(None, PLAIN))
@@ -431,6 +446,7 @@ class Decoder:
         controls: Mapping[str, Any],
     ) -> Stream:
         seconds = 0.0
+        self._follow()
         settings = Controls.for_model(
             self.model,
             max_new_tokens=max_new_tokens,
@@ -510,6 +526,7 @@ def load(
     learn: bool = True,
     heads: str | Path | Sequence[str | Path] = (),
     allow_lossy: bool = False,
+    trust_remote_code: bool = False,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -524,6 +541,7 @@ def load(
         heads: Folders of heads trained for the target, for the strategies that draft
             with them.
         allow_lossy: See :class:`Decoder`.
+        trust_remote_code: Whether code that comes with the models may run.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -531,13 +549,13 @@ def load(
         ProfileStoreError: if ``db`` is given and no plugin opens databases.
     """
     host = host or Host.installed()
-    target = _language_model(model, tokenizer, dtype, device)
+    target = _language_model(model, tokenizer, dtype, device, trust_remote_code)
     for folder in [heads] if isinstance(heads, str | Path) else heads:
         target.attach(host.open_heads(folder, target))
     draft = (
         None
         if draft_model is None
-        else _language_model(draft_model, None, dtype, target.device)
+        else _language_model(draft_model, None, dtype, target.device, trust_remote_code)
     )
     opens = _opens_stores(host)
     if db is None and not opens:
@@ -604,7 +622,14 @@ def _language_model(
     tokenizer: Any,
     dtype: str | torch.dtype,
     device: str | torch.device | None,
+    trust_remote_code: bool,
 ) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
-    return load_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    return load_model(
+        model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )

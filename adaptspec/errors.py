@@ -39,6 +39,10 @@ class NoHiddenStatesError(AdaptSpecError, RuntimeError):
     """A model of its own code doesn't hand out the hidden states that are wanted."""
 
 
+class SequenceStateError(AdaptSpecError, RuntimeError):
+    """A model can decode one sequence at a time only, and another isn't finished."""
+
+
 class PluginError(AdaptSpecError, RuntimeError):
     """A plugin failed to load or broke its contract."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -30,8 +30,19 @@ from adaptspec.decoding.masks import (
     positions,
     tree_mask,
 )
+from adaptspec.decoding.module_state import ModuleState
 from adaptspec.decoding.tree import TokenTree
+from adaptspec.decoding.views import (
+    accepted_arguments,
+    adapters,
+    drops,
+    snapshot,
+    unfit,
+    unwrapped,
+    view_of,
+)
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.loading import device_named, read_model, read_tokenizer
 from adaptspec.prompts import Prompt, encode_prompt
 from adaptspec.vocabulary import vocabulary_mismatch
 
@@ -101,6 +112,7 @@ class LanguageModel:
         own_weights: bool = False,
         accelerate: bool = True,
     ) -> None:
+        model = unwrapped(model)
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_output_embeddings"):
             raise ModelLoadError(
@@ -115,40 +127,98 @@ class LanguageModel:
         self.source = model
         self.tokenizer = tokenizer
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
-        self.config = config.get_text_config(decoder=True)
+        # Turned off by the probe for models that build masks of their own only.
+        self.use_masks = True
+        # Kind -> the trained heads that draft from this model's hidden states.
+        self.heads: dict[str, TrainedHeads] = {}
+        self._own_weights, self._accelerate = own_weights, accelerate
+        self._build()
+
+    def _build(self) -> None:
+        """What decoding runs, made from ``source`` as it is now."""
+        model: Any = self.source
+        if problem := unfit(model):
+            raise ModelLoadError(f"{self.name} {problem}")
+        self._seen = None if self._own_weights else snapshot(model)
+        self.config = model.config.get_text_config(decoder=True)
         self.generation_config = getattr(model, "generation_config", None)
         parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = parameter.device, _dtype_of(model)
         self.vocab_size = _vocab_size(model, self.config)
         self.digest = weights_digest(model)
         self.linear = LinearReport(0, "unchanged")
         self.buckets: tuple[int, ...] = (
             CUDA_BUCKETS if self.device.type == "cuda" else ()
         )
-        self.model = model if own_weights else _view(model)
+        self.model: nn.Module = model if self._own_weights else view_of(model)
         # A module that couldn't be copied is the caller's, and stays as it is.
-        if own_weights or self.model is not model:
+        if self._own_weights or self.model is not model:
             _use_masked_attention(self.model)
-            self.model.eval()
-            if accelerate:
+            if self._own_weights:
+                self.model.eval()
+            if self._accelerate:
                 use_grouped_attention(self.model)
-                replaced = accelerate_linears(self.model, own_weights=own_weights)
+                replaced = accelerate_linears(self.model, own_weights=self._own_weights)
                 self.linear = fill_up(self.model, replaced)
                 if self.linear.filled > 1:
                     self.buckets = (self.linear.filled,)
-        signature = inspect.signature(self.model.forward).parameters
-        self._takes_positions = "position_ids" in signature
-        self._takes_keep = "logits_to_keep" in signature
+        elif drops(model):
+            raise ModelLoadError(
+                f"{self.name} drops activations at random, since it is in training "
+                "mode, and can't be copied; call its eval() first"
+            )
+        names = accepted_arguments(self.model)
+        self._takes_positions = "position_ids" in names
+        self._takes_keep = "logits_to_keep" in names
         # The name changed in transformers 5.24; state-space models have their own.
         self.cache_argument = next(
-            (n for n in ("cache", "past_key_values", "cache_params") if n in signature),
+            (n for n in ("cache", "past_key_values", "cache_params") if n in names),
             "past_key_values",
         )
         self._layers = int(self.config.num_hidden_layers)
-        # Turned off by the probe for models that build masks of their own only.
+        self._state = ModuleState(self.model, self.name)
+
+    def follow(self) -> bool:
+        """Take over what the caller has changed in a model of his since: adapters,
+        weights, embeddings, hooks. Done before each generation.
+
+        Returns:
+            Whether anything had changed; capability, digest and sizes may have, too.
+
+        Raises:
+            ModelLoadError: if it can't be decoded any more.
+        """
+        if self._seen is None or snapshot(self.source) == self._seen:
+            return False
+        for name in ("capability", "latency", "reaches", "input_size"):
+            self.__dict__.pop(name, None)
         self.use_masks = True
-        # Kind -> the trained heads that draft from this model's hidden states.
-        self.heads: dict[str, TrainedHeads] = {}
+        self._build()
+        return True
+
+    def evaluate(self, **arguments: Any) -> Any:
+        """The module's forward, called with the state that belongs to the cache among
+        ``arguments`` (without one, with that of a new sequence)."""
+        if not self._state.settled:
+            self._state.learn(self._trial())
+        with self._state.of(arguments.get(self.cache_argument)):
+            return self.model(**arguments)
+
+    @torch.inference_mode()
+    def _trial(self) -> Iterator[None]:
+        """Passes over one sequence: a few tokens, then one by one."""
+        cache, start = self.plain_cache().inner, 0
+        for count in (3, 1, 1):
+            arguments: dict[str, Any] = {
+                "input_ids": torch.ones((1, count), dtype=torch.long).to(self.device),
+                self.cache_argument: cache,
+                "use_cache": True,
+            }
+            if self._takes_positions:
+                arguments["position_ids"] = positions(range(count), start, self.device)
+            self.model(**arguments)
+            start += count
+            yield
 
     @functools.cached_property
     def capability(self) -> Capability:
@@ -181,15 +251,20 @@ class LanguageModel:
     def head_size(self) -> int:
         """Numbers in a hidden state as the LM head reads it."""
         head = self.source.get_output_embeddings()  # type: ignore[operator]
+        # Of a packed or quantised head the weight's shape says something else.
+        if size := getattr(head, "in_features", None):
+            return int(size)
         weight = getattr(head, "weight", None)
-        return int(self.config.hidden_size if weight is None else weight.shape[1])
+        if isinstance(weight, torch.Tensor):
+            return int(weight.shape[1])
+        return int(self.config.hidden_size)
 
-    @property
+    @functools.cached_property
     def input_size(self) -> int:
         """How many token ids the model can read: the rows of its embedding."""
-        embedding = self.source.get_input_embeddings()  # type: ignore[operator]
-        weight = getattr(embedding, "weight", None)
-        return int(self.vocab_size if weight is None else weight.shape[0])
+        table = self.source.get_input_embeddings()  # type: ignore[operator]
+        rows = getattr(table, "num_embeddings", None)
+        return int(self.vocab_size if rows is None else rows)
 
     @property
     def max_length(self) -> int | None:
@@ -374,7 +449,7 @@ class LanguageModel:
             arguments["output_hidden_states"] = sorted(
                 {layer % total for layer in hidden_layers}
             )
-        output = self.model(**arguments)
+        output = self.evaluate(**arguments)
         # Views would keep whole prompts alive.
         hidden = {i: output.hidden_states[i][:, -1].clone() for i in hidden_layers}
         return output.logits[:, -1], hidden
@@ -474,9 +549,9 @@ class LanguageModel:
             arguments["output_hidden_states"] = sorted(
                 {layer % total for layer in hidden_layers}
             )
-        output = self.model(**arguments)
+        output = self.evaluate(**arguments)
         logits = output.logits[0]
-        if not self._takes_keep and not whole:
+        if not whole and len(logits) != len(kept):  # it doesn't know logits_to_keep
             logits = logits[torch.tensor(kept, device=self.device)]
         if hidden_layers and getattr(output, "hidden_states", None) is None:
             raise NoHiddenStatesError(
@@ -494,45 +569,29 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     accelerate: bool = True,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a model folder or hub name, or take a loaded model as it is.
 
     Args:
         dtype: ``auto`` keeps the checkpoint's.
         device: Default: CUDA if there is one, else the CPU.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        ModelLoadError: if it can't be found, read, or isn't a causal LM.
+        ModelLoadError: if it can't be found, read, or isn't a causal LM; if the device
+            isn't there; if it has code of its own that isn't trusted.
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
-            tokenizer = _tokenizer_of(model)
+            tokenizer = _tokenizer_of(unwrapped(model), trust_remote_code)
         return LanguageModel(model, tokenizer, accelerate=accelerate)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = str(model)
-    if isinstance(dtype, str) and dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ModelLoadError(
-                f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}"
-            )
-        dtype = found
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (
-            str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        )
-        raise ModelLoadError(
-            f"can't load the model {path!r}: {first} "
-            "(give a folder that from_pretrained reads)"
-        ) from error
+    loaded = read_model(path, dtype, device_named(device), trust_remote_code)
+    if tokenizer is None:
+        tokenizer = read_tokenizer(path, trust_remote_code)
     return LanguageModel(
-        loaded.to(place),  # type: ignore[arg-type]
+        loaded,
         tokenizer,
         Path(path).name if Path(path).exists() else path,
         own_weights=True,
@@ -544,30 +603,33 @@ def weights_digest(model: nn.Module) -> str:
     """A fingerprint of configuration and weights, from a sample of every tensor.
 
     64 evenly spaced elements of each parameter are hashed with its name, shape and
-    type: the same for a folder and the model loaded from it, in milliseconds.
+    type: the same for a folder and the model loaded from it, in milliseconds. Adapters
+    count with whether and how strongly they are in force.
     """
     digest = hashlib.sha256()
     digest.update(type(model).__name__.encode())
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // 64)
-        sample = flat[::step][:64].float().cpu().contiguous()
+        name = name.replace("_orig_mod.", "")  # compiled or not
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        for part in _plain_parts(parameter.detach()):
+            flat = part.reshape(-1)
+            step = max(1, flat.numel() // 64)
+            sample = flat[::step][:64].float().cpu().contiguous()
+            digest.update(sample.numpy().tobytes())
+    for text in adapters(model):
+        digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 
-def _view(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with ``model``."""
-    if (
-        getattr(model, "hf_device_map", None)
-        and len(set(model.hf_device_map.values())) > 1  # type: ignore[operator]
-    ):
-        return model  # hooks that move weights between devices don't survive a copy
-    shared: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        shared[id(tensor)] = tensor
-    return copy.deepcopy(model, shared)
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The ordinary tensors that hold the elements; a subclass may have several."""
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        return [] if tensor.is_meta else [tensor]
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor.as_subclass(torch.Tensor)]
+    inner = (getattr(tensor, name) for name in flatten()[0])
+    return [part for value in inner for part in _plain_parts(value)]
 
 
 def _cut(model: nn.Module, total: int, layers: int) -> nn.Module:
@@ -610,26 +672,41 @@ def _twin(module: Any, configs: dict[int, Any], layers: int) -> nn.Module:
 
 
 def _use_masked_attention(view: nn.Module) -> None:
-    """Flash kernels take no mask of ours; SDPA does."""
+    """Flash and flex kernels take no mask of ours; SDPA does, and eager attention."""
     implementation = str(getattr(view.config, "_attn_implementation", "") or "")
-    if "flash" in implementation and hasattr(view, "set_attn_implementation"):
-        view.set_attn_implementation("sdpa")  # type: ignore[operator]
+    if "flash" not in implementation and "flex" not in implementation:
+        return
+    for other in ("sdpa", "eager"):
+        with contextlib.suppress(ValueError, ImportError, AttributeError):
+            view.set_attn_implementation(other)  # type: ignore[operator]
+            return
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Of what layers hand on: the embedding's, else the first that isn't an integer."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        if weight.dtype.is_floating_point:
+            return weight.dtype  # type: ignore[no-any-return]
+    kinds = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    return next(kinds, torch.float32)
 
 
 def _vocab_size(model: nn.Module, config: Any) -> int:
     head = model.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", None)
-    return int(weight.shape[0]) if weight is not None else int(config.vocab_size)
+    # A quantised head may keep its weight in another shape, or as a method.
+    if isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point:
+        return int(weight.shape[0])
+    return int(getattr(head, "out_features", None) or config.vocab_size)
 
 
-def _tokenizer_of(model: nn.Module) -> Any:
+def _tokenizer_of(model: nn.Module, trust_remote_code: bool) -> Any:
     """The tokenizer beside a loaded model's weights, None if there is none."""
-    path = getattr(model.config, "_name_or_path", "")
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not path or not Path(path).is_dir():
         return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
+        return read_tokenizer(path, trust_remote_code)
+    except ModelLoadError:
         return None

@@ -61,6 +61,11 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that comes with a model. Only for models you trust.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -85,6 +90,7 @@ def generate(
     dtype: str,
     device: str | None,
     threads: int | None,
+    trust_remote_code: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -128,6 +134,7 @@ def generate(
                 host=host,
                 heads=heads,
                 allow_lossy=allow_lossy,
+                trust_remote_code=trust_remote_code,
             )
         stream = decoder.stream(
             asked,

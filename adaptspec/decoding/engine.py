@@ -98,6 +98,9 @@ class Run:
     ) -> None:
         model = engine.model
         self._model, self._draft = model, engine.draft
+        for one in (model, engine.draft):
+            if one is not None:
+                one.follow()
         self.use(strategy)
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")

@@ -9,18 +9,24 @@ With bfloat16 instructions alone (Zen 4), oneDNN on weights packed once is the f
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from adaptspec.decoding.native import Kernel, NativeUnavailableError, kernel
+from adaptspec.decoding.native import (
+    Kernel,
+    NativeUnavailableError,
+    is_plain,
+    kernel,
+)
 
 Kind = Literal["native", "packed", "none"]
 Product = Callable[[torch.Tensor, int], object]  # rows, number of the weight
@@ -61,39 +67,89 @@ class Plan:
     reason: str
 
 
-class NativeLinear(nn.Module):
+class NativeLinear(nn.Linear):
     """Reads the plain weight, which stays where it was (tied and shared ones too)."""
 
     def __init__(self, linear: nn.Linear, compiled: Kernel, most_rows: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a Linear's own would allocate a weight
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._kernel, self._most_rows = compiled, most_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
+        weight = self.weight
         rows = x.numel() // self.in_features
-        if not 0 < rows <= self._most_rows or x.dtype is not self.weight.dtype:
-            return functional.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return functional.linear(x, self.weight, self.bias)
+        if (
+            not 0 < rows <= self._most_rows
+            or x.dtype is not weight.dtype
+            # The caller may have moved, quantised or released it since.
+            or not (is_plain(x) and is_plain(weight) and weight.is_contiguous())
+        ):
+            return functional.linear(x, weight, self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return functional.linear(x, weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()
-        y = self._kernel.linear(flat, self.weight, self.bias)
+        y = self._kernel.linear(flat, weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class PackedLinear(nn.Module):
-    """Holds the weight in oneDNN's own layout only."""
+class PackedLinear(nn.Linear):
+    """Holds the weight in oneDNN's own layout only.
+
+    Whoever reads ``weight`` (modelling code that asks for its type, a state
+    dictionary) gets it, and the layer is an ordinary one from then on: no weight is
+    held twice, and what is written to it counts.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a Linear's own would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, self.dtype = linear.bias, linear.weight.dtype
-        self._packed = pack(linear.weight.detach())
+        self._trained = linear.weight.requires_grad
+        self._packed: torch.Tensor | None = pack(linear.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        return packed_linear(x, self._packed, self.bias)
+        packed = self._packed
+        if packed is None:
+            return functional.linear(x, self.weight, self.bias)
+        return packed_linear(x, packed, self.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.unpack()
+        return super().__getattr__(name)
+
+    def unpack(self) -> None:
+        """Be an ordinary layer again; once is enough."""
+        packed = self.__dict__.get("_packed")
+        if packed is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            weight = packed.to_dense().contiguous()
+            self._parameters["weight"] = nn.Parameter(weight, self._trained)
+        self._packed = None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.unpack()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        self.unpack()  # a packed tensor has no copy
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        nn.Module.__init__(twin)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
 
 def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
@@ -248,13 +304,32 @@ def packed_linear(
 
 
 def _replaceable(child: nn.Linear) -> bool:
+    """Whether calling it is one product with a plain weight, and nothing else."""
+    if type(child) is not nn.Linear or "forward" in child.__dict__:
+        return False
+    if child._forward_hooks or child._forward_pre_hooks:
+        return False
+    weight, bias = child._parameters.get("weight"), child._parameters.get("bias")
     return (
-        type(child) is nn.Linear
-        and child.weight.device.type == "cpu"
-        and child.weight.dtype in TYPES
-        and child.weight.is_contiguous()
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
+        weight is not None
+        and weight.dtype in TYPES
+        and _readable(weight, (child.out_features, child.in_features))
+        and (child.bias is bias)
+        and (
+            bias is None
+            or (bias.dtype is weight.dtype and _readable(bias, (child.out_features,)))
+        )
+    )
+
+
+def _readable(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether all elements lie where a kernel looks for them."""
+    return (
+        is_plain(tensor)
+        and tuple(tensor.shape) == shape
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes()
+        >= (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     )
 
 

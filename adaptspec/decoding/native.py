@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from adaptspec.cache_folder import cache_root
+
 SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
@@ -26,6 +28,22 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 class NativeUnavailableError(Exception):
     """Why there is no native kernel here."""
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``data_ptr`` is where the CPU finds the elements, one after another.
+
+    A subclass (quantised, distributed, fake) has other contents or none, and a tensor
+    whose storage was released has no address.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and (tensor.data_ptr() != 0 or not tensor.numel())
+    )
 
 
 class Kernel:
@@ -99,7 +117,7 @@ class Kernel:
         """Whether :meth:`largest` takes these."""
         return (
             x.dtype in self._largest
-            and x.device.type == "cpu"
+            and is_plain(x)
             and x.dim() == 2
             and x.stride(1) == 1
             and 1 <= count <= min(MOST_KEPT, x.shape[1])
@@ -152,17 +170,18 @@ def kernel() -> Kernel:
     """The kernel, compiled at first use and kept in the user's cache folder.
 
     Raises:
-        NativeUnavailableError: without a compiler, or where it fails.
+        NativeUnavailableError: without a compiler, where it fails, or where the cache
+            folder can't be written.
     """
     if os.environ.get(SWITCH) == "0":
         raise NativeUnavailableError(f"switched off by {SWITCH}=0")
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailableError("no C compiler found")
-    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    name = f"kernels-{_fingerprint(compiler)}"
     try:
-        if not path.exists():
-            _compile(compiler, path)
+        folder = cache_root() / "native"
+        path = _intact(folder, name) or _compile(compiler, folder, name)
         return Kernel(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(
@@ -181,12 +200,21 @@ def largest(x: torch.Tensor, count: int) -> torch.Tensor | None:
     return compiled.largest(x, count) if compiled.ranks(x, count) else None
 
 
-def _cache_folder() -> Path:
-    from platformdirs import user_cache_path
+def _intact(folder: Path, name: str) -> Path | None:
+    """The compiled library of that name, if its bytes are those that were written.
 
-    root = os.environ.get("ADAPTSPEC_CACHE")
-    base = Path(root) if root else user_cache_path("adaptspec")
-    return base / "native"
+    Its file name ends with their digest: calling into a library that was cut short
+    kills the process. A damaged one is removed.
+    """
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if path.stem == f"{name}-{_digest(path)}":
+            return path
+        path.unlink()
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _fingerprint(compiler: str) -> str:
@@ -214,11 +242,11 @@ def _cpu_flags() -> str:
     return next((x for x in lines if x.startswith(("flags", "Features"))), "")
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, folder: Path, name: str) -> Path:
     """Compile to a private name and rename: processes may do this at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        compiled, linked = Path(private) / "kernels.o", Path(private) / "kernels.so"
         # Linked without -fopenmp: the OpenMP symbols are then those of the library that
         # torch has loaded, so that no second pool of threads spins beside its own.
         for command in (
@@ -238,4 +266,8 @@ def _compile(compiler: str, path: Path) -> None:
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["no message"]
                 raise NativeUnavailableError(f"{compiler} failed: {lines[0]}")
+        path = folder / f"{name}-{_digest(linked)}.so"
+        with linked.open("rb+") as file:  # written before its name says so
+            os.fsync(file.fileno())
         linked.replace(path)
+    return path

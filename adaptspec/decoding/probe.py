@@ -97,7 +97,7 @@ def _half_tolerance(model: LanguageModel, prompt: list[int]) -> float:
 def _sequential(model: LanguageModel, tokens: list[int]) -> torch.Tensor:
     """Logits ``[tokens, vocab]`` of one forward without any cache or mask of ours."""
     ids = torch.tensor([tokens], device=model.device)
-    logits: torch.Tensor = model.model(input_ids=ids, use_cache=False).logits[0]
+    logits: torch.Tensor = model.evaluate(input_ids=ids, use_cache=False).logits[0]
     return logits
 
 

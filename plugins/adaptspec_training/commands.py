@@ -213,6 +213,11 @@ def train() -> None:
 )
 @click.option("--dtype", default="auto", show_default=True, help="Of the target.")
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that comes with a model. Only for models you trust.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of answers and training."
@@ -226,6 +231,7 @@ def medusa(
     load_in: str | None,
     dtype: str,
     device: str | None,
+    trust_remote_code: bool,
     threads: int | None,
     answer_budget: str | None,
     self_prompts: int | None,
@@ -273,6 +279,7 @@ def medusa(
                 dtype=dtype,
                 device=device,
                 load_in=load_in,
+                trust_remote_code=trust_remote_code,
                 fresh=fresh,
                 progress=progress,
             )

@@ -98,7 +98,11 @@ def target_problem(target: LanguageModel) -> str | None:
 
 
 def load_target(
-    model: str | Path, dtype: str, device: str | None, load_in: str | None
+    model: str | Path,
+    dtype: str,
+    device: str | None,
+    load_in: str | None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """The target as training uses it: untouched, quantised where asked.
 
@@ -106,7 +110,13 @@ def load_target(
         AdaptSpecError: if it can't be loaded so.
     """
     if load_in is None:
-        return load_model(model, dtype=dtype, device=device, accelerate=False)
+        return load_model(
+            model,
+            dtype=dtype,
+            device=device,
+            accelerate=False,
+            trust_remote_code=trust_remote_code,
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     try:
@@ -114,9 +124,14 @@ def load_target(
             load_in_4bit=load_in == "4bit", load_in_8bit=load_in == "8bit"
         )
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(model), quantization_config=config, device_map=device or "auto"
+            str(model),
+            quantization_config=config,
+            device_map=device or "auto",
+            trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model), trust_remote_code=trust_remote_code
+        )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise TrainingError(

@@ -83,6 +83,7 @@ def train_medusa(
     dtype: str = "auto",
     device: str | None = None,
     load_in: str | None = None,
+    trust_remote_code: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -96,6 +97,7 @@ def train_medusa(
     Args:
         data: Prompts or conversations; None: the model's own (``self_prompts``).
         load_in: ``4bit`` or ``8bit``: quantise the frozen target (bitsandbytes).
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         AdaptSpecError: for a bad option, model or data, or too little memory.
@@ -121,7 +123,7 @@ def train_medusa(
     target = (
         model
         if isinstance(model, LanguageModel)
-        else load_target(model, dtype, device, load_in)
+        else load_target(model, dtype, device, load_in, trust_remote_code)
     )
     if reason := target_problem(target):
         raise TrainingError(reason)

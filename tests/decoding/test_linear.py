@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
+from adaptspec import cache_folder, default_model
 from adaptspec.decoding import linear as subject
 from adaptspec.decoding import native
+from adaptspec.decoding.argmax import argmax_rows
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine
 from adaptspec.decoding.linear import Plan, accelerate_linears
 from adaptspec.decoding.tree import TokenTree
-from adaptspec.models import LanguageModel
-from adaptspec.testing.fakes import random_ids, tiny_module
+from adaptspec.errors import ModelLoadError
+from adaptspec.host import Host
+from adaptspec.models import LanguageModel, load_model
+from adaptspec.testing.fakes import (
+    VOCAB,
+    hf_greedy,
+    random_ids,
+    tiny_module,
+    tiny_tokenizer,
+)
 
 Choose = Callable[[str], None]
 
@@ -201,8 +218,9 @@ class Tied(nn.Module):
 
 def parameter_bytes(model: nn.Module) -> int:
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    packed = (m._packed for m in model.modules() if isinstance(m, subject.PackedLinear))
-    return sum(seen.values()) + sum(p.numel() * p.element_size() for p in packed)
+    packed = [m._packed for m in model.modules() if isinstance(m, subject.PackedLinear)]
+    sizes = (p.numel() * p.element_size() for p in packed if p is not None)
+    return sum(seen.values()) + sum(sizes)
 
 
 @pytest.mark.parametrize("kind", ["native", "packed"])
@@ -231,6 +249,206 @@ def test_a_replaced_model_computes_the_same_and_holds_no_weight_twice(
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(after, before, atol=tolerance, rtol=tolerance)
     assert parameter_bytes(model) == size
+
+
+def packable(dtype: torch.dtype) -> None:
+    try:
+        subject.pack(torch.zeros(8, 8, dtype=dtype))
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+
+
+READS: dict[str, Callable[[nn.Linear], Any]] = {
+    "weight": lambda layer: layer.weight,
+    "state": lambda layer: layer.state_dict()["weight"],
+    "function": lambda layer: functional.linear(torch.eye(6), layer.weight).T,
+    "copy": lambda layer: copy.deepcopy(layer).weight,
+    "moved": lambda layer: layer.to("cpu").weight,
+    "parameters": lambda layer: dict(layer.double().named_parameters())["weight"],
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_whoever_reads_a_packed_weight_gets_it_and_it_is_held_once(how: str) -> None:
+    packable(torch.float32)
+    linear = nn.Linear(6, 10)
+    kept, bias = linear.weight.detach().clone(), linear.bias
+    x = torch.randn(3, 6)
+    wanted = linear(x).detach()
+    packed = subject.PackedLinear(linear)
+    assert isinstance(packed, nn.Linear)
+    assert packed.bias is bias
+    assert "weight" not in packed._parameters
+    with torch.inference_mode():
+        read = READS[how](packed)
+    torch.testing.assert_close(read.to(kept.dtype), kept, rtol=0, atol=0)
+    assert packed._packed is None
+    found = packed(x.to(packed.weight.dtype)).detach()
+    torch.testing.assert_close(found.float(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["packed", "native"])
+@pytest.mark.parametrize("family", ["mamba2", "mamba", "falcon_mamba", "asking"])
+def test_families_that_read_weights_decode_as_their_generate(
+    family: str, kind: str, choose: Choose, tmp_path: Path
+) -> None:
+    packable(torch.float32)
+    if kind == "native" and not available():
+        pytest.skip("no native kernel here")
+    choose(kind)
+    module = tiny_module("llama") if family == "asking" else state_space(family)
+    if family == "asking":  # its feed-forward layer asks for a weight's type
+        for block in module.model.layers:
+            block.mlp.down_proj = AsksForType(block.mlp.down_proj)
+    module.eval()
+    wanted = hf_greedy(LanguageModel(module, accelerate=False), random_ids(12), 12)
+    if family != "asking":
+        module.save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        model = load_model(tmp_path)
+    else:
+        model = LanguageModel(module, own_weights=True)
+    assert model.linear.kind.startswith(kind)
+    decoder = Engine(model)
+    strategy = Host.installed().create("autoregressive", {})
+    controls = Controls(max_new_tokens=12)
+    assert decoder.generate(strategy, random_ids(12), controls).token_ids == wanted
+    if kind == "packed":  # the others stay packed
+        left = [m for m in model.model.modules() if isinstance(m, subject.PackedLinear)]
+        assert any(layer._packed is not None for layer in left)
+
+
+class AsksForType(nn.Module):
+    def __init__(self, wo: nn.Linear) -> None:
+        super().__init__()
+        self.wo = wo
+
+    def forward(self, x: torch.Tensor) -> Any:
+        assert isinstance(self.wo, nn.Linear)
+        assert self.wo.weight.shape == (self.wo.out_features, self.wo.in_features)
+        return self.wo(x.to(self.wo.weight.dtype).to(self.wo.weight.device))
+
+
+def state_space(family: str) -> Any:
+    shared: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "initializer_range": 0.4,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    config: Any
+    if family == "mamba2":
+        config = transformers.Mamba2Config(
+            **shared, num_heads=8, head_dim=8, n_groups=1, chunk_size=8
+        )
+    elif family == "mamba":
+        config = transformers.MambaConfig(**shared)
+    else:
+        config = transformers.FalconMambaConfig(**shared)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+
+
+def test_a_packed_heads_size_is_known_without_unpacking_it(choose: Choose) -> None:
+    packable(torch.float32)
+    choose("packed")
+    model = LanguageModel(tiny_module("llama"), own_weights=True)
+    head: Any = model.model.lm_head
+    assert (model.head_size, model.vocab_size) == (32, VOCAB)
+    assert model.input_size == VOCAB
+    assert head._packed is not None
+
+
+class Kept(torch.Tensor):
+    """A subclass whose elements are no kernel's business."""
+
+
+def normed() -> nn.Linear:
+    weight_norm: Any = nn.utils.parametrizations.weight_norm
+    layer: nn.Linear = weight_norm(nn.Linear(8, 8))
+    return layer
+
+
+def old_normed() -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        normed: nn.Linear = nn.utils.weight_norm(nn.Linear(8, 8))
+    return normed
+
+
+def changed(change: Callable[[nn.Linear], Any]) -> Callable[[], nn.Linear]:
+    def make() -> nn.Linear:
+        layer = nn.Linear(8, 8)
+        change(layer)
+        return layer
+
+    return make
+
+
+def put(layer: nn.Linear, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+UNREADABLE: dict[str, Callable[[], nn.Linear]] = {
+    "subclass": changed(lambda m: put(m, torch.ones(8, 8).as_subclass(Kept))),
+    "meta": lambda: nn.Linear(8, 8, device="meta"),
+    "sparse": changed(lambda m: put(m, torch.eye(8).to_sparse())),
+    "csr": changed(lambda m: put(m, torch.eye(8).to_sparse_csr())),
+    "mkldnn": changed(lambda m: put(m, torch.ones(8, 8).to_mkldnn())),
+    "transposed": changed(lambda m: put(m, torch.arange(64.0).view(8, 8).T)),
+    "strided": changed(lambda m: put(m, torch.ones(8, 16)[:, ::2])),
+    "released": changed(lambda m: m.weight.untyped_storage().resize_(0)),
+    "other shape": changed(lambda m: put(m, torch.ones(32))),
+    "half bias": changed(lambda m: setattr(m, "bias", nn.Parameter(m.bias.half()))),
+    "subclass bias": changed(
+        lambda m: setattr(m, "bias", nn.Parameter(torch.ones(8).as_subclass(Kept)))
+    ),
+    "weight norm": normed,
+    "old weight norm": old_normed,
+    "own forward": changed(lambda m: setattr(m, "forward", lambda x: x)),
+    "hook before": changed(lambda m: m.register_forward_pre_hook(lambda *_: None)),
+}
+
+
+@pytest.mark.parametrize("kind", ["packed", "native"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_only_plain_weights_are_replaced(
+    case: str, kind: str, choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(kind)
+    monkeypatch.setattr(subject, "kernel", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse CSR is in beta
+        layer = UNREADABLE[case]()
+    module = nn.Sequential(layer)
+    assert accelerate_linears(module, own_weights=True).replaced == 0
+    assert module[0] is layer
+
+
+@needs_compiler
+def test_a_weight_that_is_changed_later_is_read_as_it_is_then(choose: Choose) -> None:
+    choose("native")
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    accelerate_linears(model, own_weights=False)
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        for weight in (torch.ones(8, 16)[:, ::2], torch.eye(8).to_sparse()):
+            put(model[0], weight)  # type: ignore[arg-type]
+            wanted = x @ weight.to_dense().T
+            torch.testing.assert_close(model(x), wanted)
+
+
+@needs_compiler
+def test_logits_of_a_subclass_are_ranked_by_torch() -> None:
+    native.kernel()
+    logits = torch.randn(3, 5000).as_subclass(Kept)
+    assert native.largest(logits, 1) is None
+    assert argmax_rows(logits) == logits.argmax(-1).tolist()
+    assert native.largest(torch.randn(3, 5000), 1) is not None
 
 
 @needs_compiler
@@ -295,20 +513,95 @@ def test_a_compiler_that_fails_is_named(
         native.kernel.__wrapped__()
 
 
-def test_a_damaged_library_is_no_native_kernel(
+def test_a_library_that_cant_be_loaded_is_no_native_kernel(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_compile", lambda _, path: write_junk(path))
+    monkeypatch.setattr(native, "_compile", write_junk)
     if not any(shutil.which(name) for name in native.COMPILERS):
         pytest.skip("no compiler here")
     with pytest.raises(native.NativeUnavailableError, match="can't be used"):
         native.kernel.__wrapped__()
 
 
-def write_junk(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_junk(_: str, folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.so"
     path.write_bytes(b"not a library")
+    return path
+
+
+CALLS_THE_KERNEL = (
+    "import torch; from adaptspec.decoding import native\n"
+    "kernel = native.kernel().linear\n"
+    "print(kernel(torch.ones(2, 3), torch.ones(4, 3), None).sum().item())"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [0, 100, 0.5, -1, "zeros", "flipped"])
+def test_a_damaged_library_in_the_cache_is_compiled_again(
+    kept: float | str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
+    native.kernel.__wrapped__()
+    (library,) = (tmp_path / "native").iterdir()
+    whole = library.read_bytes()
+    if kept == "zeros":  # a power cut
+        damaged = bytes(len(whole))
+    elif kept == "flipped":
+        damaged = whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:]
+    else:
+        assert not isinstance(kept, str)
+        damaged = whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)]
+    # A new file: this process has the old one in its memory.
+    library.unlink()
+    library.write_bytes(damaged)
+    done = subprocess.run(  # or a fault ended the tests, too
+        [sys.executable, "-c", CALLS_THE_KERNEL], capture_output=True, text=True
+    )
+    assert (done.stdout.strip(), done.returncode) == ("24.0", 0), done.stderr
+    (mended,) = (tmp_path / "native").iterdir()
+    assert mended.stem.endswith(hashlib.sha256(mended.read_bytes()).hexdigest()[:16])
+
+
+def test_the_kernel_and_the_default_model_share_one_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ADAPTSPEC_CACHE", "~/x")
+    monkeypatch.chdir(tmp_path)
+    folders: list[Path] = []
+
+    def compile_to(_: str, folder: Path, name: str) -> Path:
+        folders.append(folder)
+        raise native.NativeUnavailableError("enough")
+
+    monkeypatch.setattr(native, "_compile", compile_to)
+    if any(shutil.which(name) for name in native.COMPILERS):
+        with pytest.raises(native.NativeUnavailableError, match="enough"):
+            native.kernel.__wrapped__()
+        assert folders == [tmp_path / "home" / "x" / "native"]
+    assert cache_folder.cache_root() == tmp_path / "home" / "x"
+    monkeypatch.setenv("ADAPTSPEC_CACHE", "here")
+    assert cache_folder.cache_root() == tmp_path / "here"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("folder", ["file/below", "~nobody-of-that-name/x"])
+def test_a_cache_folder_that_cant_be_made_is_told_in_one_line(
+    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    place = folder if folder.startswith("~") else str(tmp_path / folder)
+    monkeypatch.setenv("ADAPTSPEC_CACHE", place)
+    if any(shutil.which(name) for name in native.COMPILERS):
+        with pytest.raises(native.NativeUnavailableError) as refused:
+            native.kernel.__wrapped__()
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ModelLoadError, match="ADAPTSPEC_CACHE") as raised:
+        default_model.default_model_path()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

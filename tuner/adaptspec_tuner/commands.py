@@ -128,6 +128,11 @@ def parse_memory(text: str) -> int:
     help="auto: as the weights are stored.",
 )
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that comes with a model. Only for models you trust.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @click.option(
@@ -176,6 +181,7 @@ def tune(
     max_new_tokens: int,
     dtype: str,
     device: str | None,
+    trust_remote_code: bool,
     threads: int | None,
     seed: int,
     limit: int | None,
@@ -230,6 +236,7 @@ def tune(
                 max_new_tokens=max_new_tokens,
                 dtype=dtype,
                 device=device,
+                trust_remote_code=trust_remote_code,
                 threads=threads,
                 seed=seed,
                 limit=limit,

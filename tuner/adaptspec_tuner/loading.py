@@ -21,6 +21,7 @@ class Models:
         target: A folder, hub name, loaded model or ``LanguageModel``.
         draft: The same, or None.
         heads: Folders of heads trained for the target.
+        trust_remote_code: Whether code that comes with the models may run.
     """
 
     target: Any
@@ -28,6 +29,7 @@ class Models:
     heads: Sequence[Path | str] = ()
     dtype: str = "auto"
     device: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def are_paths(self) -> bool:
@@ -66,5 +68,9 @@ class Models:
         if isinstance(source, LanguageModel):
             return source
         return load_model(
-            source, dtype=self.dtype, device=self.device, accelerate=accelerate
+            source,
+            dtype=self.dtype,
+            device=self.device,
+            accelerate=accelerate,
+            trust_remote_code=self.trust_remote_code,
         )

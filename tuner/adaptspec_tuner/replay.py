@@ -111,6 +111,7 @@ class RecordedTarget(LanguageModel):
     ) -> None:
         _ = model.capability, model.reaches  # settled by the real model
         self.__dict__.update(model.__dict__)
+        self._seen = None  # it follows no caller's model
         self.__dict__.pop("latency", None)
         self._costs = costs
         self._clock = clock

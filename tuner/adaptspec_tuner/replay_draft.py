@@ -79,6 +79,7 @@ class RememberedDraft(LanguageModel):
     ) -> None:
         _ = model.capability, model.reaches  # settled by the real model
         self.__dict__.update(model.__dict__)
+        self._seen = None  # it follows no caller's model
         self._real, self._costs, self._clock = model, costs, clock
         self._curves: dict[int, LatencyCurve] = {}
         self._positions: dict[tuple[int, int], int] = {}

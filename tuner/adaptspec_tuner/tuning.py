@@ -64,6 +64,7 @@ def tune(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     dtype: str = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
     threads: int | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -92,6 +93,7 @@ def tune(
         allow_lossy: Measure strategies that change the law of sampled output, too.
             Their results say so, and they are never the choice here.
         trials: Most trials per class and strategy.
+        trust_remote_code: Whether code that comes with the models may run.
         limit: Most prompts per class.
         skip_bad: Leave out prompts that can't be read or decoded, and say how many.
         baselines: Measure other engines beside, on untouched copies of the models.
@@ -121,7 +123,7 @@ def tune(
     check_store(host, db, worker)  # before a model is loaded
     if threads is not None:
         torch.set_num_threads(threads)
-    models = Models(model, draft_model, heads, dtype, device)
+    models = Models(model, draft_model, heads, dtype, device, trust_remote_code)
     engine = models.engine(host)
     target, draft = engine.model, engine.draft
     unavailable = {
