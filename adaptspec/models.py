@@ -54,6 +54,12 @@ Level = Literal["tree", "chain", "plain"]
 # Graph capture needs fixed shapes: on CUDA trees are padded up to one of these.
 CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 PROBE_PROMPT = 12
+# Long prompts are read in parts of so many tokens: what a layer computes of a part, and
+# its mask, take room in proportion. Attention within a part computes what its mask
+# leaves out, so that prompts of a few parts only are read faster at once. A GPU needs
+# larger parts to be busy.
+PART_TOKENS, CUDA_PARTS = 512, 8
+FEW_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -317,30 +323,36 @@ class LanguageModel:
     ) -> Forward:
         """Append ``tokens`` as a plain continuation; logits of the ``last`` of them.
 
-        Rows are keyed by index into ``tokens``; hidden states cover all of them.
+        Rows are keyed by index into ``tokens``; hidden states cover all of them. Long
+        prompts are read in parts where that gives what one forward would.
         """
         cached = cache.length
         count = len(tokens)
-        if isinstance(cache, TreeCache) and cached and self._filled(count) > count:
-            return self._append(tokens, cache, last, hidden_layers)
-        mask: Any = None
-        if isinstance(cache, TreeCache) and (
-            (cached and count > 1) or self._limited(cached + count)
-        ):
-            mask = self._masks(
-                lambda reach: causal_mask(count, cached, reach, self.dtype, self.device)
-            )
-        kept = list(range(max(0, count - last), count))
         if isinstance(cache, PlainCache):
-            cache.length += count
-        return self._run(
-            torch.tensor([list(tokens)], device=self.device),
-            range(count),
-            cached,
-            cache.inner if isinstance(cache, PlainCache) else cache,
-            mask,
-            kept,
-            hidden_layers,
+            return self._read_part(tokens, cache, last, hidden_layers)
+        cache.announce(cached + count)
+        if cached and self._filled(count) > count:
+            return self._append(tokens, cache, last, hidden_layers)
+        size = PART_TOKENS * (CUDA_PARTS if self.device.type == "cuda" else 1)
+        # Without the argument, a forward makes logits of all that it reads.
+        few = size * (FEW_PARTS if self._takes_keep else 1)
+        if count <= few or not self._reads_in_parts(cached + count):
+            return self._read_part(tokens, cache, last, hidden_layers)
+        first = max(0, count - last)
+        logits: list[torch.Tensor] = []
+        states: dict[int, list[torch.Tensor]] = {layer: [] for layer in hidden_layers}
+        for start in range(0, count, size):
+            part = tokens[start : start + size]
+            wanted = start + len(part) - first
+            forward = self._read_part(part, cache, max(1, wanted), hidden_layers)
+            if wanted > 0:
+                logits.append(forward.logits)
+            for layer in hidden_layers:
+                states[layer].append(forward.hidden[layer])
+        return Forward(
+            torch.cat(logits),
+            {node: node - first for node in range(first, count)},
+            {layer: torch.cat(parts) for layer, parts in states.items()},
         )
 
     @torch.inference_mode()
@@ -496,6 +508,48 @@ class LanguageModel:
             return None
         masks = {kind: build(reach) for kind, reach in self.reaches.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _reads_in_parts(self, length: int) -> bool:
+        """Whether rows appended behind others are those of one forward of ``length``.
+
+        The probe found that out for tokens to verify; a rotary scaling that the length
+        decides on would be another one for the first parts. Not so while the probe
+        itself reads.
+        """
+        from adaptspec.decoding.engine import depth_limit
+
+        known: Capability | None = self.__dict__.get("capability")
+        return (
+            known is not None
+            and known.level != "plain"
+            and length - 1 <= depth_limit(self.config, 0)
+        )
+
+    def _read_part(
+        self,
+        tokens: Sequence[int],
+        cache: TreeCache | PlainCache,
+        last: int,
+        hidden_layers: Sequence[int],
+    ) -> Forward:
+        """:meth:`prefill` in one forward."""
+        cached, count = cache.length, len(tokens)
+        mask: Any = None
+        if isinstance(cache, PlainCache):
+            cache.length += count
+        elif (cached and count > 1) or self._limited(cached + count):
+            mask = self._masks(
+                lambda reach: causal_mask(count, cached, reach, self.dtype, self.device)
+            )
+        return self._run(
+            torch.tensor([list(tokens)], device=self.device),
+            range(count),
+            cached,
+            cache.inner if isinstance(cache, PlainCache) else cache,
+            mask,
+            list(range(max(0, count - last), count)),
+            hidden_layers,
+        )
 
     def _filled(self, rows: int) -> int:
         """How many rows a forward of ``rows`` computes, the others for nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+# Rows made room for beyond those needed: so many, or a quarter of them.
 GROWTH_ROWS = 256
 
 
@@ -17,6 +18,10 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ``update`` writes the new rows behind the kept ones and returns views; keeping a
     path moves rows only where it isn't already a prefix. Every row is kept whatever the
     layer's window, which the attention mask applies by position.
+
+    Args:
+        capacity: Rows expected at most. Buffers grow as rows come, by a quarter at a
+            time, and beyond this only when they must.
     """
 
     is_compileable = False
@@ -26,6 +31,7 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
+        self.announced = 0
         self.length = 0
 
     def lazy_initialization(
@@ -33,7 +39,7 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> None:
         """Allocate the buffers; keys and values may differ in head size."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows = max(self.capacity, key_states.shape[2])
+        rows = self._room(key_states.shape[2])
         self.keys = key_states.new_empty(
             (*key_states.shape[:2], rows, key_states.shape[3])
         )
@@ -95,9 +101,14 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forget all rows, keep the buffers."""
         self.length = 0
 
+    def _room(self, needed: int) -> int:
+        """Rows to allocate where ``needed`` must fit."""
+        needed = max(needed, self.announced)
+        room = needed + max(GROWTH_ROWS, needed // 4)
+        return min(room, self.capacity) if needed <= self.capacity else room
+
     def _grown(self, buffer: torch.Tensor, rows: int) -> torch.Tensor:
-        capacity = max(rows + GROWTH_ROWS, buffer.shape[2] * 3 // 2)
-        grown = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+        grown = buffer.new_empty((*buffer.shape[:2], self._room(rows), buffer.shape[3]))
         grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
 
@@ -107,7 +118,7 @@ class TreeCache(Cache):
 
     Args:
         layers: How many attention layers the model has.
-        capacity: Rows allocated at the first append; more are added when needed.
+        capacity: Rows expected at most, as in :class:`TreeLayer`.
     """
 
     def __init__(self, layers: int, capacity: int = 0) -> None:
@@ -131,6 +142,11 @@ class TreeCache(Cache):
             rows = torch.tensor([base + node for node in nodes], device=device)
         for layer in self.rows:
             layer.keep(base, rows, len(nodes))
+
+    def announce(self, length: int) -> None:
+        """Say that ``length`` rows are coming, so that buffers grow once for all."""
+        for layer in self.rows:
+            layer.announced = length
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows."""

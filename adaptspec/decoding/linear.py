@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from adaptspec.decoding.file_pages import FilePages
 from adaptspec.decoding.native import (
     Kernel,
     NativeUnavailableError,
@@ -175,10 +178,12 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
     plan = choose(dtype, own_weights)
     if plan.kind == "none":
         return LinearReport(0, f"none: {plan.reason}")
-    uses: dict[int, int] = {}
-    for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(
+        id(parameter)
+        for owner in module.modules()
+        for parameter in owner.parameters(recurse=False)
+    )
+    files = FilePages()
     replaced = 0
     while layers:
         parent, name, linear = layers.pop()
@@ -190,9 +195,13 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
             continue  # an embedding needs the plain weight: packing would double it
         else:
             faster = PackedLinear(linear)
+            plain = linear.weight.untyped_storage()
+            held = weakref.ref(linear.weight)
         setattr(parent, name, faster.eval())
         replaced += 1
         del linear
+        if plan.kind == "packed" and held() is None:
+            files.give_back(plain)
     short = str(dtype).removeprefix("torch.")
     return LinearReport(replaced, f"{plan.kind} {short}: {plan.reason}")
 

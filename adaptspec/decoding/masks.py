@@ -69,33 +69,34 @@ def tree_mask(
     """
     nodes = len(tree)
     rows = padded or nodes
-    allowed = torch.zeros((rows, cached + rows), dtype=torch.bool)
-    allowed[:nodes, :cached] = True
+    mask = torch.full((rows, cached + rows), torch.finfo(dtype).min, dtype=dtype)
     block = torch.eye(rows, dtype=torch.bool)
     if tree.is_chain:
         block[:nodes, :nodes] = torch.ones((nodes, nodes), dtype=torch.bool).tril()
     else:
         for node in range(1, nodes):
             block[node, :node] |= block[tree.parents[node], :node]
-    allowed[:, cached:] = block
-    depths = torch.tensor([*tree.depths, *([0] * (rows - nodes))])
-    if reach.limits(cached + int(depths.max()) + 1):
-        allowed &= _within(depths + cached, cached, depths, reach)
-    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype)
-    mask.masked_fill_(allowed, 0)
+    depths = [*tree.depths, *([0] * (rows - nodes))]
+    if reach.limits(cached + max(depths) + 1):
+        block &= _pairs(torch.tensor(depths) + cached, reach)
+        for node, depth in enumerate(tree.depths):
+            mask[node, _first_key(cached + depth, reach) : cached] = 0
+    else:
+        mask[:nodes, :cached] = 0
+    mask[:, cached:].masked_fill_(block, 0)
     return mask[None, None].to(device)
 
 
 def causal_mask(
     new: int, cached: int, reach: Reach, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """The same for ``new`` successive tokens; prefill of models with windows."""
-    queries = torch.arange(cached, cached + new)
-    keys = torch.arange(cached + new)
-    allowed = keys[None, :] <= queries[:, None]
-    allowed &= _pairs(queries, keys, reach)
-    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype)
-    mask.masked_fill_(allowed, 0)
+    """The same for ``new`` successive tokens, as a prompt is read.
+
+    Nothing else of its size is built: a mask is what a long prompt takes most room for.
+    """
+    mask = torch.full((new, cached + new), torch.finfo(dtype).min, dtype=dtype)
+    for row, position in enumerate(range(cached, cached + new)):
+        mask[row, _first_key(position, reach) : position + 1] = 0
     return mask[None, None].to(device)
 
 
@@ -104,16 +105,21 @@ def positions(depths: Sequence[int], cached: int, device: torch.device) -> torch
     return torch.tensor([[cached + depth for depth in depths]], device=device)
 
 
-def _within(
-    queries: torch.Tensor, cached: int, depths: torch.Tensor, reach: Reach
-) -> torch.Tensor:
-    return _pairs(queries, torch.cat([torch.arange(cached), depths + cached]), reach)
-
-
-def _pairs(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> torch.Tensor:
-    near = torch.ones((len(queries), len(keys)), dtype=torch.bool)
+def _first_key(position: int, reach: Reach) -> int:
+    """The first position that a token at ``position`` attends to."""
+    first = 0
     if reach.window is not None:
-        near &= queries[:, None] - keys[None, :] < reach.window
+        first = position - reach.window + 1
     if reach.chunk is not None:
-        near &= queries[:, None] // reach.chunk == keys[None, :] // reach.chunk
+        first = max(first, position // reach.chunk * reach.chunk)
+    return max(first, 0)
+
+
+def _pairs(places: torch.Tensor, reach: Reach) -> torch.Tensor:
+    """Which of the tokens at ``places`` are in reach of which: ``[tokens, tokens]``."""
+    near = torch.ones((len(places), len(places)), dtype=torch.bool)
+    if reach.window is not None:
+        near &= places[:, None] - places[None, :] < reach.window
+    if reach.chunk is not None:
+        near &= places[:, None] // reach.chunk == places[None, :] // reach.chunk
     return near

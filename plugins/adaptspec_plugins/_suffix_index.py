@@ -2,21 +2,34 @@
 
 A suffix tree with counts answers the same questions, but costs a node per token and
 depth. Here n-grams of a few lengths lead to their newest occurrences, and counts are
-taken over those when somebody asks.
+taken over those when somebody asks. As in zip's search for repetitions (RFC 1951), a
+table of hashes leads to the newest occurrence, and each to the one before it.
 """
 
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # Lengths of the n-grams that are looked up; longer matches are found by comparing.
 KEYS = (1, 2, 4, 8)
 # Occurrences considered: what a step costs, and how fine probabilities are.
 OCCURRENCES = 32
+# Places looked at for them: others may share the hash, or have no continuation.
+MOST_LOOKED_AT = 4 * OCCURRENCES
 SEPARATOR = -1
+
+# An n-gram's number is that of its first half times one of these, and of its second.
+FACTORS = (0x2545F491, 0x1F123BB5, 0x2C1B3C6D)
+NUMBERS = (1 << 30) - 1
+FEWEST_HEADS = 256
+FULL = 2  # tokens for each head of a table, beyond which it grows
+MANY = 256  # tokens that are linked faster with all others than one by one
 
 
 @dataclass(frozen=True)
@@ -55,64 +68,88 @@ class Draft:
 
 
 class SuffixIndex:
-    """Sequences of tokens, the newest occurrences of their n-grams, and eviction."""
+    """Sequences of tokens, the newest occurrences of their n-grams, and eviction.
+
+    About 30 bytes a token. For each length of n-gram there is a table of heads, hash
+    -> where the newest n-gram of that hash ends, and for each token where the one
+    before it did (-1: nowhere).
+    """
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
+        self._tokens = array("i")
         self._base = 0  # absolute position of _tokens[0]
+        self._gone = 0  # tokens at the front that are forgotten, but still held
         self._run = 0  # tokens since the last separator
-        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._last, self._pairs, self._quads = 0, [0, 0], [0, 0, 0, 0]  # newest numbers
+        self._heads = [_nowhere(FEWEST_HEADS) for _ in KEYS]
+        self._before = [array("i") for _ in KEYS]
 
     def __len__(self) -> int:
         """Tokens and separators held."""
-        return len(self._tokens)
+        return len(self._tokens) - self._gone
 
     @property
-    def keys(self) -> int:
-        """N-grams held."""
-        return len(self._places)
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        arrays = (self._tokens, *self._heads, *self._before)
+        return sum(len(one) * one.itemsize for one in arrays)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the running sequence."""
-        held, places = self._tokens, self._places
-        for token in tokens:
+        held = self._tokens
+        many = len(tokens) >= max(MANY, len(held) // 4)
+        if many or len(held) + len(tokens) > FULL * len(self._heads[0]):
+            held.extend(tokens)
+            self._run += len(tokens)
+            self._link_all()
+            return
+        run, mask = self._run, len(self._heads[0]) - 1
+        last, pairs, quads = self._last, self._pairs, self._quads
+        tables = list(zip(KEYS, self._heads, self._before, strict=True))
+        two, four, eight = FACTORS
+        for at, token in enumerate(tokens):
+            # Those of shorter runs than their n-grams aren't looked at.
+            pair = (last * two + token) & NUMBERS
+            quad = (pairs[at] * four + pair) & NUMBERS
+            octet = (quads[at] * eight + quad) & NUMBERS
+            pairs.append(pair)
+            quads.append(quad)
+            last = token
+            run += 1
+            here = len(held)
             held.append(token)
-            self._run += 1
-            end = self._base + len(held)
-            for size in KEYS:
-                if size > self._run:
-                    break
-                key = tuple(held[-size:])
-                found = places.get(key)
-                if found is None:
-                    places[key] = [end]
+            numbers = (token, pair, quad, octet)
+            for number, (size, heads, before) in zip(numbers, tables, strict=True):
+                if size > run:
+                    before.append(-1)
                     continue
-                found.append(end)
-                if len(found) > OCCURRENCES + 1:
-                    del found[0]
+                slot = number & mask
+                before.append(heads[slot])
+                heads[slot] = here
+        self._run = run
+        self._last, self._pairs, self._quads = last, pairs[-2:], quads[-4:]
 
     def separate(self) -> None:
         """End the running sequence: no match crosses this point."""
         self._tokens.append(SEPARATOR)
+        for before in self._before:
+            before.append(-1)
         self._run = 0
 
     def drop_first(self, count: int) -> None:
         """Forget the first ``count`` tokens: whole sequences with their separators."""
-        gone = self._tokens[:count]
-        for at in range(count):
-            for size in KEYS:
-                if at + size > count or SEPARATOR in gone[at : at + size]:
-                    break
-                key = tuple(gone[at : at + size])
-                found = self._places.get(key)
-                if found is None:
-                    continue
-                while found and found[0] <= self._base + count:
-                    del found[0]
-                if not found:
-                    del self._places[key]
-        del self._tokens[:count]
-        self._base += count
+        self._gone += count
+        gone = self._gone
+        if gone < max(MANY, len(self._tokens) // 4):
+            return
+        del self._tokens[:gone]
+        for before in self._before:
+            del before[:gone]
+        for links in (*self._heads, *self._before):
+            places = np.frombuffer(links, dtype=np.int32)
+            np.maximum(places - gone, -1, out=places)
+        self._base += gone
+        self._gone = 0
 
     def matches(self, context: Sequence[int], depth: int) -> list[Match]:
         """Newest occurrences of the end of ``context``, the longest first.
@@ -120,28 +157,67 @@ class SuffixIndex:
         An occurrence without a continuation isn't one.
         """
         found: dict[int, int] = {}
-        for size in reversed(KEYS):
-            if size > len(context) or size > depth:
+        held, gone, count = self._tokens, self._gone, len(self._tokens)
+        last, mask = len(context), len(self._heads[0]) - 1
+        endings = array("i", context[-KEYS[-1] :])
+        tables = zip(KEYS, _numbers(endings), self._heads, self._before, strict=True)
+        for size, number, heads, before in reversed(list(tables)):
+            at = heads[number & mask]
+            if at < gone or size > last or size > depth:
                 continue
-            places = self._places.get(tuple(context[len(context) - size :]), ())
-            for end in reversed(places):
-                if len(found) >= OCCURRENCES:
-                    break
-                if end not in found and self._next(end) != SEPARATOR:
-                    found[end] = self._length(end, context, depth)
+            ending = endings[-size:]
+            left = MOST_LOOKED_AT
+            while at >= gone and left and len(found) < OCCURRENCES:
+                end = at + 1
+                if (
+                    end not in found
+                    and end < count
+                    and held[end] != SEPARATOR
+                    and held[end - size : end] == ending
+                ):
+                    length, most = size, min(depth, end, last)
+                    while (
+                        length < most
+                        and held[at - length] == context[last - 1 - length]
+                    ):
+                        length += 1
+                    found[end] = length
+                at = before[at]
+                left -= 1
         longest_first = sorted(found.items(), key=lambda item: (-item[1], -item[0]))
-        return [Match(end, length) for end, length in longest_first]
+        base = self._base
+        return [Match(base + end, length) for end, length in longest_first]
 
-    def _next(self, end: int) -> int:
-        at = end - self._base
-        return self._tokens[at] if at < len(self._tokens) else SEPARATOR
-
-    def _length(self, end: int, context: Sequence[int], depth: int) -> int:
-        held, at, last = self._tokens, end - self._base, len(context)
-        length, most = 0, min(depth, at, last)
-        while length < most and held[at - 1 - length] == context[last - 1 - length]:
-            length += 1
-        return length
+    def _link_all(self) -> None:
+        """Link all tokens anew, in tables that are large enough."""
+        tokens = np.frombuffer(self._tokens, dtype=np.int32).astype(np.int64)
+        places = np.arange(len(tokens))
+        separators = np.where(tokens == SEPARATOR, places, -1)
+        # Tokens of its sequence up to each token, itself among them.
+        runs = places - np.maximum.accumulate(separators)
+        size = len(self._heads[0])
+        while 2 * len(tokens) > FULL * size:  # room to grow
+            size *= 2
+        numbers, newest_numbers = tokens, []
+        for which, length in enumerate(KEYS):
+            if which:
+                half = np.zeros_like(numbers)
+                half[length // 2 :] = numbers[: -(length // 2)]
+                numbers = (half * FACTORS[which - 1] + numbers) & NUMBERS
+            newest_numbers.append(numbers[-length:].tolist())
+            ends = places[runs >= length]
+            slots = numbers[ends] & (size - 1)
+            order = np.argsort(slots, kind="stable")
+            ends, slots = ends[order], slots[order]
+            same = slots[1:] == slots[:-1]
+            before = np.full(len(tokens), -1, dtype=np.int32)
+            before[ends[1:][same]] = ends[:-1][same]
+            heads = np.full(size, -1, dtype=np.int32)
+            newest = np.append(~same, True)[: len(ends)]
+            heads[slots[newest]] = ends[newest]
+            self._heads[which] = array("i", heads.tobytes())
+            self._before[which] = array("i", before.tobytes())
+        [self._last], self._pairs, self._quads, _ = newest_numbers
 
     def draft(
         self, ends: Sequence[int], budget: int, least: float, depth: int, tree: bool
@@ -192,7 +268,9 @@ class SuffixIndex:
             if not heap and len(behind) == 1:
                 # Nothing competes with the one occurrence: copy what followed it.
                 at = behind[0] + level - base
-                copied = held[at : at + min(budget - len(tokens), depth - level)]
+                copied = held[
+                    at : at + min(budget - len(tokens), depth - level)
+                ].tolist()
                 if SEPARATOR in copied:
                     copied = copied[: copied.index(SEPARATOR)]
                 node = len(tokens)
@@ -254,3 +332,18 @@ class SuffixIndex:
                     length,
                 )
         return best
+
+
+def _numbers(ending: Sequence[int]) -> list[int]:
+    """What the n-grams that end ``ending`` are hashed by; 0s stand before its start."""
+    level = [*[0] * (KEYS[-1] - len(ending)), *ending]
+    numbers = [level[-1]]
+    for factor in FACTORS:
+        halves = zip(level[::2], level[1::2], strict=True)
+        level = [(first * factor + second) & NUMBERS for first, second in halves]
+        numbers.append(level[-1])
+    return numbers
+
+
+def _nowhere(count: int) -> array[int]:
+    return array("i", [-1]) * count

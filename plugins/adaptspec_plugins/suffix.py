@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import secrets
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -30,6 +32,8 @@ from adaptspec_plugins._suffix_index import Draft, SuffixIndex
 LENGTHS = (1, 2, 3, 4, 6, 9, 15)
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.999)
 COUNTS = (1, 2, 4)
+
+_EMPTY = np.zeros(0, dtype=np.int32)
 
 
 class SuffixParams(DraftingParams):
@@ -105,7 +109,7 @@ class PastOutputs:
     def __init__(self, most: int) -> None:
         self.index = SuffixIndex()
         self._most = most
-        self._outputs: deque[tuple[int, list[int]]] = deque()  # (id, tokens)
+        self._outputs: deque[tuple[int, array[int]]] = deque()  # (id, tokens)
         self._known: set[int] = set()
         self._fresh: set[int] = set()  # not in any file yet
         self._checked = 0  # vocabulary the tokens were held against
@@ -142,7 +146,7 @@ class PastOutputs:
             if identifier not in self._known:
                 self._append(identifier, tokens)
                 self._checked = 0
-        kept: list[tuple[int, list[int]]] = []
+        kept: list[tuple[int, array[int]]] = []
         size = 0
         for identifier, tokens in reversed([*theirs, *fresh]):
             size += len(tokens) + 1
@@ -152,16 +156,17 @@ class PastOutputs:
         kept.reverse()
         self._fresh.clear()
         ends = torch.tensor([0, *(len(tokens) for _, tokens in kept)]).cumsum(0)
+        joined = np.concatenate([_EMPTY, *(tokens for _, tokens in kept)])
         return {
             "ids": torch.tensor([i for i, _ in kept], dtype=torch.int64),
             "ends": ends,
-            "tokens": torch.tensor([t for _, ts in kept for t in ts]).to(torch.int32),
+            "tokens": torch.from_numpy(joined),
         }
 
     def _append(self, identifier: int, tokens: Sequence[int]) -> bool:
         if not tokens or len(tokens) + 1 > self._most:
             return False
-        self._outputs.append((identifier, list(tokens)))
+        self._outputs.append((identifier, array("i", tokens)))
         self._known.add(identifier)
         self.index.extend(tokens)
         self.index.separate()
@@ -173,17 +178,18 @@ class PastOutputs:
         return True
 
 
-def _read(stored: Mapping[str, torch.Tensor] | None) -> list[tuple[int, list[int]]]:
+def _read(stored: Mapping[str, torch.Tensor] | None) -> list[tuple[int, array[int]]]:
     """The outputs a file holds; none, with a warning, if they make no sense."""
     if not stored:
         return []
     try:
         ids, ends = stored["ids"].tolist(), stored["ends"].tolist()
-        tokens = stored["tokens"].tolist()
         ordered = all(a < b for a, b in itertools.pairwise(ends))
+        tokens = array("i", stored["tokens"].to(torch.int32).numpy().tobytes())
         whole = len(ends) == len(ids) + 1 and ends[0] == 0 and ends[-1] == len(tokens)
         integer = all(not stored[k].is_floating_point() for k in ("ids", "tokens"))
-        if not (ordered and whole and integer and min(tokens, default=0) >= 0):
+        flat = stored["tokens"].dim() == 1
+        if not (ordered and whole and integer and flat and min(tokens, default=0) >= 0):
             raise ValueError("ends or tokens out of order")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         warnings.warn(

@@ -122,3 +122,23 @@ def test_the_cache_of_the_lowest_layers_shares_their_rows() -> None:
     lower = cache.lower(2)
     lower.rows[0].update(numbered(3, 1), numbered(3, 1))
     assert [layer.length for layer in cache.rows] == [4, 3, 3]
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=12), st.integers(0, 5000))
+def test_buffers_are_hardly_larger_than_the_rows_in_them(
+    appended: list[int], capacity: int
+) -> None:
+    layer = TreeLayer(capacity)
+    copied = total = 0
+    for count in appended:
+        before = layer.keys
+        layer.update(torch.zeros(1, 1, count, 1), torch.zeros(1, 1, count, 1))
+        if before is not None and layer.keys is not before:
+            copied += total
+        total += count
+        assert layer.keys is not None
+        held = layer.keys.shape[2]
+        assert total <= held <= total + max(GROWTH_ROWS, total // 4)
+        if total <= capacity:
+            assert held <= capacity
+    assert copied <= 5 * total  # each row a few times, however many there are
