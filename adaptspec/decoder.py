@@ -21,6 +21,7 @@ from adaptspec.classify import UNKNOWN, Classifier, prompt_text
 from adaptspec.costs import stored_costs, use_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.decoding.stats import RunStats
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
@@ -54,6 +55,7 @@ class Result:
     stats: RunStats
     finish: Finish
     seconds_classifying: float = 0.0  # the prompt, its reading apart
+    seed: int | None = None  # of the sampling; None: greedy, and none was given
 
 
 class Stream(Iterator[str]):
@@ -95,6 +97,7 @@ class Stream(Iterator[str]):
             stats=generation.stats,
             finish=generation.finish,
             seconds_classifying=self.seconds_classifying,
+            seed=generation.seed,
         )
 
 
@@ -203,7 +206,8 @@ class Decoder:
             params: The strategy's parameters; those left out have their defaults.
             max_new_tokens: Default: the model's configuration, else 128.
             temperature: 0 is greedy; default: as the model's configuration says.
-            **controls: Any other field of :class:`~adaptspec.decoding.Controls`.
+            **controls: Any other argument of
+                :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
         Raises:
             AdaptSpecError: for a bad prompt, control, strategy or parameter.
@@ -259,7 +263,9 @@ class Decoder:
             return None
         if self._classifier.states is not None:
             ids = self.model.encode(prompt)
-            one = Controls.for_model(self.model, max_new_tokens=1, temperature=0.0)
+            one = Controls.for_model(
+                self.model, max_new_tokens=1, temperature=0.0, **ONE_SEQUENCE
+            )
             return self._class_read(self._classifier, self._plain_run(ids, one))[0]
         text = prompt_text(prompt)
         if text is None:  # token ids

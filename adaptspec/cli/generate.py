@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -37,7 +39,15 @@ from adaptspec.host import Host
     help="Default: the model's configuration, else 128.",
 )
 @click.option("-t", "--temperature", type=float, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=int, help="Of sampling; default: drawn, and printed.")
+@click.option(
+    "-c",
+    "--control",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Any other generation control; VALUE is JSON, null is off.",
+)
 @click.option(
     "--dtype",
     default="auto",
@@ -60,7 +70,8 @@ def generate(
     allow_lossy: bool,
     max_new_tokens: int | None,
     temperature: float | None,
-    seed: int,
+    seed: int | None,
+    control: tuple[tuple[str, str], ...],
     dtype: str,
     raw: bool,
     as_json: bool,
@@ -94,9 +105,12 @@ def generate(
         prompt_class=prompt_class,
         strategy=strategy,
         params=dict(param) or None,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        **{
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            **_controls(control),
+        },
     )
     stats = result.stats
     if as_json:
@@ -105,6 +119,7 @@ def generate(
                 "text": result.text,
                 "token_ids": result.token_ids,
                 "finish": result.finish,
+                "seed": result.seed,
                 "strategy": result.choice.strategy,
                 "params": dict(result.choice.params),
                 "lossless": result.choice.lossless,
@@ -133,6 +148,20 @@ def generate(
             f", class found in {result.seconds_classifying * 1000:.1f} ms"
             if result.seconds_classifying
             else ""
-        ),
+        )
+        + (f", seed {result.seed}" if result.seed is not None else ""),
         err=True,
     )
+
+
+def _controls(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Values are JSON; what isn't is a text."""
+    controls: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in ("prompt", "prompt_class", "strategy", "params"):
+            raise AdaptSpecError(f"--control {name}: {name} is no generation control")
+        try:
+            controls[name] = json.loads(text)
+        except ValueError:
+            controls[name] = text
+    return controls
