@@ -54,7 +54,7 @@ FIELDS: Mapping[str, Field] = {
     "max_length": _honoured("most tokens, those of the prompt included"),
     "min_new_tokens": _honoured("no end of sequence before so many new tokens"),
     "min_length": _honoured("the same, those of the prompt included"),
-    "max_time": _honoured("seconds; the step under way is finished"),
+    "max_time": _honoured("seconds; the step under way is finished; `finish`: `time`"),
     "stop_strings": _honoured("the output ends with the token that completes one"),
     "early_stopping": _without(BEAMS),
     # How tokens are chosen.
