@@ -22,6 +22,7 @@ from adaptspec.classify import UNKNOWN, Classifier, prompt_text
 from adaptspec.costs import stored_costs, use_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.decoding.stats import RunStats
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
@@ -58,6 +59,7 @@ class Result:
     stats: RunStats
     finish: Finish
     seconds_classifying: float = 0.0  # the prompt, its reading apart
+    seed: int | None = None  # of the sampling; None: greedy, and none was given
 
 
 class Stream(Iterator[str]):
@@ -146,6 +148,7 @@ class Stream(Iterator[str]):
             stats=generation.stats,
             finish=generation.finish,
             seconds_classifying=self.seconds_classifying,
+            seed=generation.seed,
         )
 
     def _step(self) -> bool:
@@ -291,7 +294,8 @@ class Decoder:
             tools: What the model may call: JSON schemas, or functions with type hints.
             template_arguments: Further arguments of the model's chat template, such as
                 ``enable_thinking`` or ``documents``.
-            **controls: Any other field of :class:`~adaptspec.decoding.Controls`.
+            **controls: Any other argument of
+                :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
         Raises:
             AdaptSpecError: for a bad prompt, control, strategy or parameter.
@@ -355,7 +359,9 @@ class Decoder:
         self._follow()
         if self._classifier.states is not None:
             ids = self.model.encode(prompt, **encoding)
-            one = Controls.for_model(self.model, max_new_tokens=1, temperature=0.0)
+            one = Controls.for_model(
+                self.model, max_new_tokens=1, temperature=0.0, **ONE_SEQUENCE
+            )
             return self._class_read(self._classifier, self._plain_run(ids, one))[0]
         text = prompt_text(prompt)
         if text is None:  # token ids

@@ -23,6 +23,10 @@ class UnsupportedControlError(AdaptSpecError, ValueError):
     """A generation control that can't be honoured without changing the output."""
 
 
+class NoValidTokenError(AdaptSpecError, ValueError):
+    """No token has a score to be chosen by: logits are NaN, or all are masked."""
+
+
 class InvalidPromptError(AdaptSpecError, ValueError):
     """The prompt, its tokens or its length can't be decoded from."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from adaptspec.decoding.ids import Continuation
 from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.params import Params, Scalar
 
@@ -23,6 +24,7 @@ __all__ = [
     "Baseline",
     "BaselineRun",
     "Context",
+    "Continuation",
     "Drafter",
     "Law",
     "Needs",
@@ -70,7 +72,16 @@ def union(needs: Sequence[Needs]) -> Needs:
 
 
 class SamplingLaw(Protocol):
-    """The sampling controls in force, for drafters that sample or rank."""
+    """The sampling controls in force, for drafters that sample or rank.
+
+    A caller's own logits processors aren't among them: one that keeps state, such as a
+    grammar, must not be asked about drafts. So the law may differ from the target's,
+    which a draft's law may always do. Laws are NaN throughout where no token has a
+    score.
+
+    ``ids`` are best given as a :class:`Continuation` of ``context.ids``: the ids are
+    then never copied, however long they are.
+    """
 
     @property
     def greedy(self) -> bool:
@@ -95,7 +106,8 @@ class SamplingLaw(Protocol):
     def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
         """Draw up to ``count`` distinct tokens, without replacement, in draw order.
 
-        Reproducible for the seed; fewer come where the law's support is smaller.
+        Reproducible for the seed; fewer come where the law's support is smaller, none
+        where the law is NaN.
         """
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:

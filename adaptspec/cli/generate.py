@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,17 @@ from adaptspec.cli.output import print_json, without_loading_bars
 from adaptspec.cli.texts import argument_text, prompt_with_input, write
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
+
+# Arguments of ``Decoder.stream`` that say what is decoded, and with what.
+NO_CONTROLS = (
+    "prompt",
+    "prompt_class",
+    "strategy",
+    "params",
+    "raw",
+    "tools",
+    "template_arguments",
+)
 
 if TYPE_CHECKING:
     from adaptspec.decoder import Result, Stream
@@ -45,7 +58,15 @@ if TYPE_CHECKING:
 @click.option(
     "--top-p", type=float, help="Sample from the likeliest tokens of this probability."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=int, help="Of sampling; default: drawn, and printed.")
+@click.option(
+    "-c",
+    "--control",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Any other generation control; VALUE is JSON, null is off.",
+)
 @click.option(
     "--stop",
     multiple=True,
@@ -84,7 +105,8 @@ def generate(
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
-    seed: int,
+    seed: int | None,
+    control: tuple[tuple[str, str], ...],
     stop: tuple[str, ...],
     system: str | None,
     dtype: str,
@@ -107,6 +129,15 @@ def generate(
         if system is not None and raw:
             raise AdaptSpecError("--system needs the chat template; leave out --raw")
         stops = [argument_text(each, "--stop") for each in stop]
+        named: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop_strings": stops or None,
+        }
+        controls = _controls(control, named)
         asked: Any = text
         if system is not None:
             content = argument_text(system, "--system")
@@ -141,13 +172,9 @@ def generate(
             prompt_class=prompt_class,
             strategy=strategy,
             params=dict(param) or None,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
             raw=raw,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_strings=stops or None,
+            **{name: value for name, value in named.items() if value is not None},
+            **controls,
         )
     except KeyboardInterrupt:
         click.echo("Interrupted before the first token", err=True)
@@ -187,6 +214,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "text": result.text,
         "token_ids": result.token_ids,
         "finish": result.finish,
+        "seed": result.seed,
         "strategy": result.choice.strategy,
         "params": dict(result.choice.params),
         "lossless": result.choice.lossless,
@@ -217,4 +245,26 @@ def _figures(result: Result) -> str:
             if result.seconds_classifying
             else ""
         )
+        + (f", seed {result.seed}" if result.seed is not None else "")
     )
+
+
+def _controls(
+    pairs: Sequence[tuple[str, str]], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values are JSON; what isn't is a text.
+
+    Args:
+        named: Values of the controls that have options of their own.
+    """
+    controls: dict[str, Any] = {}
+    for name, text in pairs:
+        if named.get(name) is not None:
+            raise AdaptSpecError(f"--control {name}: its own option is given, too")
+        if name in NO_CONTROLS:
+            raise AdaptSpecError(f"--control {name}: {name} is no generation control")
+        try:
+            controls[name] = json.loads(text)
+        except ValueError:
+            controls[name] = text
+    return controls

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation import logits_process as hf
+from transformers import GenerationConfig
 
+from adaptspec.decoding.generation_fields import FIELDS, refuse_unsupported
+from adaptspec.decoding.ids import GrowingTensor
+from adaptspec.decoding.processing import Step, steps_of
 from adaptspec.errors import UnsupportedControlError
 
 if TYPE_CHECKING:
@@ -17,24 +22,33 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 128
 
-# GenerationConfig fields that change the output in a way one verified pass can't give.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "num_return_sequences": (None, 1),
-    "penalty_alpha": (None, 0, 0.0),
-    "guidance_scale": (None, 1, 1.0),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "watermarking_config": (None,),
-    "dola_layers": (None,),
-    "token_healing": (None, False),
-    "encoder_repetition_penalty": (None, 1, 1.0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "forced_decoder_ids": (None,),
-    "max_time": (None,),
-    "prompt_lookup_num_tokens": (None,),
-}
+# Of generate's sampling, where nothing sets it.
+DEFAULT_TOP_K = 50
+
+WHOLE = ("max_new_tokens", "max_length", "top_k", "max_nodes", "seed")
+
+# None says "as the model's configuration has it" for these, "off" for other fields.
+UNSAID = ("max_new_tokens", "temperature", "do_sample")
+
+# Fields of Controls.extra.
+EXTRA = (
+    "min_length",
+    "min_new_tokens",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "renormalize_logits",
+)
 
 
 @dataclass(frozen=True)
@@ -49,17 +63,16 @@ class Controls:
         min_p: 0 keeps all tokens.
         repetition_penalty: 1 is none.
         logits_processor: Any transformers processors, applied before the temperature.
-            They must be functions of the ids they are given.
+            One that keeps state, such as a grammar, is asked as ``generate`` asks it:
+            once for each emitted token.
         eos_token_ids: Any of them ends the output, itself included.
         stop_strings: The output ends with the token that completes one of them.
-        seed: Of the sampling noise.
+        seed: Of the sampling noise; None draws one from torch's generator.
         max_nodes: Most candidates verified in one step.
-        extra: Other fields of the model's ``GenerationConfig`` that are honoured:
-            ``no_repeat_ngram_size``, ``bad_words_ids``, ``min_length``,
-            ``min_new_tokens``, ``suppress_tokens``, ``begin_suppress_tokens``,
-            ``sequence_bias``, ``forced_bos_token_id``, ``forced_eos_token_id``,
-            ``exponential_decay_length_penalty``, ``typical_p``, ``epsilon_cutoff``,
-            ``eta_cutoff``, ``remove_invalid_values``.
+        max_length: Most tokens, those of the prompt included, in place of
+            ``max_new_tokens``.
+        max_time: Seconds after which no further step is begun.
+        extra: Other fields of ``GenerationConfig`` that are honoured (:data:`EXTRA`).
     """
 
     max_new_tokens: int = DEFAULT_NEW_TOKENS
@@ -71,28 +84,44 @@ class Controls:
     logits_processor: Sequence[Any] = ()
     eos_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int | None = None
     max_nodes: int = 128
+    max_length: int | None = None
+    max_time: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("max_new_tokens", 1, None),
-            ("temperature", 0, None),
+            ("max_length", 1, None),
             ("top_k", 0, None),
+            ("max_nodes", 0, None),
+            ("seed", -math.inf, None),
+            ("temperature", 0, None),
             ("top_p", 0, 1),
             ("min_p", 0, 1),
-            ("max_nodes", 0, None),
+            ("max_time", 0, None),
+            ("repetition_penalty", 0, None),
         ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            value: Any = getattr(self, name)
+            if value is None and name in ("max_length", "max_time", "seed"):
+                continue
+            kind = Integral if name in WHOLE else Real
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number:
+                noun = "a whole number" if name in WHOLE else "a number"
+                raise UnsupportedControlError(f"{name} must be {noun}, got {value!r}")
+            if not value >= low or (high is not None and value > high):
                 bounds = f">= {low}" if high is None else f"in {low}..{high}"
                 raise UnsupportedControlError(f"{name} must be {bounds}, got {value}")
-        if self.top_p == 0:
-            raise UnsupportedControlError("top_p must be above 0; use temperature=0")
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty == 0:
+            raise UnsupportedControlError("repetition_penalty must be above 0, got 0")
+        if not isinstance(self.logits_processor, Sequence) or not all(
+            callable(processor) for processor in self.logits_processor
+        ):
             raise UnsupportedControlError(
-                f"repetition_penalty must be above 0, got {self.repetition_penalty}"
+                "logits_processor must be a list of callables, "
+                f"got {type(self.logits_processor).__name__}"
             )
 
     @classmethod
@@ -104,173 +133,184 @@ class Controls:
     def for_model(cls, model: LanguageModel, **overrides: Any) -> Controls:
         """The model's ``GenerationConfig``, with what is given in its place.
 
-        ``temperature=None`` (or left out) samples if the model's configuration does.
-        Fields the configuration leaves unset are off.
+        ``temperature=None`` (or left out) samples if the configuration in force does.
+        For fields of ``GenerationConfig`` other than :data:`UNSAID`, None is off.
+        Fields that nothing sets are off, but for ``top_k``, which ``generate`` sets.
+
+        Args:
+            **overrides: Fields of :class:`Controls` and of ``GenerationConfig``, and
+                ``generation_config``: an object of that class, which goes before the
+                model's and after the others.
 
         Raises:
             UnsupportedControlError: naming each control that can't be honoured.
         """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        config = model.generation_config
-        stored: dict[str, Any] = {}
-        if config is not None:
-            stored = {k: v for k, v in config.to_dict().items() if v is not None}
-        _refuse(stored | given, given)
-        given = {k: v for k, v in given.items() if k not in REFUSED}
-        values: dict[str, Any] = {}
-        if given.pop("do_sample", stored.get("do_sample")):
-            values["temperature"] = stored.get("temperature", 1.0)
-        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
-            if name in stored:
-                values[name] = stored[name]
-        if "max_new_tokens" in stored:
-            values["max_new_tokens"] = stored["max_new_tokens"]
-        eos = given.pop("eos_token_id", stored.get("eos_token_id"))
-        if eos is None and model.tokenizer is not None:
-            eos = model.tokenizer.eos_token_id
-        values["eos_token_ids"] = _ids(eos)
-        stops = given.pop("stop_strings", stored.get("stop_strings", ()))
-        values["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
-        extra = {k: stored[k] for k in EXTRA if k in stored}
-        extra.update({k: given.pop(k) for k in EXTRA if k in given})
-        names = {f.name for f in fields(cls)}
-        if unknown := sorted(set(given) - names):
-            known = sorted((names | set(EXTRA) | {"eos_token_id"}) - {"extra"})
+        given = {
+            name: value
+            for name, value in overrides.items()
+            if value is not None or (name in FIELDS and name not in UNSAID)
+        }
+        theirs = _fields(given.pop("generation_config", None))
+        stored = _fields(model.generation_config) | theirs
+        explicit = given.get("do_sample", theirs.get("do_sample"))
+        names = {f.name for f in fields(cls)} - {"extra"}
+        if unknown := sorted(set(given) - names - set(FIELDS)):
+            known = {n for n, f in FIELDS.items() if f.effect == "honoured"}
             raise UnsupportedControlError(
-                f"no control {', '.join(unknown)}; honoured: {', '.join(known)}"
+                f"no control {', '.join(unknown)}; "
+                f"honoured: {', '.join(sorted(names | known))}"
             )
-        values.update(given)
+        force = {k: v for k, v in (stored | given).items() if v is not None}
+        refuse_unsupported(force, given)
+        if foreign := sorted(_foreign() & set(force)):
+            raise UnsupportedControlError(
+                f"{foreign[0]}={force[foreign[0]]!r} is a field that this version of "
+                f"adaptspec doesn't know; pass {foreign[0]}=None"
+            )
+        values: dict[str, Any] = {name: force[name] for name in names if name in force}
+        values["temperature"] = _temperature(force, given, explicit)
+        if "top_k" not in given:
+            values.setdefault("top_k", DEFAULT_TOP_K)
+        if "max_new_tokens" in values:
+            values.pop("max_length", None)
+        if "eos_token_ids" not in values:
+            eos = force.get("eos_token_id")
+            if (
+                eos is None
+                and "eos_token_id" not in given
+                and model.tokenizer is not None
+            ):
+                eos = model.tokenizer.eos_token_id
+            values["eos_token_ids"] = _ids(eos)
+        stops = values.get("stop_strings", ())
+        values["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
         if values["stop_strings"] and model.tokenizer is None:
             raise UnsupportedControlError("stop_strings need the model's tokenizer")
-        return cls(**values, extra={k: v for k, v in extra.items() if v is not None})
+        return cls(**values, extra={k: force[k] for k in EXTRA if k in force})
+
+    def room(self, prompt_length: int) -> int:
+        """Most new tokens after a prompt of so many; below 1 if there is no room."""
+        if self.max_length is not None:
+            return self.max_length - prompt_length
+        return self.max_new_tokens
 
     def with_limit(self, max_new_tokens: int) -> Controls:
         """The same with another limit."""
-        return replace(self, max_new_tokens=max_new_tokens)
+        return replace(self, max_new_tokens=max_new_tokens, max_length=None)
+
+
+def _temperature(
+    force: Mapping[str, Any], given: Mapping[str, Any], explicit: bool | None
+) -> float:
+    """0 for greedy. ``explicit``: what the caller says of ``do_sample``, if at all."""
+    if explicit is not None and not explicit:
+        return 0.0
+    if "temperature" not in given and not force.get("do_sample"):
+        return 0.0
+    temperature: float = force.get("temperature", 1.0)
+    if explicit and temperature == 0:
+        raise UnsupportedControlError(
+            "do_sample=True needs a temperature above 0, got 0; leave do_sample out "
+            "for greedy decoding"
+        )
+    return temperature
 
 
 class Processors:
     """The controls as a function of ids and logits, for one prompt.
 
     Scores are transformers' own processors' in transformers' order.
+
+    Args:
+        steps: Those in force; None: all that the controls ask for.
     """
 
     def __init__(
-        self, controls: Controls, prompt_length: int, device: torch.device
+        self,
+        controls: Controls,
+        prompt_length: int,
+        device: torch.device,
+        steps: Sequence[Step] | None = None,
     ) -> None:
         self.temperature = controls.temperature
         self.greedy = controls.temperature == 0
-        self._device = device
-        processors = LogitsProcessorList()
-        if controls.repetition_penalty != 1:
-            processors.append(
-                hf.RepetitionPenaltyLogitsProcessor(float(controls.repetition_penalty))
-            )
-        for name, build in EXTRA.items():
-            value = controls.extra.get(name)
-            if value not in (None, 0, 0.0, False, [], ()) and name not in WARPERS:
-                built = build(value, controls, prompt_length, device)
-                if built is not None:
-                    processors.append(built)
-        processors.extend(controls.logits_processor)
-        if not self.greedy:
-            if controls.temperature != 1:
-                processors.append(
-                    hf.TemperatureLogitsWarper(float(controls.temperature))
-                )
-            if controls.top_k:
-                processors.append(hf.TopKLogitsWarper(int(controls.top_k)))
-            if controls.top_p < 1:
-                processors.append(hf.TopPLogitsWarper(float(controls.top_p)))
-            if controls.min_p:
-                processors.append(hf.MinPLogitsWarper(float(controls.min_p)))
-            for name in WARPERS:
-                value = controls.extra.get(name)
-                if value not in (None, 0, 0.0, 1, 1.0):
-                    built = EXTRA[name](value, controls, prompt_length, device)
-                    processors.append(built)
-        self._processors = processors
+        self._given = controls, prompt_length, device
+        self._steps = (
+            steps_of(controls, prompt_length, device) if steps is None else steps
+        )
+        self._past = GrowingTensor(device)
 
     @property
     def trivial(self) -> bool:
         """Whether scores are the logits as they are."""
-        return not self._processors
+        return not self._steps
+
+    @property
+    def pure(self) -> bool:
+        """Whether all are known to be functions of ids and scores.
+
+        Others (a grammar moves on with each call) are asked once for each emitted
+        token, in order, and never about a draft.
+        """
+        return all(step.pure for step in self._steps)
+
+    def for_drafts(self) -> Processors:
+        """Those that may be asked about any continuation, in any order."""
+        return Processors(*self._given, [step for step in self._steps if step.pure])
 
     def __call__(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """Scores ``[vocab]`` (float32) of the token after ``ids``."""
+        """Scores ``[vocab]`` (float32) of the token after ``ids``.
+
+        Raises:
+            UnsupportedControlError: if a control doesn't fit the vocabulary.
+        """
         scores = logits.float()
-        if not self._processors:
+        if not self._steps:
             return scores
-        past = torch.tensor([list(ids)], device=self._device)
-        processed: torch.Tensor = self._processors(past, scores[None].clone())  # type: ignore[arg-type]
-        return processed[0]
-
-
-def _build_min_length(v: Any, c: Controls, n: int, d: torch.device) -> Any:
-    if not c.eos_token_ids:
-        return None
-    return hf.MinLengthLogitsProcessor(v, list(c.eos_token_ids), device=str(d))
-
-
-def _build_min_new(v: Any, c: Controls, n: int, d: torch.device) -> Any:
-    if not c.eos_token_ids:
-        return None
-    return hf.MinNewTokensLengthLogitsProcessor(
-        n, v, list(c.eos_token_ids), device=str(d)
-    )
-
-
-def _build_decay(v: Any, c: Controls, n: int, d: torch.device) -> Any:
-    return hf.ExponentialDecayLengthPenalty(tuple(v), list(c.eos_token_ids), n)
-
-
-Build = Callable[[Any, Controls, int, torch.device], Any]
-
-EXTRA: Mapping[str, Build] = {
-    "sequence_bias": lambda v, c, n, d: hf.SequenceBiasLogitsProcessor(v),
-    "no_repeat_ngram_size": lambda v, c, n, d: hf.NoRepeatNGramLogitsProcessor(v),
-    "bad_words_ids": lambda v, c, n, d: hf.NoBadWordsLogitsProcessor(
-        v, list(c.eos_token_ids)
-    ),
-    "min_length": _build_min_length,
-    "min_new_tokens": _build_min_new,
-    "forced_bos_token_id": lambda v, c, n, d: hf.ForcedBOSTokenLogitsProcessor(v),
-    "forced_eos_token_id": lambda v, c, n, d: hf.ForcedEOSTokenLogitsProcessor(
-        n + c.max_new_tokens, v, device=str(d)
-    ),
-    "remove_invalid_values": lambda v, c, n, d: hf.InfNanRemoveLogitsProcessor(),
-    "exponential_decay_length_penalty": _build_decay,
-    "suppress_tokens": lambda v, c, n, d: hf.SuppressTokensLogitsProcessor(
-        v, device=str(d)
-    ),
-    "begin_suppress_tokens": lambda v, c, n, d: hf.SuppressTokensAtBeginLogitsProcessor(
-        v, n, device=str(d)
-    ),
-    "typical_p": lambda v, c, n, d: hf.TypicalLogitsWarper(mass=v),
-    "epsilon_cutoff": lambda v, c, n, d: hf.EpsilonLogitsWarper(epsilon=v),
-    "eta_cutoff": lambda v, c, n, d: hf.EtaLogitsWarper(epsilon=v, device=str(d)),
-}
-WARPERS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-def _refuse(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name, neutral in REFUSED.items():
-        value = values.get(name)
-        if not any(value is n or value == n for n in neutral):
-            origin = "given" if name in given else "in the model's generation_config"
-            raise UnsupportedControlError(
-                f"{name}={value!r} ({origin}) can't be honoured: one pass verifies "
-                f"one sequence; pass {name}={neutral[-1]!r}"
-                if neutral[-1] is not None
-                else f"{name}={value!r} ({origin}) can't be honoured; leave it out"
-            )
+        past = self._past.of(ids)
+        scores = scores[None].clone()
+        for name, processor in self._steps:
+            try:
+                scores = processor(past, scores)
+            except (ValueError, IndexError) as error:
+                if not name:  # a caller's own
+                    raise
+                if not math.isfinite(float(scores.amax())):
+                    break  # nothing is left to choose from, which the sampler says
+                text = str(error).strip().splitlines()
+                raise UnsupportedControlError(
+                    f"{name} can't be applied: {text[0] if text else error!r}"
+                ) from None
+        return scores[0]
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    if isinstance(value, int):
-        return (value,)
     if isinstance(value, torch.Tensor):
         value = value.reshape(-1).tolist()
-    return tuple(int(v) for v in value)
+    if isinstance(value, Iterable):
+        return tuple(int(v) for v in value)
+    return (int(value),)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The set fields of a ``GenerationConfig``, a mapping or None."""
+    if config is None:
+        return {}
+    pairs = config if isinstance(config, Mapping) else vars(config)
+    return {
+        name: value
+        for name, value in pairs.items()
+        if value is not None and (name in FIELDS or name in _foreign())
+    }
+
+
+@functools.cache
+def _foreign() -> frozenset[str]:
+    """Fields that the installed transformers has and this version doesn't know."""
+    return frozenset(
+        name
+        for name in vars(GenerationConfig())  # type: ignore[no-untyped-call]
+        if name not in FIELDS and not name.startswith("_")
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from adaptspec.decoding.controls import Controls, Processors
 from adaptspec.decoding.gate import Gate
-from adaptspec.decoding.sampling import Sampler
+from adaptspec.decoding.ids import Continuation
+from adaptspec.decoding.sampling import Sampler, choosable, no_valid_token
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.decoding.stopping import Stopping
 from adaptspec.decoding.tree import Law, TokenTree
@@ -21,21 +22,30 @@ from adaptspec.decoding.verify import (
     accept_sampled,
     accept_typical,
 )
-from adaptspec.errors import InvalidPromptError, UnavailableStrategyError
+from adaptspec.errors import (
+    InvalidPromptError,
+    NoValidTokenError,
+    UnavailableStrategyError,
+)
 from adaptspec.models import Forward, LanguageModel
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 
+Answer = TypeVar("Answer")
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
-Finish = Literal["length", "eos", "stop", "unfinished"]
+Finish = Literal["length", "eos", "stop", "time", "unfinished"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The emitted tokens, how many there are for what, and why they end."""
+    """The emitted tokens, how many there are for what, and why they end.
+
+    ``seed`` is the sampling noise's, None where nothing was sampled and none was given.
+    """
 
     token_ids: list[int]
     stats: RunStats
     finish: Finish
+    seed: int | None = None
 
 
 class Engine:
@@ -68,6 +78,7 @@ class Engine:
             UnavailableStrategyError: if the strategy can't run on this model.
             InvalidPromptError: if the prompt is empty or leaves no room.
             InvalidTreeError: if the strategy proposes what isn't a token tree.
+            NoValidTokenError: if no token has a score to be chosen by.
         """
         run = Run(self, strategy, ids, controls)
         for tokens in run:
@@ -107,7 +118,12 @@ class Run:
         self._clock = engine.clock
         self._controls = controls
         self._prompt = len(ids)
-        self._room = controls.max_new_tokens
+        self._room = controls.room(self._prompt)
+        if self._room < 1:
+            raise InvalidPromptError(
+                f"prompt + 1 <= max_length={controls.max_length} must hold, got a "
+                f"prompt of {self._prompt}; raise max_length or pass max_new_tokens"
+            )
         if model.max_length is not None:
             self._room = min(self._room, model.max_length - self._prompt)
             if self._room < 1:
@@ -118,8 +134,12 @@ class Run:
         self._ids = list(ids)
         self._stats = RunStats(prompt_tokens=self._prompt)
         self._finish: Finish | None = None
-        processors = Processors(controls, self._prompt, model.device)
-        self._sampler = Sampler(processors, controls.seed)
+        limited = controls.with_limit(self._room)
+        processors = Processors(limited, self._prompt, model.device)
+        self._sampler = Sampler(processors, controls.seed, self._ids)
+        self._pure = processors.pure
+        self._failed: NoValidTokenError | None = None  # at the next token
+        self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
         self._cache: Any = None
@@ -154,7 +174,10 @@ class Run:
     def result(self) -> Generation:
         """What was generated (so far, if the iteration was given up)."""
         return Generation(
-            self._ids[self._prompt :], self._stats, self._finish or "unfinished"
+            self._ids[self._prompt :],
+            self._stats,
+            self._finish or "unfinished",
+            self._sampler.seed,
         )
 
     def __iter__(self) -> Generator[list[int], None, None]:
@@ -168,7 +191,7 @@ class Run:
                 draft=self._draft,
                 cache=None if level == "plain" else cache,
                 prompt=tuple(self._ids),
-                sampling=self._sampler,
+                sampling=self._sampler.for_drafts(),
                 trees=level == "tree",
                 clock=self._clock,
             )
@@ -214,11 +237,12 @@ class Run:
             # Not a row more than the strategy would have been given.
             forward, self._read = _narrowed(self._read, needs), None
         last = forward.rows[self._prompt - 1]
-        token = (
-            forward.best[last]
-            if self._batched_argmax or forward.decided
-            else self._sampler.choose(self._ids, forward.logits[last])
-        )
+        if not self._batched_argmax and not forward.decided:
+            past = Continuation(self._ids, ())
+            token = self._sampler.choose(past, forward.logits[last])
+        else:
+            self._check_chosen([last], forward)
+            token = forward.best[last]
         emitted = self._commit([token])
         seen = forward.hidden
         if needs.prefill_hidden == "last":
@@ -230,6 +254,8 @@ class Run:
     def _step(
         self, drafter: Drafter, cache: Any, needs: Needs, level: str
     ) -> list[int]:
+        if self._failed is not None:
+            raise self._failed
         started = self._clock()
         left = self._room - (len(self._ids) - self._prompt)
         root, cached = self._ids[-1], len(self._ids) - 1
@@ -254,7 +280,9 @@ class Run:
         verified = self._clock()
 
         accepted = self._accept(tree, forward)
-        tokens = [tree.tokens[node] for node in accepted.path[1:]] + [accepted.token]
+        tokens = [tree.tokens[node] for node in accepted.path[1:]]
+        if accepted.token is not None:
+            tokens.append(accepted.token)
         emitted = self._commit(tokens)
         path = accepted.path[: len(emitted)]
         if level != "plain":
@@ -290,33 +318,80 @@ class Run:
         if self._batched_argmax or forward.decided:
             # One host sync per step: the loop must know which tokens were accepted.
             best = forward.best
-            return accept_matching(tree, lambda node, _: best[forward.rows[node]])
+            accepted = accept_matching(tree, lambda node, _: best[forward.rows[node]])
+            rows = [forward.rows[node] for node in accepted.path]
+            sound = self._check_chosen(rows, forward)
+            if sound == len(rows):
+                return accepted
+            return Accepted(accepted.path[: sound + 1], None)
         here = len(self._ids)
         rule = self._strategy.acceptance
-        if rule is not None and not self._sampler.greedy:
+        # A lossy rule asks about tokens that may not be kept.
+        if rule is not None and not self._sampler.greedy and self._pure:
             return accept_typical(
                 tree,
                 rule,
-                law=lambda node, tokens: self._sampler.probs(
-                    [*self._ids, *tokens], forward.logits[forward.rows[node]]
+                law=lambda node, tokens: self._sampler.law(
+                    Continuation(self._ids, tokens), forward.logits[forward.rows[node]]
                 ),
                 pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
             )
         if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
             return accept_matching(
                 tree,
-                lambda node, tokens: self._sampler.choose(
-                    [*self._ids, *tokens], forward.logits[forward.rows[node]]
+                lambda node, tokens: self._asked(
+                    self._sampler.choose, tokens, forward.logits[forward.rows[node]]
                 ),
             )
         return accept_sampled(
             tree,
-            law=lambda node, tokens: self._sampler.probs(
-                [*self._ids, *tokens], forward.logits[forward.rows[node]]
+            law=lambda node, tokens: self._asked(
+                self._sampler.law, tokens, forward.logits[forward.rows[node]]
             ),
             uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
             pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
         )
+
+    def _asked(
+        self,
+        ask: Callable[[Sequence[int], torch.Tensor], Answer],
+        tokens: Sequence[int],
+        logits: torch.Tensor,
+    ) -> Answer | None:
+        """What the target says after accepted ``tokens``, None if they end the output.
+
+        Processors that keep state thus see each emitted token's place once, in order.
+        Where no token can be chosen behind accepted ones, these are emitted first.
+        """
+        past = Continuation(self._ids, tokens)
+        if tokens and self._stopping(past, self._prompt) is not None:
+            return None
+        try:
+            return ask(past, logits)
+        except NoValidTokenError as error:
+            if not tokens:
+                raise
+            self._failed = error
+            return None
+
+    def _check_chosen(self, rows: Sequence[int], forward: Forward) -> int:
+        """How many of an accepted path's ``rows`` have a likeliest token.
+
+        Raises:
+            NoValidTokenError: if the first has none; of another it is kept for later.
+        """
+        if forward.decided:  # a recording has no logits
+            return len(rows)
+        largest = torch.stack([forward.logits[row].amax() for row in rows]).tolist()
+        for place, value in enumerate(largest):
+            if not choosable(value):
+                position = len(self._ids) + place
+                error = no_valid_token(position, forward.logits[rows[place]])
+                if place == 0:
+                    raise error
+                self._failed = error
+                return place
+        return len(rows)
 
     def _commit(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to the output's end; return those that are part of it."""
@@ -329,6 +404,10 @@ class Run:
                 self._finish = "length"
             if self._finish is not None:
                 break
+        limit = self._controls.max_time
+        if limit is not None and self._finish is None:
+            if self._clock() - self._started > limit:
+                self._finish = "time"
         self._stats.new_tokens += len(emitted)
         return emitted
 

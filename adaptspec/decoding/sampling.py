@@ -1,4 +1,4 @@
-"""Sampling whose noise is a function of seed and position, not of a generator's state.
+"""Sampling whose noise is a function of seed, prompt and position, not of a state.
 
 Token ``i`` at ``position`` gets one uniform number from a counter-based hash
 (splitmix64, Steele et al. 2014); the token that wins the exponential race is sampled,
@@ -8,12 +8,17 @@ yields the same token.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import math
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from adaptspec.decoding.argmax import argmax_rows
+from adaptspec.errors import NoValidTokenError
 
 if TYPE_CHECKING:
     from adaptspec.decoding.controls import Processors
@@ -22,17 +27,39 @@ MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
+SEEDS = 1 << 32  # of which one is drawn where none is given
+
 # Streams of noise that must be independent of each other.
 TARGET, ACCEPT, DRAFT = 1, 2, 3
 
 
 class Sampler:
-    """The controls of one run as a law, and the noise of its seed."""
+    """The controls of one run as a law, and the noise of its seed.
 
-    def __init__(self, processors: Processors, seed: int) -> None:
+    Args:
+        seed: None draws one from torch's own generator, so that ``torch.manual_seed``
+            makes runs reproducible; greedy decoding needs none.
+        prompt: Part of the noise's key: prompts of one length have noise of their own.
+    """
+
+    def __init__(
+        self, processors: Processors, seed: int | None, prompt: Sequence[int] = ()
+    ) -> None:
         self._processors = processors
-        self._seed = seed
+        if seed is None and not processors.greedy:
+            seed = int(torch.randint(SEEDS, ()))
+        self.seed = seed
+        self._key = key(seed or 0, _digest(() if processors.greedy else prompt))
         self._draws = 0
+
+    def for_drafts(self) -> Sampler:
+        """The same noise, under the controls that may be asked about any continuation.
+
+        The law differs from the target's where a caller's own processors are in force.
+        """
+        drafts = copy.copy(self)
+        drafts._processors = self._processors.for_drafts()
+        return drafts
 
     @property
     def greedy(self) -> bool:
@@ -45,7 +72,10 @@ class Sampler:
         return self._processors.temperature
 
     def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The law ``[vocab]`` after ``ids`` (float32); one-hot if greedy."""
+        """The law ``[vocab]`` after ``ids`` (float32); one-hot if greedy.
+
+        NaN throughout where there is none: see :meth:`law`.
+        """
         scores = self._processors(ids, logits)
         if self.greedy:
             law = torch.zeros_like(scores)
@@ -53,11 +83,29 @@ class Sampler:
             return law
         return scores.softmax(-1)
 
+    def law(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The target's law ``[vocab]`` after ``ids``.
+
+        Raises:
+            NoValidTokenError: if no token can be chosen from it.
+        """
+        probs = self.probs(ids, logits)
+        if math.isnan(float(probs[0])):  # softmax leaves all NaN, or none
+            raise no_valid_token(len(ids), logits)
+        return probs
+
     def choose(self, ids: Sequence[int], logits: torch.Tensor) -> int:
-        """The target's token after ``ids``: its position is ``len(ids)``."""
-        if self.greedy:
-            return self.likeliest(ids, logits)
-        return self.coupled(self.probs(ids, logits), len(ids))
+        """The target's token after ``ids``: its position is ``len(ids)``.
+
+        Raises:
+            NoValidTokenError: if no token can be chosen.
+        """
+        if not self.greedy:
+            return self.coupled(self.law(ids, logits), len(ids))
+        scores = self._processors(ids, logits)
+        if not choosable(float(scores.amax())):
+            raise no_valid_token(len(ids), logits)
+        return argmax_rows(scores[None])[0]
 
     def likeliest(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The most likely token after ``ids``; of equals, the first."""
@@ -65,19 +113,46 @@ class Sampler:
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
         """The token the target's own noise at ``position`` picks from ``probs``."""
-        return race(probs, key(self._seed, position, TARGET))
+        return race(probs, key(self._key, position, TARGET))
 
     def uniform(self, position: int, attempt: int) -> float:
         """Noise in (0, 1) of the ``attempt``-th acceptance test at ``position``."""
-        return unit(key(self._seed, position, ACCEPT, attempt))
+        return unit(key(self._key, position, ACCEPT, attempt))
 
     def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
         """Draw up to ``count`` distinct tokens, without replacement, in draw order."""
         self._draws += 1
-        times = arrivals(probs, key(self._seed, self._draws, DRAFT))
+        times = arrivals(probs, key(self._key, self._draws, DRAFT))
         count = min(count, int((probs > 0).sum()))
         order: list[int] = torch.topk(times, count, largest=False).indices.tolist()
         return order
+
+
+def choosable(largest: float) -> bool:
+    """Whether a row of scores with this maximum (NaN if any is) has a likeliest token.
+
+    Infinity is one to ``generate``, too.
+    """
+    return not math.isnan(largest) and largest != -math.inf
+
+
+def no_valid_token(position: int, logits: torch.Tensor) -> NoValidTokenError:
+    """The error for the token at ``position``, whose raw ``logits [vocab]`` say why."""
+    if choosable(float(logits.amax())):
+        return NoValidTokenError(
+            f"no token can be chosen at position {position}: the controls leave no "
+            "finite score; loosen what masks tokens, or raise the temperature"
+        )
+    return NoValidTokenError(
+        f"no token can be chosen at position {position}: the model's logits are NaN or "
+        "-inf; try dtype float32, or pass remove_invalid_values=True"
+    )
+
+
+def _digest(prompt: Sequence[int]) -> int:
+    """64 bits of a prompt's ids."""
+    data = array("q", prompt).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def key(*parts: int) -> int:

@@ -24,10 +24,13 @@ TINY = 1e-12
 
 
 class Accepted(NamedTuple):
-    """Kept nodes, root first, and the token after the last of them."""
+    """Kept nodes, root first, and the token after the last of them.
+
+    No token where the output ends with the last node, or nothing more can be said.
+    """
 
     path: list[int]
-    token: int
+    token: int | None
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class Typical:
 
 
 def accept_matching(
-    tree: TokenTree, choose: Callable[[int, Sequence[int]], int]
+    tree: TokenTree, choose: Callable[[int, Sequence[int]], int | None]
 ) -> Accepted:
     """Follow the tokens that ``choose(node, path tokens)`` picks while they are there.
+
+    It is asked once at each kept node, in order, and about no other; None ends it.
 
     Exact for greedy decoding, and for sampling from deterministic proposals: the picked
     token is emitted whether or not it was proposed.
@@ -60,6 +65,8 @@ def accept_matching(
     tokens: list[int] = []
     while True:
         token = choose(path[-1], tokens)
+        if token is None:
+            return Accepted(path, None)
         child = next(
             (c for c in tree.children[path[-1]] if tree.tokens[c] == token), None
         )
@@ -71,14 +78,15 @@ def accept_matching(
 
 def accept_sampled(
     tree: TokenTree,
-    law: Callable[[int, Sequence[int]], torch.Tensor],
+    law: Callable[[int, Sequence[int]], torch.Tensor | None],
     uniform: Callable[[int, int], float],
     pick: Callable[[torch.Tensor, int], int],
 ) -> Accepted:
     """Test sampled siblings in draw order against what is left of the target's law.
 
     Args:
-        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node.
+        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node; asked
+            once at each kept node, in order, and about no other; None ends the path.
         uniform: ``(depth, attempt) ->`` independent number in (0, 1).
         pick: ``(probs, depth) ->`` a token sampled from unnormalised ``probs``.
     """
@@ -86,8 +94,10 @@ def accept_sampled(
     tokens: list[int] = []
     while True:
         node, depth = path[-1], len(tokens)
-        remaining = law(node, tokens)
-        child, remaining = _test_children(tree, node, remaining, depth, uniform)
+        target = law(node, tokens)
+        if target is None:
+            return Accepted(path, None)
+        child, remaining = _test_children(tree, node, target, depth, uniform)
         if child is None:
             return Accepted(path, pick(remaining, depth))
         path.append(child)
@@ -151,6 +161,8 @@ def _test_children(
         if draft is None:  # the draft's law is exhausted: no further sibling is a draw
             break
         chance = float(draft[token])
+        if math.isnan(chance):  # nor is it where the draft has no law at all
+            break
         if chance > 0 and uniform(depth, attempt) * chance < float(remaining[token]):
             return child, remaining
         tried.append(token)

@@ -163,6 +163,23 @@ class StrategyContract:
             seen[tuple(run.token_ids[1:])] += 1
         assert fits(seen, expected)
 
+    def test_a_processor_that_keeps_state_is_asked_once_for_each_emitted_token(
+        self, setting: Setting, architecture: str
+    ) -> None:
+        if reason := self.strategy.unavailable(*self.models(architecture)):
+            pytest.skip(reason)
+        for most, temperature in itertools.product((3, NEW_TOKENS), (0.0, 2.0)):
+            grammar = Grammar(end=1, most=most)
+            controls = Controls(
+                max_new_tokens=NEW_TOKENS,
+                temperature=temperature,
+                logits_processor=[grammar],
+                eos_token_ids=(1,),
+                seed=7,
+            )
+            found = self._decode(setting, PROMPTS[3], controls, architecture)
+            grammar.check(PROMPTS[3], found.token_ids)
+
     def test_the_same_seed_gives_the_same_proposals(self, setting: Setting) -> None:
         architecture = self._runnable()
         for controls in (greedy(), sampled(seed=5)):
@@ -321,6 +338,50 @@ class StrategyContract:
         assert list(context.ids) == committed, "propose changed context.ids"
         assert target.cache.length == len(ids), "propose changed the target's cache"
         drafter.close()
+
+
+class Grammar:
+    """A logits processor that moves on with each call, as grammars' matchers do.
+
+    Tokens must alternate between even and odd ids above 1, and end after ``most``.
+
+    Args:
+        end: The token that ends the text.
+    """
+
+    def __init__(self, end: int, most: int = 1 << 30) -> None:
+        self.calls: list[list[int]] = []
+        self._end, self._most = end, most
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask what may not come after as many tokens as there were calls.
+
+        Raises:
+            RuntimeError: if asked for more than the whole text.
+        """
+        assert input_ids.dim() == 2
+        assert len(input_ids) == len(scores) == 1
+        step = len(self.calls)
+        if step > self._most:
+            raise RuntimeError("the text is complete")
+        self.calls.append(input_ids[0].tolist())
+        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        if step == self._most:
+            allowed[self._end] = True
+        else:
+            allowed[2 + step % 2 :: 2] = True
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+    def check(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        """Fail unless each of ``tokens`` was asked for once, in order."""
+        whole = [*prompt, *tokens]
+        assert self.calls == [whole[: len(prompt) + n] for n in range(len(tokens))]
+        for step, token in enumerate(tokens):
+            if step == self._most:
+                assert token == self._end
+            else:
+                assert token > 1
+                assert token % 2 == step % 2
 
 
 def bound_settings(params: type[Params]) -> list[dict[str, Scalar]]:

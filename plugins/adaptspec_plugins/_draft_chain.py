@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from adaptspec.strategy import Law, SamplingLaw, TokenTree
+from adaptspec.strategy import Continuation, Law, SamplingLaw, TokenTree
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +56,15 @@ class DraftChain:
         """
         if count < 1:
             return TokenTree.root_only(ids[-1])
-        tokens = list(ids)
         drafted: list[int] = []
         laws: list[torch.Tensor] = []
         evidence = [0]
         together = 1.0
         while True:
-            token, confidence = self._next(tokens, after(drafted), laws)
-            tokens.append(token)
+            found = self._next(Continuation(ids, drafted), after(drafted), laws)
+            if found is None:
+                break
+            token, confidence = found
             drafted.append(token)
             evidence.append(_evidence(len(drafted), confidence))
             # Stopping after the doubtful token, never before it: whether a token is
@@ -80,15 +82,23 @@ class DraftChain:
 
     def _next(
         self, ids: Sequence[int], logits: torch.Tensor, laws: list[torch.Tensor]
-    ) -> tuple[int, float]:
-        """The next draft token and the draft's probability of it (1 if nobody asks)."""
+    ) -> tuple[int, float] | None:
+        """The next draft token and the draft's probability of it (1 if nobody asks).
+
+        None where the draft has no law: its logits are NaN, or all are masked.
+        """
         if self._sampling.greedy:
             # Under the controls: a repetition penalty moves the argmax.
             token = self._sampling.likeliest(ids, logits)
+            if not math.isfinite(float(logits[token])):
+                return None
             if self._stop == 0:
                 return token, 1.0
-            return token, float(logits.float().softmax(-1)[token])
+            confidence = float(logits.float().softmax(-1)[token])
+            return None if math.isnan(confidence) else (token, confidence)
         probs = self._sampling.probs(ids, logits / self._temperature)
+        if math.isnan(float(probs[0])):
+            return None
         if self._sampled:
             laws.append(probs)
             [token] = self._sampling.draw(probs)

@@ -20,6 +20,7 @@ from pydantic import Field
 from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
+    Continuation,
     Drafter,
     Law,
     Strategy,
@@ -229,13 +230,13 @@ class _Grown:
         self.values = [0.0]  # log probability of the path
         self.drafted = {0: 0}  # node -> node of the draft sequence that evaluated it
 
-    def ids(self, node: int) -> list[int]:
+    def ids(self, node: int) -> Sequence[int]:
         """Committed tokens and the path to ``node``."""
         path = []
         while node > 0:
             path.append(self.tokens[node])
             node = self.parents[node]
-        return [*self._committed, *reversed(path)]
+        return Continuation(self._committed, path[::-1])
 
     def add_children(
         self, parents: Sequence[int], scored: Sequence[Sequence[tuple[int, float]]]

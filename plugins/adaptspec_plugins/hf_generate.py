@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.params import Params, Tunable
 from adaptspec.strategy import Baseline, BaselineRun
 
@@ -189,7 +190,7 @@ def _generate(
 
 
 def _greedy(model: LanguageModel, max_new_tokens: int, settings: dict[str, Any]) -> Any:
-    """A copy of the model's generation defaults that doesn't sample."""
+    """A copy of the model's generation defaults for greedy decoding of one sequence."""
     stored = model.generation_config or GenerationConfig.from_dict({})
     config: Any = copy.deepcopy(stored)  # transformers leaves update() untyped
     config.update(
@@ -200,6 +201,7 @@ def _greedy(model: LanguageModel, max_new_tokens: int, settings: dict[str, Any])
         min_p=None,
         max_new_tokens=max_new_tokens,
         max_length=None,
+        **ONE_SEQUENCE,
         **settings,
     )
     if config.pad_token_id is None:

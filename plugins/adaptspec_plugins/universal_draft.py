@@ -17,6 +17,7 @@ from pydantic import Field
 from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
+    Continuation,
     Drafter,
     Law,
     Strategy,
@@ -198,9 +199,10 @@ class _SharedDrafter(_OtherDrafter):
         ).reshape(-1, 2)
 
     def _draft(self, context: Context, logits: torch.Tensor, count: int) -> TokenTree:
-        ids = list(context.ids)
+        drafted: list[int] = []
         laws: list[torch.Tensor] = []
         while True:
+            ids = Continuation(context.ids, drafted)
             probs = self._sampling.probs(ids, self._restricted(logits))
             if self._sampling.greedy:
                 token = int(probs.argmax())
@@ -209,7 +211,7 @@ class _SharedDrafter(_OtherDrafter):
             own = self._pairing.to_draft.get(token)
             if own is None:  # no shared token is left under the controls
                 break
-            ids.append(token)
+            drafted.append(token)
             laws.append(probs)
             # After the doubtful token, never before it: whether a token is drafted
             # must not depend on which token it is.
@@ -218,7 +220,6 @@ class _SharedDrafter(_OtherDrafter):
             if _doubtful(logits, own, self._params.stop):
                 break
             logits = self._sequence.feed([own])
-        drafted = ids[len(context.ids) :]
         if self._sampling.greedy:
             return TokenTree.chain(context.ids[-1], drafted)
         return TokenTree.chain(context.ids[-1], drafted, Law.INDEPENDENT, laws)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import InvalidPromptError, WorkloadError
 from adaptspec.models import LanguageModel
 from adaptspec_tuner.workloads import Message, Prompt, Workload, read_workload
@@ -162,7 +163,7 @@ def encode_conversation(
 
 def _trimmed(model: LanguageModel, tokens: Sequence[int], start: int) -> int:
     """The end of the answer: after its end token, without what the template adds."""
-    ends = Controls.for_model(model).eos_token_ids
+    ends = Controls.for_model(model, **ONE_SEQUENCE).eos_token_ids
     for at in range(start, len(tokens)):
         if tokens[at] in ends:
             return at + 1

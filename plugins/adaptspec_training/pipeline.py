@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import TrainingError
 from adaptspec.models import LanguageModel
 from adaptspec_plugins.heads.checkpoints import check_folder, write_heads
@@ -243,7 +244,7 @@ class _Run:
 
     def _answer(self, corpus: Corpus, prompts: Sequence[tuple[str, Prompt]]) -> None:
         options, target = self._options, self._target
-        ends = Controls.for_model(target).eos_token_ids
+        ends = Controls.for_model(target, **ONE_SEQUENCE).eos_token_ids
         answers = Answers(
             target, options.temperature, options.seed, ends, corpus.has_features
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import TrainingError
 from adaptspec.models import LanguageModel
 from adaptspec_training.answering import Answers
@@ -66,7 +67,7 @@ def _written(
     )
     start = rendered.partition(MARK)[0]
     ids = list(model.tokenizer(start, add_special_tokens=False)["input_ids"])
-    ends = set(Controls.for_model(model).eos_token_ids)
+    ends = set(Controls.for_model(model, **ONE_SEQUENCE).eos_token_ids)
     answers = Answers(model, TEMPERATURE, seed, tuple(ends), hidden=False)
     found: dict[str, None] = {}
     rounds = -(-count * MOST_ROUNDS // batch)

@@ -177,3 +177,29 @@ def test_generate_prints_one_line_on_stderr_whatever_is_loaded(
     assert "tokens/s" in lines[0]
     AutoModelForCausalLM.from_pretrained(folder)  # bars are as they were
     assert "Loading weights" in capsys.readouterr().err
+
+
+def test_a_stored_search_is_refused_with_an_option_that_lets_it_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = json.loads((folder / "generation_config.json").read_text())
+    stored |= {"num_beams": 4, "prompt_lookup_num_tokens": 3, "early_stopping": True}
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    asked = ["generate", "-m", str(folder), "--db", str(folder / "p.db"), "--raw"]
+    asked += ["--json", "-n", "5", "-s", "prompt_lookup", "w3 w4 w3"]
+    assert run(*asked) == 1
+    said = capsys.readouterr().err
+    assert "num_beams=4" in said
+    way = said.split("(adaptspec generate ")[1].split(")")[0].split()
+    assert way == ["--control", "num_beams", "1"]
+    assert run(*asked, *way) == 0
+    plain = json.loads(capsys.readouterr().out)["token_ids"]
+    assert len(plain) == 5
+    more = [*way, "--control", "suppress_tokens", json.dumps(plain)]
+    more += ["-c", "temperature", "0", "-c", "stop_strings", "w"]
+    assert run(*asked, *more) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not set(found["token_ids"]) & set(plain)
+    assert (len(found["token_ids"]), found["finish"]) == (1, "stop")
+    assert run(*asked, *way, "-c", "strategy", "x") == 1
+    assert "strategy is no generation control" in capsys.readouterr().err

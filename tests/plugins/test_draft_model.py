@@ -84,7 +84,7 @@ def test_the_draft_cache_is_in_step_after_every_rejection_and_nothing_is_fed_twi
     checked_drafts: Any,
     temperature: float,
 ) -> None:
-    controls = Controls(max_new_tokens=40, temperature=temperature)
+    controls = Controls(max_new_tokens=40, temperature=temperature, seed=0)
     stats = generate(target, draft, prompt, controls, k=4).stats
     accepted = {step.accepted for step in stats.steps}
     assert {0, 4} <= accepted  # rejections at once and drafts kept whole
@@ -113,8 +113,8 @@ def test_a_draft_equal_to_the_target_is_always_accepted_under_every_law(
 ) -> None:
     for controls, law in (
         (Controls(max_new_tokens=26, repetition_penalty=1.6), "independent"),
-        (Controls(max_new_tokens=26, temperature=1.0, top_k=9), "independent"),
-        (Controls(max_new_tokens=26, temperature=1.0, top_k=9), "coupled"),
+        (Controls(max_new_tokens=26, temperature=1.0, top_k=9, seed=0), "independent"),
+        (Controls(max_new_tokens=26, temperature=1.0, top_k=9, seed=0), "coupled"),
     ):
         stats = generate(target, target, prompt, controls, k=4, draft_law=law).stats
         assert stats.accepted == stats.proposed > 0
@@ -179,7 +179,7 @@ def test_a_draft_vocabulary_padded_otherwise_is_cut_or_filled_with_impossible_to
 ) -> None:
     prompt = [token % 60 for token in prompt]
     other = llama(vocab_size=width)
-    controls = Controls(max_new_tokens=9, temperature=1.0)
+    controls = Controls(max_new_tokens=9, temperature=1.0, seed=0)
     drafter = start(target, other, controls, k=1)
     tree = drafter.propose(Context(prompt, 9, 128, 0))
     tree.check(prompt[-1], 64)

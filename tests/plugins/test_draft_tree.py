@@ -269,7 +269,7 @@ def test_no_deeper_than_the_room_left_and_no_more_than_can_be_verified(
     room: int,
     nodes: int,
 ) -> None:
-    drafter = start(target, draft, Controls(temperature=1.0), mode=mode)
+    drafter = start(target, draft, Controls(temperature=1.0, seed=0), mode=mode)
     tree = drafter.propose(Context(prompt, room, nodes, 0))
     assert max(tree.depths) == min(5, room - 1, nodes)
     assert tree.proposed <= nodes

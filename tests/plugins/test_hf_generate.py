@@ -127,6 +127,7 @@ def test_the_models_end_of_sequence_ends_the_run_and_its_sampling_is_switched_of
     eos = plain.token_ids[5]
     config: Any = model.generation_config
     config.update(eos_token_id=[eos], do_sample=True, temperature=5.0, top_k=3)
+    config.update(num_beams=3, length_penalty=2.0, penalty_alpha=0.6, max_time=60.0)
     before = config.to_dict()
     run = baseline.run(model, draft, prompt, NEW_TOKENS)
     end = plain.token_ids.index(eos) + 1

@@ -618,7 +618,7 @@ def test_sampled_output_has_the_targets_law(
 
 def test_no_token_outside_both_vocabularies_is_ever_drafted() -> None:
     target, draft = contract_toys()
-    controls = Controls(max_new_tokens=9, temperature=HOT)
+    controls = Controls(max_new_tokens=9, temperature=HOT, seed=0)
     drafter = start(target, draft, controls, mode="intersection", k=1)
     tree = drafter.propose(Context([1, 2], 9, 128, 0))
     assert float(tree.draft_probs[1][4]) == 0.0  # "e", which the draft hasn't
@@ -631,7 +631,7 @@ def test_vocabularies_without_a_common_token_propose_nothing(
 ) -> None:
     target = tiny_model("llama", tokenizer=characters("abcde"), vocab_size=5)
     draft = related(target, characters("vwxyz"))
-    controls = Controls(max_new_tokens=7, temperature=temperature)
+    controls = Controls(max_new_tokens=7, temperature=temperature, seed=0)
     run = generate((target, draft), [1, 2], controls, mode="intersection")
     expected = Engine(target).generate(Autoregressive(), [1, 2], controls)
     assert run.token_ids == expected.token_ids

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -295,6 +296,21 @@ def test_attached_heads_count_as_memory_of_what_reads_them_alone(
     size = 2 * 4 * (32 * 32 + 32 + 64 * 32)
     assert bytes_of(heads) == size
     assert profiler._unused(setting) == (0 if reads else size)
+
+
+def test_a_search_that_the_model_stores_doesnt_keep_it_from_being_measured() -> None:
+    from adaptspec.decoding.engine import Engine
+    from adaptspec.host import Host
+    from adaptspec.testing.fakes import hf_greedy, tiny_model, tiny_tokenizer
+    from adaptspec_tuner.profiler import Profiler
+
+    model = tiny_model("llama", tokenizer=tiny_tokenizer())
+    prompt = Prompt("p", "chat", text="w3 w4 w5 w3")
+    expected = hf_greedy(model, model.encode(prompt.content), 4)
+    stored: Any = model.generation_config
+    stored.update(num_beams=4, max_time=1e-9, eos_token_id=999)
+    profiler = Profiler(Engine(model), Host.installed(), 4)
+    assert list(profiler.measure(PLAIN_SETTING, prompt).tokens) == expected
 
 
 def test_a_setting_that_takes_too_much_memory_is_refused_with_both_figures() -> None:

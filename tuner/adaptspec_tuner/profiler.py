@@ -336,9 +336,13 @@ class Profiler:
 
     def _controls(self, length: int) -> Controls:
         from adaptspec.decoding.controls import Controls
+        from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 
         return Controls.for_model(
-            self._engine.model, max_new_tokens=length, temperature=0.0
+            self._engine.model,
+            max_new_tokens=length,
+            temperature=0.0,
+            **ONE_SEQUENCE,
         )
 
     @property

@@ -25,6 +25,7 @@ import torch
 from adaptspec.costs import ForwardCosts
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.models import Forward, LanguageModel
 from adaptspec.strategy import Needs, union
 from adaptspec_tuner.profiler import (
@@ -296,7 +297,10 @@ class Replayer:
             self._strategies[setting.key] = created
         if recording.most not in self._controls:
             self._controls[recording.most] = Controls.for_model(
-                self._target, max_new_tokens=recording.most, temperature=0.0
+                self._target,
+                max_new_tokens=recording.most,
+                temperature=0.0,
+                **ONE_SEQUENCE,
             )
         strategy = self._strategies[setting.key]
         self._target.play(recording, self._read(prompt, strategy))

@@ -1,0 +1,219 @@
+"""Transformers' logits processors for the controls, in the order of ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.generation import logits_process as hf
+
+from adaptspec.errors import UnsupportedControlError
+
+if TYPE_CHECKING:
+    from adaptspec.decoding.controls import Controls
+
+# Functions of the ids and scores they are given, and of nothing else: these classes
+# themselves, since a subclass may do anything.
+PURE = frozenset(
+    {
+        hf.EncoderNoRepeatNGramLogitsProcessor,
+        hf.EncoderRepetitionPenaltyLogitsProcessor,
+        hf.EpsilonLogitsWarper,
+        hf.EtaLogitsWarper,
+        hf.ExponentialDecayLengthPenalty,
+        hf.ForcedBOSTokenLogitsProcessor,
+        hf.ForcedEOSTokenLogitsProcessor,
+        hf.InfNanRemoveLogitsProcessor,
+        hf.LogitNormalization,
+        hf.MinLengthLogitsProcessor,
+        hf.MinNewTokensLengthLogitsProcessor,
+        hf.MinPLogitsWarper,
+        hf.NoBadWordsLogitsProcessor,
+        hf.NoRepeatNGramLogitsProcessor,
+        hf.RepetitionPenaltyLogitsProcessor,
+        hf.SequenceBiasLogitsProcessor,
+        hf.SuppressTokensAtBeginLogitsProcessor,
+        hf.SuppressTokensLogitsProcessor,
+        hf.TemperatureLogitsWarper,
+        hf.TopHLogitsWarper,
+        hf.TopKLogitsWarper,
+        hf.TopPLogitsWarper,
+        hf.TypicalLogitsWarper,
+    }
+)
+
+
+class Step(NamedTuple):
+    """One processor; ``name`` is the control it comes from, empty for a caller's."""
+
+    name: str
+    processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    @property
+    def pure(self) -> bool:
+        """Whether it is known to be a function of ids and scores."""
+        return type(self.processor) in PURE
+
+
+class _Steps(list[Step]):
+    def add(self, name: str, value: Any, build: Callable[[], Any]) -> None:
+        try:
+            self.append(Step(name, build()))
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = str(error).strip().splitlines()
+            raise UnsupportedControlError(
+                f"{name}={value!r} can't be used: {text[0] if text else error!r}"
+            ) from None
+
+
+def steps_of(controls: Controls, prompt: int, device: torch.device) -> list[Step]:
+    """What ``GenerationMixin._get_logits_processor`` makes of the same settings.
+
+    Args:
+        prompt: Tokens of the prompt.
+
+    Raises:
+        UnsupportedControlError: for a value that a processor refuses.
+    """
+    try:
+        found = _merged(_penalties(controls, prompt, device), controls.logits_processor)
+        if controls.temperature != 0:
+            found += _warpers(controls, device)
+    except TypeError as error:
+        raise UnsupportedControlError(
+            f"a control is of the wrong type: {error}"
+        ) from None
+    if controls.extra.get("renormalize_logits") is True:
+        found.append(Step("renormalize_logits", hf.LogitNormalization()))
+    return found
+
+
+def _penalties(c: Controls, n: int, device: torch.device) -> _Steps:
+    steps, value, on = _Steps(), c.extra.get, str(device)
+    ends = list(c.eos_token_ids)
+    if bias := value("sequence_bias"):
+        steps.add(
+            "sequence_bias", bias, lambda: hf.SequenceBiasLogitsProcessor(_pairs(bias))
+        )
+    if c.repetition_penalty != 1:
+        penalty = float(c.repetition_penalty)
+        steps.add(
+            "repetition_penalty",
+            penalty,
+            lambda: hf.RepetitionPenaltyLogitsProcessor(penalty),
+        )
+    if (size := value("no_repeat_ngram_size")) is not None and size > 0:
+        steps.add(
+            "no_repeat_ngram_size", size, lambda: hf.NoRepeatNGramLogitsProcessor(size)
+        )
+    if bad := value("bad_words_ids"):
+        steps.add(
+            "bad_words_ids",
+            bad,
+            lambda: hf.NoBadWordsLogitsProcessor(bad, ends or None),
+        )
+    fresh = value("min_new_tokens")
+    least = value("min_length") if fresh is None else n + fresh
+    if least is not None and least > 0 and ends:
+        steps.add(
+            "min_length",
+            least,
+            lambda: hf.MinLengthLogitsProcessor(least, ends, device=on),
+        )
+    if fresh is not None and fresh > 0 and ends:
+        steps.add(
+            "min_new_tokens",
+            fresh,
+            lambda: hf.MinNewTokensLengthLogitsProcessor(n, fresh, ends, device=on),
+        )
+    if (first := value("forced_bos_token_id")) is not None:
+        steps.add(
+            "forced_bos_token_id",
+            first,
+            lambda: hf.ForcedBOSTokenLogitsProcessor(first),
+        )
+    if (last := value("forced_eos_token_id")) is not None:
+        longest = n + c.room(n)
+        steps.add(
+            "forced_eos_token_id",
+            last,
+            lambda: hf.ForcedEOSTokenLogitsProcessor(longest, last, device=on),
+        )
+    if value("remove_invalid_values") is True:
+        steps.append(Step("remove_invalid_values", hf.InfNanRemoveLogitsProcessor()))
+    if (decay := value("exponential_decay_length_penalty")) is not None:
+        if not ends:
+            raise UnsupportedControlError(
+                "exponential_decay_length_penalty needs an end of sequence: "
+                "pass eos_token_id"
+            )
+        steps.add(
+            "exponential_decay_length_penalty",
+            decay,
+            lambda: hf.ExponentialDecayLengthPenalty(tuple(decay), ends, n),
+        )
+    if (never := value("suppress_tokens")) is not None:
+        steps.add(
+            "suppress_tokens",
+            never,
+            lambda: hf.SuppressTokensLogitsProcessor(never, device=on),
+        )
+    if (unfit := value("begin_suppress_tokens")) is not None:
+        begin = n if n > 1 or first is None else n + 1
+        steps.add(
+            "begin_suppress_tokens",
+            unfit,
+            lambda: hf.SuppressTokensAtBeginLogitsProcessor(unfit, begin, device=on),
+        )
+    return steps
+
+
+def _merged(own: _Steps, theirs: Sequence[Any]) -> _Steps:
+    """A caller's processor stands in for one of ours of its type; the others follow."""
+    merged = _Steps()
+    for step in own:
+        same = (p for p in theirs if type(p) is type(step.processor))
+        given = next(same, None)
+        merged.append(step if given is None else Step("", given))
+    for processor in theirs:
+        if not any(processor is step.processor for step in merged):
+            merged.append(Step("", processor))
+    return merged
+
+
+def _warpers(c: Controls, device: torch.device) -> _Steps:
+    steps, value = _Steps(), c.extra.get
+    temperature, top_k, top_p, min_p = c.temperature, c.top_k, c.top_p, c.min_p
+    if temperature != 1:
+        steps.add(
+            "temperature",
+            temperature,
+            lambda: hf.TemperatureLogitsWarper(float(temperature)),
+        )
+    if (top_h := value("top_h")) is not None:
+        steps.add("top_h", top_h, lambda: hf.TopHLogitsWarper(top_h))
+    if top_k:
+        steps.add("top_k", top_k, lambda: hf.TopKLogitsWarper(int(top_k)))
+    if top_p < 1:
+        steps.add("top_p", top_p, lambda: hf.TopPLogitsWarper(float(top_p)))
+    if min_p:
+        steps.add("min_p", min_p, lambda: hf.MinPLogitsWarper(float(min_p)))
+    if (mass := value("typical_p")) is not None and mass < 1:
+        steps.add("typical_p", mass, lambda: hf.TypicalLogitsWarper(mass=float(mass)))
+    if (epsilon := value("epsilon_cutoff")) is not None and 0 < epsilon < 1:
+        steps.add(
+            "epsilon_cutoff", epsilon, lambda: hf.EpsilonLogitsWarper(float(epsilon))
+        )
+    if (eta := value("eta_cutoff")) is not None and 0 < eta < 1:
+        steps.add(
+            "eta_cutoff",
+            eta,
+            lambda: hf.EtaLogitsWarper(float(eta), device=str(device)),
+        )
+    return steps
+
+
+def _pairs(bias: Any) -> Any:
+    """Stored as JSON, tuples of ids are lists, which transformers takes as well."""
+    return dict(bias) if hasattr(bias, "items") else [list(pair) for pair in bias]
