@@ -122,63 +122,59 @@ def generate(
     PROMPT, or where it is -, standard input is the prompt. It is a user's message where
     the model has a chat template.
     """
-    try:
-        text = prompt_with_input(prompt)
-        if param and strategy is None:
-            raise AdaptSpecError("--param needs --strategy")
-        if system is not None and raw:
-            raise AdaptSpecError("--system needs the chat template; leave out --raw")
-        stops = [argument_text(each, "--stop") for each in stop]
-        named: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "stop_strings": stops or None,
-        }
-        controls = _controls(control, named)
-        asked: Any = text
-        if system is not None:
-            content = argument_text(system, "--system")
-            asked = [
-                {"role": "system", "content": content},
-                {"role": "user", "content": text},
-            ]
-        from adaptspec.decoder import load
+    text = prompt_with_input(prompt)
+    if param and strategy is None:
+        raise AdaptSpecError("--param needs --strategy")
+    if system is not None and raw:
+        raise AdaptSpecError("--system needs the chat template; leave out --raw")
+    stops = [argument_text(each, "--stop") for each in stop]
+    named: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop_strings": stops or None,
+    }
+    controls = _controls(control, named)
+    asked: Any = text
+    if system is not None:
+        content = argument_text(system, "--system")
+        asked = [
+            {"role": "system", "content": content},
+            {"role": "user", "content": text},
+        ]
+    from adaptspec.decoder import load
 
-        if threads is not None:
-            import torch
+    if threads is not None:
+        import torch
 
-            torch.set_num_threads(threads)
-        if model is None:
-            from adaptspec.default_model import default_model_path
+        torch.set_num_threads(threads)
+    if model is None:
+        from adaptspec.default_model import default_model_path
 
-            model = str(default_model_path(lambda line: click.echo(line, err=True)))
-        with without_loading_bars():
-            decoder = load(
-                model,
-                draft_model,
-                db,
-                dtype=dtype,
-                device=device,
-                host=host,
-                heads=heads,
-                allow_lossy=allow_lossy,
-                trust_remote_code=trust_remote_code,
-            )
-        stream = decoder.stream(
-            asked,
-            prompt_class=prompt_class,
-            strategy=strategy,
-            params=dict(param) or None,
-            raw=raw,
-            **{name: value for name, value in named.items() if value is not None},
-            **controls,
+        model = str(default_model_path(lambda line: click.echo(line, err=True)))
+    with without_loading_bars():
+        decoder = load(
+            model,
+            draft_model,
+            db,
+            dtype=dtype,
+            device=device,
+            host=host,
+            heads=heads,
+            allow_lossy=allow_lossy,
+            trust_remote_code=trust_remote_code,
         )
-    except KeyboardInterrupt:
-        click.echo("Interrupted before the first token", err=True)
-        sys.exit(130)
+    stream = decoder.stream(
+        asked,
+        prompt_class=prompt_class,
+        strategy=strategy,
+        params=dict(param) or None,
+        raw=raw,
+        **{name: value for name, value in named.items() if value is not None},
+        **controls,
+    )
     try:
         with stream:
             whole = _shown(stream, silent=as_json)

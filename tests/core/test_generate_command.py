@@ -325,7 +325,7 @@ def test_ctrl_c_while_loading_ends_with_130(
 
     monkeypatch.setattr("adaptspec.decoder.load", interrupted)
     assert run(model, "w5") == 130
-    assert capsys.readouterr().err.strip() == "Interrupted before the first token"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(
