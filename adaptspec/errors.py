@@ -44,7 +44,7 @@ class NoHiddenStatesError(AdaptSpecError, RuntimeError):
 
 
 class SequenceStateError(AdaptSpecError, RuntimeError):
-    """A model can decode one sequence at a time only, and another isn't finished."""
+    """A sequence can't go on: its model was changed, or holds another's state."""
 
 
 class PluginError(AdaptSpecError, RuntimeError):

@@ -680,10 +680,15 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if type(tensor) in (torch.Tensor, nn.Parameter):
         return [] if tensor.is_meta else [tensor]
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor.as_subclass(torch.Tensor)]
-    inner = (getattr(tensor, name) for name in flatten()[0])
-    return [part for value in inner for part in _plain_parts(value)]
+    if flatten is not None:
+        held = [getattr(tensor, name) for name in flatten()[0]]
+        tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        return [part for value in tensors for part in _plain_parts(value)]
+    try:
+        readable = tensor.data_ptr() != 0
+    except RuntimeError:  # it has no memory of its own
+        readable = False
+    return [tensor.as_subclass(torch.Tensor)] if readable else []
 
 
 def _cut(model: nn.Module, total: int, layers: int) -> nn.Module:

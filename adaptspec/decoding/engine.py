@@ -25,6 +25,7 @@ from adaptspec.decoding.verify import (
 from adaptspec.errors import (
     InvalidPromptError,
     NoValidTokenError,
+    SequenceStateError,
     UnavailableStrategyError,
 )
 from adaptspec.models import Forward, LanguageModel
@@ -112,6 +113,7 @@ class Run:
         for one in (model, engine.draft):
             if one is not None:
                 one.follow()
+        self._digest = model.digest
         self.use(strategy)
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
@@ -209,6 +211,11 @@ class Run:
             self._cache = cache
             yield self._prefill(drafter, needs)
             while self._finish is None:
+                if model.digest != self._digest:
+                    raise SequenceStateError(
+                        f"{model.name} was changed (weights or adapters) while this "
+                        "generation ran; finish it before the change, or start anew"
+                    )
                 yield self._step(drafter, cache, needs, level)
         finally:
             drafter.close()

@@ -18,7 +18,7 @@ import adaptspec
 from adaptspec.decoder import Decoder
 from adaptspec.decoding.tree import TokenTree
 from adaptspec.decoding.views import view_of
-from adaptspec.errors import ModelLoadError
+from adaptspec.errors import ModelLoadError, SequenceStateError
 from adaptspec.models import LanguageModel, weights_digest
 from adaptspec.testing.fakes import VOCAB, hf_greedy, random_ids, tiny_module
 from adaptspec_profiles.memory import MemoryStore
@@ -206,6 +206,19 @@ def test_a_change_of_adapter_takes_effect(adapted: Any) -> None:
     assert check(load(base), base) == outputs[0]
 
 
+def test_a_stream_doesnt_go_on_with_another_adapter(adapted: Any) -> None:
+    decoder = load(adapted)
+    stream = decoder.stream(PROMPT, max_new_tokens=12, **GREEDY)
+    tokens = iter(stream._run)
+    next(tokens)
+    adapted.set_adapter("b")
+    check(decoder, adapted)
+    with pytest.raises(SequenceStateError, match="was changed") as refused:
+        next(tokens)
+    assert "\n" not in str(refused.value)
+    assert len(stream._run.result.token_ids) == 1
+
+
 def test_an_adapter_put_into_a_loaded_model_takes_effect() -> None:
     peft = pytest.importorskip("peft")
     module = tiny_module("llama")
@@ -312,6 +325,7 @@ class Scaled(torch.Tensor):
     """Stands for a quantised weight: its own memory holds no elements to read."""
 
     held: torch.Tensor
+    kind = "no tensor, as DTensor's mesh"
 
     @staticmethod
     def __new__(cls: type[Scaled], inner: torch.Tensor) -> Scaled:
@@ -322,7 +336,7 @@ class Scaled(torch.Tensor):
         return made
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
+        return ["held", "kind"], None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -347,6 +361,22 @@ def test_weights_of_a_subclass_reach_no_kernel() -> None:
     assert decoder.model.linear.replaced == 0
     check(decoder, tiny_module("llama"))
     assert weights_digest(module) != weights_digest(with_other_head())
+
+
+class Hollow(Scaled):
+    """The same without a word on what is inside."""
+
+    __tensor_flatten__ = None  # type: ignore[assignment]
+
+
+def test_a_weight_without_memory_has_a_digest() -> None:
+    module = tiny_module("llama")
+    digests = set()
+    for rows in (64, 80):
+        hollow = Hollow(torch.ones(rows, 32))
+        module.lm_head.weight = nn.Parameter(hollow, requires_grad=False)
+        digests.add(weights_digest(module))
+    assert len(digests) == 2
 
 
 def with_other_head() -> Any:
