@@ -14,6 +14,7 @@ from adaptspec import models
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
 from adaptspec.models import LanguageModel, PlainCache
+from adaptspec.strategy import Strategy
 from adaptspec.testing.fakes import (
     ARCHITECTURES,
     hf_greedy,
@@ -27,11 +28,11 @@ from adaptspec_plugins.prompt_lookup import PromptLookup
 PART = 5
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor that an operation makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(
@@ -72,7 +73,7 @@ def test_a_prompt_read_in_parts_is_continued_as_generate_does(
     model = tiny_model(architecture)
     prompt = random_ids(count, seed=count)
     expected = hf_greedy(model, prompt, 12)
-    strategies = [Autoregressive()]
+    strategies: list[Strategy] = [Autoregressive()]
     if model.capability.level != "plain":
         strategies += [PromptLookup()]
         if EarlyExit.unavailable(model, None) is None:
