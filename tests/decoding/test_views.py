@@ -209,14 +209,14 @@ def test_a_change_of_adapter_takes_effect(adapted: Any) -> None:
 def test_a_stream_doesnt_go_on_with_another_adapter(adapted: Any) -> None:
     decoder = load(adapted)
     stream = decoder.stream(PROMPT, max_new_tokens=12, **GREEDY)
-    tokens = iter(stream._run)
+    tokens = stream._steps
     next(tokens)
     adapted.set_adapter("b")
     check(decoder, adapted)
     with pytest.raises(SequenceStateError, match="was changed") as refused:
         next(tokens)
     assert "\n" not in str(refused.value)
-    assert len(stream._run.result.token_ids) == 1
+    assert len(stream.result.token_ids) == 1
 
 
 def test_an_adapter_put_into_a_loaded_model_takes_effect() -> None:
