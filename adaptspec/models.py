@@ -566,11 +566,11 @@ class LanguageModel:
             self.cache_argument: cache,
             "use_cache": cache is not None,
         }
-        if cache is None:  # a model that knows no such argument may refuse it
+        if cache is None:  # as a text is read by the model alone
             del arguments[self.cache_argument], arguments["attention_mask"]
-        self._forget_rotation()
-        if self._takes_positions:
+        elif self._takes_positions:
             arguments["position_ids"] = positions(depths, cached, self.device)
+        self._forget_rotation()
         count = input_ids.shape[1]
         whole = len(kept) == count
         if self._takes_keep:

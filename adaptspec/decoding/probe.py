@@ -45,7 +45,7 @@ HALF_TOLERANCE = 0.1
 NOISE_ALLOWED = 3.0
 MOST_TOLERATED = 0.4
 # One forward twice with other tokens elsewhere: nothing but routing may move a bit.
-LEAK = 1e-3
+LEAK = 1e-5
 
 
 @dataclass(frozen=True)
