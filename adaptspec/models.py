@@ -31,6 +31,13 @@ from adaptspec.decoding.masks import (
     tree_mask,
 )
 from adaptspec.decoding.module_state import ModuleState
+from adaptspec.decoding.rotary import (
+    context_length,
+    depth_limit,
+    forget,
+    growing_rotations,
+    reread_boundaries,
+)
 from adaptspec.decoding.tree import TokenTree
 from adaptspec.decoding.views import (
     accepted_arguments,
@@ -64,10 +71,17 @@ FEW_PARTS = 4
 
 @dataclass(frozen=True)
 class Capability:
-    """What the model's forward can verify: token trees, chains, or nothing."""
+    """What the model's forward can verify: token trees, chains, or nothing.
+
+    Args:
+        reason: Why it isn't more.
+        anew: No cache gives what the model's own ``generate`` does, so every step
+            reads the whole text.
+    """
 
     level: Level
     reason: str = ""
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,10 +102,15 @@ class Forward:
 
 @dataclass
 class PlainCache:
-    """The model's own cache, only ever appended to, and how many tokens it has seen."""
+    """The model's own cache, only ever appended to, and how many tokens it has seen.
+
+    Args:
+        text: The tokens seen, for a model that reads them anew at each step.
+    """
 
     inner: Any
     length: int = 0
+    text: list[int] | None = None
 
 
 class LanguageModel:
@@ -182,6 +201,7 @@ class LanguageModel:
             "past_key_values",
         )
         self._layers = int(self.config.num_hidden_layers)
+        self._growing = growing_rotations(self.model)
         self._state = ModuleState(self.model, self.name)
 
     def follow(self) -> bool:
@@ -196,7 +216,7 @@ class LanguageModel:
         """
         if self._seen is None or snapshot(self.source) == self._seen:
             return False
-        for name in ("capability", "latency", "reaches", "input_size"):
+        for name in ("capability", "latency", "reaches", "input_size", "rereads"):
             self.__dict__.pop(name, None)
         self.use_masks = True
         self._build()
@@ -228,8 +248,12 @@ class LanguageModel:
 
     @functools.cached_property
     def capability(self) -> Capability:
-        """Probed once: tree logits against sequential forwards, before and after a
-        path is kept; then chains; else plain decoding."""
+        """Probed once: trees, else chains, else plain decoding, each compared with
+        the model's own ``generate``.
+
+        Raises:
+            ModelLoadError: if it isn't causal, or nothing agrees with ``generate``.
+        """
         from adaptspec.decoding.probe import probe
 
         return probe(self)
@@ -274,9 +298,16 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int | None:
-        """Most positions the model was made for, None if it doesn't say."""
-        length = getattr(self.config, "max_position_embeddings", None)
-        return int(length) if length else None
+        """Most positions the model was made for, None if it doesn't say.
+
+        Rotary scalings that reach beyond ``max_position_embeddings`` are counted.
+        """
+        return context_length(self.config)
+
+    @functools.cached_property
+    def rereads(self) -> frozenset[int]:
+        """Numbers of cached tokens at which ``generate`` reads the whole text again."""
+        return reread_boundaries(self)
 
     def new_cache(self, capacity: int = 0) -> TreeCache:
         """An empty cache with room for ``capacity`` tokens."""
@@ -294,9 +325,10 @@ class LanguageModel:
         """
         if not 1 <= layers < self._layers:
             raise ValueError(f"1 <= layers < {self._layers} must hold, got {layers}")
-        _ = self.capability  # its probe settles use_masks, which the view takes over
+        # What all layers can verify, the lowest can: the view takes over the verdict.
+        _ = self.capability
         view = copy.copy(self)
-        for name in ("capability", "latency", "reaches"):
+        for name in ("latency", "reaches"):
             view.__dict__.pop(name, None)
         view.model = _cut(self.model, self._layers, layers)
         view.config = view.model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
@@ -306,10 +338,16 @@ class LanguageModel:
         view.heads = {}  # they read the whole model's states
         return view
 
-    def plain_cache(self) -> PlainCache:
-        """The model's own cache, for models whose state can't be rolled back."""
+    def plain_cache(self, anew: bool | None = None) -> PlainCache:
+        """The model's own cache, for models whose state can't be rolled back.
+
+        Args:
+            anew: Keep the text instead; default: as the model's capability says.
+        """
         from transformers import DynamicCache
 
+        if self.capability.anew if anew is None else anew:
+            return PlainCache(None, text=[])
         return PlainCache(DynamicCache(config=self.config))
 
     @torch.inference_mode()
@@ -329,9 +367,11 @@ class LanguageModel:
         cached = cache.length
         count = len(tokens)
         if isinstance(cache, PlainCache):
+            if cache.text is not None:
+                return self._read_anew(tokens, cache, last, hidden_layers)
             return self._read_part(tokens, cache, last, hidden_layers)
         cache.announce(cached + count)
-        if cached and self._filled(count) > count:
+        if cached and self._filled(count, cached) > count:
             return self._append(tokens, cache, last, hidden_layers)
         size = PART_TOKENS * (CUDA_PARTS if self.device.type == "cuda" else 1)
         # Without the argument, a forward makes logits of all that it reads.
@@ -355,6 +395,26 @@ class LanguageModel:
             {layer: torch.cat(parts) for layer, parts in states.items()},
         )
 
+    def reread(
+        self,
+        tokens: Sequence[int],
+        cache: TreeCache | PlainCache,
+        hidden_layers: Sequence[int] = (),
+    ) -> Forward:
+        """Fill ``cache`` anew with the whole text; what comes out at its last token.
+
+        As ``generate`` does where a rotation switches, see :attr:`rereads`. The result
+        is that of a root alone: row 0.
+        """
+        if isinstance(cache, TreeCache):
+            cache.truncate(0)
+        else:
+            fresh = self.plain_cache()
+            cache.inner, cache.length, cache.text = fresh.inner, 0, fresh.text
+        forward = self.prefill(tokens, cache, hidden_layers=hidden_layers)
+        hidden = {layer: states[-1:] for layer, states in forward.hidden.items()}
+        return Forward(forward.logits[-1:], {0: 0}, hidden)
+
     @torch.inference_mode()
     def verify(
         self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
@@ -365,7 +425,7 @@ class LanguageModel:
         """
         cached = cache.length
         nodes = len(tree)
-        rows = self._filled(nodes)
+        rows = self._filled(nodes, cached)
         mask: Any = None
         # On the CPU a lone root gets its mask too: attention then runs the same kernel
         # as for a draft, and gives the same bits (measured, bfloat16 included).
@@ -405,7 +465,7 @@ class LanguageModel:
         """
         nodes = len(tree)
         cached, new = cache.length - done, nodes - done
-        rows = self._filled(new)
+        rows = self._filled(new, cached + done)
         masks = self._masks(
             lambda reach: tree_mask(
                 tree, cached, reach, self.dtype, self.device, done + rows
@@ -516,8 +576,6 @@ class LanguageModel:
         decides on would be another one for the first parts. Not so while the probe
         itself reads.
         """
-        from adaptspec.decoding.engine import depth_limit
-
         known: Capability | None = self.__dict__.get("capability")
         return (
             known is not None
@@ -551,9 +609,47 @@ class LanguageModel:
             hidden_layers,
         )
 
-    def _filled(self, rows: int) -> int:
-        """How many rows a forward of ``rows`` computes, the others for nothing."""
-        return next((bucket for bucket in self.buckets if bucket >= rows), rows)
+    def _filled(self, rows: int, cached: int = 0) -> int:
+        """How many rows a forward of ``rows`` computes, the others for nothing.
+
+        Never more than there are positions: some models count rows.
+        """
+        filled = next((bucket for bucket in self.buckets if bucket >= rows), rows)
+        if self.max_length is not None and cached + filled > self.max_length:
+            return rows
+        return filled
+
+    def _forget_rotation(self) -> None:
+        """Let rotations that grow with the text start from this text alone."""
+        for rotary in self._growing:
+            forget(rotary)
+
+    def _read_anew(
+        self,
+        tokens: Sequence[int],
+        cache: PlainCache,
+        last: int,
+        hidden_layers: Sequence[int],
+    ) -> Forward:
+        """The text with ``tokens`` behind it, in one forward without any cache."""
+        assert cache.text is not None
+        cached, count = len(cache.text), len(tokens)
+        cache.text.extend(tokens)
+        cache.length = cached + count
+        forward = self._run(
+            torch.tensor([cache.text], device=self.device),
+            range(cached + count),
+            0,
+            None,
+            None,
+            range(cached + max(0, count - last), cached + count),
+            hidden_layers,
+        )
+        return Forward(
+            forward.logits,
+            {place - cached: row for place, row in forward.rows.items()},
+            {layer: states[cached:] for layer, states in forward.hidden.items()},
+        )
 
     def _append(
         self,
@@ -585,10 +681,13 @@ class LanguageModel:
             "input_ids": input_ids,
             "attention_mask": mask,
             self.cache_argument: cache,
-            "use_cache": True,
+            "use_cache": cache is not None,
         }
-        if self._takes_positions:
+        if cache is None:  # as a text is read by the model alone
+            del arguments[self.cache_argument], arguments["attention_mask"]
+        elif self._takes_positions:
             arguments["position_ids"] = positions(depths, cached, self.device)
+        self._forget_rotation()
         count = input_ids.shape[1]
         whole = len(kept) == count
         if self._takes_keep:

@@ -39,7 +39,8 @@ def grouped_attention(
     rows, groups = query.shape[2], key.shape[1]
     each = query.shape[1] // groups
     if (
-        each == 1
+        query.shape[0] != 1
+        or each == 1
         or not 1 < rows <= MOST_ROWS
         or attention_mask is None
         or attention_mask.dim() != 4

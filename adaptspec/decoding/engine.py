@@ -12,6 +12,7 @@ import torch
 from adaptspec.decoding.controls import Controls, Processors
 from adaptspec.decoding.gate import Gate
 from adaptspec.decoding.ids import Continuation
+from adaptspec.decoding.rotary import depth_limit
 from adaptspec.decoding.sampling import Sampler, choosable, no_valid_token
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.decoding.stopping import Stopping
@@ -268,6 +269,11 @@ class Run:
         root, cached = self._ids[-1], len(self._ids) - 1
         depth = min(left - 1, depth_limit(self._model.config, cached))
         nodes = self._controls.max_nodes
+        if self._model.max_length is not None:  # some models count rows
+            nodes = min(nodes, self._model.max_length - len(self._ids))
+        rereads = cached in self._model.rereads
+        if rereads:
+            depth = 0
         context = Context(self._ids, depth + 1, nodes, len(self._stats.steps))
         tree = drafter.propose(context)
         proposed = self._clock()
@@ -277,7 +283,9 @@ class Run:
         tree = tree.cut(nodes, depth)
 
         verifying = self._clock()
-        if level == "plain":
+        if rereads:
+            forward = self._model.reread(self._ids, cache, needs.hidden_layers)
+        elif level == "plain":
             forward = self._model.prefill(
                 [root], cache, hidden_layers=needs.hidden_layers
             )
@@ -437,32 +445,3 @@ def _narrowed(forward: Forward, needs: Needs) -> Forward:
         {place: forward.rows[place] - first for place in places},
         {layer: forward.hidden[layer] for layer in _shown(needs)},
     )
-
-
-def depth_limit(config: Any, cached: int) -> int:
-    """How deep a tree behind ``cached`` rows may reach without changing the rotation.
-
-    Some rotary scalings recompute the frequencies of the whole pass from its largest
-    position, so a speculative position past the boundary would change every logit.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = parameters.values() if _nested(parameters) else [parameters]
-    limit = 1 << 30
-    for rope in kinds:
-        kind = rope.get("rope_type", "default")
-        if kind not in ("dynamic", "longrope"):
-            continue
-        boundary = int(
-            rope.get("original_max_position_embeddings")
-            or getattr(config, "original_max_position_embeddings", 0)
-            or config.max_position_embeddings
-        )
-        if cached + 1 <= boundary:
-            limit = min(limit, boundary - 1 - cached)
-        elif kind == "dynamic":
-            limit = 0
-    return limit
-
-
-def _nested(parameters: Any) -> bool:
-    return bool(parameters) and all(isinstance(v, dict) for v in parameters.values())

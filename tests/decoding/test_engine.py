@@ -10,7 +10,8 @@ import torch
 from transformers import LogitsProcessor
 
 from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.engine import Engine, depth_limit
+from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.rotary import depth_limit
 from adaptspec.errors import (
     InvalidPromptError,
     UnavailableStrategyError,

@@ -114,6 +114,8 @@ class RecordedTarget(LanguageModel):
         self.__dict__.update(model.__dict__)
         self._seen = None  # it follows no caller's model
         self.__dict__.pop("latency", None)
+        # One reading more of a text isn't what strategies differ in.
+        self.__dict__["rereads"] = frozenset()
         self._costs = costs
         self._clock = clock
         self._recording, self._reading = Recording((), (), 0), Reading(0)
