@@ -150,7 +150,13 @@ class Controls:
             for name, value in overrides.items()
             if value is not None or (name in FIELDS and name not in UNSAID)
         }
-        theirs = _fields(given.pop("generation_config", None))
+        config = given.pop("generation_config", None)
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise UnsupportedControlError(
+                "generation_config must be a transformers GenerationConfig, "
+                f"got {type(config).__name__}"
+            )
+        theirs = _fields(config)
         stored = _fields(model.generation_config) | theirs
         explicit = given.get("do_sample", theirs.get("do_sample"))
         names = {f.name for f in fields(cls)} - {"extra"}
@@ -295,13 +301,12 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """The set fields of a ``GenerationConfig``, a mapping or None."""
+    """The set fields of a ``GenerationConfig`` or None."""
     if config is None:
         return {}
-    pairs = config if isinstance(config, Mapping) else vars(config)
     return {
         name: value
-        for name, value in pairs.items()
+        for name, value in vars(config).items()
         if value is not None and (name in FIELDS or name in _foreign())
     }
 

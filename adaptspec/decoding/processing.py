@@ -154,6 +154,13 @@ def _penalties(c: Controls, n: int, device: torch.device) -> _Steps:
             lambda: hf.ExponentialDecayLengthPenalty(tuple(decay), ends, n),
         )
     if (never := value("suppress_tokens")) is not None:
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = value(name)
+            wanted = {forced} if isinstance(forced, int) else set(forced or ())
+            if wanted and wanted <= set(never):
+                raise UnsupportedControlError(
+                    f"{name}={forced!r} is in suppress_tokens; take it out of either"
+                )
         steps.add(
             "suppress_tokens",
             never,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.decoding.tree import Law
 from adaptspec.models import LanguageModel
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
-from adaptspec.testing.fakes import VOCAB, ScriptedStrategy, random_ids, tiny_model
+from adaptspec.testing.fakes import (
+    VOCAB,
+    ScriptedStrategy,
+    random_ids,
+    tiny_model,
+    tiny_tokenizer,
+)
 from adaptspec.testing.strategies import Grammar, target_and_draft
 
 PROMPT = random_ids(9, seed=4)
@@ -70,6 +77,28 @@ def test_nothing_is_asked_after_the_end(end: int) -> None:
     assert again.calls == grammar.calls
     # The end that was drafted counts as accepted.
     assert done.stats.accepted == end
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_asked_after_a_stop_string_or_the_limit(temperature: float) -> None:
+    model = tiny_model("llama", tokenizer=tiny_tokenizer())
+    plain = Controls(
+        12, temperature=temperature, seed=1, logits_processor=[Grammar(EOS)]
+    )
+    truth = Engine(model).generate(told([]), PROMPT, plain).token_ids
+    for limit, stops in ((12, (f"w{truth[5]}",)), (5, ())):
+        grammar = Grammar(EOS)
+        controls = replace(
+            plain,
+            max_new_tokens=limit,
+            stop_strings=stops,
+            logits_processor=[grammar],
+        )
+        done = Engine(model).generate(told(truth), PROMPT, controls)
+        assert done.finish == ("stop" if stops else "length")
+        assert done.token_ids == truth[: len(done.token_ids)]
+        assert done.stats.accepted > 1
+        grammar.check(PROMPT, done.token_ids)
 
 
 class Draws(Strategy):
