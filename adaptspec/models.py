@@ -197,7 +197,7 @@ class LanguageModel:
         """Layer type -> how far it attends; empty where that isn't known."""
         try:
             return layer_reaches(self.config)
-        except ValueError:
+        except (ValueError, RuntimeError):  # unknown, or different in every layer
             return {}
 
     def attach(self, heads: TrainedHeads) -> None:

@@ -292,7 +292,7 @@ def _leak(
     tokens = list(tree.tokens)
     tokens[node] = (tokens[node] + 7) % model.vocab_size
     forward = model.verify(TokenTree(tokens, tree.parents), cache)
-    experts = any(getattr(model.config, n, None) for n in miniature.EXPERT_COUNTS)
+    experts = miniature.has_experts(model.config)
     for other, line in enumerate(tree.ancestors()):
         if node in line:
             continue
@@ -394,7 +394,7 @@ def _check_causal(model: LanguageModel) -> None:
             "ids alone is expected)"
         ) from error
     moved = max(_distance(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
-    experts = any(getattr(model.config, n, None) for n in miniature.EXPERT_COUNTS)
+    experts = miniature.has_experts(model.config)
     if moved > (MOST_TOLERATED if experts else LEAK):
         raise ModelLoadError(
             f"{model.name} isn't a causal language model: its logits at a token change "
@@ -456,9 +456,12 @@ def _room(model: LanguageModel) -> int:
 
 
 def _tokens(model: LanguageModel, count: int) -> list[int]:
+    """Random tokens; the lowest ids and padding, which mean something, are left out."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.vocab_size, (count,), generator=generator)
-    return [int(token) for token in drawn]
+    first = min(4, model.vocab_size // 2)
+    drawn = torch.randint(first, model.vocab_size, (count,), generator=generator)
+    padding = getattr(model.config, "pad_token_id", None)
+    return [int(t) if int(t) != padding else first - 1 for t in drawn]
 
 
 def _wide(model: LanguageModel, way: Way, length: int) -> TokenTree:
