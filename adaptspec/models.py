@@ -159,7 +159,7 @@ class LanguageModel:
                 if self.linear.filled > 1:
                     self.buckets = (self.linear.filled,)
         signature = inspect.signature(self.model.forward).parameters
-        self._takes_positions = "position_ids" in signature
+        self.takes_positions = "position_ids" in signature
         self._takes_keep = "logits_to_keep" in signature
         # The name changed in transformers 5.24; state-space models have their own.
         self.cache_argument = next(
@@ -424,7 +424,7 @@ class LanguageModel:
             self.cache_argument: cache,
             "use_cache": True,
         }
-        if self._takes_positions:
+        if self.takes_positions:
             places = (mask.cumsum(1) - 1).clamp_min(0)
             arguments["position_ids"] = places[:, -tokens.shape[1] :]
         if self._takes_keep:
@@ -568,7 +568,7 @@ class LanguageModel:
         }
         if cache is None:  # as a text is read by the model alone
             del arguments[self.cache_argument], arguments["attention_mask"]
-        elif self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = positions(depths, cached, self.device)
         self._forget_rotation()
         count = input_ids.shape[1]

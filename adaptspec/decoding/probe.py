@@ -424,7 +424,11 @@ def _whole(model: LanguageModel, texts: Sequence[Sequence[int]]) -> list[torch.T
     longest = max(map(len, texts))
     rows = [[*text, *([text[-1]] * (longest - len(text)))] for text in texts]
     ids = torch.tensor(rows, device=model.device)
-    logits = model.model(input_ids=ids, use_cache=False).logits
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if model.takes_positions:  # as generate does: some count them from elsewhere
+        places = torch.arange(longest, device=model.device)
+        given["position_ids"] = places.expand(len(rows), longest)
+    logits = model.model(**given).logits
     return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
 
 
