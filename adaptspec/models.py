@@ -193,7 +193,7 @@ class LanguageModel:
                 "mode, and can't be copied; call its eval() first"
             )
         names = accepted_arguments(self.model)
-        self._takes_positions = "position_ids" in names
+        self.takes_positions = "position_ids" in names
         self._takes_keep = "logits_to_keep" in names
         # The name changed in transformers 5.24; state-space models have their own.
         self.cache_argument = next(
@@ -240,7 +240,7 @@ class LanguageModel:
                 self.cache_argument: cache,
                 "use_cache": True,
             }
-            if self._takes_positions:
+            if self.takes_positions:
                 arguments["position_ids"] = positions(range(count), start, self.device)
             self.model(**arguments)
             start += count
@@ -270,7 +270,7 @@ class LanguageModel:
         """Layer type -> how far it attends; empty where that isn't known."""
         try:
             return layer_reaches(self.config)
-        except ValueError:
+        except (ValueError, RuntimeError):  # unknown, or different in every layer
             return {}
 
     def attach(self, heads: TrainedHeads) -> None:
@@ -511,7 +511,7 @@ class LanguageModel:
             self.cache_argument: cache,
             "use_cache": True,
         }
-        if self._takes_positions:
+        if self.takes_positions:
             places = (mask.cumsum(1) - 1).clamp_min(0)
             arguments["position_ids"] = places[:, -tokens.shape[1] :]
         if self._takes_keep:
@@ -685,7 +685,7 @@ class LanguageModel:
         }
         if cache is None:  # as a text is read by the model alone
             del arguments[self.cache_argument], arguments["attention_mask"]
-        elif self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = positions(depths, cached, self.device)
         self._forget_rotation()
         count = input_ids.shape[1]

@@ -85,8 +85,11 @@ def use_grouped_attention(view: Any) -> bool:
     if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
         return False
     text = config.get_text_config(decoder=True)
-    groups = getattr(text, "num_key_value_heads", None)
-    heads = getattr(text, "num_attention_heads", None)
+    try:
+        groups = getattr(text, "num_key_value_heads", None)
+        heads = getattr(text, "num_attention_heads", None)
+    except RuntimeError:  # they differ from layer to layer
+        return False
     if not groups or not heads or groups >= heads:
         return False
     # Each key/value head is one unit of work on the CPU: fewer than threads are slow.

@@ -66,7 +66,7 @@ def boundaries(config: Any) -> dict[str, int]:
     for name, value in _fields(config).items():
         if not LENGTHS.search(name) or NO_LENGTHS.search(name):
             continue
-        if getattr(config, f"use_{name}", True) is False:
+        if vars(config).get(f"use_{name}", True) is False:
             continue
         for number in value if isinstance(value, list | tuple) else [value]:
             if (
@@ -76,6 +76,12 @@ def boundaries(config: Any) -> dict[str, int]:
             ):
                 found[name] = max(number, found.get(name, 0))
     return found
+
+
+def has_experts(config: Any) -> bool:
+    """Whether tokens are routed, so that they share rows with different others."""
+    fields = _fields(config)
+    return any(fields.get(name) for name in EXPERT_COUNTS)
 
 
 def context_length(config: Any) -> int | None:

@@ -292,7 +292,7 @@ def _leak(
     tokens = list(tree.tokens)
     tokens[node] = (tokens[node] + 7) % model.vocab_size
     forward = model.verify(TokenTree(tokens, tree.parents), cache)
-    experts = any(getattr(model.config, n, None) for n in miniature.EXPERT_COUNTS)
+    experts = miniature.has_experts(model.config)
     for other, line in enumerate(tree.ancestors()):
         if node in line:
             continue
@@ -394,7 +394,7 @@ def _check_causal(model: LanguageModel) -> None:
             "ids alone is expected)"
         ) from error
     moved = max(_distance(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
-    experts = any(getattr(model.config, n, None) for n in miniature.EXPERT_COUNTS)
+    experts = miniature.has_experts(model.config)
     if moved > (MOST_TOLERATED if experts else LEAK):
         raise ModelLoadError(
             f"{model.name} isn't a causal language model: its logits at a token change "
@@ -424,7 +424,11 @@ def _whole(model: LanguageModel, texts: Sequence[Sequence[int]]) -> list[torch.T
     longest = max(map(len, texts))
     rows = [[*text, *([text[-1]] * (longest - len(text)))] for text in texts]
     ids = torch.tensor(rows, device=model.device)
-    logits = model.evaluate(input_ids=ids, use_cache=False).logits
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if model.takes_positions:  # as generate does: some count them from elsewhere
+        places = torch.arange(longest, device=model.device)
+        given["position_ids"] = places.expand(len(rows), longest)
+    logits = model.evaluate(**given).logits
     return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
 
 
@@ -456,9 +460,12 @@ def _room(model: LanguageModel) -> int:
 
 
 def _tokens(model: LanguageModel, count: int) -> list[int]:
+    """Random tokens; the lowest ids and padding, which mean something, are left out."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.vocab_size, (count,), generator=generator)
-    return [int(token) for token in drawn]
+    first = min(4, model.vocab_size // 2)
+    drawn = torch.randint(first, model.vocab_size, (count,), generator=generator)
+    padding = getattr(model.config, "pad_token_id", None)
+    return [int(t) if int(t) != padding else first - 1 for t in drawn]
 
 
 def _wide(model: LanguageModel, way: Way, length: int) -> TokenTree:

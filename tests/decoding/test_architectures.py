@@ -15,8 +15,9 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.errors import UnavailableStrategyError
 from adaptspec.host import Host
+from adaptspec.models import LanguageModel
 from adaptspec.params import Scalar
-from adaptspec.testing.fakes import WINDOW, hf_greedy, random_ids
+from adaptspec.testing.fakes import WINDOW, hf_greedy, random_ids, tiny_module
 from adaptspec.testing.strategies import (
     plain_strategy,
     plainly,
@@ -126,6 +127,30 @@ def test_greedy_output_is_the_models_own_or_the_strategy_refuses(
     for prompt in PROMPTS:
         run = engine.generate(strategy, prompt, controls)
         assert run.token_ids == reference(architecture, prompt)
+
+
+@pytest.mark.parametrize("architecture", [*TREES, *CHAINS, *PLAIN])
+def test_bfloat16_leaves_generates_output_at_near_ties_only(architecture: str) -> None:
+    module = tiny_module(architecture).to(torch.bfloat16)
+    model = LanguageModel(module)
+    for name in ("autoregressive", "token_recycling", "hybrid"):
+        strategy = HOST.strategy(name)
+        if strategy.unavailable(model, None):
+            continue
+        for prompt in PROMPTS:
+            theirs = hf_greedy(model, prompt, NEW_TOKENS)
+            run = Engine(model).generate(
+                strategy(), prompt, Controls.greedy(NEW_TOKENS)
+            )
+            pairs = list(zip(run.token_ids, theirs, strict=True))
+            same = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if len(same) == len(pairs):
+                continue
+            text = [*prompt, *theirs[: len(same)]]
+            with torch.inference_mode():
+                logits = module(torch.tensor([text])).logits[0, -1].float()
+            ours, other = pairs[len(same)]
+            assert abs(logits[ours] - logits[other]) <= 0.1 * logits.std()
 
 
 @pytest.mark.parametrize("name", ["draft_model", "draft_tree"])

@@ -61,8 +61,15 @@ def test_a_model_that_counts_rows_verifies_chains_in_every_precision(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("architecture", "level"),
-    [("llama", "tree"), ("mistral", "tree"), ("gemma3", "tree"), ("gpt2", "tree")]
-    + [("mixtral", "tree"), ("bloom", "chain"), ("mamba", "plain")],
+    [
+        ("llama", "tree"),
+        ("mistral", "tree"),
+        ("gemma3", "tree"),
+        ("gpt2", "tree"),
+        ("mixtral", "tree"),
+        ("bloom", "chain"),
+        ("mamba", "plain"),
+    ],
 )
 def test_half_precision_finds_what_float32_does(
     architecture: str, level: str, dtype: torch.dtype
@@ -174,48 +181,42 @@ def test_a_fault_of_this_very_model_is_seen_though_its_class_is_fine() -> None:
     assert LanguageModel(copy.deepcopy(module)).capability.level != "tree"
 
 
-class NoMiniature(transformers.LlamaForCausalLM):
+class OneSize(transformers.LlamaForCausalLM):  # type: ignore[no-untyped-call]
     """A class that can be built at its own size only, as remote code may be."""
 
     def __init__(self, config: Any) -> None:
-        if config.num_attention_heads != 6:
-            raise ValueError("six heads")
+        if config.vocab_size != VOCAB + 6:
+            raise ValueError("its own vocabulary")
         super().__init__(config)
 
 
-def six_heads(**arguments: Any) -> Any:
+def one_size(**lengths: Any) -> OneSize:
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
+        vocab_size=VOCAB + 6,
+        hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         initializer_range=SPREAD,
-        **arguments,
     )
+    for name, length in lengths.items():
+        setattr(config, name, length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return NoMiniature(config).eval()
+        return OneSize(config)
 
 
 def test_without_a_miniature_the_model_itself_is_looked_at() -> None:
-    model = LanguageModel(six_heads().to(torch.bfloat16))
-    assert miniature.build(model.model, model.config) is not None  # its heads stay
+    model = LanguageModel(one_size().bfloat16())
+    assert miniature.build(model.model, model.config) is None
     assert model.capability.level == "tree"
 
 
 def test_a_window_that_cant_be_crossed_is_not_believed_in() -> None:
-    class Odd(NoMiniature):
-        def __init__(self, config: Any) -> None:
-            if config.vocab_size != VOCAB + 6:
-                raise ValueError("its own vocabulary")
-            super().__init__(config)
-
-    config = six_heads().config
-    config.vocab_size, config.local_window_size = VOCAB + 6, 5000
-    config.max_position_embeddings = 9000
-    model = LanguageModel(Odd(config).eval())
+    model = LanguageModel(
+        one_size(local_window_size=5000, max_position_embeddings=9000)
+    )
     assert model.capability.level == "plain"
     assert "local_window_size of 5000" in model.capability.reason
 
@@ -237,7 +238,17 @@ def test_a_miniature_keeps_the_kinds_of_layers_and_shortens_their_windows() -> N
     with torch.device("meta"):
         real = transformers.Gemma3ForCausalLM(config)
     small: Any = miniature.build(real, config)
-    assert small.config.layer_types == config.layer_types[:6]
+    assert small.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
     assert small.config.sliding_window < 32
     assert sum(p.numel() for p in small.parameters()) < 5e6
     assert config.sliding_window == 4096
+
+
+def test_texts_read_as_a_batch_get_the_logits_of_the_callers_model() -> None:
+    module = tiny_module("gemma3")
+    ids = torch.tensor([random_ids(20, seed=1), random_ids(20, seed=2)])
+    with torch.inference_mode():
+        ours, theirs = (
+            m(input_ids=ids).logits for m in (LanguageModel(module).model, module)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
