@@ -33,6 +33,7 @@ from adaptspec_plugins.heads.fakes import attach_tiny_heads
 NEW_TOKENS = 12
 SAMPLING = Controls(max_new_tokens=NEW_TOKENS, temperature=0.8, seed=1)
 SAMPLED = (1, 3)  # which of them are sampled after
+EXACT = (torch.float32, torch.float64)
 # Logits differ by rounding: relative to their spread, in float32.
 LAW_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 1e-5
@@ -146,7 +147,10 @@ class Reference:
         self, ids: tuple[int, ...], tokens: tuple[int, ...], moved: float
     ) -> bool:
         """Whether rounding can move a logit of this output so far."""
-        return moved <= self.noise(ids, tokens) or moved <= self.shaken(ids, tokens)
+        if moved <= self.noise(ids, tokens):
+            return True
+        # In the wider types a tie of experts is too rare to look for.
+        return self.dtype not in EXACT and moved <= self.shaken(ids, tokens)
 
     def _forced(
         self, module: Any, ids: tuple[int, ...], tokens: tuple[int, ...]
@@ -411,7 +415,7 @@ def _law_problem(
     worst = int(errors.nan_to_num(torch.inf).argmax())
     error = float(errors[worst])
     report.law_error = max(report.law_error, error)
-    if reference.dtype in (torch.float32, torch.float64) and error <= LAW_TOLERANCE:
+    if reference.dtype in EXACT and error <= LAW_TOLERANCE:
         return ""
     if reference.explains(ids, tokens, error * spread / 2):
         return ""

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 import pytest
+import transformers
+from transformers.models.auto import modeling_auto
 
 import adaptspec_plugins
 import adaptspec_profiles.plugin
@@ -72,6 +74,14 @@ def test_every_command_and_option_is_documented(host: Host) -> None:
             check(child, f"{path} {name}")
 
     check(build_cli(host), "adaptspec")
+
+
+def test_every_family_of_its_transformers_is_in_the_table_of_families() -> None:
+    page = (DOCS / "families.md").read_text()
+    assert "python benchmarks/families.py" in page
+    if f"transformers {transformers.__version__}," in page:
+        for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            assert f"| {name} |" in page
 
 
 def test_links_between_pages_lead_somewhere() -> None:

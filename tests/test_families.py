@@ -6,12 +6,17 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from adaptspec.decoding import engine
+from adaptspec.decoding.verify import Accepted, accept_matching
+from adaptspec.host import Host
+from adaptspec.models import Forward, LanguageModel
 from adaptspec.testing.fakes import tiny_module
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -68,23 +73,43 @@ def test_families_are_built_compared_and_put_in_a_table(tmp_path: Path) -> None:
     assert "float32: 1 chains, 1 plain, 1 not built" in done.stdout
 
 
-def test_an_engine_that_believes_its_drafts_is_found_out() -> None:
+def test_an_engine_that_believes_its_drafts_is_found_out(
+    checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every first child is accepted, whatever the target says."""
-    broken = """
-import adaptspec.decoding.engine as engine
-right = engine.accept_matching
-def believe(tree, choose):
-    accepted = right(tree, choose)
-    if len(accepted.path) == 1 and tree.children[0]:
-        return engine.Accepted([0, tree.children[0][0]], accepted.token)
-    return accepted
-engine.accept_matching = believe
-"""
-    done = run("--only", "gpt2", "--dtype", "float32", first=broken)
-    assert done.returncode == 1
-    assert "WRONG (trees)" in done.stdout
-    assert "draft_model: greedy after" in done.stdout
-    assert "autoregressive:" not in done.stdout
+
+    def believe(tree: Any, choose: Any) -> Any:
+        accepted = accept_matching(tree, choose)
+        if len(accepted.path) == 1 and tree.children[0]:
+            return Accepted([0, tree.children[0][0]], accepted.token)
+        return accepted
+
+    monkeypatch.setattr(engine, "accept_matching", believe)
+    names = ["autoregressive", "draft_model", "prompt_lookup"]
+    prompts = [(5, 9, 33), (4, 8, 5) * 3]
+    report = checks.check(tiny_module("gpt2"), Host.installed(), prompts, names)
+    assert set(report.wrong) == {"draft_model", "prompt_lookup"}
+    assert report.wrong["draft_model"][0].startswith("greedy after 3: ")
+    assert report.equal < report.compared
+
+
+def test_a_plain_step_that_is_wrong_is_found_out(
+    checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token's logits, which no draft has to do with."""
+    prefill = LanguageModel.prefill
+
+    def shifted(self: LanguageModel, *args: Any, **options: Any) -> Forward:
+        forward = prefill(self, *args, **options)
+        return replace(forward, logits=forward.logits.roll(1, -1))
+
+    module = tiny_module("gpt2")
+    model = LanguageModel(module)
+    assert model.capability.level == "tree"
+    monkeypatch.setattr(checks, "LanguageModel", lambda _: model)
+    monkeypatch.setattr(LanguageModel, "prefill", shifted)
+    report = checks.check(module, Host.installed(), [(5, 9, 33)], ["autoregressive"])
+    assert "autoregressive" in report.wrong
 
 
 def test_a_family_that_kills_its_process_or_hangs_ends_nothing_else() -> None:
