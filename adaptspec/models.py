@@ -233,7 +233,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _trial(self) -> Iterator[None]:
         """Passes over one sequence: a few tokens, then one by one."""
-        cache, start = self.plain_cache().inner, 0
+        cache, start = self.plain_cache(anew=False).inner, 0
         for count in (3, 1, 1):
             arguments: dict[str, Any] = {
                 "input_ids": torch.ones((1, count), dtype=torch.long).to(self.device),

@@ -173,7 +173,7 @@ def test_masks_that_leave_out_the_middle_or_dont_fit_are_refused(
         (1.5, "got float"),
         (Path("notes.txt"), r"PosixPath.*read_text"),
         (b"w5 w9", "got bytes; decode it first"),
-        ((i for i in IDS), "got generator; make a list"),
+        pytest.param((i for i in IDS), "got generator; make a list", id="a generator"),
         ({5, 9}, "got set"),
         ([], "at least one token"),
         ("", "the prompt is empty"),
