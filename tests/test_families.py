@@ -47,6 +47,15 @@ def run(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_model_with_a_tower_that_knows_one_attention_is_loaded() -> None:
+    module = benchmark("tiny_families").tiny_module("gemma4")
+    towers = {type(part).__name__: part for part in module.modules()}
+    model = LanguageModel(module)
+    assert model.capability.level == "tree"
+    tower = towers["Gemma4AudioModel"].config._attn_implementation
+    assert module.config._attn_implementation == "sdpa" != tower
+
+
 def test_families_are_built_compared_and_put_in_a_table(tmp_path: Path) -> None:
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
     done = run(

@@ -98,7 +98,9 @@ def use_grouped_attention(view: Any) -> bool:
         and groups < torch.get_num_threads()
     ):
         return False
-    view.set_attn_implementation(NAME)
+    # Towers for pictures and sound keep theirs: some have no choice.
+    parts = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    view.set_attn_implementation(dict.fromkeys(["", *parts], NAME))
     return True
 
 

@@ -59,7 +59,7 @@ class Way:
     def __str__(self) -> str:
         if self.level == "plain":
             return "texts read anew" if self.anew else "its own caches"
-        return f"{self.level}s" if self.masked else f"{self.level}s without a mask"
+        return f"{self.level}s" if self.masked else f"{self.level}s without masks"
 
 
 WAYS = (
@@ -84,6 +84,7 @@ def probe(model: LanguageModel) -> Capability:
     subject, unseen = _subject(model)
     _check_causal(subject or model)
     reasons: list[str] = []
+    failed: dict[str, list[str]] = {}  # problem -> the ways that have it
     first = 0
     if getattr(model.model, "_is_stateful", False):
         first = 3
@@ -101,13 +102,11 @@ def probe(model: LanguageModel) -> Capability:
                 problem = _glance(model, way)
         if problem is None:
             model.use_masks = way.masked
-            return Capability(way.level, "; ".join(reasons), way.anew)
-        if not any(reason.startswith(f"{way} fail") for reason in reasons):
-            reasons.append(
-                f"{way} fail{'' if str(way).endswith('s') else 's'}: {problem}"
-            )
+            told = [f"{', '.join(ways)} fail: {why}" for why, ways in failed.items()]
+            return Capability(way.level, "; ".join([*reasons, *told]), way.anew)
+        failed.setdefault(problem, []).append(str(way))
     raise ModelLoadError(
-        f"{model.name} can't be decoded as its own generate does: {reasons[-1]}"
+        f"{model.name} can't be decoded as its own generate does: {way} fail: {problem}"
     )
 
 
