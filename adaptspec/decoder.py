@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,25 +14,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptspec.chat import last_message
-from adaptspec.classify import KEY as CLASSIFIER
-from adaptspec.classify import UNKNOWN, Classifier, prompt_text
-from adaptspec.costs import stored_costs, use_costs
+from adaptspec.classes.classifier import KEY as CLASSIFIER
+from adaptspec.classes.classifier import UNKNOWN, Classifier
+from adaptspec.classes.last_message import last_message
+from adaptspec.classes.state_features import pooled
+from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.decoding.stats import RunStats
+from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
 from adaptspec.knowledge import KnowledgeKeeper
-from adaptspec.models import LanguageModel, load_model
-from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
-from adaptspec.prompts import Prompt
+from adaptspec.model.hardware_costs import stored_costs, use_costs
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.loading import load_model
+from adaptspec.model.prompts import Prompt
+from adaptspec.profile import PLAIN, Profile, ProfileStore
 from adaptspec.selector import Choice, measured_here, select
-from adaptspec.states import pooled
 from adaptspec.strategy import Needs, union
 from adaptspec.streaming import TextPieces
-from adaptspec.trained import digest_of, name_of
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
@@ -587,40 +587,6 @@ def _opens_stores(host: Host) -> bool:
         "open_profile_store" in plugin.hooks and plugin.error is None
         for plugin in host.plugins
     )
-
-
-def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environment:
-    """What a measurement with these models, on this machine, holds for."""
-    packages: Sequence[str] = ("adaptspec", "torch", "transformers")
-    return Environment(
-        model=model.digest,
-        model_name=model.name,
-        draft=draft.digest if draft else None,
-        draft_name=draft.name if draft else None,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        device_name=device_name(model.device),
-        threads=torch.get_num_threads(),
-        heads=digest_of(model.heads.values()),
-        heads_name=name_of(model.heads.values()),
-        versions={
-            **{name: version(name) for name in packages},
-            "python": platform.python_version(),
-        },
-    )
-
-
-def device_name(device: torch.device) -> str:
-    """What the machine calls its processor or accelerator."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _language_model(

@@ -11,10 +11,10 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from adaptspec.models import LanguageModel
+    from adaptspec.heads.protocol import TrainedHeads
+    from adaptspec.model.language_model import LanguageModel
     from adaptspec.profile import ProfileStore
     from adaptspec.strategy import Baseline, Strategy
-    from adaptspec.trained import TrainedHeads
 
 PROJECT = "adaptspec"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -27,10 +27,10 @@ from adaptspec.hookspecs import PROJECT
 if TYPE_CHECKING:
     import click
 
-    from adaptspec.models import LanguageModel
+    from adaptspec.heads.protocol import TrainedHeads
+    from adaptspec.model.language_model import LanguageModel
     from adaptspec.profile import ProfileStore
     from adaptspec.strategy import Baseline, Strategy
-    from adaptspec.trained import TrainedHeads
 
 BLOCK_VARIABLE = "ADAPTSPEC_BLOCK_PLUGINS"
 

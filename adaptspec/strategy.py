@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from adaptspec.decoding.ids import Continuation
-from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.params import Params, Scalar
+from adaptspec.token_ids import Continuation
+from adaptspec.token_tree import Law, TokenTree
 
 if TYPE_CHECKING:
     import torch
 
-    from adaptspec.decoding.cache import TreeCache
-    from adaptspec.decoding.gate import GateMemory
-    from adaptspec.decoding.verify import Typical
-    from adaptspec.models import LanguageModel
+    from adaptspec.decoding.acceptance import Typical
+    from adaptspec.model.cache import TreeCache
+    from adaptspec.model.language_model import LanguageModel
 
 __all__ = [
     "Baseline",
@@ -238,13 +236,6 @@ class Strategy(ABC):
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
-
-    @functools.cached_property
-    def gate_memory(self) -> GateMemory:
-        """What the gate knows of this object's speed (``DraftingParams.gate``)."""
-        from adaptspec.decoding.gate import GateMemory
-
-        return GateMemory()
 
     @property
     def acceptance(self) -> Typical | None:

@@ -26,21 +26,26 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from adaptspec.classify import STATES, TEXT
-from adaptspec.costs import ForwardCosts
+from adaptspec.classes.classifier import STATES, TEXT
+from adaptspec.classes.state_features import pooled, states_layer
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import load_model
-from adaptspec.states import pooled, states_layer
+from adaptspec.model.hardware_costs import ForwardCosts
+from adaptspec.model.loading import load_model
 from adaptspec.strategy import Needs, Strategy
-from adaptspec_tuner.classes import classified, discover, probed, replayed_gains
-from adaptspec_tuner.profiler import Recording, Setting
-from adaptspec_tuner.replay import Replayer
-from adaptspec_tuner.space import suggest
-from adaptspec_tuner.workloads import DEFAULT_CLASS, Prompt, Workload, read_workload
-from adaptspec_tuner.workloads import split as divided
+from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, read_workload
+from adaptspec.workloads import split as divided
+from adaptspec_tuner.classes.discover import (
+    classified,
+    discover,
+    probed,
+    replayed_gains,
+)
+from adaptspec_tuner.measuring.profiler import Recording, Setting
+from adaptspec_tuner.replaying.replayer import Replayer
+from adaptspec_tuner.searching.space import suggest
 from contenders import PLAIN
 from recorded import record
 

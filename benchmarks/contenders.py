@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
-from adaptspec.decoding.cache import TreeCache
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
-from adaptspec.decoding.tree import TokenTree
 from adaptspec.host import Host
-from adaptspec.models import Forward, LanguageModel
+from adaptspec.model.cache import TreeCache
+from adaptspec.model.forward import Forward
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Strategy
+from adaptspec.token_tree import TokenTree
 
 HF, PLAIN = "hf_generate", "autoregressive"
 

@@ -34,7 +34,7 @@ import torch
 import transformers
 
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from family_checks import Report, check
 from tiny_families import case_names, class_name, prompts_of, tiny_module
 

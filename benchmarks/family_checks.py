@@ -13,10 +13,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.decoding.tree import Law
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.params import Scalar
 from adaptspec.strategy import (
     Context,
@@ -28,7 +27,8 @@ from adaptspec.strategy import (
     TokenTree,
 )
 from adaptspec.testing.fakes import noisy_draft
-from adaptspec_plugins.heads.fakes import attach_tiny_heads
+from adaptspec.testing.heads import attach_tiny_heads
+from adaptspec.token_tree import Law
 
 NEW_TOKENS = 12
 SAMPLING = Controls(max_new_tokens=NEW_TOKENS, temperature=0.8, seed=1)

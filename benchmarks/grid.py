@@ -24,25 +24,19 @@ from typing import Any
 
 import click
 
-from adaptspec.costs import HardwareCosts, measure_costs, store_costs
-from adaptspec.decoder import environment_of
 from adaptspec.decoding.engine import Engine
+from adaptspec.environment import environment_of
 from adaptspec.host import Host
-from adaptspec.models import load_model
+from adaptspec.model.hardware_costs import HardwareCosts, measure_costs, store_costs
+from adaptspec.model.loading import load_model
 from adaptspec.params import Scalar
+from adaptspec.workloads import Prompt, Workload, example_workload, read_workload, split
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.bootstrap import overall
-from adaptspec_tuner.confirm import confirm
-from adaptspec_tuner.profiler import PLAIN_SETTING, Profiler, Setting
-from adaptspec_tuner.report import told_errors
-from adaptspec_tuner.tuning import tune
-from adaptspec_tuner.workloads import (
-    Prompt,
-    Workload,
-    example_workload,
-    read_workload,
-    split,
-)
+from adaptspec_tuner.confirming.confirm import confirm
+from adaptspec_tuner.measuring.bootstrap import overall
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
+from adaptspec_tuner.reporting.result import told_errors
+from adaptspec_tuner.tune import tune
 
 AXES: Mapping[str, Mapping[str, Sequence[Scalar]]] = {
     "prompt_lookup": {

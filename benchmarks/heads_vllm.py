@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from adaptspec_plugins.heads.medusa import MedusaHeads
+    from adaptspec.heads.medusa import MedusaHeads
 
 STATES, FOUND = "states.safetensors", "found.safetensors"
 POSITIONS = 6
@@ -59,9 +59,9 @@ def write_layouts(work: Path) -> tuple[Path, dict[str, tuple[Path, MedusaHeads]]
     """A tiny target, and random heads of every kind that training makes."""
     import torch
 
+    from adaptspec.heads.checkpoints import write_heads
+    from adaptspec.heads.medusa import MedusaHeads, Output
     from adaptspec.testing.fakes import VOCAB, tiny_module, tiny_tokenizer
-    from adaptspec_plugins.heads.checkpoints import write_heads
-    from adaptspec_plugins.heads.medusa import MedusaHeads, Output
 
     target = work / "target"
     module = tiny_module("llama")
@@ -110,7 +110,7 @@ def compare(
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig
 
-    from adaptspec_plugins.heads.checkpoints import read_heads
+    from adaptspec.heads.checkpoints import read_heads
 
     config = AutoConfig.from_pretrained(target)
     torch.manual_seed(0)

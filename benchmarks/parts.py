@@ -13,17 +13,18 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
-from adaptspec.decoder import environment_of
-from adaptspec.decoding.argmax import argmax_rows
-from adaptspec.decoding.controls import Controls, Processors
+from adaptspec.acceleration.argmax import argmax_rows
+from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
+from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler
-from adaptspec.decoding.tree import TokenTree
+from adaptspec.environment import environment_of
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import select
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target
 from adaptspec.testing.stores import example_profile
+from adaptspec.token_tree import TokenTree
 from contenders import PLAIN
 from tables import spread
 

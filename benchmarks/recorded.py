@@ -31,17 +31,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from adaptspec.costs import ForwardCosts, measure_costs
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel, load_model
+from adaptspec.model.hardware_costs import ForwardCosts, measure_costs
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.loading import load_model
 from adaptspec.strategy import Strategy, union
-from adaptspec_tuner.presearch import presearch
-from adaptspec_tuner.profiler import PLAIN_SETTING, Recording, Sample, Setting
-from adaptspec_tuner.replay import Replayer
-from adaptspec_tuner.workloads import Prompt, Workload, read_workload
+from adaptspec.workloads import Prompt, Workload, read_workload
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Recording, Sample, Setting
+from adaptspec_tuner.replaying.presearch import presearch
+from adaptspec_tuner.replaying.replayer import Replayer
 from contenders import PLAIN
 from run import parse_contender
 from tables import ALL

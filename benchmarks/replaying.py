@@ -21,16 +21,16 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from adaptspec.costs import ForwardCosts
 from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import load_model
+from adaptspec.model.hardware_costs import ForwardCosts
+from adaptspec.model.loading import load_model
 from adaptspec.strategy import Strategy
-from adaptspec_tuner.presearch import TRIALS, Presearch, presearch
-from adaptspec_tuner.profiler import Recording, Setting
-from adaptspec_tuner.replay import Replayer
-from adaptspec_tuner.workloads import Prompt, read_workload, split
+from adaptspec.workloads import Prompt, read_workload, split
+from adaptspec_tuner.measuring.profiler import Recording, Setting
+from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, presearch
+from adaptspec_tuner.replaying.replayer import Replayer
 from recorded import record
 
 STRATEGIES = ("prompt_lookup", "suffix")

@@ -25,13 +25,14 @@ from typing import Any
 import click
 from rich.console import Console
 
-from adaptspec.decoder import environment_of
 from adaptspec.decoding.engine import Engine
+from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel, load_model
-from adaptspec_tuner.profiler import first_difference, near_tie
-from adaptspec_tuner.workloads import Workload, example_workload, read_workload
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.loading import load_model
+from adaptspec.workloads import Workload, example_workload, read_workload
+from adaptspec_tuner.measuring.profiler import first_difference, near_tie
 from contenders import (
     HF,
     PLAIN,

@@ -23,14 +23,14 @@ from typing import Any
 import click
 import optuna
 
-from adaptspec.costs import measure_costs
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
-from adaptspec.models import load_model
-from adaptspec_tuner.profiler import PLAIN_SETTING, Profiler, Setting
-from adaptspec_tuner.replay import Replayer
-from adaptspec_tuner.space import defaults, suggest, tuned
-from adaptspec_tuner.workloads import Prompt, example_workload, read_workload
+from adaptspec.model.hardware_costs import measure_costs
+from adaptspec.model.loading import load_model
+from adaptspec.workloads import Prompt, example_workload, read_workload
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
+from adaptspec_tuner.replaying.replayer import Replayer
+from adaptspec_tuner.searching.space import defaults, suggest, tuned
 
 STRATEGIES = ("prompt_lookup", "suffix")
 MARKS = (5, 10, 20, 40)

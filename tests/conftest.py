@@ -23,8 +23,8 @@ MOST_WORKERS = 4  # each takes up to 2 GiB of memory
 
 # What takes seconds to import. None of it starts a thread, so processes fork safely.
 WARM = [
-    "adaptspec_tuner.tuning",
-    "adaptspec_training.training",
+    "adaptspec_tuner.tune",
+    "adaptspec_training.trainer",
     "adaptspec_profiles.sql",
     "optuna",
     "psutil",

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
 from adaptspec.testing.fakes import tiny_model, tiny_module, tiny_tokenizer
-from adaptspec_tuner.workloads import Prompt
+from adaptspec.workloads import Prompt
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

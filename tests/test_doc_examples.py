@@ -12,9 +12,9 @@ from click.testing import CliRunner
 import adaptspec_profiles.plugin
 from adaptspec import hookspecs
 from adaptspec.cli import build_cli
-from adaptspec.decoder import environment_of
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.environment import environment_of
 from adaptspec.errors import HeadsLoadError
 from adaptspec.host import Host
 from adaptspec.testing.fakes import hf_greedy, random_ids, tiny_model

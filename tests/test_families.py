@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from adaptspec.decoding import engine
-from adaptspec.decoding.verify import Accepted, accept_matching
+from adaptspec.decoding.acceptance import Accepted, accept_matching
 from adaptspec.host import Host
-from adaptspec.models import Forward, LanguageModel
+from adaptspec.model.forward import Forward
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import tiny_module
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

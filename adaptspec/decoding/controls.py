@@ -13,12 +13,10 @@ import torch
 from transformers import GenerationConfig
 
 from adaptspec.decoding.generation_fields import FIELDS, refuse_unsupported
-from adaptspec.decoding.ids import GrowingTensor
-from adaptspec.decoding.processing import Step, steps_of
 from adaptspec.errors import UnsupportedControlError
 
 if TYPE_CHECKING:
-    from adaptspec.models import LanguageModel
+    from adaptspec.model.language_model import LanguageModel
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -220,74 +218,6 @@ def _temperature(
             "for greedy decoding"
         )
     return temperature
-
-
-class Processors:
-    """The controls as a function of ids and logits, for one prompt.
-
-    Scores are transformers' own processors' in transformers' order.
-
-    Args:
-        steps: Those in force; None: all that the controls ask for.
-    """
-
-    def __init__(
-        self,
-        controls: Controls,
-        prompt_length: int,
-        device: torch.device,
-        steps: Sequence[Step] | None = None,
-    ) -> None:
-        self.temperature = controls.temperature
-        self.greedy = controls.temperature == 0
-        self._given = controls, prompt_length, device
-        self._steps = (
-            steps_of(controls, prompt_length, device) if steps is None else steps
-        )
-        self._past = GrowingTensor(device)
-
-    @property
-    def trivial(self) -> bool:
-        """Whether scores are the logits as they are."""
-        return not self._steps
-
-    @property
-    def pure(self) -> bool:
-        """Whether all are known to be functions of ids and scores.
-
-        Others (a grammar moves on with each call) are asked once for each emitted
-        token, in order, and never about a draft.
-        """
-        return all(step.pure for step in self._steps)
-
-    def for_drafts(self) -> Processors:
-        """Those that may be asked about any continuation, in any order."""
-        return Processors(*self._given, [step for step in self._steps if step.pure])
-
-    def __call__(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """Scores ``[vocab]`` (float32) of the token after ``ids``.
-
-        Raises:
-            UnsupportedControlError: if a control doesn't fit the vocabulary.
-        """
-        scores = logits.float()
-        if not self._steps:
-            return scores
-        past = self._past.of(ids)
-        scores = scores[None].clone()
-        for name, processor in self._steps:
-            try:
-                scores = processor(past, scores)
-            except (ValueError, IndexError) as error:
-                if not name:  # a caller's own
-                    raise
-                if not math.isfinite(float(scores.amax())):
-                    break  # nothing is left to choose from, which the sampler says
-                text = str(error).strip().splitlines()
-                raise UnsupportedControlError(
-                    f"{name} can't be applied: {text[0] if text else error!r}"
-                ) from None
-        return scores[0]
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -6,31 +6,35 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
-from adaptspec.decoding.controls import Controls, Processors
-from adaptspec.decoding.gate import Gate
-from adaptspec.decoding.ids import Continuation
-from adaptspec.decoding.rotary import depth_limit
-from adaptspec.decoding.sampling import Sampler, choosable, no_valid_token
-from adaptspec.decoding.stats import RunStats, StepStats
-from adaptspec.decoding.stopping import Stopping
-from adaptspec.decoding.tree import Law, TokenTree
-from adaptspec.decoding.verify import (
+from adaptspec.decoding.acceptance import (
     Accepted,
     accept_matching,
     accept_sampled,
     accept_typical,
 )
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.gate import Gate, GateMemory
+from adaptspec.decoding.processing import Processors
+from adaptspec.decoding.sampling import Sampler, choosable, no_valid_token
+from adaptspec.decoding.stats import RunStats, StepStats
+from adaptspec.decoding.stopping import Stopping
 from adaptspec.errors import (
     InvalidPromptError,
     NoValidTokenError,
     SequenceStateError,
     UnavailableStrategyError,
 )
-from adaptspec.models import Forward, LanguageModel
+from adaptspec.model.forward import Forward
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.rotary import depth_limit
+from adaptspec.params import DraftingParams
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec.token_ids import Continuation
+from adaptspec.token_tree import Law, TokenTree
 
 Answer = TypeVar("Answer")
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
@@ -66,6 +70,12 @@ class Engine:
         self.model = model
         self.draft = draft
         self.clock = clock or perf_counter
+        # What the gate knows of each strategy's speed here.
+        self._gates: WeakKeyDictionary[Strategy, GateMemory] = WeakKeyDictionary()
+
+    def gate_memory(self, strategy: Strategy) -> GateMemory:
+        """What the gate knows of a strategy's speed here, across its generations."""
+        return self._gates.setdefault(strategy, GateMemory())
 
     def generate(
         self,
@@ -110,6 +120,7 @@ class Run:
         controls: Controls,
     ) -> None:
         model = engine.model
+        self._engine = engine
         self._model, self._draft = model, engine.draft
         for one in (model, engine.draft):
             if one is not None:
@@ -199,13 +210,15 @@ class Run:
                 clock=self._clock,
             )
         )
-        if getattr(self._strategy.params, "gate", False):
+        params = self._strategy.params
+        if isinstance(params, DraftingParams) and params.gate:
             drafter = Gate(
                 drafter,
-                self._strategy.gate_memory,
+                self._engine.gate_memory(self._strategy),
                 self._clock,
                 prompt=self._prompt,
-                reads=self._strategy.needs_draft or self._strategy.needs_other_draft,
+                reads=self._draft is not None
+                and self._strategy.uses_draft(model, self._draft),
                 prefill=self._stats.seconds_prefill,
             )
         try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adaptspec.decoding.tree import TokenTree
 from adaptspec.strategy import Context, Drafter, Outcome
+from adaptspec.token_tree import TokenTree
 
 TRIAL_STEPS = 3  # drafting steps before a verdict
 PLAIN_EVERY = 48  # drafting steps between two looks at a plain step

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.generation import logits_process as hf
 
+from adaptspec.decoding.controls import Controls
 from adaptspec.errors import UnsupportedControlError
+from adaptspec.token_ids import GrowingTensor
 
 if TYPE_CHECKING:
     from adaptspec.decoding.controls import Controls
@@ -224,3 +227,71 @@ def _warpers(c: Controls, device: torch.device) -> _Steps:
 def _pairs(bias: Any) -> Any:
     """Stored as JSON, tuples of ids are lists, which transformers takes as well."""
     return dict(bias) if hasattr(bias, "items") else [list(pair) for pair in bias]
+
+
+class Processors:
+    """The controls as a function of ids and logits, for one prompt.
+
+    Scores are transformers' own processors' in transformers' order.
+
+    Args:
+        steps: Those in force; None: all that the controls ask for.
+    """
+
+    def __init__(
+        self,
+        controls: Controls,
+        prompt_length: int,
+        device: torch.device,
+        steps: Sequence[Step] | None = None,
+    ) -> None:
+        self.temperature = controls.temperature
+        self.greedy = controls.temperature == 0
+        self._given = controls, prompt_length, device
+        self._steps = (
+            steps_of(controls, prompt_length, device) if steps is None else steps
+        )
+        self._past = GrowingTensor(device)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether scores are the logits as they are."""
+        return not self._steps
+
+    @property
+    def pure(self) -> bool:
+        """Whether all are known to be functions of ids and scores.
+
+        Others (a grammar moves on with each call) are asked once for each emitted
+        token, in order, and never about a draft.
+        """
+        return all(step.pure for step in self._steps)
+
+    def for_drafts(self) -> Processors:
+        """Those that may be asked about any continuation, in any order."""
+        return Processors(*self._given, [step for step in self._steps if step.pure])
+
+    def __call__(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """Scores ``[vocab]`` (float32) of the token after ``ids``.
+
+        Raises:
+            UnsupportedControlError: if a control doesn't fit the vocabulary.
+        """
+        scores = logits.float()
+        if not self._steps:
+            return scores
+        past = self._past.of(ids)
+        scores = scores[None].clone()
+        for name, processor in self._steps:
+            try:
+                scores = processor(past, scores)
+            except (ValueError, IndexError) as error:
+                if not name:  # a caller's own
+                    raise
+                if not math.isfinite(float(scores.amax())):
+                    break  # nothing is left to choose from, which the sampler says
+                text = str(error).strip().splitlines()
+                raise UnsupportedControlError(
+                    f"{name} can't be applied: {text[0] if text else error!r}"
+                ) from None
+        return scores[0]

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaptspec.decoding.argmax import argmax_rows
+from adaptspec.acceleration.argmax import argmax_rows
 from adaptspec.errors import NoValidTokenError
 
 if TYPE_CHECKING:
-    from adaptspec.decoding.controls import Processors
+    from adaptspec.decoding.processing import Processors
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -9,7 +9,7 @@ from adaptspec.errors import UnsupportedControlError
 
 if TYPE_CHECKING:
     from adaptspec.decoding.controls import Controls
-    from adaptspec.models import LanguageModel
+    from adaptspec.model.language_model import LanguageModel
 
 
 class Stopping:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import (
     Context,
     Drafter,

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from adaptspec.decoding.controls import Controls, Processors
+from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation
+from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler
-from adaptspec.decoding.tree import Law, TokenTree
 from adaptspec.errors import InvalidParamsError, UnavailableStrategyError
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.params import Params, Scalar
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target
 from adaptspec.testing.fakes import (
@@ -29,6 +29,7 @@ from adaptspec.testing.fakes import (
     random_ids,
     tiny_model,
 )
+from adaptspec.token_tree import Law, TokenTree
 
 Setting = Mapping[str, Scalar]
 

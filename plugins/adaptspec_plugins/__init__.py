@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING
 from adaptspec.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from adaptspec.models import LanguageModel
+    from adaptspec.heads.protocol import TrainedHeads
+    from adaptspec.model.language_model import LanguageModel
     from adaptspec.strategy import Baseline, Strategy
-    from adaptspec.trained import TrainedHeads
 
 
 @hookimpl
 def register_strategies() -> list[type[Strategy]]:
     """Plain decoding, free drafters, drafts of a model, and the mixture of them."""
     from adaptspec_plugins.autoregressive import Autoregressive
-    from adaptspec_plugins.draft_model import DraftModel
-    from adaptspec_plugins.draft_tree import DraftTree
+    from adaptspec_plugins.draft.chain import DraftModel
+    from adaptspec_plugins.draft.tree import DraftTree
     from adaptspec_plugins.early_exit import EarlyExit
-    from adaptspec_plugins.hybrid import Hybrid
+    from adaptspec_plugins.hybrid.strategy import Hybrid
     from adaptspec_plugins.lookahead import Lookahead
-    from adaptspec_plugins.medusa import Medusa, MedusaTypical
+    from adaptspec_plugins.medusa.strategy import Medusa, MedusaTypical
     from adaptspec_plugins.prompt_lookup import PromptLookup
-    from adaptspec_plugins.suffix import Suffix
-    from adaptspec_plugins.token_recycling import TokenRecycling
-    from adaptspec_plugins.universal_draft import UniversalDraft
+    from adaptspec_plugins.suffix.strategy import Suffix
+    from adaptspec_plugins.token_recycling.strategy import TokenRecycling
+    from adaptspec_plugins.universal_draft.strategy import UniversalDraft
 
     return [
         Autoregressive,
@@ -47,7 +47,11 @@ def register_strategies() -> list[type[Strategy]]:
 @hookimpl
 def register_baselines() -> list[type[Baseline]]:
     """Hugging Face's own ``generate``: plain, assisted, prompt lookup."""
-    from adaptspec_plugins.hf_generate import HFAssisted, HFGenerate, HFPromptLookup
+    from adaptspec_plugins.baselines.huggingface import (
+        HFAssisted,
+        HFGenerate,
+        HFPromptLookup,
+    )
 
     return [HFGenerate, HFAssisted, HFPromptLookup]
 
@@ -55,6 +59,6 @@ def register_baselines() -> list[type[Baseline]]:
 @hookimpl
 def open_heads(path: Path, model: LanguageModel) -> TrainedHeads | None:
     """Medusa's, in any layout."""
-    from adaptspec_plugins.heads import open_medusa
+    from adaptspec.heads import open_medusa
 
     return open_medusa(path, model)

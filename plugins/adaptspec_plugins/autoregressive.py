@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 
 if TYPE_CHECKING:
-    from adaptspec.models import LanguageModel
+    from adaptspec.model.language_model import LanguageModel
 
 
 class Autoregressive(Strategy):

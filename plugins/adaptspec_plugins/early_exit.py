@@ -15,13 +15,13 @@ from pydantic import Field
 
 from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
-from adaptspec_plugins._draft_chain import DraftChain, DraftLaw
+from adaptspec_plugins.draft.drawing import DraftChain, DraftLaw
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from adaptspec.models import LanguageModel
+    from adaptspec.model.language_model import LanguageModel
 
 # Rounding moves keys and values by less; another layer's differ by about 1.
 TOLERANCE = 0.05

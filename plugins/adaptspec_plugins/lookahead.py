@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from adaptspec.decoding.argmax import argmax_rows
+from adaptspec.acceleration.argmax import argmax_rows
 from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec_training.conversations import Example
 
 # A batch is made smaller once only this share of it is still being answered.

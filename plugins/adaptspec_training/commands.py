@@ -244,13 +244,13 @@ def medusa(
     The model answers the prompts itself and the heads learn what it says. Stopped or
     killed, the same command continues.
     """
+    from adaptspec.cli.progress import Progress
+    from adaptspec.cli.quantities import duration
     from adaptspec.errors import TrainingError
     from adaptspec_training.conversations import read_data
     from adaptspec_training.options import Options
     from adaptspec_training.pipeline import train_medusa
     from adaptspec_training.report import print_report
-    from adaptspec_tuner.commands import duration
-    from adaptspec_tuner.progress import Progress
 
     seconds = None if answer_budget is None else duration(answer_budget)
     if answer_budget is not None and seconds is None:

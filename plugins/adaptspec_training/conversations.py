@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import InvalidPromptError, WorkloadError
-from adaptspec.models import LanguageModel
-from adaptspec_tuner.workloads import Message, Prompt, Workload, read_workload
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.workloads import Message, Prompt, Workload, read_workload
 
 # Speakers of the ShareGPT layout, by the role a chat template knows.
 SPEAKERS = {

@@ -20,7 +20,7 @@ import torch
 
 from adaptspec.errors import TrainingError
 from adaptspec_training.conversations import Example
-from adaptspec_training.training import replace_file
+from adaptspec_training.trainer import replace_file
 
 ANSWERS, FEATURES = "answers.jsonl", "features.bin"
 KEPT_FREE = 1 << 30  # bytes of the disk that are never filled

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from adaptspec.errors import TrainingError
-from adaptspec.models import LanguageModel, load_model
-from adaptspec_plugins.heads.attached import hidden_problem
-from adaptspec_plugins.heads.medusa import Output
-from adaptspec_training.medusa import DECAY
+from adaptspec.heads.attached import hidden_problem
+from adaptspec.heads.medusa import Output
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.loading import load_model
+from adaptspec_training.heads_trainee import DECAY
 
 NO_PEFT = (
     "medusa-2 trains the target through LoRA and needs peft; install adaptspec[train]"

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from adaptspec.cli.progress import Progress
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import TrainingError
-from adaptspec.models import LanguageModel
-from adaptspec_plugins.heads.checkpoints import check_folder, write_heads
-from adaptspec_plugins.heads.medusa import MedusaHeads
+from adaptspec.heads.checkpoints import check_folder, write_heads
+from adaptspec.heads.medusa import MedusaHeads
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.workloads import Prompt, Workload
 from adaptspec_training.answering import Answers
 from adaptspec_training.conversations import (
     Example,
@@ -28,13 +30,7 @@ from adaptspec_training.conversations import (
     without_answers,
 )
 from adaptspec_training.corpus import Corpus, keeps_features
-from adaptspec_training.joint import (
-    HEADS_WEIGHT,
-    HEADS_WEIGHT_DISTILLED,
-    JointTrainee,
-    with_adapters,
-)
-from adaptspec_training.medusa import (
+from adaptspec_training.heads_trainee import (
     PATHS,
     RANKS,
     HeadsTrainee,
@@ -42,6 +38,12 @@ from adaptspec_training.medusa import (
     draft_vocabulary,
     rank_paths,
     rank_shares,
+)
+from adaptspec_training.lora import (
+    HEADS_WEIGHT,
+    HEADS_WEIGHT_DISTILLED,
+    JointTrainee,
+    with_adapters,
 )
 from adaptspec_training.options import (
     Options,
@@ -51,17 +53,15 @@ from adaptspec_training.options import (
     load_target,
     target_problem,
 )
-from adaptspec_training.prompting import write_prompts
 from adaptspec_training.report import write_report
-from adaptspec_training.training import (
+from adaptspec_training.self_prompts import write_prompts
+from adaptspec_training.trainer import (
     Batch,
     Schedule,
     Trainer,
     in_batches,
     out_of_memory,
 )
-from adaptspec_tuner.progress import Progress
-from adaptspec_tuner.workloads import Prompt, Workload
 
 SHARE_OF_DISK = 0.5  # of what is free, for hidden states, with --features auto
 MOST_HELD_OUT = 200  # prompts

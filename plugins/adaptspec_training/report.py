@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptspec_training.training import replace_file
+from adaptspec_training.trainer import replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -105,7 +105,7 @@ def show(profile_id: int, as_json: bool, db: str | None) -> None:
 @db_option
 def export_profiles(run: str | None, output: IO[str], db: str | None) -> None:
     """Write profiles as JSON that `import` reads."""
-    from adaptspec_profiles.convert import FORMAT
+    from adaptspec_profiles.as_json import FORMAT
 
     with _store(db) as store:
         found = store.profiles(run=run)
@@ -189,14 +189,14 @@ def _store(db: str | None) -> Iterator[ProfileStore]:
 
 
 def _documents(found: Sequence[Profile]) -> list[dict[str, Any]]:
-    from adaptspec_profiles.convert import profile_to_json
+    from adaptspec_profiles.as_json import profile_to_json
 
     return [profile_to_json(profile) for profile in found]
 
 
 def _read(file: IO[str]) -> list[Profile]:
     """All of a file's profiles, or an error that names the first bad one."""
-    from adaptspec_profiles.convert import FORMAT, profile_from_json
+    from adaptspec_profiles.as_json import FORMAT, profile_from_json
 
     try:
         document = json.load(file)

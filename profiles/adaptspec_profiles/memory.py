@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptspec.profile import Profile, Trial
-from adaptspec_profiles.convert import json_value, same_profile, same_trial
+from adaptspec_profiles.as_json import json_value, same_profile, same_trial
 
 
 class MemoryStore:

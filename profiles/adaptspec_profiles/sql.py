@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
 from adaptspec.profile import Environment, Profile, Trial
-from adaptspec_profiles.convert import (
+from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
     environment_digest,
     json_value,

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from adaptspec.decoding.tree import TokenTree
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context
-from adaptspec_plugins._draft_sequence import DraftSequence
+from adaptspec.token_tree import TokenTree
+from adaptspec_plugins.draft.sequence import DraftSequence
 
 BuildModel = Callable[..., LanguageModel]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import adaptspec_plugins
 from adaptspec.testing import StrategyContract
 from adaptspec_plugins.autoregressive import Autoregressive
-from adaptspec_plugins.draft_model import DraftModel
-from adaptspec_plugins.draft_tree import DraftTree
+from adaptspec_plugins.draft.chain import DraftModel
+from adaptspec_plugins.draft.tree import DraftTree
 from adaptspec_plugins.prompt_lookup import PromptLookup
 
 
@@ -33,7 +33,7 @@ class TestDraftTree(StrategyContract):
 
 
 def test_no_bundled_strategy_is_left_out() -> None:
-    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(p.read_text() for p in Path(__file__).parent.rglob("test_*.py"))
     covered = re.findall(r"\(StrategyContract\):\n    strategy = (\w+)", tests)
     bundled = {cls.__name__ for cls in adaptspec_plugins.register_strategies()}
     assert len(bundled) >= 10

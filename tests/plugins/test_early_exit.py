@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from adaptspec.decoding.cache import TreeCache
-from adaptspec.decoding.controls import Controls, Processors
+from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler
-from adaptspec.models import LanguageModel
+from adaptspec.model.cache import TreeCache
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
 from adaptspec.testing import StrategyContract
 from adaptspec.testing.fakes import (

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.decoding.tree import TokenTree
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context, Drafter, Outcome, Target
 from adaptspec.testing import StrategyContract
+from adaptspec.token_tree import TokenTree
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.lookahead import (
     Lookahead,

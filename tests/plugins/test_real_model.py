@@ -12,7 +12,8 @@ import adaptspec_plugins
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel, load_model
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.model.loading import load_model
 
 PROMPT = [
     {

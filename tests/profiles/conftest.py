@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaptspec.testing.stores import example_profile
-from adaptspec_profiles.convert import profile_to_json
+from adaptspec_profiles.as_json import profile_to_json
 
 # Trials, records and profiles, some of them everybody's; then one profile of its own.
 WRITER = """

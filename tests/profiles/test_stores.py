@@ -26,8 +26,8 @@ from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import ProfileStore, Trial
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
+from adaptspec_profiles.as_json import profile_from_json, profile_to_json
 from adaptspec_profiles.commands import profiles as profiles_command
-from adaptspec_profiles.convert import profile_from_json, profile_to_json
 from adaptspec_profiles.engine import make_engine
 from adaptspec_profiles.migrations import VERSION_TABLE, migrate
 from adaptspec_profiles.schema import Base

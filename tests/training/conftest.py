@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import hf_greedy, random_ids
 from adaptspec_training.answering import Answers
 

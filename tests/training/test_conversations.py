@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adaptspec.errors import InvalidPromptError, WorkloadError
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec_training.conversations import (
     Example,
     encode_conversation,

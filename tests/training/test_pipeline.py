@@ -22,16 +22,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from adaptspec.cli import build_cli
+from adaptspec.cli.progress import Progress
 from adaptspec.errors import HeadsLoadError, TrainingError
+from adaptspec.heads.checkpoints import read_heads
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import FakeClock
-from adaptspec_plugins.heads.checkpoints import read_heads
-from adaptspec_plugins.heads.fakes import show_other_states
+from adaptspec.testing.heads import show_other_states
 from adaptspec_training.conversations import Example
 from adaptspec_training.options import Options
 from adaptspec_training.pipeline import _split, train_medusa
-from adaptspec_tuner.progress import Progress
 
 QUICK = Options(
     heads=2,

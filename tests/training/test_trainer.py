@@ -14,7 +14,7 @@ from torch import nn
 
 from adaptspec.errors import TrainingError
 from adaptspec_training.conversations import Example
-from adaptspec_training.training import (
+from adaptspec_training.trainer import (
     Batch,
     Losses,
     Schedule,

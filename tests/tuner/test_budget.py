@@ -9,18 +9,18 @@ from typing import Annotated, Any, cast
 import pytest
 from pydantic import Field
 
+from adaptspec.cli.progress import Progress
 from adaptspec.params import Tunable
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
+from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
+from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.phases import tune_with
-from adaptspec_tuner.profiler import Sample, Setting
-from adaptspec_tuner.progress import Progress
-from adaptspec_tuner.report import TuneResult
-from adaptspec_tuner.run import Interrupted, Run
-from adaptspec_tuner.workloads import Prompt, Workload
+from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.tuning_run import Interrupted, Run
 
 CLASSES = ("chat", "code", "maths")
 WORKLOAD = Workload(

@@ -12,20 +12,26 @@ import pytest
 from click.testing import CliRunner
 
 from adaptspec.cli import build_cli
+from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.host import Host
 from adaptspec.profile import PLAIN, Profile, ProfileStore, Trial
 from adaptspec.testing.fakes import FakeClock
+from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
+from adaptspec_tuner.distributed.workers import open_search, work
 from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
+from adaptspec_tuner.measuring.profiler import (
+    PLAIN_SETTING,
+    Agreement,
+    Profiler,
+    Sample,
+    Setting,
+)
 from adaptspec_tuner.phases import tune_with
-from adaptspec_tuner.profiler import PLAIN_SETTING, Agreement, Profiler, Sample, Setting
-from adaptspec_tuner.progress import Progress
-from adaptspec_tuner.report import TuneResult
-from adaptspec_tuner.run import Run, Stopped
-from adaptspec_tuner.workers import open_search, work
-from adaptspec_tuner.workloads import Prompt, Workload, split
+from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.tuning_run import Run, Stopped
 
 CLASSES = ("chat", "code")
 WORKLOAD = Workload(

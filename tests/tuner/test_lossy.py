@@ -12,13 +12,14 @@ from click.testing import CliRunner
 from adaptspec.cli import build_cli
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.models import LanguageModel
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
-from adaptspec_plugins.heads.fakes import attach_tiny_heads
+from adaptspec.testing.heads import attach_tiny_heads
+from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.options import chosen_strategies
-from adaptspec_tuner.report import TuneResult, print_result
-from adaptspec_tuner.tuning import tune
-from adaptspec_tuner.workloads import Prompt, Workload
+from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.reporting.tables import print_result
+from adaptspec_tuner.tune import tune
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from adaptspec.cli import build_cli
+from adaptspec.cli.quantities import parse_memory
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec_profiles.sql import SqlStore
-from adaptspec_tuner.commands import parse_budget, parse_memory
+from adaptspec_tuner.commands import parse_budget
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptspec_tuner.report import TuneResult
-    from adaptspec_tuner.tuning import tune
+    from adaptspec_tuner.reporting.result import TuneResult
+    from adaptspec_tuner.tune import tune
 
 __all__ = ["TuneResult", "tune"]
 
@@ -14,11 +14,11 @@ __all__ = ["TuneResult", "tune"]
 def __getattr__(name: str) -> Any:
     # Light: the plugin's module is imported for --help too.
     if name == "tune":
-        from adaptspec_tuner.tuning import tune
+        from adaptspec_tuner.tune import tune
 
         return tune
     if name == "TuneResult":
-        from adaptspec_tuner.report import TuneResult
+        from adaptspec_tuner.reporting.result import TuneResult
 
         return TuneResult
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,13 +17,12 @@ from adaptspec.cli.output import (
     stdout_console,
     without_loading_bars,
 )
+from adaptspec.cli.quantities import duration, parse_memory
 from adaptspec.errors import AdaptSpecError
 
 if TYPE_CHECKING:
     from adaptspec.host import Host
-    from adaptspec_tuner.report import TuneResult
-
-SECONDS = {"s": 1, "m": 60, "h": 3600, "": 60}
+    from adaptspec_tuner.reporting.result import TuneResult
 
 
 def parse_budget(text: str) -> tuple[float, int | None]:
@@ -42,25 +41,6 @@ def parse_budget(text: str) -> tuple[float, int | None]:
     if "." in found[1]:
         raise AdaptSpecError(f"--budget must be a whole number of trials, got {text!r}")
     return math.inf, int(found[1])
-
-
-def duration(text: str) -> float | None:
-    """Seconds of ``90s``, ``10m``, ``1.5h`` or a bare number of minutes, else None."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
-    if found is None or float(found[1]) <= 0:
-        return None
-    return float(found[1]) * SECONDS[found[2]]
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of ``6GiB``, ``800MiB``, ``6G`` or a bare number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?\s*", text)
-    size = (
-        float(found[1]) * 2 ** (10 * "KMGT".find(found[2] or "-") + 10) if found else 0
-    )
-    if size < 1:
-        raise AdaptSpecError(f"--max-memory must be a size such as 6GiB, got {text!r}")
-    return int(size)
 
 
 @click.command()
@@ -200,10 +180,10 @@ def tune(
     seconds, trials_in_all = parse_budget(budget)
     most_memory = None if max_memory is None else parse_memory(max_memory)
     names = [n.strip() for n in strategies.split(",")] if strategies else None
-    from adaptspec_tuner.progress import Progress
-    from adaptspec_tuner.run import Interrupted, Stopped
-    from adaptspec_tuner.tuning import tune as run_tune
-    from adaptspec_tuner.workloads import example_workload, read_workload
+    from adaptspec.cli.progress import Progress
+    from adaptspec.workloads import example_workload, read_workload
+    from adaptspec_tuner.tune import tune as run_tune
+    from adaptspec_tuner.tuning_run import Interrupted, Stopped
 
     # A bad line is told before a model is fetched.
     prompts = (
@@ -266,7 +246,7 @@ def tune(
 
 
 def _show(result: TuneResult, as_json: bool) -> None:
-    from adaptspec_tuner.report import print_result
+    from adaptspec_tuner.reporting.tables import print_result
 
     if as_json:
         print_json(result.as_json())
@@ -274,3 +254,48 @@ def _show(result: TuneResult, as_json: bool) -> None:
         click.echo(f"{result.worked} trials of run {result.run}", err=True)
     else:
         print_result(result, stdout_console())
+
+
+@click.command()
+@click.option("--db", metavar="URL", help="Profile database: a path or SQLAlchemy URL.")
+@click.option("--run", help="A tuning run; default: the newest.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one self-contained HTML file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def report(
+    host: Host, db: str | None, run: str | None, output: Path | None, as_json: bool
+) -> None:
+    """Show what a tuning run found: speeds, costs, search, acceptance.
+
+    Without options a table; with -o a page with plots, which needs no network.
+    """
+    from adaptspec_tuner.reporting.data import build
+
+    store = host.open_store(db)
+    try:
+        found = build(store, run)
+    finally:
+        store.close()
+    if output is not None:
+        from adaptspec_tuner.reporting.html import render
+
+        page = render(found)
+        try:
+            output.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise AdaptSpecError(
+                f"can't write the report to {output}: {error.strerror}; give another "
+                "path with -o"
+            ) from None
+        click.echo(f"{output} written", err=True)
+    if as_json:
+        print_json(found.as_json())
+    elif output is None:
+        from adaptspec_tuner.reporting.tables import print_report
+
+        print_report(found, stdout_console())

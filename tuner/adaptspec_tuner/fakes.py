@@ -10,8 +10,8 @@ from pydantic import Field
 from adaptspec.params import Params, Tunable
 from adaptspec.profile import Environment
 from adaptspec.strategy import Drafter, Strategy, Target
-from adaptspec_tuner.profiler import Agreement, Sample, Setting
-from adaptspec_tuner.workloads import Prompt
+from adaptspec.workloads import Prompt
+from adaptspec_tuner.measuring.profiler import Agreement, Sample, Setting
 
 PLACE = Environment("m", "model", None, None, "float32", "cpu", "cpu", 2)
 

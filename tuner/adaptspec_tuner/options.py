@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptspec.classify import STATES, TEXT
+from adaptspec.classes.classifier import STATES, TEXT
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import LATENCY, PLAIN, SPEED, ProfileStore
-from adaptspec_tuner.remote import SCHEME, RemoteStore, open_remote
-from adaptspec_tuner.workloads import Workload, example_workload, read_workload
+from adaptspec.workloads import Workload, example_workload, read_workload
+from adaptspec_tuner.distributed.grpc_store import SCHEME, RemoteStore, open_remote
 
 if TYPE_CHECKING:
     from adaptspec.host import Host

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.selector import stale_versions
-from adaptspec_tuner.discovering import discover_classes
-from adaptspec_tuner.finals import confirm_classes, least_confirmation
-from adaptspec_tuner.presearch import as_records, presearch
-from adaptspec_tuner.profiler import Sample, in_a_line
-from adaptspec_tuner.report import TuneResult, told_errors
-from adaptspec_tuner.run import Interrupted, Run, Stopped
-from adaptspec_tuner.search import Arm
-from adaptspec_tuner.workers import close_search, open_search
-from adaptspec_tuner.workloads import DEFAULT_CLASS, Prompt, Workload, split
+from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
+from adaptspec_tuner.classes.phase import discover_classes
+from adaptspec_tuner.confirming.finalists import confirm_classes, least_confirmation
+from adaptspec_tuner.distributed.workers import close_search, open_search
+from adaptspec_tuner.measuring.profiler import Sample, in_a_line
+from adaptspec_tuner.replaying.presearch import as_records, presearch
+from adaptspec_tuner.reporting.result import TuneResult, told_errors
+from adaptspec_tuner.searching.search import Arm
+from adaptspec_tuner.tuning_run import Interrupted, Run, Stopped
 
 if TYPE_CHECKING:
-    from adaptspec_tuner.replay import Replayer
+    from adaptspec_tuner.replaying.replayer import Replayer
 
 FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 

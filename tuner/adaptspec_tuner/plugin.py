@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_commands(cli: click.Group) -> None:
     """``adaptspec tune`` and ``adaptspec report``."""
-    from adaptspec_tuner.commands import tune
-    from adaptspec_tuner.report_command import report
+    from adaptspec_tuner.commands import report, tune
 
     cli.add_command(tune)
     cli.add_command(report)

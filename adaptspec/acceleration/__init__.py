@@ -1,0 +1,1 @@
+"""Faster operations; decoding runs without them, too."""

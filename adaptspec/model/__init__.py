@@ -1,0 +1,1 @@
+"""The language model: its forward passes, cache, masks, weights and costs."""

@@ -1,0 +1,127 @@
+"""What a forward pass gives, and the model as those see it who measure or probe it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+
+from adaptspec.acceleration.argmax import argmax_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from adaptspec.model.cache import TreeCache
+    from adaptspec.token_tree import TokenTree
+
+Level = Literal["tree", "chain", "plain"]
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What the model's forward can verify: token trees, chains, or nothing.
+
+    Args:
+        reason: Why it isn't more.
+        anew: No cache gives what the model's own ``generate`` does, so every step
+            reads the whole text.
+    """
+
+    level: Level
+    reason: str = ""
+    anew: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass gave: ``logits[rows[i]]`` is the law after node ``i``."""
+
+    logits: torch.Tensor  # [rows, vocab]
+    rows: dict[int, int]
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
+    # Whether ``best`` is what decoding chose, whatever the controls (a recording).
+    decided: ClassVar[bool] = False
+
+    @functools.cached_property
+    def best(self) -> Sequence[int]:
+        """The likeliest token of each row; of equals, the first."""
+        return argmax_rows(self.logits)
+
+
+@dataclass
+class PlainCache:
+    """The model's own cache, only ever appended to, and how many tokens it has seen.
+
+    Args:
+        text: The tokens seen, for a model that reads them anew at each step.
+    """
+
+    inner: Any
+    length: int = 0
+    text: list[int] | None = None
+
+
+class TextModel(Protocol):
+    """A language model as those see it who turn text into token ids."""
+
+    name: str
+    tokenizer: Any
+    config: Any
+    generation_config: Any
+    vocab_size: int
+
+    @property
+    def input_size(self) -> int:
+        """How many token ids the model can read."""
+
+
+class ForwardModel(Protocol):
+    """A language model as those see it who probe or time its forward passes.
+
+    ``adaptspec.model.language_model.LanguageModel`` is one, and says what they do.
+    """
+
+    name: str
+    config: Any
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    buckets: tuple[int, ...]
+    use_masks: bool
+    takes_positions: bool
+    cache_argument: str
+
+    @property
+    def max_length(self) -> int | None:
+        """Most positions the model was made for."""
+
+    def over(self, module: nn.Module) -> ForwardModel:
+        """The same kind of model over another module, run as it is."""
+
+    def new_cache(self, capacity: int = 0) -> TreeCache:
+        """An empty cache."""
+
+    def plain_cache(self, anew: bool | None = None) -> PlainCache:
+        """The model's own cache."""
+
+    def evaluate(self, **arguments: Any) -> Any:
+        """The module's forward."""
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        cache: TreeCache | PlainCache,
+        *,
+        last: int = 1,
+        hidden_layers: Sequence[int] = (),
+    ) -> Forward:
+        """Append successive tokens."""
+
+    def verify(
+        self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
+    ) -> Forward:
+        """Append a tree's nodes."""

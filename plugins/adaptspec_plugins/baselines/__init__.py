@@ -1,0 +1,1 @@
+"""Other engines' decoding, measured beside ours."""

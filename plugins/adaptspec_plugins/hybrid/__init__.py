@@ -1,0 +1,1 @@
+"""Several strategies' candidates merged in one tree."""

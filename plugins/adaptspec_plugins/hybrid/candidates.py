@@ -1,0 +1,167 @@
+"""Several drafters' proposals as one trie, and the part of it that pays.
+
+Sequoia (arXiv:2402.12374) sizes trees by the hardware's latency; here each node has a
+chance of its own, so the best tree of every size is found without its recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from adaptspec.errors import InvalidTreeError
+from adaptspec.token_tree import Law, TokenTree
+from adaptspec_plugins.hybrid.chances import BUCKETS, Marks
+
+Chance = Callable[[Marks, Marks], float]
+
+# Some chance stays for a token nobody proposed.
+MOST_TOGETHER = 0.99
+# What a candidate's chance counts for in the choice of nodes, and what each level above
+# it leaves of that: those that seem worth their time are in part those whose chance is
+# overrated (of 35 recorded answers' candidates at 0.14, 0.35 and 0.44, 0.11, 0.29 and
+# 0.36 were right).
+DOUBT, LEVEL_DOUBT = 0.85, 0.93
+# Tokens that a verified node, right or wrong, is worth later: what the model thought
+# after it is what members learn from. See docs/strategies/hybrid.md.
+LESSON = 0.02
+# Evidence of drafters that give none: their own order, this deep and wide.
+PLACES = 16
+
+
+class Candidates:
+    """Every proposal after one root, each token path once, with who proposed it.
+
+    Args:
+        root: The last committed token, node 0.
+        max_depth: Deeper nodes are left out.
+    """
+
+    def __init__(self, root: int, max_depth: int) -> None:
+        self.tokens = [root]
+        self.parents = [-1]
+        self.depths = [0]
+        self.marks: list[list[tuple[int, int]]] = [[]]
+        self.children: list[dict[int, int]] = [{}]
+        self._max_depth = max_depth
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.tokens)
+
+    def add(self, tree: TokenTree, member: int, name: str = "") -> None:
+        """Merge one member's proposal; probes are left out.
+
+        Raises:
+            InvalidTreeError: if its tokens were sampled: a mixture of laws can't be
+                verified exactly.
+        """
+        if tree.law is not Law.DETERMINISTIC:
+            raise InvalidTreeError(
+                f"members of a hybrid must propose deterministically, {name!r} "
+                f"proposes {tree.law.value}; give it `joins` that don't sample"
+            )
+        evidence = tree.evidence or _places(tree)
+        here = [0] * len(tree)
+        for node in range(1, len(tree)):
+            parent = here[tree.parents[node]]
+            if parent < 0 or node in tree.probes:
+                here[node] = -1
+                continue
+            token = tree.tokens[node]
+            child = self.children[parent].get(token)
+            if child is None:
+                if self.depths[parent] >= self._max_depth:
+                    here[node] = -1
+                    continue
+                child = self._append(token, parent)
+            here[node] = child
+            marks = self.marks[child]
+            if all(other != member for other, _ in marks):
+                marks.append((member, min(max(evidence[node], 0), BUCKETS - 1)))
+                marks.sort()
+
+    def rivalled(self, node: int) -> list[tuple[int, Marks]]:
+        """The children of ``node``, each with the marks of its strongest rival.
+
+        That is the sibling with most members that don't propose the child itself; only
+        their marks are given, none where every member proposes the child.
+        """
+        children = list(self.children[node].values())
+        if len(children) == 1:
+            return [(children[0], ())]
+        masks = [sum(1 << member for member, _ in self.marks[c]) for c in children]
+        found: list[tuple[int, Marks]] = []
+        for child, mask in zip(children, masks, strict=True):
+            others = [(other & ~mask).bit_count() for other in masks]
+            strongest = max(others)
+            rival = self.marks[children[others.index(strongest)]] if strongest else ()
+            found.append((child, [m for m in rival if not mask >> m[0] & 1]))
+        return found
+
+    def shares(self, node: int, chance: Chance) -> list[tuple[int, float]]:
+        """The children of ``node`` with their chances if ``node`` is accepted.
+
+        Siblings exclude each other: where their chances exceed certainty, the
+        likeliest keeps its own and the others share what is left.
+        """
+        found = [
+            (child, chance(self.marks[child], rival))
+            for child, rival in self.rivalled(node)
+        ]
+        if len(found) < 2 or sum(share for _, share in found) <= MOST_TOGETHER:
+            return found
+        likeliest = max(found, key=lambda pair: pair[1])
+        kept = min(likeliest[1], MOST_TOGETHER)
+        rest = sum(share for _, share in found) - likeliest[1]
+        scale = (MOST_TOGETHER - kept) / rest
+        return [
+            (child, kept if child == likeliest[0] else share * scale)
+            for child, share in found
+        ]
+
+    def tree(self, nodes: Sequence[tuple[int, float]]) -> TokenTree:
+        """The tree of ``nodes``, given with their chances, likeliest path first."""
+        chances = dict(nodes)
+        tokens, parents = [self.tokens[0]], [-1]
+        waiting = [(0, 0)]
+        while waiting:
+            node, new = waiting.pop()
+            if node:
+                tokens.append(self.tokens[node])
+                parents.append(new)
+                new = len(tokens) - 1
+            kept = [c for c in self.children[node].values() if c in chances]
+            # Popped from the end: the likeliest child follows its parent at once.
+            kept.sort(key=lambda child: (chances[child], -child))
+            waiting.extend((child, new) for child in kept)
+        return TokenTree(tokens, parents)
+
+    def walk(self, emitted: Sequence[int]) -> list[int]:
+        """The nodes that spell ``emitted``, root first, as far as there are any."""
+        path = [0]
+        for token in emitted:
+            child = self.children[path[-1]].get(token)
+            if child is None:
+                break
+            path.append(child)
+        return path
+
+    def _append(self, token: int, parent: int) -> int:
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.marks.append([])
+        self.children.append({})
+        self.children[parent][token] = node
+        return node
+
+
+def _places(tree: TokenTree) -> list[int]:
+    """Each node's depth and place among its siblings as one number."""
+    places = [0] * len(tree)
+    for children in tree.children:
+        for place, child in enumerate(children):
+            depth = min(tree.depths[child], PLACES - 1)
+            places[child] = depth * PLACES + min(place, PLACES - 1)
+    return places

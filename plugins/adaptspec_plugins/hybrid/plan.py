@@ -1,0 +1,135 @@
+"""Choose the tree with the most expected tokens per second."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from adaptspec_plugins.hybrid.candidates import (
+    DOUBT,
+    LESSON,
+    LEVEL_DOUBT,
+    Candidates,
+    Chance,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of the candidates to verify.
+
+    Args:
+        nodes: Nodes and the chances that they are emitted.
+        tokens: Expected tokens of the step: one and the sum of the chances.
+        seconds: Expected time of the step, what was spent on drafting included.
+    """
+
+    nodes: Sequence[tuple[int, float]]
+    tokens: float
+    seconds: float
+
+    def worth(self, pace: float) -> float:
+        """Expected tokens beyond those that its time brings at ``pace``.
+
+        A step's own tokens per second would be the wrong measure: tokens that are dear
+        now may come cheaply with the next step. At the pace of all steps together, the
+        plans of most worth make the most tokens per second in the long run.
+        """
+        return self.tokens - pace * self.seconds
+
+
+def merit(chance: float, depth: int) -> float:
+    """Tokens that a node counts for when nodes are chosen."""
+    return chance * DOUBT * LEVEL_DOUBT**depth + LESSON
+
+
+def best_first(
+    candidates: Candidates, chance: Chance, most: int
+) -> Iterator[tuple[int, float]]:
+    """Up to ``most`` nodes with the chances of their paths, the best to choose first.
+
+    A child is never better than its parent, so each prefix is closed under parents
+    and no other closed set of its size has a larger sum of :func:`merit`.
+    """
+    waiting = [(-1.0, 0, 1.0)]
+    for found in range(most + 1):
+        if not waiting:
+            return
+        _, node, path = heapq.heappop(waiting)
+        if node:
+            yield node, path
+        if found == most:
+            return
+        depth = candidates.depths[node] + 1
+        for child, share in candidates.shares(node, chance):
+            reached = path * share
+            heapq.heappush(waiting, (-merit(reached, depth), child, reached))
+
+
+def best_tree(
+    nodes: Iterable[tuple[int, float]],
+    depths: Sequence[int],
+    seconds: Callable[[int], float],
+    spent: float,
+    pace: float,
+    most: int,
+) -> Plan:
+    """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
+
+    Args:
+        nodes: From :func:`best_first`; taken while more of them can be worth more.
+        depths: Of each node.
+        seconds: Of a forward over so many rows, the root's included.
+        spent: Seconds of the step outside the forward.
+        pace: Tokens per second of the steps around.
+        most: Of ``nodes``.
+    """
+    price = [pace * seconds(1 + size) for size in range(most + 1)]
+    kept: list[tuple[int, float]] = []
+    size, best, tokens = 0, 1.0 - price[0], 1.0
+    expected = sure = 1.0
+    for node, chance in nodes:
+        kept.append((node, chance))
+        gain = merit(chance, depths[node])
+        expected += chance
+        sure += gain
+        taken = len(kept)
+        if sure - price[taken] > best:
+            size, best, tokens = taken, sure - price[taken], expected
+        # Later nodes gain no more than this one.
+        elif all(
+            sure + gain * more - price[taken + more] <= best
+            for more in range(1, most - taken + 1)
+        ):
+            break
+    return Plan(kept[:size], tokens, spent + seconds(1 + size))
+
+
+def best_chain(
+    candidates: Candidates,
+    chance: Chance,
+    most: int,
+    seconds: Callable[[int], float],
+    spent: float,
+    pace: float,
+) -> Plan:
+    """The path that is worth most at ``pace``, perhaps none."""
+    best, end = Plan((), 1.0, spent + seconds(1)), 0
+    worth = best.worth(pace)
+    chances, tokens, sure = {0: 1.0}, {0: 1.0}, {0: 1.0}
+    for node in range(len(candidates)):
+        depth = candidates.depths[node]
+        for child, share in candidates.shares(node, chance):
+            chances[child] = chances[node] * share
+            tokens[child] = tokens[node] + chances[child]
+            sure[child] = sure[node] + merit(chances[child], depth + 1)
+        time = spent + seconds(1 + depth)
+        if depth <= most and sure[node] - pace * time > worth:
+            worth = sure[node] - pace * time
+            best, end = Plan((), tokens[node], time), node
+    nodes: list[tuple[int, float]] = []
+    while end > 0:
+        nodes.append((end, chances[end]))
+        end = candidates.parents[end]
+    return Plan(nodes[::-1], best.tokens, best.seconds)

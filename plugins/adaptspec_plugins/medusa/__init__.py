@@ -1,0 +1,1 @@
+"""Trees drafted by Medusa heads."""

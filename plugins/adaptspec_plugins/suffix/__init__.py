@@ -1,0 +1,1 @@
+"""What most often followed the same ending."""

@@ -1,0 +1,1 @@
+"""The tokens the model found likely after each token before."""

@@ -1,0 +1,265 @@
+"""The face of the library, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adaptspec
+import adaptspec_plugins
+from adaptspec.decoder import Decoder, PlainDecodingWarning
+from adaptspec.environment import environment_of
+from adaptspec.errors import (
+    AdaptSpecError,
+    HeadsLoadError,
+    InvalidParamsError,
+    InvalidPromptError,
+    ModelLoadError,
+    ProfileStoreError,
+    UnknownStrategyError,
+    UnsupportedControlError,
+)
+from adaptspec.heads.checkpoints import write_heads
+from adaptspec.host import Host
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.profile import PLAIN
+from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
+from adaptspec.testing.heads import attach_tiny_heads, tiny_heads
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles.memory import MemoryStore
+
+PROMPT = random_ids(12)
+
+
+@pytest.fixture
+def module() -> Any:
+    return tiny_module("llama")
+
+
+@pytest.fixture
+def decoder(module: Any) -> Decoder:
+    return adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+
+
+def test_nothing_profiled_means_plain_decoding_said_once(decoder: Decoder) -> None:
+    with pytest.warns(PlainDecodingWarning, match="nothing is profiled"):
+        result = decoder.generate(PROMPT, max_new_tokens=5)
+    assert result.choice.strategy == PLAIN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder.generate(PROMPT, max_new_tokens=5)
+
+
+def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    store = MemoryStore()
+    store.add_profiles(
+        [
+            example_profile(
+                environment=environment_of(model, None),
+                params={"num_tokens": 5},
+            )
+        ]
+    )
+    decoder = adaptspec.load(model, db=store)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=12)
+    assert result.choice.strategy == "prompt_lookup"
+    assert result.choice.params == {"num_tokens": 5}
+    assert "1.50x" in result.choice.reason
+    plain = decoder.generate(PROMPT, strategy=PLAIN, max_new_tokens=12)
+    assert result.token_ids == plain.token_ids
+
+
+def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
+    module: Any,
+) -> None:
+    model = LanguageModel(module)
+    store = MemoryStore()
+    here = environment_of(model, None)
+    for strategy, said in (("draft_model", "draft model"), ("gone", "no strategy")):
+        store.add_profiles(
+            [example_profile(environment=here, strategy=strategy, params={})]
+        )
+        choice = adaptspec.load(model, db=store).choose("chat")
+        assert choice.strategy == PLAIN
+        assert said in choice.reason
+        store.delete_run("r1")
+
+
+def test_an_override_needs_a_known_strategy_and_valid_parameters(
+    decoder: Decoder,
+) -> None:
+    ids: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 3}
+    with pytest.raises(UnknownStrategyError, match=r"'guess'; known: .*prompt_lookup"):
+        decoder.generate(**ids, strategy="guess")
+    with pytest.raises(InvalidParamsError, match="num_tokens='many'"):
+        decoder.generate(**ids, strategy="prompt_lookup", params={"num_tokens": "many"})
+    with pytest.raises(InvalidParamsError, match="no parameter 'kk'"):
+        decoder.generate(**ids, strategy="prompt_lookup", params={"kk": 1})
+    with pytest.raises(AdaptSpecError, match="strategy="):
+        decoder.generate(**ids, params={"num_tokens": 3})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_pieces_join_to_the_generated_text(
+    decoder: Decoder, temperature: float
+) -> None:
+    asked: dict[str, Any] = {
+        "strategy": "prompt_lookup",
+        "temperature": temperature,
+        "max_new_tokens": 25,
+        "seed": 4,
+    }
+    text = decoder.generate(PROMPT, **asked).text
+    pieces = list(decoder.stream(PROMPT, **asked))
+    assert text
+    assert "".join(pieces) == text
+    assert len(pieces) > 5
+
+
+def test_the_callers_model_is_never_changed(module: Any) -> None:
+    kinds = [type(m) for m in module.modules()]
+    pointers = [p.data_ptr() for p in module.parameters()]
+    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    config = copy.deepcopy(module.config.to_dict())
+    decoder = adaptspec.load(module, db=MemoryStore())
+    decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=8)
+    assert [type(m) for m in module.modules()] == kinds
+    assert [p.data_ptr() for p in module.parameters()] == pointers
+    assert all(weights[k].equal(v) for k, v in module.state_dict().items())
+    assert module.config.to_dict() == config
+    assert module.config._attn_implementation == "sdpa"
+
+
+def test_a_model_spread_over_devices_is_used_as_it_is(module: Any) -> None:
+    module.hf_device_map = {"model.layers.0": 0, "lm_head": "cpu"}
+    module.train()
+    kinds = [type(m) for m in module.modules()]
+    model = LanguageModel(module)
+    assert model.model is module
+    assert module.training
+    assert [type(m) for m in module.modules()] == kinds
+
+
+def test_prompts_that_cant_be_read_are_refused_by_reason(module: Any) -> None:
+    bare = adaptspec.load(module, db=MemoryStore())
+    with pytest.raises(InvalidPromptError, match="tokenizer"):
+        bare.generate("hello", strategy=PLAIN)
+    with pytest.raises(InvalidPromptError, match=r"0\.\.63, got 64"):
+        bare.generate([3, 64], strategy=PLAIN)
+    named = adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+    named.model.tokenizer.chat_template = None
+    with pytest.raises(InvalidPromptError, match="chat template"):
+        named.generate([{"role": "user", "content": "x"}], strategy=PLAIN)
+
+
+def test_a_stop_string_ends_the_output_with_its_token(decoder: Decoder) -> None:
+    whole = decoder.generate(PROMPT, strategy=PLAIN, max_new_tokens=20)
+    stop = decoder.model.decode(whole.token_ids[6:8], skip_special=False)
+    for strategy in (PLAIN, "prompt_lookup"):
+        cut = decoder.generate(
+            PROMPT, strategy=strategy, max_new_tokens=20, stop_strings=[stop]
+        )
+        assert cut.finish == "stop"
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+        text = decoder.model.decode(cut.token_ids, skip_special=False)
+        assert stop in text
+        before = decoder.model.decode(cut.token_ids[:-1], skip_special=False)
+        assert stop not in before
+
+
+def test_an_empty_stop_string_is_refused(decoder: Decoder) -> None:
+    for stops in ("", ["w5", ""]):
+        with pytest.raises(UnsupportedControlError, match="at least one character"):
+            decoder.generate(PROMPT, strategy=PLAIN, stop_strings=stops)
+
+
+def test_what_isnt_a_model_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="can't load the model"):
+        adaptspec.load("./no/such/folder", db=MemoryStore())
+
+
+def test_digests_tell_models_apart_and_know_them_again(module: Any) -> None:
+    one, again = LanguageModel(module), LanguageModel(copy.deepcopy(module))
+    other = LanguageModel(tiny_module("llama", seed=1))
+    assert one.digest == again.digest != other.digest
+    environment = environment_of(one, other)
+    assert environment.draft == other.digest
+    assert environment.key() == replace(environment, versions={}).key()
+
+
+def test_without_a_store_plugin_nothing_is_profiled_and_strategies_can_be_asked_for(
+    module: Any,
+) -> None:
+    host = Host({"bundled": adaptspec_plugins})
+    decoder = adaptspec.load(module, tokenizer=tiny_tokenizer(), host=host)
+    asked = decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=5)
+    assert asked.choice.strategy == "prompt_lookup"
+    with pytest.warns(PlainDecodingWarning, match="no working plugin opens one"):
+        chosen = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=5)
+    assert chosen.choice.strategy == PLAIN
+    assert chosen.token_ids == asked.token_ids
+    with pytest.raises(ProfileStoreError, match=r"no plugin opens.*mine\.db"):
+        adaptspec.load(module, db="mine.db", host=host)
+
+
+def headed(module: Any) -> LanguageModel:
+    return attach_tiny_heads(LanguageModel(module, tiny_tokenizer()))
+
+
+def test_a_lossy_winner_is_used_only_where_that_is_allowed(module: Any) -> None:
+    model = headed(module)
+    here = environment_of(model, None)
+    lossy = example_profile(
+        environment=here, strategy="medusa_typical", params={}, lossless=False
+    )
+    store = MemoryStore()
+    store.add_profiles([lossy])
+    decoder = adaptspec.load(model, db=store)
+    with pytest.warns(PlainDecodingWarning):
+        result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)
+    assert (result.choice.strategy, result.choice.lossless) == (PLAIN, True)
+    decoder = adaptspec.load(model, db=store, allow_lossy=True)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)
+    assert result.choice.strategy == "medusa_typical"
+    assert not result.choice.lossless
+
+
+def test_a_lossy_strategy_asked_for_by_name_is_used_and_labelled(module: Any) -> None:
+    decoder = adaptspec.load(headed(module), db=MemoryStore())
+    for name, lossless in (("medusa_typical", False), ("medusa", True)):
+        choice = decoder.generate(PROMPT, strategy=name, max_new_tokens=4).choice
+        assert (choice.strategy, choice.lossless) == (name, lossless)
+
+
+def test_heads_are_read_from_folders_and_part_of_the_environment(
+    module: Any, tmp_path: Path
+) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    write_heads(
+        tmp_path / "mine",
+        tiny_heads(model),
+        base_model="tiny",
+        vocab_size=model.vocab_size,
+        paths=None,
+        ranks=None,
+        record={},
+    )
+    bare = adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
+    decoder = adaptspec.load(
+        module, db=MemoryStore(), tokenizer=tiny_tokenizer(), heads=tmp_path / "mine"
+    )
+    assert decoder.environment.heads_name == "mine"
+    assert decoder.environment.heads is not None
+    assert decoder.environment.key() != bare.environment.key()
+    assert decoder.environment.place() == bare.environment.place()
+    result = decoder.generate(PROMPT, strategy="medusa", max_new_tokens=9)
+    plain = bare.generate(PROMPT, strategy=PLAIN, max_new_tokens=9)
+    assert result.token_ids == plain.token_ids
+    with pytest.raises(HeadsLoadError, match="no folder"):
+        adaptspec.load(module, db=MemoryStore(), heads=tmp_path / "gone")

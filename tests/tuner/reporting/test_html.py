@@ -1,0 +1,290 @@
+"""``adaptspec report``: figures from the store, in three forms, whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from adaptspec.classes.classifier import Classifier
+from adaptspec.classes.text_features import FEATURES
+from adaptspec.cli import build_cli
+from adaptspec.errors import ProfileStoreError
+from adaptspec.host import Host
+from adaptspec.model.hardware_costs import ForwardCosts, HardwareCosts, store_costs
+from adaptspec.profile import PLAIN, Profile, ProfileStore, Trial
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles import open_store
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.measuring.profiler import Setting
+from adaptspec_tuner.replaying.presearch import replayed_key
+from adaptspec_tuner.reporting.data import build
+from adaptspec_tuner.reporting.html import render
+from adaptspec_tuner.reporting.result import told_errors
+
+HOSTILE = "</script><img src=x onerror=document.title='owned'> [bold] {{ 7*7 }}"
+PLACE = example_profile().environment
+
+
+def profile(name: str, strategy: str, speed: float, **changes: Any) -> Profile:
+    ratio = speed / 10
+    measurement = replace(
+        example_profile().measurement,
+        tokens_per_second=speed,
+        ratio=ratio,
+        interval_low=0.9 * ratio,
+        interval_high=1.1 * ratio,
+        objective="speed",
+    )
+    return example_profile(
+        prompt_class=name,
+        strategy=strategy,
+        params={} if strategy == PLAIN else {"k": 4},
+        measurement=measurement,
+        **changes,
+    )
+
+
+def key(strategy: str) -> str:
+    return Setting(strategy, {} if strategy == PLAIN else {"k": 4}).key
+
+
+def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
+    """A run of two classes: in one ``a`` wins, in the other nothing does."""
+    store.add_profiles(
+        [
+            profile(name, PLAIN, 10.0),
+            profile(name, "a", 20.0),
+            profile(name, "b", 15.0),
+            profile("maths", PLAIN, 10.0),
+            profile("maths", "a", 9.0),
+        ]
+    )
+    store.put_record("r1", "spent", {"seconds": 60.0, "parts": {"trials": 60.0}})
+    store.put_record(
+        "r1",
+        replayed_key(name, "a"),
+        {
+            "trials": [
+                {"number": 0, "params": {"k": 4}, "state": "complete", "ratio": 2.5},
+                {"number": 1, "params": {"k": 5}, "state": "pruned", "ratio": 0.5},
+            ]
+        },
+    )
+    store.put_record("r1", f"predicted/{name}", {key("a"): 2.2, key("b"): 1.2})
+    store.put_record(
+        "r1",
+        f"confirm/{name}",
+        {
+            "prompts": {
+                "p1": {key(PLAIN): [10.0], key("a"): [40.0], key("b"): [20.0, 10.0]},
+                "p2": {key(PLAIN): [10.0], key("a"): [10.0], key("b"): [15.0]},
+            },
+            "positions": {key("a"): [[8, 10], [2, 4], [0, 0]]},
+        },
+    )
+    store.add_trial(
+        Trial("r1", name, "a", 0, {"k": 4}, "complete", 20.0, {"ratio": 1.9})
+    )
+    store.add_trial(
+        Trial("r1", name, "a", 1, {"k": 9}, "failed", None, {"error": name})
+    )
+    line = [0.01, 0.02]
+    costs = ForwardCosts([128], [1, 4], [line])
+    store_costs(store, PLACE, HardwareCosts(costs, None, "2026-01-01", 1.0))
+    return store
+
+
+def test_every_figure_is_worked_out_from_what_is_stored() -> None:
+    report = build(filled(MemoryStore()))
+    chat, maths = report.classes
+    assert (chat.name, chat.winner, maths.winner) == ("chat", "a", PLAIN)
+    assert "2.00x plain decoding" in chat.reason
+    # 50 ms a token saved in chat, nothing in maths.
+    assert chat.saved == pytest.approx(0.05)
+    assert maths.saved == 0
+    assert report.break_even == pytest.approx(60 / 0.025)
+    # 2.2/2 - 1 = 10%, 1.2/1.5 - 1 = -20%.
+    assert report.prediction_error == pytest.approx(0.15)
+    off = {row.strategy: row.prediction_error for row in chat.rows}
+    assert off == {PLAIN: None, "a": pytest.approx(0.1), "b": pytest.approx(-0.2)}
+    # a: sqrt(4 * 1), b: sqrt(1.5 * 1.5); by prompt 4 and 1.5.
+    assert chat.oracle is not None
+    assert chat.oracle.strategy == "a"
+    assert chat.oracle.fixed == pytest.approx(2.0)
+    assert chat.oracle.best == pytest.approx(6**0.5)
+    assert chat.oracle.gap == pytest.approx(6**0.5 / 2 - 1)
+    assert maths.oracle is None
+    rows = {row.strategy: row for row in chat.rows}
+    assert rows["a"].positions == [0.8, 0.5]
+    assert rows["a"].interval == pytest.approx((1.8, 2.2))
+    assert report.costs["target"]["milliseconds"] == [[10.0, 20.0]]
+    measured = [t for t in chat.trials if not t.replayed]
+    assert [t.error for t in measured] == [None, "chat"]
+    replayed = [t for t in chat.trials if t.replayed]
+    assert [(t.strategy, t.number, t.state, t.ratio) for t in replayed] == [
+        ("a", 0, "complete", 2.5),
+        ("a", 1, "pruned", 0.5),
+    ]
+    # 30 s are chat's part, at 50 ms a token.
+    assert chat.break_even == pytest.approx(600)
+    assert maths.break_even is None
+    said = render(report)
+    assert "2.20 (+10.0%)" in said
+    assert "1.20 (-20.0%)" in said
+    assert "predictions of 2 confirmed settings were off by 15.0% (median)." in said
+    assert "Without a prediction: a (" in said  # in maths
+    assert "a, replayed" in said
+    assert "repaid after 600 tokens of this class" in said
+    assert "2 replayed against recorded answers" in said
+
+
+def test_the_report_says_how_the_class_of_a_prompt_is_found_and_what_it_takes() -> None:
+    store = filled(MemoryStore())
+    width = len(FEATURES)
+    found = Classifier(["chat"], [], [0.0] * width, [1.0] * width, 0.0005)
+    store.put_record("r1", "classifier", found.as_json())
+    report = build(store)
+    assert report.classifier == {
+        "source": "text",
+        "seconds": 0.0005,
+        "classes": ["chat: every prompt"],
+    }
+    assert "found from its text in 0.50 ms" in render(report)
+    store.put_record("r1", "classifier", {"format": 99})
+    assert build(store).classifier is None
+
+
+def test_predictions_of_settings_that_changed_outputs_are_told_apart() -> None:
+    errors = [(0.1, True), (-0.02, True), (0.5, False)]
+    said = told_errors(errors)
+    assert "3 confirmed settings were off by 10.0% (median)" in said
+    assert "of the 2 whose outputs were identical on every prompt by 6.0%" in said
+    assert told_errors([]) == ""
+
+
+def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:
+    store = filled(MemoryStore())
+    later = example_profile().created.replace(year=2030)
+    store.add_profiles([profile("chat", PLAIN, 10.0, run="r2", created=later)])
+    assert build(store).run == "r2"
+    assert build(store, "r1").run == "r1"
+    with pytest.raises(ProfileStoreError, match=r"no run 'r3'; it has r2, r1"):
+        build(store, "r3")
+    with pytest.raises(ProfileStoreError, match="adaptspec tune"):
+        build(MemoryStore())
+
+
+def test_what_was_not_recorded_is_said_to_be_missing() -> None:
+    store = MemoryStore()
+    store.add_profiles([profile("chat", PLAIN, 10.0), profile("chat", "a", 20.0)])
+    report = build(store)
+    assert report.break_even is report.prediction_error is None
+    page = render(report)
+    for said in ("Not recorded", "What tuning took was not recorded", "No trial"):
+        assert said in page
+
+
+def test_lossy_results_and_other_engines_are_labelled_in_every_form() -> None:
+    store = filled(MemoryStore())
+    store.add_profiles(
+        [
+            profile("chat", "wrong", 50.0, lossless=False),
+            profile("chat", "hf", 12.0, baseline=True),
+        ]
+    )
+    report = build(store)
+    assert report.classes[0].winner == "a"
+    page = render(report)
+    assert "wrong (NOT LOSSLESS)" in page
+    assert "hf (baseline)" in page
+    named = re.findall(r'"name":"(wrong|hf)( [^"]*)?"', page)
+    assert set(named) == {("wrong", " (NOT LOSSLESS)"), ("hf", " (baseline)")}
+    data = {row["strategy"]: row for row in report.as_json()["classes"][0]["rows"]}
+    assert data["wrong"]["lossless"] is False
+    assert data["hf"]["baseline"] is True
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> str:
+    path = str(tmp_path / "p.db")
+    store = open_store(path)
+    filled(store, HOSTILE)
+    store.close()
+    return path
+
+
+def test_the_command_prints_a_table_json_or_writes_a_page(
+    db: str, tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> Any:
+        commands = build_cli(Host.installed())
+        return CliRunner().invoke(commands, ["report", "--db", db, *arguments])
+
+    table = run()
+    assert table.exit_code == 0, table.output
+    assert "repaid after 2,400 tokens" in table.stdout
+    assert "[bold]" in table.stdout
+    assert "-20.0%" in table.stdout
+    data = json.loads(run("--json").stdout)
+    assert data["classes"][0]["name"] == HOSTILE
+    assert data["classes"][0]["rows"][0]["prediction_error"] == pytest.approx(0.1)
+    assert data["classes"][0]["oracle"]["gap"] == pytest.approx(6**0.5 / 2 - 1)
+    page = tmp_path / "r.html"
+    assert run("-o", str(page)).exit_code == 0
+    assert page.stat().st_size > 10_000
+    nowhere = run("-o", str(tmp_path / "no" / "r.html"))
+    assert nowhere.exit_code != 0
+    assert "give another path" in str(nowhere.output) + str(nowhere.exception)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_names_stay_text(db: str) -> None:
+    store = open_store(db)
+    page = render(build(store))
+    store.close()
+    ours = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", ours)
+    assert HOSTILE not in ours
+    assert "<img" not in ours
+    assert "49" not in re.findall(r"\[bold\] (\S+)", ours)
+
+
+def test_a_browser_draws_every_plot_without_an_error(db: str, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium isn't installed")
+    store = open_store(db)
+    page = render(build(store))
+    store.close()
+    watched = page.replace(
+        "<head>",
+        "<head><script>window.onerror = m => document.documentElement"
+        ".setAttribute('data-error', m)</script>",
+    )
+    path = tmp_path / "r.html"
+    path.write_text(watched, encoding="utf-8")
+    shown = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
+            *("--disable-quic", "--no-first-run", "--disable-background-networking"),
+            *("--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=10000"),
+            *("--dump-dom", path.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "data-error=" not in shown
+    assert "owned" not in re.findall(r"<title>(.*?)</title>", shown)[0]
+    plots = shown.count('class="plotly-graph-div')
+    drawn = len(set(re.findall(r'id="clip([0-9a-f]{6})xyplot"', shown)))
+    assert plots == drawn == 5

@@ -1,0 +1,1 @@
+"""Classes discovered among prompts."""

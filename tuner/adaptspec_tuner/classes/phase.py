@@ -1,0 +1,83 @@
+"""The phase of a tune in which its classes are discovered, once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from adaptspec.classes.classifier import KEY as CLASSIFIER
+from adaptspec.classes.classifier import Classifier
+from adaptspec.errors import AdaptSpecError
+from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.classes.discover import (
+    classified,
+    discover,
+    known_only,
+    probed,
+    replayed_gains,
+)
+from adaptspec_tuner.tuning_run import Run
+
+if TYPE_CHECKING:
+    from adaptspec_tuner.replaying.replayer import Replayer
+
+CLASSIFIED = "classified"  # prompt id -> class, where finding it took a forward
+
+
+def discover_classes(
+    run: Run,
+    predictor: Replayer | None,
+    recorded: Collection[str],
+    tuning: Workload,
+    held_out: Workload,
+) -> tuple[Workload, Workload]:
+    """Both workloads by class, without prompts of no class that was tuned on.
+
+    Args:
+        recorded: Ids of the tuning prompts that classes are learnt from.
+    """
+    run.begin("classes")
+    run.doing("discovering classes")
+    learnt_from = [p for p in tuning.prompts if p.id in recorded]
+    classifier = _classifier(run, predictor, learnt_from)
+    known = run.store.record(run.id, CLASSIFIED) or {}
+    tuning = classified(tuning, classifier, run.states, known)
+    held_out = classified(held_out, classifier, run.states, known)
+    if run.states is not None:
+        both = (*tuning.prompts, *held_out.prompts)
+        assigned = {p.id: p.prompt_class for p in both}
+        run.store.put_record(run.id, CLASSIFIED, assigned)
+    tuning, odd = known_only(tuning, tuning.classes)
+    held_out, strange = known_only(held_out, tuning.classes)
+    for part, left_out in (("tuning", odd), ("held-out", strange)):
+        if left_out:
+            run.warn(
+                f"{len(left_out)} of the {part} prompts are of no class "
+                "that was tuned on, and decoded plainly: "
+                f"{', '.join(left_out)}"
+            )
+    for line in classifier.describe():
+        run.warn(f"class {line}")
+    return tuning, held_out
+
+
+def _classifier(
+    run: Run, predictor: Replayer | None, prompts: Sequence[Prompt]
+) -> Classifier:
+    """The run's, or one learnt from what replays say of each prompt; stored."""
+    if (record := run.store.record(run.id, CLASSIFIER)) is not None:
+        # Learnt anew it might differ, and the run's trials are of these classes.
+        try:
+            return Classifier.from_json(record)
+        except AdaptSpecError as error:
+            raise AdaptSpecError(
+                f"the classes that run {run.id} found can't be read: {error}; begin it "
+                "anew with --fresh"
+            ) from error
+    gains: dict[str, dict[str, float]] = {}
+    if predictor is not None:
+        settings = [setting for cls in run.replaying for setting in probed(cls)]
+        gains = replayed_gains(predictor, settings, prompts, run.in_classes_time())
+    found = discover(prompts, gains, run.seed, run.states)
+    run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())
+    return found.classifier

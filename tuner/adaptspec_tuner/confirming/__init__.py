@@ -1,0 +1,1 @@
+"""Finalists decoded on held-out prompts."""

@@ -1,0 +1,1 @@
+"""A search shared by several processes or machines."""

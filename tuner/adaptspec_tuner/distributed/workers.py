@@ -1,0 +1,156 @@
+"""Workers: processes that run trials of a search which another process leads.
+
+The leader measures plain decoding, opens the search in the store, and confirms. A
+worker joins only a run with its own identifier, which covers model, device, dtype,
+threads, versions, prompts and options: so trials run on identical hardware only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from adaptspec.errors import AdaptSpecError
+from adaptspec.profile import SPEED, ProfileStore
+from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
+from adaptspec_tuner.distributed.grpc_store import publish
+from adaptspec_tuner.measuring.profiler import Measurer, Sample
+from adaptspec_tuner.searching.search import Search, plain_key
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from adaptspec.strategy import Strategy
+
+KEY = "search"
+POLL_SECONDS = 0.5
+
+
+@runtime_checkable
+class KeepsStudies(Protocol):
+    """A store with room for Optuna's own tables."""
+
+    def studies(self) -> Any:
+        """Optuna's storage."""
+
+
+def open_search(
+    store: ProfileStore, run: str, prompts: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """Let workers join: these prompts of each class are tried.
+
+    Where studies are kept, what workers need is put beside them as well, for those that
+    see only the studies.
+    """
+    classes = {name: [p.id for p in group] for name, group in prompts.items()}
+    known = {p.id: p for group in prompts.values() for p in group}
+    if isinstance(store, KeepsStudies):
+        plain = {
+            plain_key(name, key): record
+            for key, prompt in known.items()
+            for name in (prompt.prompt_class, DEFAULT_CLASS)
+            if (record := store.record(run, plain_key(name, key))) is not None
+        }
+        publish(store.studies(), run, plain)
+    _put(store, run, {"open": True, "classes": classes})
+
+
+def close_search(store: ProfileStore, run: str) -> None:
+    """Let workers end after the trial at hand."""
+    record = store.record(run, KEY)
+    if record is not None and record["open"]:
+        _put(store, run, {**record, "open": False})
+
+
+def _put(store: ProfileStore, run: str, record: Mapping[str, Any]) -> None:
+    store.put_record(run, KEY, record)
+    if isinstance(store, KeepsStudies):
+        publish(store.studies(), run, {KEY: record})
+
+
+def work(
+    measurer: Measurer,
+    strategies: Sequence[type[Strategy]],
+    workload: Workload,
+    store: ProfileStore,
+    run: str,
+    *,
+    storage: BaseStorage,
+    deadline: float,
+    clock: Callable[[], float],
+    warn: Callable[[str], None],
+    doing: Callable[[str], None],
+    most: int,
+    patience: float = math.inf,
+    budget_trials: int | None = None,
+    seed: int = 0,
+    objective: str = SPEED,
+    wait: Callable[[float], None] = time.sleep,
+) -> int:
+    """Run trials of ``run`` until its leader closes the search or the budget is spent.
+
+    Args:
+        deadline: Infinite where ``budget_trials`` is the budget.
+        patience: Seconds that it waits for a leader, if the deadline is later.
+        budget_trials: Trials in all, others' that are known among them.
+
+    Returns:
+        How many were run.
+
+    Raises:
+        AdaptSpecError: if no leader opened it in time.
+    """
+    doing("waiting for a tune of the same options")
+    waited = min(deadline, clock() + patience)
+    while not _open(store, run):
+        if clock() >= waited:
+            raise AdaptSpecError(
+                f"no search of run {run} was open in time; a worker needs "
+                "a tune of the same model, prompts, options and versions on the same "
+                "kind of machine, and the same --db"
+            )
+        wait(POLL_SECONDS)
+
+    def in_budget() -> bool:
+        return budget_trials is None or search.tried < budget_trials
+
+    search = Search(
+        measurer,
+        store,
+        run,
+        in_time=lambda: clock() < deadline and in_budget() and _open(store, run),
+        warn=warn,
+        doing=doing,
+        seed=seed,
+        most=most,
+        objective=objective,
+        storage=storage,
+    )
+    known = {prompt.id: prompt for prompt in workload.prompts}
+    record = store.record(run, KEY) or {"classes": {}}
+    for name, ids in record["classes"].items():
+        prompts = [replace(known[key], prompt_class=name) for key in ids]
+        plain = {key: _plain(store, run, known[key]) for key in ids}
+        for cls in strategies:
+            search.add(name, cls, prompts, plain)
+    search.search()
+    return search.finished
+
+
+def _open(store: ProfileStore, run: str) -> bool:
+    record = store.record(run, KEY)
+    return record is not None and bool(record["open"])
+
+
+def _plain(store: ProfileStore, run: str, prompt: Prompt) -> Sample:
+    """The leader's plain decoding; where classes were discovered, it had none yet."""
+    for name in (prompt.prompt_class, DEFAULT_CLASS):
+        record = store.record(run, plain_key(name, prompt.id))
+        if record is not None:
+            return Sample.from_json(record)
+    raise AdaptSpecError(
+        f"run {run} has no plain decoding of prompt {prompt.id!r}; start its tune anew"
+    )

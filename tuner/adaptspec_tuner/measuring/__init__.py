@@ -1,0 +1,1 @@
+"""Decode with a setting and measure what it takes."""

@@ -1,0 +1,431 @@
+"""Measures one setting on one prompt, and compares its output with plain decoding's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from adaptspec.classes.state_features import pooled, states_layer
+from adaptspec.decoding.engine import Run
+from adaptspec.errors import AdaptSpecError
+from adaptspec.heads.protocol import bytes_of
+from adaptspec.params import Scalar
+from adaptspec.profile import LATENCY, PLAIN, SPEED
+from adaptspec.strategy import Needs
+from adaptspec_tuner.measuring.peak_memory import PeakMemory, weights_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptspec.decoding.controls import Controls
+    from adaptspec.decoding.engine import Engine, Generation
+    from adaptspec.host import Host
+    from adaptspec.model.language_model import LanguageModel
+    from adaptspec.strategy import Strategy
+    from adaptspec.workloads import Prompt
+
+Agreement = Literal["identical", "near_tie", "mismatch"]
+
+WARM_UP_TOKENS = 8
+# Rounding passes through every layer: a few units in the last place of the logits.
+TIE_UNITS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy (or baseline) with its parameters."""
+
+    strategy: str
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    baseline: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for equal settings."""
+        return json.dumps([self.strategy, dict(self.params)], sort_keys=True)
+
+    @classmethod
+    def from_key(cls, key: str) -> Setting:
+        """The setting (not a baseline's) that has this key."""
+        strategy, params = json.loads(key)
+        return cls(strategy, params)
+
+
+PLAIN_SETTING = Setting(PLAIN)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generation: decoding speed (prefill excluded) and what it took.
+
+    Args:
+        seconds: Wall time, prefill included.
+        speed: Tokens per second after the first; 0 if there was only one.
+        latency_p95: Milliseconds per token, see ``RunStats``; 0 if not measured.
+        positions: By depth from 1: steps that accepted a candidate, that had one.
+        peak_memory: Bytes, 0 if not measured.
+    """
+
+    tokens: tuple[int, ...]
+    speed: float
+    seconds: float
+    forwards: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    seconds_target: float = 0.0
+    seconds_draft: float = 0.0
+    seconds_rest: float = 0.0
+    latency_p95: float = 0.0
+    positions: tuple[tuple[int, int], ...] = ()
+    peak_memory: int = 0
+
+    def gain(self, plain: Sample, objective: str = SPEED) -> float:
+        """How much better than ``plain`` in the objective: above 1 is better."""
+        if objective == LATENCY:
+            if not (self.latency_p95 and plain.latency_p95):
+                return 0.0
+            return plain.latency_p95 / self.latency_p95
+        return self.speed / plain.speed if plain.speed else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {**asdict(self), "tokens": list(self.tokens)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Sample:
+        """The sample a record holds."""
+        return replace(
+            cls(**record),
+            tokens=tuple(record["tokens"]),
+            positions=tuple(
+                (accepted, offered) for accepted, offered in record.get("positions", ())
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Plain greedy decoding of one prompt.
+
+    Args:
+        prompt: Token ids.
+        tokens: What was generated.
+        most: How many tokens might have been.
+        forwards: Of the target, the prefill not counted; 0 where nothing was timed.
+        seconds_target: What these took.
+        seconds_rest: What its steps took beside them.
+    """
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    most: int
+    forwards: int = 0
+    seconds_target: float = 0.0
+    seconds_rest: float = 0.0
+
+
+class Measurer(Protocol):
+    """Runs settings on prompts; the search and the confirmation see only this."""
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        """One generation."""
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        """How ``other`` compares with plain decoding's tokens."""
+
+    def forget(self) -> None:
+        """Drop what strategies have learnt from earlier prompts."""
+
+
+class Profiler:
+    """Measures on a real model.
+
+    Args:
+        engine: Runs the strategies.
+        host: Where strategies and baselines are found.
+        max_new_tokens: For prompts that don't say.
+        theirs: What baselines run on; default: the engine's target.
+        their_draft: The same for its draft.
+        max_memory: Bytes; a setting that takes more is refused.
+        keep_states: Keep what plain decoding's prefills leave, for :meth:`state`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        host: Host,
+        max_new_tokens: int,
+        theirs: LanguageModel | None = None,
+        their_draft: LanguageModel | None = None,
+        max_memory: int | None = None,
+        keep_states: bool = False,
+    ) -> None:
+        self._engine, self._host = engine, host
+        self._peak = PeakMemory(engine.model.device)
+        self._max_memory = max_memory
+        self._theirs = theirs or engine.model
+        self._their_draft = their_draft or engine.draft
+        self._max_new_tokens = max_new_tokens
+        self._strategies: dict[str, Strategy] = {}
+        self._warm: set[str] = set()
+        self._ids: dict[str, list[int]] = {}
+        self._keep_states = keep_states
+        self._states: dict[str, list[float]] = {}  # by prompt id, pooled
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        """One generation; a setting's first is preceded by a short warm-up.
+
+        Raises:
+            AdaptSpecError: if it took more than ``max_memory``.
+        """
+        ids, length = self._encoded(prompt), self._length(prompt)
+        if setting.key not in self._warm:
+            self._run(setting, ids, min(WARM_UP_TOKENS, length))
+            self._warm.add(setting.key)
+            self._strategies.pop(setting.key, None)  # what it learnt from the prompt
+        self._peak.reset()
+        wanted = self._keep_states and setting == PLAIN_SETTING
+        sample = self._run(setting, ids, length, prompt.id if wanted else None)
+        if not (taken := self._peak.bytes()):
+            return sample
+        taken -= self._unused(setting)
+        if self._max_memory is not None and taken > self._max_memory:
+            raise AdaptSpecError(
+                f"{setting.strategy} takes {taken / 2**30:.2f} GiB of memory, "
+                f"--max-memory is {self._max_memory / 2**30:.2f} GiB"
+            )
+        return replace(sample, peak_memory=taken)
+
+    def agreement(
+        self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
+    ) -> Agreement:
+        """A difference is a near tie if a fresh forward calls it one."""
+        if list(plain) == list(other):
+            return "identical"
+        at = first_difference(plain, other)
+        if at is None:
+            return "mismatch"
+        ids = [*self._encoded(prompt), *plain[:at]]
+        logits = self._law(prompt, ids)
+        tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
+        return "near_tie" if tied else "mismatch"
+
+    def forget(self) -> None:
+        """New strategy objects from here on."""
+        self._strategies.clear()
+
+    @property
+    def layer(self) -> int:
+        """Whose states :meth:`state` pools."""
+        return states_layer(self._engine.model)
+
+    def state(self, prompt: Prompt) -> list[float]:
+        """The pooled state of ``prompt``; it is read for it if it wasn't already.
+
+        Raises:
+            NoHiddenStatesError: if the model shows none.
+        """
+        if prompt.id not in self._states:
+            controls = self._controls(self._length(prompt))
+            plain = self._host.create(PLAIN, {})
+            self._read(
+                Run(self._engine, plain, self._encoded(prompt), controls), prompt.id
+            )
+        return self._states[prompt.id]
+
+    def _read(self, run: Run, prompt: str) -> None:
+        layer = self.layer
+        forward = run.read(Needs(hidden_layers=(layer,), prefill_hidden="all"))
+        self._states[prompt] = pooled(forward.hidden[layer])
+
+    def recording(self, prompt: Prompt, plain: Sample) -> Recording:
+        """Plain decoding with the prompt that it answers."""
+        return Recording(
+            self._encoded(prompt),
+            plain.tokens,
+            self._length(prompt),
+            plain.forwards,
+            plain.seconds_target,
+            plain.seconds_draft + plain.seconds_rest,
+        )
+
+    def _unused(self, setting: Setting) -> int:
+        """Bytes of loaded weights that ``setting`` would do without."""
+        return self._unused_models(setting) + self._unused_heads(setting)
+
+    def _unused_models(self, setting: Setting) -> int:
+        """A draft model that isn't asked, and the models of other engines."""
+        model, draft = self._engine.model, self._engine.draft
+        if setting.baseline:
+            asks = self._host.baselines[setting.strategy].needs_draft
+            used = [self._theirs, self._their_draft if asks else None]
+        else:
+            asks = draft is not None and self._strategy(setting).uses_draft(
+                model, draft
+            )
+            used = [model, draft if asks else None]
+        loaded = [model, draft, self._theirs, self._their_draft]
+        needed = weights_of(each.model for each in used if each is not None)
+        everything = weights_of(each.model for each in loaded if each is not None)
+        return sum(size for place, size in everything.items() if place not in needed)
+
+    def _unused_heads(self, setting: Setting) -> int:
+        model = self._engine.model
+        if not model.heads:
+            return 0
+        read: set[str] = set()
+        if not setting.baseline:
+            strategy = self._strategy(setting)
+            # Heads read hidden states; a hybrid that asks for some may use any.
+            if strategy.needs_heads is not None:
+                read = {strategy.needs_heads}
+            elif strategy.needs(model).hidden_layers:
+                read = set(model.heads)
+        return sum(
+            bytes_of(one) for kind, one in model.heads.items() if kind not in read
+        )
+
+    def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
+        """Logits of the token after ``ids``, under the model's own controls."""
+        from adaptspec.decoding.processing import Processors
+
+        model = self._engine.model
+        plain = model.capability.level == "plain"
+        cache: Any = model.plain_cache() if plain else model.new_cache(len(ids))
+        forward = model.prefill(ids, cache)
+        raw = forward.logits[forward.rows[len(ids) - 1]]
+        controls = self._controls(self._length(prompt))
+        processors = Processors(controls, len(self._encoded(prompt)), model.device)
+        return processors(ids, raw)
+
+    def _run(
+        self, setting: Setting, ids: list[int], length: int, keep: str | None = None
+    ) -> Sample:
+        if setting.baseline:
+            return self._run_baseline(setting, ids, length)
+        strategy = self._strategy(setting)
+        run = Run(self._engine, strategy, ids, self._controls(length))
+        if keep is not None and keep not in self._states:
+            self._read(run, keep)
+        for _ in run:
+            pass
+        return sample_of(run.result)
+
+    def _strategy(self, setting: Setting) -> Strategy:
+        """The object of this setting, with what it has learnt."""
+        if setting.key not in self._strategies:
+            created = self._host.create(setting.strategy, setting.params)
+            self._strategies[setting.key] = created
+        return self._strategies[setting.key]
+
+    def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
+        cls = self._host.baselines[setting.strategy]
+        baseline = cls(cls.Params.parse(setting.params, setting.strategy))
+        run = baseline.run(self._theirs, self._their_draft, ids, length)
+        return Sample(
+            tokens=tuple(run.token_ids),
+            speed=run.tokens_per_second,
+            seconds=run.seconds,
+            forwards=run.target_forwards or 0,
+        )
+
+    def _controls(self, length: int) -> Controls:
+        from adaptspec.decoding.controls import Controls
+        from adaptspec.decoding.generation_fields import ONE_SEQUENCE
+
+        return Controls.for_model(
+            self._engine.model,
+            max_new_tokens=length,
+            temperature=0.0,
+            **ONE_SEQUENCE,
+        )
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a prompt and its output; None where the model doesn't say."""
+        return self._engine.model.max_length
+
+    def ids(self, prompt: Prompt) -> Sequence[int]:
+        """The prompt's token ids.
+
+        Raises:
+            AdaptSpecError: if it can't be encoded; templates may raise anything else.
+        """
+        return self._encoded(prompt)
+
+    def length(self, prompt: Prompt) -> int:
+        """New tokens that are asked for."""
+        return self._length(prompt)
+
+    def _length(self, prompt: Prompt) -> int:
+        return prompt.max_new_tokens or self._max_new_tokens
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        if prompt.id not in self._ids:
+            self._ids[prompt.id] = prompt.encode(self._engine.model)
+        return self._ids[prompt.id]
+
+
+def sample_of(run: Generation) -> Sample:
+    """What one generation took."""
+    stats = run.stats
+    return Sample(
+        tokens=tuple(run.token_ids),
+        speed=stats.tokens_per_second,
+        seconds=stats.seconds_prefill + stats.seconds_decode,
+        forwards=stats.target_forwards,
+        proposed=stats.proposed,
+        accepted=stats.accepted,
+        seconds_target=stats.seconds_target,
+        seconds_draft=stats.seconds_draft,
+        seconds_rest=stats.seconds_rest,
+        latency_p95=stats.latency_p95,
+        positions=tuple(stats.positions),
+    )
+
+
+def typical(samples: Sequence[Sample]) -> Sample:
+    """The first of a prompt's repeats, with the times that are typical of all."""
+    return replace(
+        samples[0],
+        **{
+            name: median(getattr(one, name) for one in samples)
+            for name in ("seconds_target", "seconds_draft", "seconds_rest")
+        },
+    )
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error for people; of others than AdaptSpec's with its type."""
+    if isinstance(error, AdaptSpecError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The first index at which both have a token and not the same one."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def near_tie(logits: torch.Tensor, one: int, other: int, dtype: torch.dtype) -> bool:
+    """Whether two tokens' logits [vocab] differ by no more than ``dtype`` rounds."""
+    import torch
+
+    first, second = float(logits[one]), float(logits[other])
+    size = max(abs(first), abs(second))
+    return abs(first - second) <= TIE_UNITS * torch.finfo(dtype).eps * size
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value, that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, median(values), high

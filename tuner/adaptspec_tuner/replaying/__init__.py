@@ -1,0 +1,1 @@
+"""Score settings on recorded answers, without the target's forward passes."""

@@ -1,0 +1,345 @@
+"""Searches each class and strategy with Optuna, every finished trial stored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adaptspec.params import Params, Scalar
+from adaptspec.profile import SPEED, Trial
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Measurer, Sample, Setting
+from adaptspec_tuner.searching.space import distributions
+from adaptspec_tuner.searching.study import Study
+from adaptspec_tuner.searching.trials import Job, run_trial
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import Trial as Asked
+
+    from adaptspec.strategy import Strategy
+    from adaptspec.workloads import Prompt
+
+HOPELESS = 0.7  # of plain decoding's speed, with the defaults
+HOPELESS_TRIALS = 3
+DUPLICATES = 10  # in a row: the space is as good as searched
+FAILURES = 5  # in a row
+
+
+class TrialStore(Protocol):
+    """As much of a :class:`~adaptspec.profile.ProfileStore` as a search uses."""
+
+    def trials(self, run: str) -> list[Trial]:
+        """A run's finished trials."""
+
+    def add_trial(self, trial: Trial) -> None:
+        """Store a finished trial."""
+
+    def record(self, run: str, key: str) -> dict[str, Any] | None:
+        """A run's JSON record."""
+
+    def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
+        """Keep a run's JSON record."""
+
+
+class TrialPool(Protocol):
+    """Runs trials elsewhere, several at a time."""
+
+    @property
+    def size(self) -> int:
+        """How many run at once; 0 where nobody is left."""
+
+    def submit(self, job: Job) -> None:
+        """Begin a trial."""
+
+    def next(self) -> tuple[Job, Trial, Sequence[str]]:
+        """Wait for any begun trial: what came of it, and what is to be warned of."""
+
+
+Say = Callable[[str], None]
+Doing = Callable[[str], None]
+
+
+@dataclass
+class Arm:
+    """One strategy for one class: its study and its finished trials.
+
+    Args:
+        predicted: Setting key -> the ratio to plain decoding that a replay promised.
+        running: Number -> setting of the trials that this process began.
+    """
+
+    prompt_class: str
+    name: str
+    params: type[Params]
+    prompts: Sequence[Prompt]
+    plain: Mapping[str, Sample]
+    study: Study
+    trials: list[Trial] = field(default_factory=list)
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    exhausted: bool = False
+    running: dict[int, dict[str, Scalar]] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial of it was begun."""
+        return not (self.trials or self.running or self.exhausted)
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the highest ratio."""
+        complete = [t for t in self.trials if t.state == "complete"]
+        return max(complete, key=lambda t: float(t.detail["ratio"]), default=None)
+
+    @property
+    def ratio(self) -> float:
+        """The best ratio to plain decoding so far, 0 before any."""
+        return float(self.best.detail["ratio"]) if self.best else 0.0
+
+    def done(self, most: int, hopeless: int = HOPELESS_TRIALS) -> bool:
+        """Whether it needs no more trials; of a slow arm ``hopeless`` are enough."""
+        if self.ratio < HOPELESS:
+            most = min(most, hopeless)
+        return self.exhausted or len(self.trials) + len(self.running) >= most
+
+
+class Search:
+    """Gives each arm its default trial first, then time to the promising ones.
+
+    Args:
+        in_time: Whether another trial may start.
+        warn: Told of every mismatch and failed trial.
+        doing: Told what is being measured.
+        seed: Of the samplers.
+        most: Trials of one arm, those of earlier runs included.
+        hopeless: Trials after which an arm far slower than plain decoding is given up.
+        objective: What a trial's ratio to plain decoding is about.
+        storage: Optuna's, where the studies are kept; None keeps them in memory.
+        labels: Shown by Optuna's tools with each study.
+        pool: Runs trials in place of ``measurer``, several at a time.
+    """
+
+    def __init__(
+        self,
+        measurer: Measurer,
+        store: TrialStore,
+        run: str,
+        *,
+        in_time: Callable[[], bool],
+        warn: Say,
+        doing: Doing,
+        seed: int = 0,
+        most: int = 40,
+        hopeless: int = HOPELESS_TRIALS,
+        objective: str = SPEED,
+        storage: BaseStorage | None = None,
+        labels: Mapping[str, str] | None = None,
+        pool: TrialPool | None = None,
+    ) -> None:
+        self._pool = pool
+        self._objective, self._storage = objective, storage
+        self._labels = dict(labels or {})
+        self._hopeless = hopeless
+        self._measurer, self._store, self._run = measurer, store, run
+        self._in_time, self._warn, self._doing = in_time, warn, doing
+        self._seed, self._most = seed, most
+        self.arms: list[Arm] = []
+        self.finished = 0  # trials, by this process
+
+    @property
+    def tried(self) -> int:
+        """Trials finished, by whomever, and those that this process is at."""
+        return sum(len(arm.trials) + len(arm.running) for arm in self.arms)
+
+    def plain(self, prompt: Prompt) -> Sample:
+        """Plain decoding of ``prompt``, measured once per run."""
+        key = plain_key(prompt.prompt_class, prompt.id)
+        if (record := self._store.record(self._run, key)) is not None:
+            # A damaged record is measured again.
+            with suppress(KeyError, TypeError, ValueError):
+                return Sample.from_json(record)
+        self._doing(f"{prompt.prompt_class}: plain decoding")
+        sample = self._measurer.measure(PLAIN_SETTING, prompt)
+        self._store.put_record(self._run, key, sample.as_json())
+        return sample
+
+    def add(
+        self,
+        prompt_class: str,
+        strategy: type[Strategy],
+        prompts: Sequence[Prompt],
+        plain: Mapping[str, Sample],
+        promising: Sequence[Trial] = (),
+    ) -> None:
+        """Search ``strategy`` on ``prompts``; what an earlier run finished counts.
+
+        Args:
+            promising: Replayed trials whose settings are to be tried first.
+        """
+        trials = self._trials(prompt_class, strategy.name)
+        study = Study(
+            strategy.Params,
+            trials,
+            seed=self._seed,
+            first=[dict(trial.params) for trial in promising],
+            storage=self._storage,
+            name=f"{self._run}/{prompt_class}/{strategy.name}",
+            labels={
+                **self._labels,
+                "class": prompt_class,
+                "strategy": strategy.name,
+            },
+        )
+        self.arms.append(
+            Arm(
+                prompt_class,
+                strategy.name,
+                strategy.Params,
+                prompts,
+                plain,
+                study,
+                trials,
+                {
+                    Setting(strategy.name, trial.params).key: trial.detail["ratio"]
+                    for trial in promising
+                },
+                exhausted=bool(trials) and not distributions(strategy.Params),
+            )
+        )
+
+    def search(self) -> list[Arm]:
+        """Try settings until time or ideas run out; the arms that got no trial."""
+        if self._pool is not None:
+            self._search_on(self._pool)
+        for arm in self.arms:
+            if not arm.trials and self._in_time():
+                self._try(arm)
+        while self._in_time() and (promising := self._next()) is not None:
+            self._try(promising)
+        if self._storage is not None:
+            for arm in self.arms:
+                arm.trials = self._stored(arm)
+        return [arm for arm in self.arms if not arm.trials]
+
+    def _next(self) -> Arm | None:
+        """The open arm with the fewest trials for its promise."""
+        lead: dict[str, float] = {}
+        for arm in self.arms:
+            lead[arm.prompt_class] = max(lead.get(arm.prompt_class, 0.0), arm.ratio)
+        opened = [arm for arm in self.arms if not arm.done(self._most, self._hopeless)]
+
+        def spent(arm: Arm) -> float:
+            share = arm.ratio / lead[arm.prompt_class] if arm.ratio else 0.1
+            return (len(arm.trials) + len(arm.running)) / max(0.01, share**4)
+
+        return min(opened, key=spent, default=None)
+
+    def _stored(self, arm: Arm) -> list[Trial]:
+        """The arm's trials, with those that workers told the study alone."""
+        stored = self._trials(arm.prompt_class, arm.name)
+        if not (told := arm.study.told(stored)):
+            return stored
+        for trial in told:
+            self._store.add_trial(trial)
+        return self._trials(arm.prompt_class, arm.name)
+
+    def _trials(self, prompt_class: str, name: str) -> list[Trial]:
+        return [
+            t
+            for t in self._store.trials(self._run)
+            if (t.prompt_class, t.strategy) == (prompt_class, name)
+            and (t.state == "failed" or isinstance(t.detail.get("ratio"), int | float))
+        ]
+
+    def _try(self, arm: Arm) -> None:
+        begun = self._begin(arm)
+        if begun is None:
+            return
+        asked, job = begun
+        self._doing(f"{arm.prompt_class}: {arm.name}, trial {asked.number + 1}")
+        trial = run_trial(
+            self._measurer,
+            job,
+            lambda step, ratio: arm.study.report(asked, step, ratio),
+            self._warn,
+        )
+        self._finish(arm, asked, trial)
+
+    def _begin(self, arm: Arm) -> tuple[Asked, Job] | None:
+        """A setting that nobody tried or tries; None where there is none."""
+        for _ in range(DUPLICATES):
+            if self._storage is not None:  # others may have finished some, or died
+                arm.trials = self._stored(arm)
+                arm.study.repair(arm.trials, keep=arm.running)
+            asked, params = arm.study.ask()
+            begun = {**arm.study.begun_elsewhere(asked), **arm.running}
+            if self._storage is not None:
+                arm.trials = self._stored(arm)
+                for trial in arm.trials:
+                    begun.pop(trial.number, None)
+            if len(arm.trials) + len(begun) >= self._most:
+                arm.study.withdraw(asked)
+                arm.exhausted = True
+                return None
+            known = next((t for t in arm.trials if dict(t.params) == params), None)
+            if known is not None:
+                arm.study.tell(asked, known)
+            elif params in begun.values():
+                arm.study.withdraw(asked)
+            else:
+                break
+        else:
+            arm.exhausted = True
+            return None
+        arm.running[asked.number] = params
+        key = Setting(arm.name, params).key
+        return asked, Job(
+            self._run,
+            arm.prompt_class,
+            arm.name,
+            asked.number,
+            arm.params,
+            params,
+            arm.prompts,
+            arm.plain,
+            self._objective,
+            arm.predicted.get(key),
+        )
+
+    def _finish(self, arm: Arm, asked: Asked, trial: Trial) -> None:
+        self._store.add_trial(trial)
+        self.finished += 1
+        del arm.running[asked.number]
+        arm.trials.append(trial)
+        arm.study.tell(asked, trial)
+        last = arm.trials[-FAILURES:]
+        failing = len(last) == FAILURES and all(t.state == "failed" for t in last)
+        if failing or not distributions(arm.params):
+            arm.exhausted = True
+
+    def _search_on(self, pool: TrialPool) -> None:
+        """Keep every worker of ``pool`` busy until time or ideas run out."""
+        busy: dict[Job, tuple[Arm, Asked]] = {}
+        while True:
+            while len(busy) < pool.size and self._in_time():
+                arm = next((a for a in self.arms if a.untouched), None) or self._next()
+                if arm is None:
+                    break
+                if (begun := self._begin(arm)) is not None:
+                    asked, job = begun
+                    busy[job] = (arm, asked)
+                    pool.submit(job)
+            if not busy:
+                return
+            self._doing(f"{len(busy)} trials on the cluster")
+            job, trial, warnings = pool.next()
+            for text in warnings:
+                self._warn(text)
+            arm, asked = busy.pop(job)
+            self._finish(arm, asked, trial)
+
+
+def plain_key(prompt_class: str, prompt_id: str) -> str:
+    """Under which a run's plain decoding of a prompt is kept."""
+    return f"plain/{prompt_class}/{prompt_id}"

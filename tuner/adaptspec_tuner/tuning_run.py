@@ -1,0 +1,210 @@
+"""A tune on its way: what it is given, what it is called, what time it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.cli.progress import Progress
+from adaptspec.errors import AdaptSpecError, ProfileStoreError
+from adaptspec.profile import SPEED, Environment, ProfileStore
+from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.distributed.workers import KeepsStudies
+from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.searching.search import Search, TrialPool
+from adaptspec_tuner.time_spent import Spending
+
+if TYPE_CHECKING:
+    from adaptspec.strategy import Strategy
+    from adaptspec_tuner.classes.discover import ReadsStates
+    from adaptspec_tuner.replaying.replayer import Replayer
+
+PLAIN_SHARE = 0.25  # of the budget, at most
+CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
+LEAST_SEARCH = 0.25  # of what is left after plain decoding, whatever confirming takes
+REPLAY_SHARE = 0.5  # of the search, if all strategies replay, for trials of that kind
+CLASSES_SHARE = 0.15  # of the search, for replays that discovered classes are told by
+
+# From plain decoding of prompts to what predicts from it, where anything can.
+MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
+
+
+class Stopped(AdaptSpecError):
+    """Ended on its way.
+
+    Args:
+        result: The classes already confirmed.
+    """
+
+    def __init__(self, text: str, result: TuneResult) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class Interrupted(Stopped):
+    """Stopped by the user; what was finished is stored."""
+
+    def __init__(self, result: TuneResult) -> None:
+        super().__init__(
+            "stopped; finished trials are kept, the same command continues", result
+        )
+
+
+@dataclass
+class Run:
+    """One tune; everything that touches a model, clock or disk is passed in.
+
+    What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten
+    where this one is ``fresh``.
+
+    Args:
+        deadline: Infinite where ``budget_trials`` is the budget.
+        trials: Most per class and strategy.
+        options: What else must be equal for trials to be mixed.
+        unavailable: Strategy or baseline -> why it can't run.
+        discovered: Whether classes are discovered; those declared are left aside.
+        states: What they are told by, in place of the prompts' texts.
+        started: When loading began; default: now.
+        pool: Runs the search's trials in place of ``measurer``.
+        notes: What there was to say before it began; belongs in the result.
+    """
+
+    measurer: Measurer
+    strategies: Sequence[type[Strategy]]
+    workload: Workload
+    store: ProfileStore
+    environment: Environment
+    _: KW_ONLY
+    deadline: float
+    clock: Callable[[], float]
+    progress: Progress
+    trials: int = 40
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    baselines: Sequence[Setting] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    objective: str = SPEED
+    budget_trials: int | None = None
+    discovered: bool = False
+    states: ReadsStates | None = None
+    started: float | None = None
+    replayer: MakesReplayer | None = None
+    pool: TrialPool | None = None
+    notes: Sequence[str] = ()
+    unstored: ProfileStoreError | None = field(init=False, default=None)
+    id: str = field(init=False)
+    spending: Spending = field(init=False)
+    result: TuneResult = field(init=False)
+    search: Search = field(init=False)
+    plain_end: float = field(init=False)  # of plain decoding, on the clock
+    search_end: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        store, place, now = self.store, self.environment, self.clock()
+        self.id = run_id(place, self.workload, {**self.options, "seed": self.seed})
+        if self.fresh:
+            store.delete_run(self.id)
+        started = now if self.started is None else self.started
+        self.spending = Spending(store, self.id, self.clock, started)
+        self.result = TuneResult(
+            run=self.id,
+            environment=place,
+            workload=self.workload.name,
+            db=store.url,
+            classes=[],
+            notes=[],
+            unavailable=dict(self.unavailable),
+        )
+        for note in self.notes:
+            self.warn(note)
+        left = max(0.0, self.deadline - now)
+        self.plain_end = self.search_end = self.deadline
+        if math.isfinite(left):
+            self.plain_end -= left * (1 - PLAIN_SHARE)
+            self.search_end -= left * CONFIRM_SHARE
+        self.search = Search(
+            self.measurer,
+            store,
+            self.id,
+            in_time=self._may_try,
+            warn=self.warn,
+            doing=self.doing,
+            seed=self.seed,
+            most=self.trials,
+            objective=self.objective,
+            storage=store.studies() if isinstance(store, KeepsStudies) else None,
+            labels={"model": place.model_name, "workload": self.workload.name},
+            pool=self.pool,
+        )
+
+    @property
+    def replaying(self) -> list[type[Strategy]]:
+        """The strategies that can be predicted."""
+        return [cls for cls in self.strategies if cls.replays]
+
+    def warn(self, text: str) -> None:
+        """Say something that belongs in the result."""
+        self.result.notes.append(text)
+        self.progress.say(text)
+
+    def doing(self, text: str) -> None:
+        """Say what is being done now."""
+        self.progress.doing(text, self.deadline - self.clock())
+
+    def begin(self, part: str) -> None:
+        """Account for what is done from here on."""
+        self.keep(lambda: self.spending.begin(part))
+
+    def keep(self, write: Callable[[], object]) -> None:
+        """Write to the store; if it fails, go on, and tell in the end.
+
+        For what there is to show without: what was measured must not be lost with it.
+        """
+        try:
+            write()
+        except ProfileStoreError as error:
+            self.unstored = self.unstored or error
+
+    def keep_back(self, seconds: float) -> None:
+        """End the search so early that ``seconds`` are left for confirming."""
+        most = (1 - LEAST_SEARCH) * max(0.0, self.deadline - self.clock())
+        self.search_end = min(self.search_end, self.deadline - min(seconds, most))
+
+    def in_replay_time(self) -> Callable[[], bool]:
+        """Whether trials that begin now, without the target, may go on."""
+        return self._within(REPLAY_SHARE * len(self.replaying) / len(self.strategies))
+
+    def in_classes_time(self) -> Callable[[], bool]:
+        """Whether replays that classes are discovered by may go on."""
+        return self._within(CLASSES_SHARE)
+
+    def _within(self, share: float) -> Callable[[], bool]:
+        """Whether no more than ``share`` of the search has passed from now on."""
+        end = self.clock() + share * max(0.0, self.search_end - self.clock())
+        return lambda: self.clock() < end
+
+    def _may_try(self) -> bool:
+        most = self.budget_trials
+        in_budget = most is None or self.search.tried < most
+        return in_budget and self.clock() < self.search_end
+
+
+def run_id(
+    environment: Environment, workload: Workload, options: Mapping[str, Any]
+) -> str:
+    """Equal for runs whose trials may be mixed: one is continued by the other."""
+    parts = [
+        list(environment.place()),
+        dict(environment.versions),
+        workload.digest,
+        dict(options),
+    ]
+    if environment.heads is not None:
+        parts.append(environment.heads)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
