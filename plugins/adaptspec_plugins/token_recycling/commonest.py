@@ -19,7 +19,7 @@ class Commonest:
         self.tokens: list[int] = []
         self._width = width
         self._weights: dict[int, float] = {}
-        self._one = 1.0  # weight of a new token; it grows instead of the old ones fading
+        self._one = 1.0  # weight of a new token; grows while others stay
 
     def count(self, tokens: Sequence[int]) -> None:
         """Take in ``tokens``, in the order of the text."""
