@@ -1,4 +1,4 @@
-"""What one forward over T tokens costs here: the measure of how much to draft.
+"""Measures the time of a forward by its number of tokens: how much drafting pays.
 
 Sequoia (arXiv:2402.12374) sizes its trees by such a curve.
 """
