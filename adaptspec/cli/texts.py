@@ -124,7 +124,7 @@ def _input() -> str:
 
 
 def _tell_if_waiting(stream: Any) -> None:
-    """Say what is waited for where nothing comes and nobody sees a terminal."""
+    """Say that input is awaited if none arrives and no terminal shows it."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
