@@ -178,8 +178,8 @@ class Decoder:
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
             the profiles. It may hold token ids of earlier outputs.
-        allow_lossy: Whether a strategy may be chosen that changes the law of sampled
-            output. Asked for by name, it is used anyway; the result says so.
+        allow_lossy: Whether a strategy may be chosen that changes the distribution of
+            sampled output. Asked for by name, it is used anyway; the result says so.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from adaptspec.params import Params, Scalar
 from adaptspec.token_ids import Continuation
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,11 @@ __all__ = [
     "Context",
     "Continuation",
     "Drafter",
-    "Law",
+    "Drawn",
     "Needs",
     "NoParams",
     "Outcome",
-    "SamplingLaw",
+    "SamplingDistribution",
     "Strategy",
     "Target",
     "TokenTree",
@@ -69,13 +69,13 @@ def union(needs: Sequence[Needs]) -> Needs:
     )
 
 
-class SamplingLaw(Protocol):
+class SamplingDistribution(Protocol):
     """The sampling controls in force, for drafters that sample or rank.
 
     A caller's own logits processors aren't among them: one that keeps state, such as a
-    grammar, must not be asked about drafts. So the law may differ from the target's,
-    which a draft's law may always do. Laws are NaN throughout where no token has a
-    score.
+    grammar, must not be asked about drafts. So the distribution may differ from the
+    target's, which a draft's distribution may always do. Probabilities are NaN
+    throughout where no token has a score.
 
     ``ids`` are best given as a :class:`Continuation` of ``context.ids``: the ids are
     then never copied, however long they are.
@@ -90,29 +90,30 @@ class SamplingLaw(Protocol):
         """0 for greedy."""
 
     def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The law ``[vocab]`` of the token after ``ids`` under the controls (float32).
+        """Chances ``[vocab]`` of the token after ``ids`` under the controls (float32).
 
-        Greedy gives a one-hot law.
+        Greedy gives a one-hot distribution.
         """
 
     def likeliest(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The most likely token after ``ids`` under the controls; of equals, the first.
 
-        What ``probs`` is one-hot at if ``greedy``, without building that law.
+        What ``probs`` is one-hot at if ``greedy``, without building that distribution.
         """
 
     def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
         """Draw up to ``count`` distinct tokens, without replacement, in draw order.
 
-        Reproducible for the seed; fewer come where the law's support is smaller, none
-        where the law is NaN.
+        Reproducible for the seed; fewer come where the distribution's support is
+        smaller, none where the distribution is NaN.
         """
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
         """The token the target's own noise at ``position`` picks from ``probs``.
 
-        A function of the seed and the law alone, so a proposal made of such tokens is
-        ``Law.DETERMINISTIC``. ``position`` is the index the token would have in ids.
+        A function of the seed and the distribution alone, so a proposal made of such
+        tokens is ``Drawn.DETERMINISTIC``. ``position`` is the index the token would
+        have in ids.
         """
 
 
@@ -128,7 +129,7 @@ class Target:
     draft: LanguageModel | None
     cache: TreeCache | None
     prompt: Sequence[int]
-    sampling: SamplingLaw
+    sampling: SamplingDistribution
     trees: bool  # whether the target verifies trees, or chains only
     clock: Callable[[], float]
 
@@ -211,7 +212,8 @@ class Strategy(ABC):
         needs_draft: Whether it needs a draft model of the same vocabulary.
         needs_other_draft: Whether it needs a draft model with another tokenizer.
         needs_heads: The kind of trained heads it drafts with (``--heads``), or None.
-        lossless: False only for what changes the output's law; shown everywhere.
+        lossless: False only for what changes the output's distribution; shown
+            everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
         replays: Whether all it reads of the target are the committed tokens and their

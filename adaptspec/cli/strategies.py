@@ -107,7 +107,8 @@ def _print_one(item: dict[str, Any]) -> None:
     console.print(f"{item['name']}: {item['summary']}", markup=False)
     if not item["lossless"]:
         console.print(
-            "LOSSY: changes the law of sampled output; chosen only where allowed",
+            "LOSSY: changes the distribution of sampled output; chosen only "
+            "where allowed",
             markup=False,
         )
     if item["reference"]:

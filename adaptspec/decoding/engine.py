@@ -34,7 +34,7 @@ from adaptspec.model.rotary import depth_limit
 from adaptspec.params import DraftingParams
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 from adaptspec.token_ids import Continuation
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 Answer = TypeVar("Answer")
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
@@ -359,12 +359,12 @@ class Run:
             return accept_typical(
                 tree,
                 rule,
-                law=lambda node, tokens: self._sampler.law(
+                distribution=lambda node, tokens: self._sampler.distribution(
                     Continuation(self._ids, tokens), forward.logits[forward.rows[node]]
                 ),
                 pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
             )
-        if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
+        if self._sampler.greedy or tree.drawn is Drawn.DETERMINISTIC:
             return accept_matching(
                 tree,
                 lambda node, tokens: self._asked(
@@ -373,8 +373,8 @@ class Run:
             )
         return accept_sampled(
             tree,
-            law=lambda node, tokens: self._asked(
-                self._sampler.law, tokens, forward.logits[forward.rows[node]]
+            distribution=lambda node, tokens: self._asked(
+                self._sampler.distribution, tokens, forward.logits[forward.rows[node]]
             ),
             uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
             pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),

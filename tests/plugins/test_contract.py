@@ -24,7 +24,7 @@ class TestPromptLookup(StrategyContract):
 
 class TestDraftModel(StrategyContract):
     strategy = DraftModel
-    params = ({}, {"k": 6, "stop": 0.4}, {"draft_law": "coupled"})
+    params = ({}, {"k": 6, "stop": 0.4}, {"draft_sampling": "coupled"})
 
 
 class TestDraftTree(StrategyContract):

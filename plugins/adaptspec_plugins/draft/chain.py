@@ -1,7 +1,7 @@
 """A smaller language model drafts a chain of tokens.
 
 Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023,
-arXiv:2302.01318). The coupled law lets the draft use the target's own noise (Daliri et
+arXiv:2302.01318). Coupled sampling lets the draft use the target's own noise (Daliri et
 al. 2024, arXiv:2408.07978), so that sampling emits what plain sampling would.
 """
 
@@ -20,7 +20,7 @@ from adaptspec.strategy import (
     Target,
     TokenTree,
 )
-from adaptspec_plugins.draft.drawing import DraftChain, DraftLaw
+from adaptspec_plugins.draft.drawing import DraftChain, DraftSampling
 from adaptspec_plugins.draft.sequence import DraftSequence
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DraftModelParams(DraftingParams):
-    """``draft_law`` and ``draft_temperature`` matter only under sampling."""
+    """``draft_sampling`` and ``draft_temperature`` matter only under sampling."""
 
     k: Annotated[int, Tunable(1, 12)] = Field(
         default=4, ge=1, le=64, description="most tokens drafted per step"
@@ -39,7 +39,7 @@ class DraftModelParams(DraftingParams):
         lt=1.0,
         description="stop after a token the draft gives less probability than this",
     )
-    draft_law: DraftLaw = Field(
+    draft_sampling: DraftSampling = Field(
         default="independent",
         description=(
             "under sampling: accept more, or emit plain sampling's tokens exactly"
@@ -49,7 +49,7 @@ class DraftModelParams(DraftingParams):
         default=1.0,
         gt=0.0,
         le=10.0,
-        description="under sampling: factor on the temperature of the draft's law",
+        description="under sampling: factor on the draft's temperature",
     )
 
 
@@ -67,7 +67,7 @@ class DraftModel(Strategy):
     joins: ClassVar[Mapping[str, Scalar]] = {
         "k": 6,
         "stop": 0.3,
-        "draft_law": "coupled",
+        "draft_sampling": "coupled",
     }
     params: DraftModelParams
 
@@ -81,7 +81,10 @@ class _ChainDrafter(Drafter):
         assert target.draft is not None
         self._k = params.k
         self._chain = DraftChain(
-            target.sampling, params.draft_law, params.stop, params.draft_temperature
+            target.sampling,
+            params.draft_sampling,
+            params.stop,
+            params.draft_temperature,
         )
         self._sequence = DraftSequence(target.draft, target.model.vocab_size)
 

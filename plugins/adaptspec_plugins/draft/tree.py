@@ -22,7 +22,7 @@ from adaptspec.strategy import (
     Context,
     Continuation,
     Drafter,
-    Law,
+    Drawn,
     Strategy,
     Target,
     TokenTree,
@@ -153,11 +153,11 @@ class _LikeliestTree(Drafter):
         if self._sampling.greedy:
             logs = logits.float().log_softmax(-1)
         else:
-            laws = [
+            draft_probs = [
                 self._sampling.probs(grown.ids(parent), row)
                 for parent, row in zip(parents, logits, strict=True)
             ]
-            logs = torch.stack(laws).log()
+            logs = torch.stack(draft_probs).log()
         top = logs.topk(min(self._params.top_k, logs.shape[-1]), dim=-1)
         values, tokens = top.values.tolist(), top.indices.tolist()
         return [
@@ -192,19 +192,19 @@ class _SampledTree(Drafter):
         )
         grown = _Grown(context.ids)
         places = {0: 0}  # node -> its place in the shape
-        laws: dict[int, torch.Tensor] = {}
+        draft_probs: dict[int, torch.Tensor] = {}
         frontier, logits = [0], self._sequence.begin(context)
         while True:
             fresh = []
             for node, row in zip(frontier, logits, strict=True):
-                law = self._sampling.probs(grown.ids(node), row)
+                probs = self._sampling.probs(grown.ids(node), row)
                 wanted = shape[places[node]]
-                drawn = self._sampling.draw(law, len(wanted))
+                drawn = self._sampling.draw(probs, len(wanted))
                 children = grown.add_children(
-                    [node], [[(t, math.log(float(law[t]))) for t in drawn]]
+                    [node], [[(t, math.log(float(probs[t]))) for t in drawn]]
                 )
                 for child, place in zip(children, wanted, strict=False):
-                    laws[child], places[child] = law, place
+                    draft_probs[child], places[child] = probs, place
                 fresh.extend(children)
             frontier = [
                 n for n in fresh if shape[places[n]] and grown.values[n] >= self._least
@@ -217,7 +217,7 @@ class _SampledTree(Drafter):
             )
             grown.mark_drafted(frontier)
         everything = range(len(grown.tokens))
-        return grown.tree(everything, Law.WITHOUT_REPLACEMENT, laws)
+        return grown.tree(everything, Drawn.WITHOUT_REPLACEMENT, draft_probs)
 
 
 class _Grown:
@@ -266,8 +266,8 @@ class _Grown:
     def tree(
         self,
         nodes: Sequence[int],
-        law: Law = Law.DETERMINISTIC,
-        laws: Mapping[int, torch.Tensor] | None = None,
+        drawn: Drawn = Drawn.DETERMINISTIC,
+        draft_probs: Mapping[int, torch.Tensor] | None = None,
     ) -> TokenTree:
         """The tree of ``nodes``, the path of first children in front.
 
@@ -285,8 +285,8 @@ class _Grown:
         return TokenTree(
             [self.tokens[node] for node in order],
             [-1, *(new[self.parents[node]] for node in order[1:])],
-            law,
-            {new[node]: row for node, row in (laws or {}).items()},
+            drawn,
+            {new[node]: row for node, row in (draft_probs or {}).items()},
         )
 
 

@@ -1,7 +1,8 @@
 """Medusa: heads on the target's last hidden state guess the tokens after the next.
 
 Cai et al. 2024, arXiv:2401.10774. Verified exactly, in greedy decoding and sampling;
-the paper's typical acceptance, which changes the output's law, is a strategy apart.
+the paper's typical acceptance, which changes the output's distribution, is a strategy
+apart.
 """
 
 from __future__ import annotations
@@ -130,12 +131,12 @@ class MedusaTypicalParams(MedusaParams):
 class MedusaTypical(Medusa):
     """Accepts what is typical of the target, not what it would have sampled.
 
-    Lossy: the output is drawn from another law than the target's. Greedy decoding
-    isn't touched.
+    Lossy: the output is drawn from another distribution than the target's. Greedy
+    decoding isn't touched.
     """
 
     name = "medusa_typical"
-    summary = "medusa with typical acceptance: plausible tokens pass, the law changes"
+    summary = "medusa with typical acceptance: plausible tokens pass, sampling changes"
     Params = MedusaTypicalParams
     params: MedusaTypicalParams
     lossless = False

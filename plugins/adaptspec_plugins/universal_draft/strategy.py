@@ -1,8 +1,8 @@
 """A model with another tokenizer drafts: by its text, or by the tokens both have.
 
 Re-encoding each other's text is transformers' universal assisted generation;
-restricting the draft's law to the shared tokens is the token-level intersection of
-Timor et al. 2025, arXiv:2502.05202.
+restricting the draft's distribution to the shared tokens is the token-level
+intersection of Timor et al. 2025, arXiv:2502.05202.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaptspec.strategy import (
     Context,
     Continuation,
     Drafter,
-    Law,
+    Drawn,
     Strategy,
     Target,
     TokenTree,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class UniversalDraftParams(DraftingParams):
-    """Both modes emit the target's own law; ``text`` plain sampling's tokens, too."""
+    """Both keep the target's distribution; ``text`` plain sampling's tokens, too."""
 
     mode: Annotated[Literal["text", "intersection"], Tunable()] = Field(
         default="text",
@@ -193,7 +193,7 @@ class _TextDrafter(_OtherDrafter):
 
 
 class _SharedDrafter(_OtherDrafter):
-    """The draft's law over the tokens that the target has too."""
+    """The draft's distribution over the tokens that the target has too."""
 
     def __init__(self, params: UniversalDraftParams, target: Target) -> None:
         super().__init__(params, target)
@@ -205,7 +205,7 @@ class _SharedDrafter(_OtherDrafter):
 
     def _draft(self, context: Context, logits: torch.Tensor, count: int) -> TokenTree:
         drafted: list[int] = []
-        laws: list[torch.Tensor] = []
+        draft_probs: list[torch.Tensor] = []
         while True:
             ids = Continuation(context.ids, drafted)
             probs = self._sampling.probs(ids, self._restricted(logits))
@@ -217,17 +217,17 @@ class _SharedDrafter(_OtherDrafter):
             if own is None:  # no shared token is left under the controls
                 break
             drafted.append(token)
-            laws.append(probs)
+            draft_probs.append(probs)
             # After the doubtful token, never before it: whether a token is drafted
             # must not depend on which token it is.
-            if len(laws) == count or own in self._pairing.special_to_target:
+            if len(draft_probs) == count or own in self._pairing.special_to_target:
                 break
             if _doubtful(logits, own, self._params.stop):
                 break
             logits = self._sequence.feed([own])
         if self._sampling.greedy:
             return TokenTree.chain(context.ids[-1], drafted)
-        return TokenTree.chain(context.ids[-1], drafted, Law.INDEPENDENT, laws)
+        return TokenTree.chain(context.ids[-1], drafted, Drawn.INDEPENDENT, draft_probs)
 
     def _restricted(self, logits: torch.Tensor) -> torch.Tensor:
         """The draft's logits at the target's tokens ``[vocab]``; -inf at its own."""

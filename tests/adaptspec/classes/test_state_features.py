@@ -183,7 +183,7 @@ def test_every_strategy_decodes_from_a_prompt_that_was_read_before(
     engine, ids = Engine(model, noisy_draft(model)), random_ids(6) * 3
     strategy = HOST.create(name, {})
     if not strategy.lossless:
-        pytest.skip("has another law")
+        pytest.skip("has another distribution")
     if reason := type(strategy).unavailable(model, engine.draft):
         pytest.skip(reason)
     asked = controls(temperature=temperature, seed=3)

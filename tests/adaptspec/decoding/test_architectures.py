@@ -52,7 +52,7 @@ PROMPTS = (
 DETERMINISTIC: dict[str, dict[str, Scalar]] = {
     "autoregressive": {},
     "prompt_lookup": {},
-    "draft_model": {"draft_law": "coupled"},
+    "draft_model": {"draft_sampling": "coupled"},
     "draft_tree": {"mode": "deterministic"},
 }
 HOST = Host.installed()

@@ -22,7 +22,7 @@ from adaptspec.knowledge import KnowledgeWarning
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 from adaptspec.testing import StrategyContract
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins import register_strategies
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.hybrid.candidates import (
@@ -113,7 +113,7 @@ def test_probes_and_what_hangs_below_the_deepest_level_are_left_out() -> None:
 
 
 def test_a_sampled_proposal_is_refused_by_the_members_name() -> None:
-    tree = TokenTree([ROOT, 1], [-1, 0], Law.INDEPENDENT)
+    tree = TokenTree([ROOT, 1], [-1, 0], Drawn.INDEPENDENT)
     with pytest.raises(InvalidTreeError, match="'gambler' proposes independent"):
         Candidates(ROOT, 5).add(tree, 0, "gambler")
 

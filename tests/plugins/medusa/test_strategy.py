@@ -41,7 +41,7 @@ from adaptspec.testing.strategies import (
     sampled,
     toy_pair,
 )
-from adaptspec.token_tree import Law
+from adaptspec.token_tree import Drawn
 from adaptspec_plugins.hybrid.strategy import Hybrid
 from adaptspec_plugins.medusa.strategy import Medusa, MedusaParams, MedusaTypical
 from adaptspec_plugins.medusa.trees import (
@@ -356,7 +356,7 @@ def test_evidence_tells_head_rank_and_sureness_apart() -> None:
     _, trees = record(strategy, model, None, PROMPTS[3], greedy())
     tree = max(trees, key=len)
     tree.check(tree.tokens[0], model.vocab_size)
-    assert tree.law is Law.DETERMINISTIC
+    assert tree.drawn is Drawn.DETERMINISTIC
     assert len(tree.evidence) == len(tree)
     assert all(0 <= mark <= 1023 for mark in tree.evidence)
     for node in range(1, len(tree)):
@@ -451,13 +451,13 @@ def test_what_typical_acceptance_emits_was_typical_or_sampled() -> None:
     assert run.stats.accepted > 0
     text = [*PROMPTS[3], *run.token_ids]
     with torch.inference_mode():
-        laws = (model.source(torch.tensor([text])).logits[0].double() / 0.9).softmax(-1)
+        rows = (model.source(torch.tensor([text])).logits[0].double() / 0.9).softmax(-1)
     at = len(PROMPTS[3]) + 1
     for step in run.stats.steps:
         for token in text[at : at + min(step.accepted, step.emitted)]:
-            law = laws[at - 1]
-            entropy = -sum(float(p) * float(torch.log(p)) for p in law if p > 0)
+            probs = rows[at - 1]
+            entropy = -sum(float(p) * float(torch.log(p)) for p in probs if p > 0)
             bar = min(0.05, 0.2 * float(torch.exp(torch.tensor(-entropy))))
-            assert float(law[token]) > bar - 1e-6
+            assert float(probs[token]) > bar - 1e-6
             at += 1
         at += step.emitted - min(step.accepted, step.emitted)

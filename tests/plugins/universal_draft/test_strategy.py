@@ -40,8 +40,8 @@ from adaptspec.testing.fakes import (
     tiny_module,
     tiny_tokenizer,
 )
-from adaptspec.testing.strategies import chi_square, toy_law
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.testing.strategies import chi_square, toy_distribution
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft.chain import DraftModel, DraftModelParams
 from adaptspec_plugins.universal_draft.strategy import (
@@ -57,7 +57,7 @@ from adaptspec_plugins.universal_draft.vocabularies import (
 
 FreshLogits = Callable[[LanguageModel, list[int]], torch.Tensor]
 MODES = ("text", "intersection")
-HOT = 4.0  # flattens the tiny models' laws, so that all outcomes count
+HOT = 4.0  # flattens the tiny models' distributions, so that all outcomes count
 
 NAMES: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
 OCTETS = {name: byte for byte, name in NAMES.items()}
@@ -515,7 +515,7 @@ def test_characters_in_another_order_draft_what_the_same_characters_draft(
     assert 0 < found.stats.accepted < found.stats.proposed
 
 
-def test_sampled_characters_in_another_order_have_the_same_laws() -> None:
+def test_sampled_characters_in_another_order_have_the_same_distributions() -> None:
     target, draft, other = permuted()
     prompt = random_ids(11, seed=4)
     controls = Controls(
@@ -528,7 +528,7 @@ def test_sampled_characters_in_another_order_have_the_same_laws() -> None:
     context = Context(prompt, 9, 128, 0)
     expected = same.propose(context).draft_probs[1]
     tree = start(target, other, controls, mode="intersection", k=1).propose(context)
-    assert tree.law is Law.INDEPENDENT
+    assert tree.drawn is Drawn.INDEPENDENT
     torch.testing.assert_close(tree.draft_probs[1], expected)
 
 
@@ -585,10 +585,10 @@ class Misreporting(UniversalDraft):
         class Flattened(Drafter):
             def propose(self, context: Context) -> TokenTree:
                 tree = honest.propose(context)
-                laws = [tree.draft_probs[n] for n in range(1, len(tree))]
-                flat = [torch.full_like(law, 1 / len(law)) for law in laws]
+                draft_probs = [tree.draft_probs[n] for n in range(1, len(tree))]
+                flat = [torch.full_like(probs, 1 / len(probs)) for probs in draft_probs]
                 return TokenTree.chain(
-                    tree.tokens[0], tree.tokens[1:], Law.INDEPENDENT, flat
+                    tree.tokens[0], tree.tokens[1:], Drawn.INDEPENDENT, flat
                 )
 
         return Flattened()
@@ -602,7 +602,7 @@ class Misreporting(UniversalDraft):
     ],
     ids=["intersection", "negative control"],
 )
-def test_sampled_output_has_the_targets_law(
+def test_sampled_output_has_the_targets_distribution(
     strategy: UniversalDraft, exact: bool
 ) -> None:
     target, draft = contract_toys()
@@ -617,7 +617,7 @@ def test_sampled_output_has_the_targets_law(
         )
         for seed in range(300)
     )
-    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_distribution(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 

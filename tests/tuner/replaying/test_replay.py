@@ -206,26 +206,26 @@ def test_logits_are_the_targets_after_committed_tokens_and_of_no_others(
     prefilled = target.prefill(recording.prompt, cache, last=2)
     count = len(recording.prompt)
     expected = {node: node + 1 for node in (count - 2, count - 1)}
-    check_laws(model, prefilled, text, expected)
+    check_distributions(model, prefilled, text, expected)
     right, wrong = text[count + 1], (text[count + 1] + 1) % model.vocab_size
     tree = TokenTree([text[count], right, wrong, 0], [-1, 0, 0, 2])
     forward = target.verify(tree, cache)
-    check_laws(model, forward, text, {0: count + 1, 1: count + 2})
+    check_distributions(model, forward, text, {0: count + 1, 1: count + 2})
     assert [forward.best[forward.rows[node]] for node in (0, 1)] == [
         right,
         text[count + 2],
     ]
 
 
-def check_laws(
+def check_distributions(
     model: LanguageModel, forward: Forward, text: list[int], lengths: dict[int, int]
 ) -> None:
-    """By node how long the text is that its law continues; there are no others."""
+    """By node the length of the text that its logits continue; there are no others."""
     assert set(forward.rows) == set(lengths)
     for node, length in lengths.items():
         with torch.no_grad():
-            law = model.source(torch.tensor([text[:length]])).logits[0, -1]
-        highest, found = law.topk(5), forward.logits[forward.rows[node]]
+            logits = model.source(torch.tensor([text[:length]])).logits[0, -1]
+        highest, found = logits.topk(5), forward.logits[forward.rows[node]]
         assert found.topk(5).indices.tolist() == highest.indices.tolist()
         torch.testing.assert_close(
             found.topk(5).values, highest.values, rtol=1e-3, atol=1e-3

@@ -211,7 +211,7 @@ class Profiler:
         if at is None:
             return "mismatch"
         ids = [*self._encoded(prompt), *plain[:at]]
-        logits = self._law(prompt, ids)
+        logits = self._logits(prompt, ids)
         tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
         return "near_tie" if tied else "mismatch"
 
@@ -290,7 +290,7 @@ class Profiler:
             bytes_of(one) for kind, one in model.heads.items() if kind not in read
         )
 
-    def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
+    def _logits(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
         from adaptspec.decoding.processing import Processors
 
