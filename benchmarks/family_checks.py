@@ -16,7 +16,7 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.params import Scalar
+from adaptspec.params import GatedParams, Scalar
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -228,7 +228,7 @@ def witnessed(host: Host, name: str, seen: Seen) -> Strategy:
 
     made: type[Strategy] = type(cls.__name__, (cls,), {"start": start})
     params: dict[str, Scalar] = {}
-    if "gate" in cls.Params.model_fields:
+    if issubclass(cls.Params, GatedParams):
         params["gate"] = False
     strategy = made(cls.Params.parse(params, name))
     strategy.meet(host.strategies)

@@ -51,8 +51,8 @@ TOPS = 32
 DEFAULT = (
     "prompt_lookup=prompt_lookup",
     "suffix=suffix",
-    "token_recycling=token_recycling:nodes=7",
-    "draft_model=draft_model:k=3",
+    "token_recycling=token_recycling:draft_length=7",
+    "draft_model=draft_model:draft_length=3",
     "hybrid, free=hybrid:use_draft=no",
     "hybrid=hybrid",
 )

@@ -31,7 +31,7 @@ from adaptspec.errors import (
 from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
-from adaptspec.params import DraftingParams
+from adaptspec.params import GatedParams
 from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
 from adaptspec.token_ids import Continuation
 from adaptspec.token_tree import Drawn, TokenTree
@@ -211,7 +211,7 @@ class Run:
             )
         )
         params = self._strategy.params
-        if isinstance(params, DraftingParams) and params.gate:
+        if isinstance(params, GatedParams) and params.gate:
             drafter = Gate(
                 drafter,
                 self._engine.gate_memory(self._strategy),

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import GatedParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
 from adaptspec_plugins.draft.drawing import DraftChain, DraftSampling
 
@@ -35,7 +35,7 @@ TOLERATED_LOSS = 2.0
 MEMORY = 0.95
 
 
-class EarlyExitParams(DraftingParams):
+class EarlyExitParams(GatedParams):
     """``draft_sampling`` matters only under sampling."""
 
     depth: Annotated[float, Tunable(0.1, 0.75, step=0.05)] = Field(

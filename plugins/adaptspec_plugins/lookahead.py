@@ -15,11 +15,11 @@ from typing import Annotated
 from pydantic import Field
 
 from adaptspec.acceleration.argmax import argmax_rows
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import GatedParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
 
 
-class LookaheadParams(DraftingParams):
+class LookaheadParams(GatedParams):
     """A step evaluates up to ``(window + guesses) * (ngram - 1)`` tokens."""
 
     window: Annotated[int, Tunable(1, 15, log=True)] = Field(

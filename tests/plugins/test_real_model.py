@@ -49,7 +49,7 @@ def truth(real_model_path: Path, target: LanguageModel) -> list[int]:
     [
         ("autoregressive", {}),
         ("prompt_lookup", {"branches": 3, "policy": "frequent"}),
-        ("draft_model", {"k": 4}),
+        ("draft_model", {"draft_length": 4}),
         ("draft_tree", {}),
     ],
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 
-class DraftModelParams(DraftingParams):
+class DraftModelParams(DraftingParams, GatedParams):
     """``draft_sampling`` and ``draft_temperature`` matter only under sampling."""
 
-    k: Annotated[int, Tunable(1, 12)] = Field(
-        default=4, ge=1, le=64, description="most tokens drafted per step"
-    )
+    draft_length: Annotated[int, Tunable(1, 12)] = Field(default=4, ge=1, le=64)
     stop: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
         default=0.0,
         ge=0.0,
@@ -65,7 +63,7 @@ class DraftModel(Strategy):
     # Coupled, so that it proposes deterministically under sampling too. Past a token
     # the draft doubts, another forward of it seldom pays.
     joins: ClassVar[Mapping[str, Scalar]] = {
-        "k": 6,
+        "draft_length": 6,
         "stop": 0.3,
         "draft_sampling": "coupled",
     }
@@ -79,7 +77,7 @@ class DraftModel(Strategy):
 class _ChainDrafter(Drafter):
     def __init__(self, params: DraftModelParams, target: Target) -> None:
         assert target.draft is not None
-        self._k = params.k
+        self._draft_length = params.draft_length
         self._chain = DraftChain(
             target.sampling,
             params.draft_sampling,
@@ -94,5 +92,5 @@ class _ChainDrafter(Drafter):
                 return self._sequence.begin(context)[0]
             return self._sequence.extend(drafted[-1:], [len(drafted) - 1])[0]
 
-        count = min(self._k, self._sequence.room(context))
+        count = min(self._draft_length, self._sequence.room(context))
         return self._chain.draft(context.ids, count, after, context.least)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class DraftTreeParams(DraftingParams):
+class DraftTreeParams(DraftingParams, GatedParams):
     """``mode`` matters only under sampling: greedy drafts are always deterministic."""
 
-    nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=16, ge=1, le=256, description="candidate tokens in the tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=16, ge=1, le=256
     )
-    depth: Annotated[int, Tunable(2, 8)] = Field(
+    speculation_depth: Annotated[int, Tunable(2, 8)] = Field(
         default=5,
         ge=1,
         le=32,
-        description="levels, each one forward of the draft model",
+        description="levels of the tree, each one forward of the draft model",
     )
     top_k: Annotated[int, Tunable(2, 8)] = Field(
         default=4,
@@ -111,8 +111,8 @@ class _LikeliestTree(Drafter):
         self._least = math.log(params.stop) if params.stop else -math.inf
 
     def propose(self, context: Context) -> TokenTree:
-        depth = min(self._params.depth, self._sequence.room(context))
-        nodes = min(self._params.nodes, context.max_nodes)
+        depth = min(self._params.speculation_depth, self._sequence.room(context))
+        nodes = min(self._params.draft_length, context.max_nodes)
         if depth < 1:
             return TokenTree.root_only(context.ids[-1])
         grown = _Grown(context.ids)
@@ -181,11 +181,11 @@ class _SampledTree(Drafter):
         A drawn token is never left out for being unlikely, only not expanded: whether
         a draw is tested must not depend on what was drawn.
         """
-        depth = min(self._params.depth, self._sequence.room(context))
+        depth = min(self._params.speculation_depth, self._sequence.room(context))
         if depth < 1:
             return TokenTree.root_only(context.ids[-1])
         shape = expected_shape(
-            min(self._params.nodes, context.max_nodes),
+            min(self._params.draft_length, context.max_nodes),
             depth,
             self._params.top_k,
             self._params.first_accepted,

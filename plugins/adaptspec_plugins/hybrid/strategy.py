@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from adaptspec.host import Host
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -47,11 +47,11 @@ BLOCK = 64
 MOST_STEPS = 6.0
 
 
-class HybridParams(Params):
+class HybridParams(DraftingParams):
     """The rest is learnt: chances while decoding, costs from the clock."""
 
-    max_nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=24, ge=1, le=256, description="most nodes of the merged tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=24, ge=1, le=256
     )
     use_draft: Annotated[bool, Tunable()] = Field(
         default=True, description="ask the draft model, if there is one, where it pays"
@@ -115,7 +115,7 @@ class Hybrid(Strategy):
             self._members.exploration,
             self._members.pace,
             self._forward[1],
-            self.params.max_nodes,
+            self.params.draft_length,
         )
 
     @property

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from adaptspec.decoding.acceptance import Typical
 from adaptspec.heads.measured_paths import KIND
-from adaptspec.params import DraftingParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -45,14 +45,14 @@ MISSING = (
 )
 
 
-class MedusaParams(DraftingParams):
-    """``nodes`` decides most; ``dynamic`` trees shrink where the heads are unsure."""
+class MedusaParams(DraftingParams, GatedParams):
+    """``draft_length`` decides most; ``dynamic`` trees shrink in doubt."""
 
     heads: Annotated[int, Tunable(1, 5)] = Field(
         default=4, ge=1, le=16, description="heads asked at most, each one token deeper"
     )
-    nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=16, ge=1, le=256, description="candidate tokens in the tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=16, ge=1, le=256
     )
     tree: Annotated[Literal["calibrated", "dynamic", "chain"], Tunable()] = Field(
         default="calibrated",
@@ -81,7 +81,10 @@ class Medusa(Strategy):
     params: MedusaParams
     needs_heads: ClassVar[str | None] = KIND
     replays = True
-    joins: ClassVar[Mapping[str, Scalar] | None] = {"tree": "dynamic", "nodes": 24}
+    joins: ClassVar[Mapping[str, Scalar] | None] = {
+        "tree": "dynamic",
+        "draft_length": 24,
+    }
 
     @classmethod
     def unavailable(
@@ -173,7 +176,7 @@ class _Guesser(Drafter):
         """The heads' guesses in the shape asked for."""
         root = context.ids[-1]
         depth = min(self._params.heads, self._trained.count, context.room - 1)
-        nodes = min(self._params.nodes, context.max_nodes)
+        nodes = min(self._params.draft_length, context.max_nodes)
         if depth < 1 or nodes < 1 or self._hidden is None:
             return TokenTree.root_only(root)
         if self._kind == "dynamic":

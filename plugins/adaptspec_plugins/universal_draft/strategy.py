@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class UniversalDraftParams(DraftingParams):
+class UniversalDraftParams(DraftingParams, GatedParams):
     """Both keep the target's distribution; ``text`` plain sampling's tokens, too."""
 
     mode: Annotated[Literal["text", "intersection"], Tunable()] = Field(
         default="text",
         description="re-encode the draft's text, or draft only tokens that both have",
     )
-    k: Annotated[int, Tunable(1, 8)] = Field(
-        default=4, ge=1, le=12, description="most draft model's tokens per step"
+    draft_length: Annotated[int, Tunable(1, 8)] = Field(
+        default=4, ge=1, le=12, description="most of the draft model's tokens in a step"
     )
     stop: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
         default=0.0,
@@ -119,7 +119,7 @@ class _OtherDrafter(Drafter):
         self._full = False  # the text is longer than the draft's positions
 
     def propose(self, context: Context) -> TokenTree:
-        count = min(self._params.k, context.room - 1, context.max_nodes)
+        count = min(self._params.draft_length, context.room - 1, context.max_nodes)
         if count < 1 or self._full:
             return TokenTree.root_only(context.ids[-1])
         same = self._reading.extend(context.ids)

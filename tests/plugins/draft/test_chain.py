@@ -51,7 +51,10 @@ def plain(target: LanguageModel, prompt: list[int], controls: Controls) -> list[
     return Engine(target).generate(Autoregressive(), prompt, controls).token_ids
 
 
-@pytest.mark.parametrize("params", [{"k": 1}, {"k": 5}, {"k": 6, "stop": 0.6}])
+@pytest.mark.parametrize(
+    "params",
+    [{"draft_length": 1}, {"draft_length": 5}, {"draft_length": 6, "stop": 0.6}],
+)
 def test_a_draft_is_what_the_draft_model_decodes_from_scratch(
     target: LanguageModel,
     draft: LanguageModel,
@@ -64,7 +67,7 @@ def test_a_draft_is_what_the_draft_model_decodes_from_scratch(
     for step in range(8):
         tree = drafter.propose(Context(ids, 50, 128, step))
         expected: list[int] = []
-        for _ in range(params["k"]):
+        for _ in range(params["draft_length"]):
             probs = fresh_logits(draft, ids + expected).softmax(-1)
             expected.append(int(probs.argmax()))
             if float(probs.max()) < params.get("stop", 0.0):
@@ -86,7 +89,7 @@ def test_the_draft_cache_is_in_step_after_every_rejection_and_nothing_is_fed_twi
     temperature: float,
 ) -> None:
     controls = Controls(max_new_tokens=40, temperature=temperature, seed=0)
-    stats = generate(target, draft, prompt, controls, k=4).stats
+    stats = generate(target, draft, prompt, controls, draft_length=4).stats
     accepted = {step.accepted for step in stats.steps}
     assert {0, 4} <= accepted  # rejections at once and drafts kept whole
     assert checked_drafts.compared >= stats.proposed
@@ -104,7 +107,9 @@ def test_the_draft_cache_is_in_step_after_every_rejection_and_nothing_is_fed_twi
 def test_coupled_drafts_emit_plain_samplings_tokens(
     target: LanguageModel, draft: LanguageModel, prompt: list[int], controls: Controls
 ) -> None:
-    run = generate(target, draft, prompt, controls, draft_sampling="coupled", k=4)
+    run = generate(
+        target, draft, prompt, controls, draft_sampling="coupled", draft_length=4
+    )
     assert run.token_ids == plain(target, prompt, controls)
     assert run.stats.accepted > 0
 
@@ -118,7 +123,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted_however_it_samples(
         (Controls(max_new_tokens=26, temperature=1.0, top_k=9, seed=0), "coupled"),
     ):
         stats = generate(
-            target, target, prompt, controls, k=4, draft_sampling=sampling
+            target, target, prompt, controls, draft_length=4, draft_sampling=sampling
         ).stats
         assert stats.accepted == stats.proposed > 0
 
@@ -146,10 +151,15 @@ class Overconfident(DraftModel):
 @pytest.mark.parametrize(
     ("strategy", "exact"),
     [
-        (DraftModel(DraftModelParams(k=2)), True),
-        (DraftModel(DraftModelParams(k=2, stop=0.5, draft_temperature=0.6)), True),
-        (DraftModel(DraftModelParams(k=2, draft_sampling="coupled")), True),
-        (Overconfident(DraftModelParams(k=2)), False),
+        (DraftModel(DraftModelParams(draft_length=2)), True),
+        (
+            DraftModel(
+                DraftModelParams(draft_length=2, stop=0.5, draft_temperature=0.6)
+            ),
+            True,
+        ),
+        (DraftModel(DraftModelParams(draft_length=2, draft_sampling="coupled")), True),
+        (Overconfident(DraftModelParams(draft_length=2)), False),
     ],
     ids=["independent", "stopping early, colder", "coupled", "negative control"],
 )
@@ -185,7 +195,7 @@ def test_a_draft_vocabulary_padded_otherwise_is_cut_or_filled_with_impossible_to
     prompt = [token % 60 for token in prompt]
     other = llama(vocab_size=width)
     controls = Controls(max_new_tokens=9, temperature=1.0, seed=0)
-    drafter = start(target, other, controls, k=1)
+    drafter = start(target, other, controls, draft_length=1)
     tree = drafter.propose(Context(prompt, 9, 128, 0))
     tree.check(prompt[-1], 64)
     shared = min(width, 64)
@@ -199,7 +209,7 @@ def test_drafting_ends_where_the_draft_models_positions_end(
 ) -> None:
     short = gpt2(positions=len(prompt) + 6)
     controls = Controls.greedy(20)
-    run = generate(target, short, prompt, controls, k=4)
+    run = generate(target, short, prompt, controls, draft_length=4)
     assert run.token_ids == plain(target, prompt, controls)
     proposed = [step.proposed for step in run.stats.steps]
     assert proposed[0] == 4
@@ -217,7 +227,7 @@ def test_no_deeper_than_the_room_left(
     nodes: int,
     drafted: int,
 ) -> None:
-    drafter = start(target, draft, Controls.greedy(9), k=4)
+    drafter = start(target, draft, Controls.greedy(9), draft_length=4)
     assert drafter.propose(Context(prompt, room, nodes, 0)).proposed == drafted
 
 

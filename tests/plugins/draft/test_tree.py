@@ -72,10 +72,10 @@ def naive_tree(
 @pytest.mark.parametrize(
     "params",
     [
-        {"nodes": 12, "depth": 4, "top_k": 3, "stop": 0.0},
-        {"nodes": 40, "depth": 3, "top_k": 4, "stop": 0.0},
-        {"nodes": 5, "depth": 6, "top_k": 4, "stop": 0.0},
-        {"nodes": 30, "depth": 4, "top_k": 3, "stop": 0.2},
+        {"draft_length": 12, "speculation_depth": 4, "top_k": 3, "stop": 0.0},
+        {"draft_length": 40, "speculation_depth": 3, "top_k": 4, "stop": 0.0},
+        {"draft_length": 5, "speculation_depth": 6, "top_k": 4, "stop": 0.0},
+        {"draft_length": 30, "speculation_depth": 4, "top_k": 3, "stop": 0.2},
     ],
 )
 @pytest.mark.parametrize("controls", [Controls(), Controls(temperature=0.7, top_k=3)])
@@ -119,7 +119,9 @@ def test_the_draft_cache_is_in_step_after_any_path_and_nothing_is_fed_twice(
     mode: str,
     temperature: float,
 ) -> None:
-    params = DraftTreeParams.parse({"mode": mode, "depth": 4, "nodes": 14})
+    params = DraftTreeParams.parse(
+        {"mode": mode, "speculation_depth": 4, "draft_length": 14}
+    )
     controls = Controls(max_new_tokens=40, temperature=temperature, seed=5)
     stats = Engine(target, draft).generate(DraftTree(params), prompt, controls).stats
     accepted = {step.accepted for step in stats.steps}
@@ -133,7 +135,14 @@ def test_the_draft_cache_is_in_step_after_any_path_and_nothing_is_fed_twice(
 def test_the_path_of_likeliest_tokens_stands_first_so_that_keeping_it_copies_nothing(
     target: LanguageModel, draft: LanguageModel, prompt: list[int]
 ) -> None:
-    drafter = start(target, draft, Controls.greedy(50), nodes=12, depth=4, top_k=3)
+    drafter = start(
+        target,
+        draft,
+        Controls.greedy(50),
+        draft_length=12,
+        speculation_depth=4,
+        top_k=3,
+    )
     tree = drafter.propose(Context(prompt, 50, 128, 0))
     node, chain = 0, [0]
     while tree.children[node]:
@@ -188,9 +197,13 @@ class Pretended(DraftTree):
 @pytest.mark.parametrize(
     ("cls", "params", "exact"),
     [
-        (DraftTree, {"nodes": 6, "depth": 2, "top_k": 3}, True),
-        (DraftTree, {"nodes": 6, "depth": 2, "top_k": 3, "stop": 0.4}, True),
-        (Pretended, {"nodes": 2, "depth": 2, "top_k": 1}, False),
+        (DraftTree, {"draft_length": 6, "speculation_depth": 2, "top_k": 3}, True),
+        (
+            DraftTree,
+            {"draft_length": 6, "speculation_depth": 2, "top_k": 3, "stop": 0.4},
+            True,
+        ),
+        (Pretended, {"draft_length": 2, "speculation_depth": 2, "top_k": 1}, False),
     ],
     ids=["drawn", "expanding only the likely", "negative control"],
 )
@@ -216,7 +229,9 @@ def test_a_sampled_tree_carries_the_distribution_of_each_draw_without_repeats(
     target: LanguageModel, draft: LanguageModel, fresh_logits: FreshLogits, prompt: Any
 ) -> None:
     controls = Controls(temperature=1.0, seed=2)
-    drafter = start(target, draft, controls, mode="sampled", nodes=20, depth=3)
+    drafter = start(
+        target, draft, controls, mode="sampled", draft_length=20, speculation_depth=3
+    )
     tree = drafter.propose(Context(prompt, 50, 128, 0))
     tree.check(prompt[-1], 64)
     assert tree.drawn is Drawn.WITHOUT_REPLACEMENT

@@ -66,7 +66,7 @@ class Clock:
 
 class TestHybrid(StrategyContract):
     strategy = Hybrid
-    params = ({}, {"use_draft": False, "max_nodes": 6})
+    params = ({}, {"use_draft": False, "draft_length": 6})
 
 
 def prefixes(paths: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
