@@ -25,9 +25,10 @@ __all__ = [
     "Continuation",
     "Drafter",
     "Drawn",
-    "Needs",
     "NoParams",
+    "Observes",
     "Outcome",
+    "Requirements",
     "SamplingDistribution",
     "Strategy",
     "Target",
@@ -41,8 +42,24 @@ class NoParams(Params):
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a drafter wants from the target's forward passes beside token ids.
+class Requirements:
+    """What a strategy can't decode without.
+
+    Args:
+        draft: The draft model it runs: one of the target's vocabulary, or one with a
+            tokenizer of its own.
+        trees: Whether the target must verify trees, not chains only.
+        heads: The kind of trained heads it drafts with (``--heads``).
+    """
+
+    draft: Literal["same vocabulary", "another tokenizer"] | None = None
+    trees: bool = False
+    heads: str | None = None
+
+
+@dataclass(frozen=True)
+class Observes:
+    """What a drafter observes of the target's forward passes beside token ids.
 
     Args:
         hidden_layers: Indices into the model's ``hidden_states`` (0 is the embedding
@@ -57,15 +74,15 @@ class Needs:
     prefill_logits: int = 1
 
 
-def union(needs: Sequence[Needs]) -> Needs:
-    """What serves all of ``needs``."""
+def union(observes: Sequence[Observes]) -> Observes:
+    """What serves all of ``observes``."""
     prefills: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
-    return Needs(
-        hidden_layers=tuple(sorted({i for one in needs for i in one.hidden_layers})),
+    return Observes(
+        hidden_layers=tuple(sorted({i for one in observes for i in one.hidden_layers})),
         prefill_hidden=max(
-            (one.prefill_hidden for one in needs), key=prefills.index, default="none"
+            (one.prefill_hidden for one in observes), key=prefills.index, default="none"
         ),
-        prefill_logits=max((one.prefill_logits for one in needs), default=1),
+        prefill_logits=max((one.prefill_logits for one in observes), default=1),
     )
 
 
@@ -166,7 +183,7 @@ class Outcome:
             EOS or the limit.
         rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
         logits: ``[rows, vocab]`` as the model gave them.
-        hidden: Layer -> ``[nodes or prompt positions, hidden]`` as asked by ``Needs``.
+        hidden: Layer -> ``[nodes or prompt positions, hidden]``, see ``Observes``.
         best: Row -> likeliest token, where the engine looked for it; else empty.
     """
 
@@ -209,9 +226,7 @@ class Strategy(ABC):
         summary: One line: what it does.
         reference: The paper or repository it comes from.
         Params: Its parameters, declared once.
-        needs_draft: Whether it needs a draft model of the same vocabulary.
-        needs_other_draft: Whether it needs a draft model with another tokenizer.
-        needs_heads: The kind of trained heads it drafts with (``--heads``), or None.
+        requires: What it can't decode without.
         lossless: False only for what changes the output's distribution; shown
             everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
@@ -227,10 +242,7 @@ class Strategy(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Params: ClassVar[type[Params]] = NoParams
-    needs_draft: ClassVar[bool] = False
-    needs_other_draft: ClassVar[bool] = False
-    needs_trees: ClassVar[bool] = False
-    needs_heads: ClassVar[str | None] = None
+    requires: ClassVar[Requirements] = Requirements()
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
     replays: ClassVar[bool] = False
@@ -266,14 +278,14 @@ class Strategy(ABC):
         cls, model: LanguageModel, draft: LanguageModel | None
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
-        if cls.needs_draft:
+        if cls.requires.draft == "same vocabulary":
             if reason := _draft_problem(model, draft):
                 return reason
             if draft is not None and draft.capability.level == "plain":
                 return f"the draft model can't roll back: {draft.capability.reason}"
         if model.capability.level == "plain":
             return f"the target can't verify drafts: {model.capability.reason}"
-        if cls.needs_trees and model.capability.level != "tree":
+        if cls.requires.trees and model.capability.level != "tree":
             return f"needs tree attention: {model.capability.reason}"
         return None
 
@@ -281,13 +293,13 @@ class Strategy(ABC):
         """Whether this setting runs ``draft`` when it decodes with ``model``.
 
         The tuner counts the draft model's memory for settings that do. Override it
-        where parameters decide; the default is what the class attributes declare.
+        where parameters decide; the default is what :attr:`requires` declares.
         """
-        return self.needs_draft or self.needs_other_draft
+        return self.requires.draft is not None
 
-    def needs(self, model: LanguageModel) -> Needs:
-        """What the drafter wants from the target's forward passes."""
-        return Needs()
+    def observes(self, model: LanguageModel) -> Observes:
+        """What the drafter observes of the target's forward passes."""
+        return Observes()
 
     @abstractmethod
     def start(self, target: Target) -> Drafter:
@@ -327,7 +339,7 @@ class Baseline(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Params: ClassVar[type[Params]] = NoParams
-    needs_draft: ClassVar[bool] = False
+    requires: ClassVar[Requirements] = Requirements()
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
@@ -337,7 +349,9 @@ class Baseline(ABC):
         cls, model: LanguageModel, draft: LanguageModel | None
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
-        return _draft_problem(model, draft) if cls.needs_draft else None
+        if cls.requires.draft is None:
+            return None
+        return _draft_problem(model, draft)
 
     @abstractmethod
     def run(

@@ -290,11 +290,11 @@ def _check_strategy(
     plain: Callable[[tuple[int, ...]], list[int]],
 ) -> None:
     cls = host.strategy(name)
-    if cls.needs_other_draft:
+    if cls.requires.draft == "another tokenizer":
         report.skipped[name] = "needs tokenizers"
         return
     try:
-        if cls.needs_heads is not None:
+        if cls.requires.heads is not None:
             model = copy.copy(model)
             model.heads = {}
             attach_tiny_heads(model)

@@ -314,20 +314,20 @@ class StrategyContract:
         model, draft = self.models(architecture)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         target = _target(model, draft, ids, greedy())
-        needs = strategy.needs(model)
+        observes = strategy.observes(model)
         drafter = strategy.start(target)
         assert target.cache is not None
         forward = model.prefill(
             ids,
             target.cache,
-            last=max(1, needs.prefill_logits),
+            last=max(1, observes.prefill_logits),
             hidden_layers=(
-                needs.hidden_layers if needs.prefill_hidden != "none" else ()
+                observes.hidden_layers if observes.prefill_hidden != "none" else ()
             ),
         )
         token = int(forward.logits[forward.rows[len(ids) - 1]].argmax())
         hidden = forward.hidden
-        if needs.prefill_hidden == "last":
+        if observes.prefill_hidden == "last":
             hidden = {layer: states[-1:] for layer, states in hidden.items()}
         drafter.observe(
             Outcome(None, (), [token], forward.rows, forward.logits, hidden)

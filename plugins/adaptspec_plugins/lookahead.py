@@ -16,7 +16,15 @@ from pydantic import Field
 
 from adaptspec.acceleration.argmax import argmax_rows
 from adaptspec.params import GatedParams, Tunable
-from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Outcome,
+    Requirements,
+    Strategy,
+    Target,
+    TokenTree,
+)
 
 
 class LookaheadParams(GatedParams):
@@ -46,7 +54,7 @@ class Lookahead(Strategy):
     summary = "the target's own parallel guesses, collected as n-grams"
     reference = "arXiv:2402.02057"
     Params = LookaheadParams
-    needs_trees = True
+    requires = Requirements(trees=True)
     params: LookaheadParams
 
     def start(self, target: Target) -> Drafter:

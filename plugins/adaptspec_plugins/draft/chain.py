@@ -16,6 +16,7 @@ from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -59,7 +60,7 @@ class DraftModel(Strategy):
     reference = "arXiv:2211.17192"
     Params = DraftModelParams
     replays = True
-    needs_draft = True
+    requires = Requirements(draft="same vocabulary")
     # Coupled, so that it proposes deterministically under sampling too. Past a token
     # the draft doubts, another forward of it seldom pays.
     joins: ClassVar[Mapping[str, Scalar]] = {

@@ -23,6 +23,7 @@ from adaptspec.strategy import (
     Continuation,
     Drafter,
     Drawn,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -77,8 +78,7 @@ class DraftTree(Strategy):
     reference = "arXiv:2406.16858"
     Params = DraftTreeParams
     replays = True
-    needs_draft = True
-    needs_trees = True
+    requires = Requirements(draft="same vocabulary", trees=True)
     params: DraftTreeParams
 
     @classmethod

@@ -18,7 +18,7 @@ from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
-    Needs,
+    Observes,
     Outcome,
     Strategy,
     Target,
@@ -86,11 +86,11 @@ class Hybrid(Strategy):
         """Exchange the counts of all members and what the members know themselves."""
         return self._members.sync(stored)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """All that a member may need; each is given only what it asked for."""
         return union(
             [
-                member.strategy.needs(model)
+                member.strategy.observes(model)
                 for member in self._members
                 if self._may_join(member, model)
             ]
@@ -126,7 +126,7 @@ class Hybrid(Strategy):
 
     def _may_join(self, member: Member, model: LanguageModel) -> bool:
         cls = type(member.strategy)
-        if cls.needs_draft:
+        if cls.requires.draft is not None:
             return self.params.use_draft
         return cls.unavailable(model, None) is None
 

@@ -18,8 +18,9 @@ from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
-    Needs,
+    Observes,
     Outcome,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -79,7 +80,7 @@ class Medusa(Strategy):
     reference = "arXiv:2401.10774"
     Params = MedusaParams
     params: MedusaParams
-    needs_heads: ClassVar[str | None] = KIND
+    requires = Requirements(heads=KIND)
     replays = True
     joins: ClassVar[Mapping[str, Scalar] | None] = {
         "tree": "dynamic",
@@ -99,9 +100,9 @@ class Medusa(Strategy):
 
         return hidden_problem(model)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """The last hidden state, of the prompt's last token too."""
-        return Needs(hidden_layers=(-1,), prefill_hidden="last")
+        return Observes(hidden_layers=(-1,), prefill_hidden="last")
 
     def start(self, target: Target) -> Drafter:
         """The heads are read at each step, not here."""

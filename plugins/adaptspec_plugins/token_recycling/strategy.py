@@ -15,7 +15,7 @@ from pydantic import Field
 
 from adaptspec.acceleration.top_tokens import COMPARED, likeliest, sureness
 from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
-from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_tree import TokenTree
 from adaptspec_plugins.token_recycling.commonest import Commonest
 from adaptspec_plugins.token_recycling.successors import (
@@ -91,9 +91,9 @@ class TokenRecycling(Strategy):
         self._table: Successors | None = None
         self._commonest = Commonest(self.params.common)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """Logits at the prompt's last positions."""
-        return Needs(prefill_logits=max(1, self.params.prefill_positions))
+        return Observes(prefill_logits=max(1, self.params.prefill_positions))
 
     def start(self, target: Target) -> Drafter:
         """Draft from the one table of this instance, made on the first request."""

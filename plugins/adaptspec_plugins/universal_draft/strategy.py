@@ -20,6 +20,7 @@ from adaptspec.strategy import (
     Continuation,
     Drafter,
     Drawn,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -61,7 +62,7 @@ class UniversalDraft(Strategy):
     summary = "a model with another tokenizer drafts a chain"
     reference = "arXiv:2502.05202"
     Params = UniversalDraftParams
-    needs_other_draft = True
+    requires = Requirements(draft="another tokenizer")
     replays = True
     params: UniversalDraftParams
 

@@ -389,10 +389,10 @@ def test_a_hybrid_takes_the_heads_in_where_they_are_attached(
         controls = sampled(seed=6)
         run = Engine(model).generate(strategy, prompt, controls)
         assert run.token_ids == plainly(architecture, prompt, controls)
-    assert (-1,) == strategy.needs(model).hidden_layers
+    assert (-1,) == strategy.observes(model).hidden_layers
     held = strategy.sync(None)["calibration/medusa"]
     assert float(held[:, 1].sum()) > 0  # it was asked, and seen to be right or wrong
-    assert Hybrid().needs(tiny_model(architecture)).hidden_layers == ()
+    assert Hybrid().observes(tiny_model(architecture)).hidden_layers == ()
 
 
 def test_a_hybrid_that_has_run_notices_heads_that_are_attached_later() -> None:

@@ -176,7 +176,7 @@ def test_strategies_of_different_needs_share_one_reading(
     text = [*recording.prompt, *recording.tokens]
     model.attach(MedusaTrained(model, tiny_heads(model, "fitted", texts=[text])))
     names = ["medusa", "token_recycling", "hybrid"]
-    needs = union([HOST.create(name, {}).needs(model) for name in names])
+    observes = union([HOST.create(name, {}).observes(model) for name in names])
     alone = [
         Replayer(Engine(model), HOST, FLAT, {"p": recording}, tops=8).measure(
             Setting(name), Prompt("p", text="")
@@ -184,7 +184,7 @@ def test_strategies_of_different_needs_share_one_reading(
         for name in names
     ]
     reads = count_reads(model, monkeypatch)
-    shared = Replayer(Engine(model), HOST, FLAT, {"p": recording}, None, 8, needs)
+    shared = Replayer(Engine(model), HOST, FLAT, {"p": recording}, None, 8, observes)
     together = [shared.measure(Setting(name), Prompt("p", text="")) for name in names]
     assert [(s.tokens, s.accepted) for s in together] == [
         (s.tokens, s.accepted) for s in alone
