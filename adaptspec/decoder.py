@@ -33,7 +33,7 @@ from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
 from adaptspec.profile import PLAIN, Profile, ProfileStore
 from adaptspec.selector import Choice, measured_here, select
-from adaptspec.strategy import Needs, union
+from adaptspec.strategy import Observes, union
 from adaptspec.streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ class Decoder:
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
             the profiles. It may hold token ids of earlier outputs.
-        allow_lossy: Whether a strategy may be chosen that changes the law of sampled
-            output. Asked for by name, it is used anyway; the result says so.
+        allow_lossy: Whether a strategy may be chosen that changes the distribution of
+            sampled output. Asked for by name, it is used anyway; the result says so.
     """
 
     def __init__(
@@ -399,9 +399,9 @@ class Decoder:
         assert classifier.states is not None
         layer = classifier.states.layer
         chosen = [self.choose(name) for name in (*classifier.names, UNKNOWN)]
-        needs = [self._strategy(choice).needs(self.model) for choice in chosen]
-        mine = Needs(hidden_layers=(layer,), prefill_hidden="all")
-        forward = run.read(union([mine, *needs]))
+        observes = [self._strategy(choice).observes(self.model) for choice in chosen]
+        mine = Observes(hidden_layers=(layer,), prefill_hidden="all")
+        forward = run.read(union([mine, *observes]))
         started = perf_counter()
         found = classifier.classify_state(pooled(forward.hidden[layer]))
         return found, perf_counter() - started

@@ -34,7 +34,7 @@ from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.hardware_costs import ForwardCosts
 from adaptspec.model.loading import load_model
-from adaptspec.strategy import Needs, Strategy
+from adaptspec.strategy import Observes, Strategy
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, read_workload
 from adaptspec.workloads import split as divided
 from adaptspec_tuner.classes.discover import (
@@ -76,8 +76,8 @@ class States:
                 prompt.encode(model),
                 Controls.for_model(model, temperature=0, max_new_tokens=1),
             )
-            needs = Needs(hidden_layers=(self.layer,), prefill_hidden="all")
-            states = run.read(needs).hidden[self.layer]
+            observes = Observes(hidden_layers=(self.layer,), prefill_hidden="all")
+            states = run.read(observes).hidden[self.layer]
             started = perf_counter()
             self._known[prompt.id] = pooled(states)
             self.pooling.append(perf_counter() - started)

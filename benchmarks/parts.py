@@ -35,7 +35,7 @@ CONTEXTS = (1024, 4096, 16384)
 ROUNDS = 9
 STEPS = 200
 # Their drafts are forward passes, of the target's layers or as a member.
-DRAFT_WITH_A_MODEL = ("early_exit", "universal_draft", "hybrid")
+DRAFT_WITH_A_MODEL = ("early_exit", "hybrid")
 
 
 class Wrong(Strategy):
@@ -135,9 +135,11 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((65, model.vocab_size), generator=generator).to(model.dtype)
     for name, cls in sorted(host.strategies.items()):
-        if cls.needs_draft or name in DRAFT_WITH_A_MODEL or name == PLAIN:
+        if name in DRAFT_WITH_A_MODEL or name == PLAIN:
             continue
-        if cls.needs_heads is not None:  # they read hidden states, here made up
+        if cls.requires.draft is not None:
+            continue
+        if cls.requires.heads is not None:  # they read hidden states, here made up
             continue
         for length in CONTEXTS:
             text = repeating_text(length + STEPS, model.vocab_size)

@@ -122,8 +122,8 @@ class Gate(Drafter):
     """A drafter that is asked only while its drafts gain time.
 
     The output doesn't depend on it: what is proposed never changes what is emitted, or
-    its law. Which steps draft depends on measured times, so under sampled proposals two
-    runs of one seed may differ.
+    its distribution. Which steps draft depends on measured times, so under sampled
+    proposals two runs of one seed may differ.
 
     Args:
         inner: Must cope with steps for which it wasn't asked.

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import GatedParams, Tunable
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
-from adaptspec_plugins.draft.drawing import DraftChain, DraftLaw
+from adaptspec_plugins.draft.drawing import DraftChain, DraftSampling
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,8 @@ TOLERATED_LOSS = 2.0
 MEMORY = 0.95
 
 
-class EarlyExitParams(DraftingParams):
-    """``draft_law`` matters only under sampling."""
+class EarlyExitParams(GatedParams):
+    """``draft_sampling`` matters only under sampling."""
 
     depth: Annotated[float, Tunable(0.1, 0.75, step=0.05)] = Field(
         default=0.25, gt=0.0, lt=1.0, description="share of the layers that draft"
@@ -56,7 +56,7 @@ class EarlyExitParams(DraftingParams):
         default=True,
         description="draft nothing for a while where drafts cost more than they save",
     )
-    draft_law: DraftLaw = Field(
+    draft_sampling: DraftSampling = Field(
         default="independent",
         description=(
             "under sampling: accept more, or emit plain sampling's tokens exactly"
@@ -105,7 +105,7 @@ class _LowerLayers(Drafter):
         self._tokens = params.tokens
         self._view = target.model.shallow(exit_layer(params.depth, layers))
         self._cache = target.cache.lower(exit_layer(params.depth, layers))
-        self._chain = DraftChain(target.sampling, params.draft_law, params.stop)
+        self._chain = DraftChain(target.sampling, params.draft_sampling, params.stop)
         price = _weights(self._view.model) / _weights(target.model.model)
         self._pace = Pace(price) if params.pause else None
 

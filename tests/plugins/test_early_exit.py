@@ -146,9 +146,9 @@ def test_a_chain_ends_after_the_first_token_the_lower_layers_doubt() -> None:
         drafter, _ = start(model, ids, {"depth": 0.5, "tokens": 6, "stop": 0.3})
         expected: list[int] = []
         for _ in range(6):
-            law = fresh_logits(oracle, ids + expected).softmax(-1)
-            expected.append(int(law.argmax()))
-            if float(law.max()) < 0.3:
+            probs = fresh_logits(oracle, ids + expected).softmax(-1)
+            expected.append(int(probs.argmax()))
+            if float(probs.max()) < 0.3:
                 break
         tree = drafter.propose(Context(ids, 50, 128, 0))
         assert list(tree.tokens[1:]) == expected
@@ -157,7 +157,7 @@ def test_a_chain_ends_after_the_first_token_the_lower_layers_doubt() -> None:
     assert len(lengths) > 2
 
 
-def test_sampled_drafts_carry_the_lower_layers_law() -> None:
+def test_sampled_drafts_carry_the_lower_layers_distribution() -> None:
     model = deep_model()
     oracle = cut_by_hand(model, "llama", 2)
     ids = list(PROMPT)
@@ -165,16 +165,16 @@ def test_sampled_drafts_carry_the_lower_layers_law() -> None:
     drafter, _ = start(model, ids, {"depth": 0.5, "tokens": 3}, controls)
     tree = drafter.propose(Context(ids, 50, 128, 0))
     assert sorted(tree.draft_probs) == [1, 2, 3]
-    for node, law in tree.draft_probs.items():
+    for node, probs in tree.draft_probs.items():
         expected = (fresh_logits(oracle, ids) / 0.7).softmax(-1)
-        torch.testing.assert_close(law, expected, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(probs, expected, atol=1e-5, rtol=1e-3)
         ids.append(tree.tokens[node])
 
 
 def test_coupled_drafts_emit_plain_samplings_tokens() -> None:
     model = LanguageModel(damp(tiny_module("llama"), 1, 0.1))
     controls = Controls(max_new_tokens=30, temperature=0.9, top_k=12, seed=3)
-    strategy = EarlyExit(EarlyExitParams(draft_law="coupled", pause=False))
+    strategy = EarlyExit(EarlyExitParams(draft_sampling="coupled", pause=False))
     run = Engine(model).generate(strategy, PROMPT, controls)
     plain = Engine(model).generate(Autoregressive(), PROMPT, controls)
     assert run.token_ids == plain.token_ids

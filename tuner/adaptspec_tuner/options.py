@@ -75,7 +75,7 @@ def chosen_strategies(
     for name in names:
         if name != PLAIN and not (known[name].lossless or allow_lossy):
             raise AdaptSpecError(
-                f"{name} is lossy: it changes the law of sampled output; add "
+                f"{name} is lossy: it changes the distribution of sampled output; add "
                 "--allow-lossy (allow_lossy=True) to measure it"
             )
     return [known[n] for n in dict.fromkeys(names) if n != PLAIN]

@@ -95,8 +95,8 @@ def tune(
             the target's own once it has read the prompt.
         strategies: Only these; default: every lossless one that can run.
         heads: Folders of heads trained for the model.
-        allow_lossy: Measure strategies that change the law of sampled output, too.
-            Their results say so, and they are never the choice here.
+        allow_lossy: Measure strategies that change the distribution of sampled output,
+            too. Their results say so, and they are never the choice here.
         trials: Most trials per class and strategy.
         trust_remote_code: Whether code that comes with the models may run.
         limit: Most prompts per class.

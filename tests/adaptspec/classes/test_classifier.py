@@ -142,7 +142,7 @@ def decoder(classifier: Classifier | None) -> Decoder:
                 environment=place,
                 prompt_class=name,
                 strategy="prompt_lookup",
-                params={"num_tokens": tokens},
+                params={"draft_length": tokens},
                 measurement=measured,
             )
             for name, tokens in (("short", 2), ("long", 9))
@@ -156,11 +156,11 @@ def decoder(classifier: Classifier | None) -> Decoder:
 def test_without_a_class_the_discovered_one_is_used() -> None:
     run = decoder(TREE)
     short = run.generate("w1 w2", max_new_tokens=2)
-    assert short.choice.params["num_tokens"] == 2
+    assert short.choice.params["draft_length"] == 2
     assert short.choice.prompt_class == "short"
     assert short.seconds_classifying > 0
     long = run.generate("w1 " * 20, max_new_tokens=2)
-    assert long.choice.params["num_tokens"] == 9
+    assert long.choice.params["draft_length"] == 9
     by_ids = run.generate(run.model.encode("w1 w2"), max_new_tokens=2)
     assert by_ids.choice.prompt_class == "short"
 
@@ -180,7 +180,7 @@ def test_another_runs_class_of_the_same_name_is_not_used() -> None:
                     environment=place,
                     prompt_class=name,
                     strategy="prompt_lookup",
-                    params={"num_tokens": 3 + number},
+                    params={"draft_length": 3 + number},
                     measurement=measured,
                     created=datetime(2026, 1, 1 + number, tzinfo=timezone.utc),
                 )
@@ -188,7 +188,7 @@ def test_another_runs_class_of_the_same_name_is_not_used() -> None:
         )
     store.put_record("new", "classifier", TREE.as_json())
     newest = Decoder(run.model, store=store)
-    assert newest.choose("short").params["num_tokens"] == 5
+    assert newest.choose("short").params["draft_length"] == 5
     left = newest.choose("long")
     assert left.strategy == PLAIN
     assert "'long' isn't profiled" in left.reason
@@ -254,7 +254,7 @@ def test_token_ids_of_a_chat_are_classified_by_what_was_said_last() -> None:
 
 def test_a_class_that_is_given_wins_and_asks_no_classifier() -> None:
     found = decoder(TREE).generate("w1 w2", prompt_class="long", max_new_tokens=2)
-    assert found.choice.params["num_tokens"] == 9
+    assert found.choice.params["draft_length"] == 9
 
 
 def test_a_prompt_unlike_any_is_decoded_plainly_with_the_reason() -> None:

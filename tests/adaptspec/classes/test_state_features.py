@@ -24,7 +24,7 @@ from adaptspec.profile import PLAIN
 from adaptspec.strategy import (
     Context,
     Drafter,
-    Needs,
+    Observes,
     Outcome,
     Strategy,
     Target,
@@ -116,13 +116,13 @@ class Watching(Strategy):
     name = "watching"
     summary = "a strategy that looks"
 
-    def __init__(self, needs: Needs) -> None:
+    def __init__(self, observes: Observes) -> None:
         super().__init__()
-        self._needs = needs
+        self._observes = observes
         self.seen: list[Outcome] = []
 
-    def needs(self, model: LanguageModel) -> Needs:
-        return self._needs
+    def observes(self, model: LanguageModel) -> Observes:
+        return self._observes
 
     def start(self, target: Target) -> Drafter:
         return _Watcher(self)
@@ -140,10 +140,10 @@ class _Watcher(Drafter):
 
 
 NEEDS = [
-    Needs(),
-    Needs(hidden_layers=(-1,), prefill_hidden="last"),
-    Needs(hidden_layers=(0, 2), prefill_hidden="all", prefill_logits=3),
-    Needs(hidden_layers=(1,), prefill_logits=100),
+    Observes(),
+    Observes(hidden_layers=(-1,), prefill_hidden="last"),
+    Observes(hidden_layers=(0, 2), prefill_hidden="all", prefill_logits=3),
+    Observes(hidden_layers=(1,), prefill_logits=100),
 ]
 
 
@@ -153,10 +153,10 @@ def controls(**changes: Any) -> Controls:
 
 @pytest.mark.parametrize("needs", NEEDS)
 def test_a_strategy_chosen_after_the_prompt_was_read_sees_what_it_would_have_seen(
-    needs: Needs,
+    observes: Observes,
 ) -> None:
     engine, ids = Engine(tiny_model("llama")), random_ids(20)
-    before, after = Watching(needs), Watching(needs)
+    before, after = Watching(observes), Watching(observes)
     usual = Run(engine, before, ids, controls())
     late = Run(engine, HOST.create(PLAIN, {}), ids, controls())
     shown = late.read(union(NEEDS))
@@ -183,13 +183,13 @@ def test_every_strategy_decodes_from_a_prompt_that_was_read_before(
     engine, ids = Engine(model, noisy_draft(model)), random_ids(6) * 3
     strategy = HOST.create(name, {})
     if not strategy.lossless:
-        pytest.skip("has another law")
+        pytest.skip("has another distribution")
     if reason := type(strategy).unavailable(model, engine.draft):
         pytest.skip(reason)
     asked = controls(temperature=temperature, seed=3)
     plain = HOST.create(PLAIN, {})
     run = Run(engine, plain, ids, asked)
-    run.read(strategy.needs(model))
+    run.read(strategy.observes(model))
     run.use(strategy)
     tokens = [token for step in run for token in step]
     if temperature == 0.0:

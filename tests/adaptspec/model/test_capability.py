@@ -89,7 +89,7 @@ def test_prompts_longer_than_a_window_of_rows_are_decoded_as_generate_does(
         prompt = [*half, *half]
         strategy = Host.installed().strategy(name)
         if strategy.unavailable(model, None):
-            assert strategy.needs_trees
+            assert strategy.requires.trees
             return
         run = Engine(model).generate(strategy(), prompt, Controls.greedy(20))
         assert run.token_ids == hf_greedy(model, prompt, 20)

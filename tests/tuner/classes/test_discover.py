@@ -6,9 +6,10 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 import adaptspec_plugins
 from adaptspec.classes.classifier import KEY, STATES, UNKNOWN, Classifier
@@ -18,6 +19,7 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.testing.fakes import FakeClock, tiny_model, tiny_tokenizer
 from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_profiles.memory import MemoryStore
@@ -29,7 +31,7 @@ from adaptspec_tuner.classes.discover import (
     known_only,
     probed,
 )
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
+from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Sample, Setting
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
@@ -108,8 +110,20 @@ def test_the_same_prompts_give_the_same_classes() -> None:
     assert one.gains == other.gains
 
 
+class DraftsParams(KnobParams, DraftingParams):
+    draft_length: Annotated[int, Tunable(1, 12)] = Field(default=4)
+
+
+class Drafts(Knob):
+    """One that says how much it drafts."""
+
+    name = "drafts"
+    Params = DraftsParams
+
+
 def test_settings_tried_are_the_defaults_and_the_bounds() -> None:
-    assert [s.params["k"] for s in probed(Knob)] == [4, 1, 12]
+    assert [s.params["draft_length"] for s in probed(Drafts)] == [4, 1, 12]
+    assert [dict(s.params) for s in probed(Knob)] == [{"k": 4}]
 
 
 class Trace(FakeMeasurer):
@@ -120,8 +134,8 @@ class Trace(FakeMeasurer):
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         self.clock.advance(self.seconds)
-        k = int(setting.params.get("k", 0))
-        speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * k)
+        length = int(setting.params.get("draft_length", 0))
+        speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * length)
         return Sample((1, 2, 3), speed, self.seconds, forwards=2)
 
 
@@ -135,7 +149,7 @@ def run(
     return tune_with(
         Run(
             Trace(clock, 1.0),
-            [Knob],
+            [Drafts],
             Workload("w", tuple(prompts)),
             store,
             PLACE,
@@ -155,7 +169,7 @@ def test_tuning_discovers_classes_and_chooses_for_each() -> None:
     result = run(store)
     chosen = {found.name: found.choice.strategy for found in result.classes}
     assert sorted(chosen) == ["auto-1", "auto-2"]
-    assert sorted(chosen.values()) == ["autoregressive", "knob"]
+    assert sorted(chosen.values()) == ["autoregressive", "drafts"]
     record = store.record(result.run, KEY)
     assert record is not None
     assert record["names"] == ["auto-1", "auto-2"]
@@ -276,7 +290,7 @@ def test_tuning_by_states_asks_each_prompt_once_and_a_continued_run_none() -> No
     first = run(store, SAME, states)
     chosen = {found.name: found.choice.strategy for found in first.classes}
     assert sorted(chosen) == ["auto-1", "auto-2"]
-    assert sorted(chosen.values()) == ["autoregressive", "knob"]
+    assert sorted(chosen.values()) == ["autoregressive", "drafts"]
     asked = len(states.asked)
     assert set(states.asked) == {p.id for p in SAME}
     again = run(store, SAME, states)

@@ -13,6 +13,7 @@ from adaptspec.classes.classifier import STATES, TEXT, UNKNOWN, Classifier, Ques
 from adaptspec.classes.state_features import StateFeatures
 from adaptspec.classes.text_features import features, prompt_text
 from adaptspec.errors import AdaptSpecError
+from adaptspec.params import DraftingParams
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Measurer, Setting
 from adaptspec_tuner.searching.space import defaults
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from adaptspec.workloads import Prompt, Workload
 
 MOST = 8
-DRAFT_LENGTHS = ("num_tokens", "max_tokens", "k")  # names of the most tokens drafted
 FEWEST = 4  # prompts of a class, of those that it is learnt from
 FOLDS = 5
 WORTH = 0.01  # of speed: what further classes must add on held-out prompts
@@ -170,11 +170,12 @@ def known_only(
 def probed(strategy: type[Strategy]) -> list[Setting]:
     """Settings that tell prompts apart: the defaults, and short and long drafts."""
     settings = [defaults(strategy.Params)]
-    spec = next((s for s in strategy.Params.specs() if s.name in DRAFT_LENGTHS), None)
-    if spec is not None and spec.tunable is not None:
-        for bound in (spec.tunable.low, spec.tunable.high):
-            if bound is not None:
-                settings.append({**settings[0], spec.name: int(bound)})
+    if issubclass(strategy.Params, DraftingParams):
+        specs = {spec.name: spec for spec in strategy.Params.specs()}
+        if (tunable := specs["draft_length"].tunable) is not None:
+            for bound in (tunable.low, tunable.high):
+                if bound is not None:
+                    settings.append({**settings[0], "draft_length": int(bound)})
     return [Setting(strategy.name, params) for params in settings]
 
 

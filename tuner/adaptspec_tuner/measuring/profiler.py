@@ -14,7 +14,7 @@ from adaptspec.errors import AdaptSpecError
 from adaptspec.heads.protocol import bytes_of
 from adaptspec.params import Scalar
 from adaptspec.profile import LATENCY, PLAIN, SPEED
-from adaptspec.strategy import Needs
+from adaptspec.strategy import Observes
 from adaptspec_tuner.measuring.peak_memory import PeakMemory, weights_of
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Profiler:
         if at is None:
             return "mismatch"
         ids = [*self._encoded(prompt), *plain[:at]]
-        logits = self._law(prompt, ids)
+        logits = self._logits(prompt, ids)
         tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
         return "near_tie" if tied else "mismatch"
 
@@ -240,7 +240,7 @@ class Profiler:
 
     def _read(self, run: Run, prompt: str) -> None:
         layer = self.layer
-        forward = run.read(Needs(hidden_layers=(layer,), prefill_hidden="all"))
+        forward = run.read(Observes(hidden_layers=(layer,), prefill_hidden="all"))
         self._states[prompt] = pooled(forward.hidden[layer])
 
     def recording(self, prompt: Prompt, plain: Sample) -> Recording:
@@ -262,7 +262,8 @@ class Profiler:
         """A draft model that isn't asked, and the models of other engines."""
         model, draft = self._engine.model, self._engine.draft
         if setting.baseline:
-            asks = self._host.baselines[setting.strategy].needs_draft
+            baseline = self._host.baselines[setting.strategy]
+            asks = baseline.requires.draft is not None
             used = [self._theirs, self._their_draft if asks else None]
         else:
             asks = draft is not None and self._strategy(setting).uses_draft(
@@ -282,15 +283,15 @@ class Profiler:
         if not setting.baseline:
             strategy = self._strategy(setting)
             # Heads read hidden states; a hybrid that asks for some may use any.
-            if strategy.needs_heads is not None:
-                read = {strategy.needs_heads}
-            elif strategy.needs(model).hidden_layers:
+            if (kind := strategy.requires.heads) is not None:
+                read = {kind}
+            elif strategy.observes(model).hidden_layers:
                 read = set(model.heads)
         return sum(
             bytes_of(one) for kind, one in model.heads.items() if kind not in read
         )
 
-    def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
+    def _logits(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
         from adaptspec.decoding.processing import Processors
 
