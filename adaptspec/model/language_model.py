@@ -660,8 +660,8 @@ class LanguageModel:
             logits = logits[torch.tensor(kept, device=self.device)]
         if hidden_layers and getattr(output, "hidden_states", None) is None:
             raise NoHiddenStatesError(
-                f"{self.name} shows no hidden states, which a strategy or "
-                "--class-features states asks for; leave these out"
+                f"{self.name} shows no hidden states, which a strategy asks for; "
+                "leave it out"
             )
         hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
         return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)
