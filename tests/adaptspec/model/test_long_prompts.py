@@ -23,7 +23,6 @@ from adaptspec.testing.fakes import (
     tiny_model,
 )
 from adaptspec_plugins.autoregressive import Autoregressive
-from adaptspec_plugins.early_exit import EarlyExit
 from adaptspec_plugins.prompt_lookup import PromptLookup
 
 PART = 5
@@ -77,8 +76,6 @@ def test_a_prompt_read_in_parts_is_continued_as_generate_does(
     strategies: list[Strategy] = [Autoregressive()]
     if model.capability.level != "plain":
         strategies += [PromptLookup()]
-        if EarlyExit.unavailable(model, None) is None:
-            strategies += [EarlyExit()]
     for strategy in strategies:
         done = Engine(model).generate(strategy, prompt, Controls.greedy(12))
         assert done.token_ids == expected
