@@ -174,7 +174,7 @@ class Decoder:
             can't be read (a warning says why), plain decoding is chosen.
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
-            the profiles. It may hold token ids of earlier outputs.
+            the profiles, and read it there. It may hold token ids of earlier outputs.
         allow_lossy: Whether a strategy may be chosen that changes the law of sampled
             output. Asked for by name, it is used anyway; the result says so.
     """
@@ -185,7 +185,7 @@ class Decoder:
         draft: LanguageModel | None = None,
         store: ProfileStore | None = None,
         host: Host | None = None,
-        learn: bool = True,
+        learn: bool = False,
         allow_lossy: bool = False,
     ) -> None:
         self.model, self.draft = model, draft
@@ -486,7 +486,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     host: Host | None = None,
-    learn: bool = True,
+    learn: bool = False,
     heads: str | Path | Sequence[str | Path] = (),
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
