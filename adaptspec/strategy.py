@@ -138,8 +138,8 @@ class SamplingDistribution(Protocol):
 class Target:
     """The model that is decoded, as a drafter may use it.
 
-    ``cache`` is the running sequence's: ``propose`` may append to it (early exit
-    through ``cache.lower(n)``) but must leave its length as it was.
+    ``cache`` is the running sequence's: ``propose`` may append to it but must leave its
+    length as it was.
     """
 
     model: LanguageModel

@@ -34,8 +34,8 @@ STEP_ROWS = (1, 4, 8, 16)
 CONTEXTS = (1024, 4096, 16384)
 ROUNDS = 9
 STEPS = 200
-# Their drafts are forward passes, of the target's layers or as a member.
-DRAFT_WITH_A_MODEL = ("early_exit", "hybrid")
+# Their drafts are forward passes, their own or a member's.
+DRAFT_WITH_A_MODEL = ("universal_draft", "hybrid")
 
 
 class Wrong(Strategy):

@@ -126,7 +126,9 @@ class Run:
             if one is not None:
                 one.follow()
         self._digest = model.digest
-        self.use(strategy)
+        if reason := type(strategy).unavailable(model, engine.draft):
+            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
+        self._strategy = strategy
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
         self._clock = engine.clock
@@ -156,33 +158,6 @@ class Run:
         self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
-        self._cache: Any = None
-        self._read: Forward | None = None
-
-    def use(self, strategy: Strategy) -> None:
-        """Decode with ``strategy``, in place of an earlier one; before iterating.
-
-        Raises:
-            UnavailableStrategyError: if it can't run on this model.
-        """
-        if reason := type(strategy).unavailable(self._model, self._draft):
-            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
-        self._strategy = strategy
-
-    def read(self, observes: Observes) -> Forward:
-        """Read the prompt now, for what it shows to decide on the strategy.
-
-        The iteration then goes on from there.
-
-        Args:
-            observes: Of all strategies in question, and the caller's own.
-        """
-        started = self._clock()
-        self._cache = self._new_cache()
-        self._read = self._forward(observes)
-        self._synchronize()
-        self._stats.seconds_prefill = self._clock() - started
-        return self._read
 
     @property
     def result(self) -> Generation:
@@ -198,7 +173,7 @@ class Run:
         model = self._model
         level = model.capability.level
         observes = self._strategy.observes(model)
-        cache = self._new_cache() if self._read is None else self._cache
+        cache = self._new_cache()
         drafter = self._strategy.start(
             Target(
                 model=model,
@@ -219,11 +194,9 @@ class Run:
                 prompt=self._prompt,
                 reads=self._draft is not None
                 and self._strategy.uses_draft(model, self._draft),
-                prefill=self._stats.seconds_prefill,
             )
         try:
-            self._cache = cache
-            yield self._prefill(drafter, observes)
+            yield self._prefill(drafter, cache, observes)
             while self._finish is None:
                 if model.digest != self._digest:
                     raise SequenceStateError(
@@ -241,22 +214,15 @@ class Run:
             self._prompt + self._room + self._controls.max_nodes + 1
         )
 
-    def _forward(self, observes: Observes) -> Forward:
-        """The prompt's."""
-        return self._model.prefill(
-            list(self._ids),
-            self._cache,
-            last=max(1, observes.prefill_logits),
-            hidden_layers=_shown(observes),
-        )
-
-    def _prefill(self, drafter: Drafter, observes: Observes) -> list[int]:
+    def _prefill(self, drafter: Drafter, cache: Any, observes: Observes) -> list[int]:
         started = self._clock()
-        if self._read is None:
-            forward = self._forward(observes)
-        else:
-            # Not a row more than the strategy would have been given.
-            forward, self._read = _narrowed(self._read, observes), None
+        shown = observes.hidden_layers if observes.prefill_hidden != "none" else ()
+        forward = self._model.prefill(
+            list(self._ids),
+            cache,
+            last=max(1, observes.prefill_logits),
+            hidden_layers=shown,
+        )
         last = forward.rows[self._prompt - 1]
         if not self._batched_argmax and not forward.decided:
             past = Continuation(self._ids, ())
@@ -269,7 +235,7 @@ class Run:
         if observes.prefill_hidden == "last":
             seen = {layer: states[-1:] for layer, states in seen.items()}
         drafter.observe(self._outcome(None, (), emitted, forward, seen))
-        self._stats.seconds_prefill += self._clock() - started
+        self._stats.seconds_prefill = self._clock() - started
         return emitted
 
     def _step(
@@ -444,19 +410,3 @@ class Run:
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-
-
-def _shown(observes: Observes) -> tuple[int, ...]:
-    """Layers whose states are wanted of the prompt."""
-    return observes.hidden_layers if observes.prefill_hidden != "none" else ()
-
-
-def _narrowed(forward: Forward, observes: Observes) -> Forward:
-    """As much of the prompt's forward as ``observes`` asks for."""
-    places = sorted(forward.rows)[-max(1, observes.prefill_logits) :]
-    first = forward.rows[places[0]]
-    return Forward(
-        forward.logits[first:],
-        {place: forward.rows[place] - first for place in places},
-        {layer: forward.hidden[layer] for layer in _shown(observes)},
-    )

@@ -81,7 +81,12 @@ def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
     model = LanguageModel(module)
     store = MemoryStore()
     here = environment_of(model, None)
-    for strategy, said in (("draft_model", "draft model"), ("gone", "no strategy")):
+    reasons = {
+        "draft_model": "draft model",
+        "gone": "no strategy",
+        "early_exit": "the profiled early_exit can't run: no strategy 'early_exit'",
+    }
+    for strategy, said in reasons.items():
         store.add_profiles(
             [example_profile(environment=here, strategy=strategy, params={})]
         )

@@ -93,11 +93,16 @@ def test_it_comes_back_from_json_as_it_was() -> None:
     assert Classifier.from_json(json.loads(json.dumps(TREE.as_json()))) == TREE
 
 
+# What earlier versions stored with `--class-features states`.
+OF_STATES = {"features": ["state 1", "rest"], "states": {"layer": 1, "mean": [0.0]}}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         {"format": 2},
         {"features": ["length"]},
+        OF_STATES,
         {"names": []},
         {"questions": [[0, 1.0, 0, -1]]},  # asks itself for ever
         {"questions": [[0, 1.0, -1, -9]]},  # a class that isn't
@@ -271,12 +276,15 @@ def test_without_discovered_classes_nothing_is_classified() -> None:
         assert run.generate("w1", max_new_tokens=2).seconds_classifying == 0
 
 
-def test_a_damaged_classifier_is_told_and_does_without() -> None:
+@pytest.mark.parametrize("damage", [{"questions": [[0, 1.0]]}, OF_STATES])
+def test_an_unusable_classifier_is_told_and_does_without(
+    damage: dict[str, Any],
+) -> None:
     model = tiny_model("llama")
     store = MemoryStore()
     place = Decoder(model).environment
     store.add_profiles([example_profile(environment=place)])
-    store.put_record("r1", "classifier", {"format": 1})
+    store.put_record("r1", "classifier", {**TREE.as_json(), **damage})
     with pytest.warns(UserWarning, match="classes aren't discovered"):
         run = Decoder(model, store=store)
     assert run.classify("x") is None
