@@ -1,4 +1,4 @@
-"""Where AdaptSpec keeps what can be made or fetched again."""
+"""The folder of AdaptSpec's caches: fetched models and compiled kernels."""
 
 from __future__ import annotations
 

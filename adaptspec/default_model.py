@@ -303,4 +303,4 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _ignore(message: str) -> None:
-    """What happens to progress nobody asked for."""
+    """Default progress callback: do nothing."""

@@ -1,4 +1,4 @@
-"""What a measurement holds for: the models, the machine and the packages."""
+"""The environment of a measurement: models, machine and package versions."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Environment:
     heads_name: str | None = None
 
     def key(self) -> tuple[str, str | None, str, str, str, int, str | None]:
-        """What must agree for a profile to hold; versions are told, not required."""
+        """Fields that must match for a profile to apply; versions need not match."""
         return (*self.place(), self.heads)
 
     def place(self) -> tuple[str, str | None, str, str, str, int]:

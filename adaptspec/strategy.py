@@ -162,7 +162,7 @@ class Context:
         max_nodes: Most candidates the engine verifies in one step.
         step: Steps done before this one.
         least: Chance of acceptance below which a candidate isn't worth one more forward
-            of a draft model; 0 where nobody knows.
+            of a draft model; 0 if unknown.
     """
 
     ids: Sequence[int]
@@ -231,9 +231,9 @@ class Strategy(ABC):
             everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
-        replays: Whether all it reads of the target are the committed tokens and their
-            hidden states (of the prompt, the last token's at most): the tuner then
-            scores it against a recording of plain decoding, too.
+        replays: True if the drafter reads only committed tokens and their hidden states
+            (of the prompt, the last token's at most). The tuner can then also score it
+            on a recording of plain decoding.
         knowledge: Version of the knowledge it keeps across requests, 0 for none; see
             :meth:`sync`.
     """
@@ -261,15 +261,16 @@ class Strategy(ABC):
         return None
 
     def meet(self, strategies: Mapping[str, type[Strategy]]) -> None:  # noqa: B027
-        """Told once, before the first :meth:`start`, of every strategy there is."""
+        """Called once before the first :meth:`start` with all registered strategies."""
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
-        """Take in what a knowledge file holds; return what it shall hold from now on.
+        """Merge the stored state into this instance; return the state to save.
 
-        Called under the file's lock, also when another process has written since: the
-        answer must contain what was stored and what was learnt here since the last
-        call, within the strategy's own bound. ``stored`` is None where there is no
-        readable file of this model, strategy and version. Values are CPU tensors.
+        Called under the file's lock. Another process may have written since the last
+        call, so the returned state must contain both what was stored and what was
+        learnt here since then, within the strategy's own bound. ``stored`` is None if
+        there is no readable file of this model, strategy and version. Values are CPU
+        tensors.
         """
         return {}
 

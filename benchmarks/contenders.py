@@ -1,4 +1,4 @@
-"""Who is measured: our strategies, Hugging Face's, and vLLM in its own process."""
+"""The contenders: our strategies, Hugging Face's, and vLLM in its own process."""
 
 from __future__ import annotations
 

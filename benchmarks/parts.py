@@ -1,4 +1,4 @@
-"""What a step is made of: verification, forwards, drafting, choosing, memory."""
+"""Times the parts of a step: verification, forwards, drafting, choosing, memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Faster operations; decoding runs without them, too."""
+"""Faster CPU operations; decoding also runs without them."""

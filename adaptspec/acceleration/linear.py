@@ -208,7 +208,7 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
 
 @torch.inference_mode()
 def fill_up(module: nn.Module, report: LinearReport) -> LinearReport:
-    """``report`` with the number of rows that fewer are best filled up to.
+    """Return ``report`` with the row count to which smaller batches are best padded.
 
     oneDNN reads packed weights faster for a few rows than for one: its blocks keep more
     reads under way (on Zen 4 four or six rows take 0.8 to 0.9 of one row's time in

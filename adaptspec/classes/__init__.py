@@ -1,1 +1,1 @@
-"""Which class a prompt belongs to."""
+"""Finds the class that a prompt belongs to."""

@@ -1,4 +1,4 @@
-"""What was said last in a chat that is given as token ids."""
+"""Finds the last message of a chat that is given as token ids."""
 
 from __future__ import annotations
 

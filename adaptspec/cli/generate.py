@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-lossy",
     is_flag=True,
-    help="Let the choice fall on a strategy that changes sampled output.",
+    help="Also choose among strategies that change sampled output.",
 )
 @click.option(
     "-n",
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     help="Default: the model's configuration, else 128.",
 )
 @click.option("-t", "--temperature", type=float, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Sample from so many likeliest tokens.")
+@click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
 @click.option(
     "--top-p", type=float, help="Sample from the likeliest tokens of this probability."
 )
-@click.option("--seed", type=int, help="Of sampling; default: drawn, and printed.")
+@click.option("--seed", type=int, help="Seed of sampling; default: random, printed.")
 @click.option(
     "-c",
     "--control",

@@ -1,4 +1,4 @@
-"""``adaptspec strategies``: what can be tuned, with which parameters, by whom."""
+"""``adaptspec strategies``: lists strategies, their parameters and their plugins."""
 
 from __future__ import annotations
 

@@ -43,9 +43,10 @@ Finish = Literal["length", "eos", "stop", "time", "unfinished"]
 
 @dataclass(frozen=True)
 class Generation:
-    """The emitted tokens, how many there are for what, and why they end.
+    """Generated tokens, run statistics, and the reason why generation stopped.
 
-    ``seed`` is the sampling noise's, None where nothing was sampled and none was given.
+    ``seed`` is the seed of the sampling noise. It is None if nothing was sampled and no
+    seed was given.
     """
 
     token_ids: list[int]

@@ -16,8 +16,8 @@ from adaptspec.token_tree import TokenTree
 TRIAL_STEPS = 3  # drafting steps before a verdict
 PLAIN_EVERY = 48  # drafting steps between two looks at a plain step
 FORGET = 0.9  # weight of the past at each step
-# Lost to finding out at most: so many plain steps, and this share of all time. What
-# isn't used of the share is kept for later, up to so many plain steps.
+# Exploration budget: CREDIT plain steps at first, then SHARE of the total time. Unused
+# budget accrues up to KEPT plain steps.
 CREDIT, SHARE, KEPT = 1.0, 0.01, 8.0
 GUESSED = 0.5  # plain steps that a first drafting step is thought to lose
 FASTER = 4.0  # how much faster a draft model reads than the target, before it is seen
@@ -53,7 +53,7 @@ class GateMemory:
         steps: Drafting steps so far.
         lost: To steps that gained no time, less what others gained and less the share
             of time that may be lost; below 0 that share's remainder.
-        look: Whether the next step is a plain one, to see what that takes.
+        look: Whether the next step must be plain, to time a plain step again.
     """
 
     plain: Usual = field(default_factory=Usual)

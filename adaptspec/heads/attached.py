@@ -143,7 +143,7 @@ def open_medusa(path: Path, model: LanguageModel) -> MedusaTrained | None:
     return MedusaTrained(model, file.heads, file.paths, file.ranks, name, own=True)
 
 
-# A module says what it can't deliver once, whoever stands before it.
+# The result of the probe, cached per module: an empty text if there is no problem.
 _problems: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 

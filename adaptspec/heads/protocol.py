@@ -1,4 +1,4 @@
-"""Trained drafting heads, as the core sees them: which model's, and which ones."""
+"""The protocol of trained heads in the core: their kind, name and fingerprint."""
 
 from __future__ import annotations
 

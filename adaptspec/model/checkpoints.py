@@ -1,4 +1,4 @@
-"""Reads a model folder with transformers; whatever goes wrong is told in one line."""
+"""Reads a model folder with transformers; every failure is an error of one line."""
 
 from __future__ import annotations
 

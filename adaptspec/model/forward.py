@@ -1,4 +1,4 @@
-"""What a forward pass gives, and the model as those see it who measure or probe it."""
+"""The result of a forward pass, and the model's protocol for probes and timers."""
 
 from __future__ import annotations
 

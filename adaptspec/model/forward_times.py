@@ -1,4 +1,4 @@
-"""What one forward over T tokens costs here: the measure of how much to draft.
+"""Measures the time of a forward by its number of tokens: how much drafting pays.
 
 Sequoia (arXiv:2402.12374) sizes its trees by such a curve.
 """
@@ -165,9 +165,9 @@ def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
 
 
 def typical(times: Sequence[Mapping[int, float]]) -> list[float]:
-    """What each size takes in a round of middling speed.
+    """Typical seconds of each size, with the machine's speed in each round divided out.
 
-    Sizes are told apart within rounds by Tukey's median polish (Exploratory Data
+    Sizes are compared within rounds, by Tukey's median polish (Exploratory Data
     Analysis, 1977) of the logarithms.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where rotary scalings change a forward, as the configuration and ``generate`` say."""
+"""Positions at which rotary scalings change a forward, as ``generate`` applies them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two models mean the same by their token ids."""
+"""Checks whether token ids mean the same to two models."""
 
 from __future__ import annotations
 

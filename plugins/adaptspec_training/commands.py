@@ -32,7 +32,7 @@ def train() -> None:
 @click.option(
     "--self-prompts",
     type=click.IntRange(min=2),
-    help="Instead of --data: the model writes so many prompts itself.",
+    help="Instead of --data: the model writes this many prompts itself.",
 )
 @click.option(
     "--out",
@@ -59,7 +59,7 @@ def train() -> None:
     type=click.IntRange(1, 8),
     default=4,
     show_default=True,
-    help="How many; each guesses one token further ahead.",
+    help="Number of heads; each guesses one token further ahead.",
 )
 @click.option(
     "--layers",
@@ -95,7 +95,7 @@ def train() -> None:
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Of medusa-2's second stage.",
+    help="Epochs of medusa-2's second stage.",
 )
 @click.option(
     "--lr",
@@ -103,14 +103,14 @@ def train() -> None:
     type=click.FloatRange(min=0, min_open=True),
     default=5e-4,
     show_default=True,
-    help="At its peak; heads learn at --heads-factor times this.",
+    help="Peak learning rate; heads learn at --heads-factor times this.",
 )
 @click.option(
     "--heads-factor",
     type=click.FloatRange(min=0, min_open=True),
     default=4.0,
     show_default=True,
-    help="Of the heads' learning rate.",
+    help="The heads' learning rate as a multiple of --lr.",
 )
 @click.option(
     "--warmup",
@@ -165,7 +165,7 @@ def train() -> None:
     type=click.FloatRange(min=0),
     default=0.3,
     show_default=True,
-    help="Of the answers; 0: the likeliest tokens.",
+    help="Temperature of the answers; 0 is greedy.",
 )
 @click.option(
     "-n",
@@ -173,7 +173,7 @@ def train() -> None:
     type=click.IntRange(2),
     default=256,
     show_default=True,
-    help="Of an answer, where the data doesn't say.",
+    help="Most tokens of an answer, where the data doesn't say.",
 )
 @click.option(
     "--answer-batch",
@@ -197,7 +197,7 @@ def train() -> None:
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of products; auto: bfloat16 where the model and the machine have it.",
+    help="Precision of products; auto: bfloat16 where model and machine have it.",
 )
 @click.option(
     "--features",
@@ -211,7 +211,9 @@ def train() -> None:
     type=click.Choice(["4bit", "8bit"]),
     help="Quantise the frozen target (bitsandbytes).",
 )
-@click.option("--dtype", default="auto", show_default=True, help="Of the target.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Type of the target's weights."
+)
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
 @click.option(
     "--trust-remote-code",
@@ -220,7 +222,11 @@ def train() -> None:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of answers and training."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of answers and training.",
 )
 @click.option("--fresh", is_flag=True, help="Drop an unfinished run in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

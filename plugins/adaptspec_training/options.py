@@ -1,4 +1,4 @@
-"""What a training run is made of, and the target it is for."""
+"""The options of a training run, and its target model."""
 
 from __future__ import annotations
 

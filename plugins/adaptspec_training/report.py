@@ -1,4 +1,4 @@
-"""What training gave: JSON, a page with plots, a table for the terminal."""
+"""Reports of a training run: JSON, a page with plots, a table for the terminal."""
 
 from __future__ import annotations
 

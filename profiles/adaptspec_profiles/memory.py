@@ -23,12 +23,12 @@ class MemoryStore:
 
     @property
     def folder(self) -> Path | None:
-        """Nowhere."""
+        """None: nothing is kept on disk."""
         return None
 
     @property
     def url(self) -> str:
-        """Nowhere."""
+        """A name for this store; it can't be opened again."""
         return "memory:"
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:

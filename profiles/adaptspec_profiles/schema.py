@@ -1,4 +1,4 @@
-"""The tables."""
+"""The tables of the profile database."""
 
 from __future__ import annotations
 

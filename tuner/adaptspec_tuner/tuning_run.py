@@ -1,4 +1,4 @@
-"""A tune on its way: what it is given, what it is called, what time it has."""
+"""The state of one tuning run: its inputs, its id and its time budget."""
 
 from __future__ import annotations
 

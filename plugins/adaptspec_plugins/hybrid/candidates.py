@@ -21,8 +21,8 @@ MOST_TOGETHER = 0.99
 # overrated (of 35 recorded answers' candidates at 0.14, 0.35 and 0.44, 0.11, 0.29 and
 # 0.36 were right).
 DOUBT, LEVEL_DOUBT = 0.85, 0.93
-# Tokens that a verified node, right or wrong, is worth later: what the model thought
-# after it is what members learn from. See docs/strategies/hybrid.md.
+# Future value of verifying a node, right or wrong, in tokens: token recycling learns
+# from its logits. See docs/strategies/hybrid.md.
 LESSON = 0.02
 # Evidence of drafters that give none: their own order, this deep and wide.
 PLACES = 16

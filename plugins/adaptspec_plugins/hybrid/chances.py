@@ -160,7 +160,7 @@ class Calibration:
 
         Args:
             marks: Who proposes it on which evidence; sorted by member.
-            rival: Those of its strongest sibling's that propose only siblings of it.
+            rival: The strongest sibling's marks of members that don't propose the node.
             shifts: The sequence's.
         """
         mixed = self._mixed(marks, rival, shifts)[0]

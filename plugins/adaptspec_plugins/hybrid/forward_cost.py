@@ -24,14 +24,14 @@ KEPT = 0.999
 # In standard deviations: a surprise counts as so many at most; one beyond the second is
 # a pause that teaches nothing, unless the next forward of that size is another.
 SURPRISE, STRAY = 2.5, 4.0
-# Two such are the curve's error at a size that was verified less often than this, or
-# where others came as expected in between, and if it is no more than that; else another
-# mood.
+# Two outliers in a row correct the curve if their size was verified less often than
+# SELDOM, or if other sizes came as expected in between, and if they are off by at most
+# MOST_ERROR. Otherwise they mean that the machine's speed has changed.
 SELDOM, MOST_ERROR = 4.0, log(4.5)
-# Of one row's time: how much less than the curve says sixteen rows and more may cost,
-# fewer in proportion, while that is only measured and not seen in use: of a curve too
-# steep by chance, large sizes would never be tried. What is seen of one size bounds
-# what smaller ones may be hoped to cost. Halved after so many forwards.
+# Optimism bonus for sizes not yet seen in use, as a share of one row's time: HOPE from
+# HOPED rows on, fewer rows in proportion. Without it, large sizes would never be tried
+# if the measured curve were too steep by chance. It halves after HALVED forwards of
+# the size. What was seen of one size also bounds the bonus of smaller ones.
 HOPE, HOPED, HALVED = 0.15, 16, 4.0
 
 
@@ -41,8 +41,8 @@ class ForwardCost:
     A forward's time is the curve's, times a mood that drifts and is the same for all
     sizes, times the curve's own error at that size; a curve is measured in seconds, and
     on a shared machine 16 rows may seem to take 1.0 or 1.4 times what one takes. Both
-    are followed by a Kalman filter over their logarithms: a surprise is put down to
-    what was less certain, in a size seldom seen before to the curve.
+    are followed by a Kalman filter over their logarithms: the update goes to the more
+    uncertain component, which is the curve's error at a size seldom seen before.
 
     Args:
         curve: Seconds by rows, non-decreasing.
@@ -125,8 +125,8 @@ class ForwardCost:
     def _age(self) -> None:
         """One forward later the mood has drifted and errors are somewhat less known.
 
-        They are as uncertain as at first in the end, and stay where they were: returned
-        to the curve, that of the one size verified would slowly pass for a mood.
+        The variance returns to the prior; the mean does not. If the mean returned too,
+        the error of the only size verified would slowly be taken for the mood.
         """
         for at, row in enumerate(self._covariance[1:]):
             row[0] *= KEPT
@@ -147,7 +147,7 @@ class ForwardCost:
 
 
 def _at(values: list[float], near: tuple[tuple[int, float], ...]) -> float:
-    """The mood's with a size's, of what is followed."""
+    """The machine's component plus the size's, interpolated between knots."""
     return values[0] + sum(share * values[1 + at] for at, share in near)
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 NEW = 1 / 16
 
 
-# What a sequence's pace remembers, in steps; what that of all does, so that the last
-# answer, perhaps of another kind, isn't the measure of the next; and what of the latter
-# a new sequence begins with.
+# Averaging windows in steps: of one sequence; of all sequences, long, so that one
+# answer doesn't decide the next one's pace; and the weight of the pace of all at the
+# start of a sequence.
 STEPS_KEPT, STEPS_OF_ALL, STEPS_BEFORE = 40, 1000, 4
 
 

@@ -14,12 +14,12 @@ FIRST_CALLS = 2
 # Called only where it promises this many times what it takes: the promise is an
 # estimate, and of the steps that promise most some do so by chance.
 MARGIN = 1.3
-# Share of all time that calls may lose which are made to find out whether they pay.
+# Maximum share of the total time that exploratory calls may lose.
 EXPLORED = 0.004
-# Share of a sequence's time, or a usual one's, that may be lost so in it: short answers
-# aren't spent on finding out. A first call takes up to thrice what is assumed of it.
+# The same within one sequence, of its own or a usual sequence's time. It keeps short
+# answers from paying for exploration: a first call may take three times the estimate.
 SEQUENCE_EXPLORED = 0.03
-# Plain steps that may be lost so before anything is known.
+# Plain steps that exploratory calls may lose at the start.
 CREDIT = 1.5
 # A draft model that pays is at least so much faster than the target.
 FASTER = 3.0

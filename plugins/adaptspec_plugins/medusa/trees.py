@@ -1,4 +1,4 @@
-"""Which ranks of which heads make a tree.
+"""Tree shapes of Medusa: which ranks of which heads are proposed.
 
 A head's guesses are the same below every node of its depth, so a tree is a set of rank
 paths: Cai et al. 2024, arXiv:2401.10774, section 2.3.1, grown best first.

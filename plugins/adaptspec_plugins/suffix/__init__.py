@@ -1,1 +1,1 @@
-"""What most often followed the same ending."""
+"""Suffix decoding: copies what most often followed the same ending."""

@@ -1,4 +1,4 @@
-"""Where the end of a text stood before, and what followed it how often.
+"""An index of where a text's ending occurred before, and how often what followed.
 
 A suffix tree with counts answers the same questions, but costs a node per token and
 depth. Here n-grams of a few lengths lead to their newest occurrences, and counts are

@@ -1,1 +1,1 @@
-"""The tokens the model found likely after each token before."""
+"""Token recycling: drafts tokens that the model found likely after each token."""

@@ -1,16 +1,16 @@
-"""The commonest tokens of late."""
+"""Most frequent recent tokens, by counts that decay exponentially."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# A token counts this much less for each later one: half after 1400.
+# Factor on a token's count for each later token: its weight halves after 1400.
 KEPT = 0.9995
 LARGEST = 1e100
 
 
 class Commonest:
-    """The ``width`` tokens counted most, late ones weighing more; commonest first.
+    """The ``width`` most frequent tokens, most frequent first; recent ones weigh more.
 
     Memory is bounded by the vocabulary.
     """
@@ -19,7 +19,7 @@ class Commonest:
         self.tokens: list[int] = []
         self._width = width
         self._weights: dict[int, float] = {}
-        self._one = 1.0  # what a token weighs now; grows in place of all else fading
+        self._one = 1.0  # weight of a new token; grows while others stay
 
     def count(self, tokens: Sequence[int]) -> None:
         """Take in ``tokens``, in the order of the text."""

@@ -32,7 +32,7 @@ class Chain(Drafter):
 
 
 class Decoding:
-    """Steps through a gate: a plain step takes one second, a draft what is told."""
+    """Steps through a gate: a plain step takes one second, a drafting step ``cost``."""
 
     def __init__(self, memory: GateMemory | None = None) -> None:
         self.now = 0.0
@@ -41,7 +41,7 @@ class Decoding:
         self.tokens = 0
 
     def run(self, tokens: int, cost: Callable[[int], float], gain: int) -> None:
-        """Until ``tokens`` more are there; a draft emits ``gain`` of them."""
+        """Decode ``tokens`` more; a drafting step emits ``gain`` of them."""
         end = self.tokens + tokens
         while self.tokens < end:
             tree = self.gate.propose(Context([0], 100, 100, 0))
@@ -53,14 +53,14 @@ class Decoding:
             self.gate.observe(Outcome(tree, [0], emitted, {}, none))  # type: ignore[arg-type]
 
 
-def test_a_draft_that_gains_is_asked_nearly_always() -> None:
+def test_a_drafter_that_gains_time_is_asked_nearly_always() -> None:
     decoding = Decoding()
     decoding.run(3000, lambda _: 1.2, gain=3)
     assert decoding.now < 3000 / 3 * 1.2 * 1.03
 
 
 @given(st.floats(1.05, 3.0), st.integers(1, 400), st.integers(1, 20))
-def test_a_draft_that_loses_costs_a_step_and_a_share(
+def test_a_drafter_that_loses_time_costs_no_more_than_the_exploration_budget(
     cost: float, length: int, answers: int
 ) -> None:
     memory = GateMemory()
@@ -77,7 +77,7 @@ def test_a_draft_that_loses_costs_a_step_and_a_share(
         assert asked > 3  # it is still tried now and then
 
 
-def test_even_a_short_output_loses_little_once_the_verdict_is_known() -> None:
+def test_a_short_output_loses_little_once_drafting_is_known_to_lose() -> None:
     memory = GateMemory()
     Decoding(memory).run(400, lambda _: 1.6, gain=1)
     later = Decoding(memory)
@@ -85,7 +85,7 @@ def test_even_a_short_output_loses_little_once_the_verdict_is_known() -> None:
     assert later.now <= 64 * 1.05
 
 
-def test_drafting_is_taken_up_when_it_begins_to_gain() -> None:
+def test_drafting_resumes_when_it_begins_to_gain_time() -> None:
     decoding = Decoding()
     decoding.run(500, lambda _: 2.0, gain=1)
     asked, then = decoding.inner.asked, decoding.now
@@ -94,7 +94,7 @@ def test_drafting_is_taken_up_when_it_begins_to_gain() -> None:
     assert decoding.now - then < 4000 / 3 * 1.2 * 1.05 + 50
 
 
-def test_a_machine_that_slows_down_as_a_whole_closes_nothing() -> None:
+def test_the_gate_stays_open_when_drafting_and_plain_steps_slow_down_alike() -> None:
     decoding = Decoding()
     speed = {"factor": 1.0}
     plain = decoding.gate._memory
@@ -124,7 +124,7 @@ def test_the_drafter_sees_every_outcome_and_the_end() -> None:
     assert decoding.inner.closed
 
 
-def test_a_prefill_is_no_step() -> None:
+def test_the_prefill_is_not_counted_as_a_step() -> None:
     memory = GateMemory()
     gate = Gate(Chain(), memory, lambda: 0.0)
     gate.observe(Outcome(None, (), [1], {}, None))  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ class Silent(Chain):
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.0001, 0.3, 2.0])
-def test_a_proposal_of_nothing_costs_its_time(cost: float) -> None:
+def test_the_time_of_empty_proposals_is_counted_and_bounded(cost: float) -> None:
     decoding = Decoding()
     memory = decoding.gate._memory
 
@@ -161,7 +161,7 @@ def test_a_proposal_of_nothing_costs_its_time(cost: float) -> None:
         assert inner.asked == 999  # the first step shows what a plain one takes
 
 
-def test_gains_are_no_licence_to_lose() -> None:
+def test_earlier_gains_do_not_raise_the_exploration_budget() -> None:
     decoding = Decoding()
     decoding.run(30_000, lambda _: 1.0, gain=3)
     before, tokens = decoding.now, decoding.tokens
@@ -207,7 +207,7 @@ class Answers:
         return decoding.now - started, inner.asked
 
 
-def test_a_prompt_is_not_read_where_the_answer_cannot_repay_it() -> None:
+def test_the_draft_model_reads_no_prompt_that_the_answer_cannot_repay() -> None:
     answers = Answers(prompt=100, prefill=40.0, reading=10.0)
     for _ in range(10):
         seconds, asked = answers.answer(12, gain=2)
@@ -215,7 +215,7 @@ def test_a_prompt_is_not_read_where_the_answer_cannot_repay_it() -> None:
         assert asked == 0
 
 
-def test_a_prompt_is_read_where_the_usual_answer_repays_it() -> None:
+def test_the_draft_model_reads_a_prompt_that_the_usual_answer_repays() -> None:
     answers = Answers(prompt=100, prefill=8.0, reading=2.0)
     answers.answer(600, gain=2)
     seconds, asked = answers.answer(600, gain=2)

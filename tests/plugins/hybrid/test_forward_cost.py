@@ -31,7 +31,7 @@ def errors(cost: ForwardCost) -> list[float]:
     ]
 
 
-def test_it_begins_with_the_curve_and_some_hope_for_larger_sizes() -> None:
+def test_the_first_estimate_is_the_curve_less_a_bonus_for_larger_sizes() -> None:
     cost = ForwardCost(truth)
     assert cost(1) == truth(1)
     assert all(-0.15 <= error <= 0 for error in errors(cost))
@@ -53,7 +53,7 @@ def flat(rows: int) -> float:
 
 
 @pytest.mark.parametrize("wrong", [steep, flat])
-def test_sizes_in_turn_correct_a_wrong_curve_whatever_the_mood(
+def test_forwards_of_all_sizes_correct_a_wrong_curve_at_any_machine_speed(
     wrong: Callable[[int], float],
 ) -> None:
     cost, rng, mood = ForwardCost(wrong), random.Random(4), 1.0
@@ -67,7 +67,7 @@ def test_sizes_in_turn_correct_a_wrong_curve_whatever_the_mood(
     assert max(map(abs, errors(cost))) < 0.08
 
 
-def test_of_a_curve_too_steep_a_large_size_is_tried_and_found_out() -> None:
+def test_a_large_size_is_tried_although_the_curve_is_too_steep() -> None:
     """Chosen as the hybrid does, by the most tokens for the time."""
     gains = {1: 1.0, 4: 1.1, 16: 1.4}
 
@@ -85,7 +85,7 @@ def test_of_a_curve_too_steep_a_large_size_is_tried_and_found_out() -> None:
     assert picks[-100:].count(16) > 80
 
 
-def test_a_size_new_and_dear_is_the_curves_error_and_not_a_mood() -> None:
+def test_a_slow_new_size_corrects_the_curve_and_not_the_machines_speed() -> None:
     """Even where nothing but that size is verified from then on."""
     cost, rng = ForwardCost(flat), random.Random(3)
     for _ in range(4):
@@ -100,7 +100,7 @@ def test_a_size_new_and_dear_is_the_curves_error_and_not_a_mood() -> None:
     assert cost(1) == pytest.approx(truth(1), rel=0.2)
 
 
-def test_an_error_isnt_taken_for_a_mood_after_a_thousand_forwards() -> None:
+def test_a_curve_error_is_still_one_after_a_thousand_forwards_of_one_size() -> None:
     """Of one size, which tell the two apart no more."""
     cost, rng = ForwardCost(flat), random.Random(3)
     for rows in (1, 1, 1, 1, *1500 * [24]):
@@ -126,7 +126,7 @@ def test_a_size_far_from_the_curve_is_learnt(
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.4])
-def test_a_noisy_machine_isnt_full_of_moods_and_errors(spread: float) -> None:
+def test_noise_changes_neither_the_machines_speed_nor_the_curve(spread: float) -> None:
     cost, rng = ForwardCost(truth), random.Random(2)
     for _ in range(1000):
         rows = rng.choice((1, 2, 4, 8, 16, 24))
@@ -134,7 +134,7 @@ def test_a_noisy_machine_isnt_full_of_moods_and_errors(spread: float) -> None:
     assert max(map(abs, errors(cost))) < 0.2
 
 
-def test_a_mood_that_jumps_is_followed_from_the_second_forward_on() -> None:
+def test_a_sudden_change_of_speed_is_followed_from_the_second_forward_on() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
         cost.observe(8, truth(8))
@@ -146,7 +146,7 @@ def test_a_mood_that_jumps_is_followed_from_the_second_forward_on() -> None:
         assert cost(rows) == pytest.approx(3 * truth(rows), rel=0.2)
 
 
-def test_one_stray_pause_moves_nothing_much() -> None:
+def test_one_long_pause_hardly_changes_the_estimates() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
         cost.observe(8, truth(8))
@@ -156,7 +156,7 @@ def test_one_stray_pause_moves_nothing_much() -> None:
         assert cost(rows) == pytest.approx(once, rel=0.1)
 
 
-def test_a_size_that_turns_dear_alone_is_no_mood() -> None:
+def test_one_size_that_becomes_slow_does_not_change_the_machines_speed() -> None:
     cost = ForwardCost(truth)
     for rows in 30 * [1, 16]:
         cost.observe(rows, truth(rows))
@@ -166,7 +166,7 @@ def test_a_size_that_turns_dear_alone_is_no_mood() -> None:
     assert cost(16) > 1.8 * truth(16)
 
 
-def test_a_stray_up_and_one_down_are_no_news() -> None:
+def test_one_slow_and_one_fast_outlier_change_nothing() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
         cost.observe(8, truth(8))
@@ -176,7 +176,7 @@ def test_a_stray_up_and_one_down_are_no_news() -> None:
     assert [cost(rows) for rows in SIZES] == pytest.approx(before, rel=0.05)
 
 
-def test_two_long_pauses_of_a_new_size_are_no_error_of_the_curve() -> None:
+def test_two_very_long_pauses_at_a_new_size_do_not_correct_the_curve() -> None:
     cost = ForwardCost(truth)
     for _ in range(10):
         cost.observe(1, truth(1))
@@ -188,7 +188,7 @@ def test_two_long_pauses_of_a_new_size_are_no_error_of_the_curve() -> None:
     assert cost(24) == pytest.approx(truth(24), rel=0.2)
 
 
-def test_pauses_now_and_then_leave_it_as_it_was() -> None:
+def test_occasional_pauses_leave_the_estimates_unchanged() -> None:
     cost, rng = ForwardCost(truth), random.Random(7)
     for _ in range(5000):
         rows = rng.choice(SIZES)
@@ -201,7 +201,7 @@ def test_pauses_now_and_then_leave_it_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
-def test_what_no_clock_shows_teaches_nothing(seconds: float) -> None:
+def test_impossible_times_are_ignored(seconds: float) -> None:
     cost = ForwardCost(truth)
     before = [cost(rows) for rows in SIZES]
     for rows in 2 * SIZES:

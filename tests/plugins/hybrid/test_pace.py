@@ -16,7 +16,7 @@ def decode(everyone: Pace, tokens: int, steps: int) -> Pace:
     return own
 
 
-def test_one_answer_that_copies_is_not_the_measure_of_the_next() -> None:
+def test_one_answer_of_copies_hardly_changes_the_pace_of_the_next() -> None:
     everyone = Pace()
     for _ in range(10):
         decode(everyone, 1, 40)
@@ -24,7 +24,7 @@ def test_one_answer_that_copies_is_not_the_measure_of_the_next() -> None:
     assert everyone.fresh().tokens < 1.6
 
 
-def test_a_sequence_of_its_own_kind_is_at_its_own_pace_soon() -> None:
+def test_a_sequence_soon_has_its_own_pace() -> None:
     everyone = Pace()
     for _ in range(10):
         decode(everyone, 6, 40)
@@ -32,7 +32,7 @@ def test_a_sequence_of_its_own_kind_is_at_its_own_pace_soon() -> None:
     assert decode(everyone, 1, 8).tokens < 3
 
 
-def test_what_all_sequences_remember_fades() -> None:
+def test_the_pace_of_all_sequences_forgets_old_steps() -> None:
     everyone = Pace()
     for _ in range(30):
         decode(everyone, 1, 100)

@@ -126,7 +126,7 @@ def test_a_sampled_proposal_is_refused_by_the_members_name() -> None:
         Candidates(ROOT, 5).add(tree, 0, "gambler")
 
 
-def test_a_nodes_rival_is_the_sibling_most_members_prefer_to_it() -> None:
+def test_a_nodes_rival_is_the_sibling_that_most_members_prefer() -> None:
     def rivals(*proposals: list[list[int]]) -> dict[int, list[int]]:
         found = merged(proposals)
         return {found.tokens[n]: [m for m, _ in r] for n, r in found.rivalled(0)}
@@ -183,7 +183,7 @@ Curve = st.lists(st.floats(0.0, 0.4), min_size=10, max_size=10)
 
 
 @given(Small, st.integers(0, 99))
-def test_best_first_has_the_largest_sum_of_all_closed_sets_of_each_size(
+def test_best_first_has_the_largest_sum_of_all_closed_sets_of_its_size(
     paths: list[list[int]], seed: int
 ) -> None:
     candidates = merged([paths])
@@ -227,7 +227,7 @@ def test_no_closed_set_is_worth_more_at_the_pace_than_the_tree_chosen(
     assert plan.seconds == pytest.approx(spent + seconds(1 + len(plan.nodes)))
 
 
-def test_a_node_that_does_not_pay_is_taken_with_one_that_then_costs_nothing() -> None:
+def test_a_node_that_does_not_pay_alone_is_taken_if_the_next_one_is_free() -> None:
     seconds = {1: 1.0, 2: 1.6, 3: 1.6, 4: 9.0}.__getitem__
     nodes = [(1, 0.5), (2, 0.5), (3, 0.5)]
     plan = best_tree(iter(nodes), [0, 1, 1, 1], seconds, spent=0.0, pace=1.0, most=3)
@@ -456,7 +456,7 @@ def test_chances_become_those_of_each_drafter_and_evidence() -> None:
 @pytest.mark.parametrize(
     "sources", [("a", "b", "c"), ("a", "a", "b"), ("a", "a", "a")], ids="".join
 )
-def test_as_many_tokens_come_as_were_expected_however_drafters_depend(
+def test_expected_tokens_match_emitted_ones_also_when_drafters_are_dependent(
     sources: tuple[str, ...],
 ) -> None:
     simulated = world(2500)
@@ -499,7 +499,7 @@ def test_nodes_behind_the_end_of_the_output_are_not_counted() -> None:
     assert calibration(hybrid).counts["good"].seen[1:5] == [1, 0, 0, 0]
 
 
-def test_a_step_it_was_not_asked_for_teaches_nothing() -> None:
+def test_a_step_without_a_proposal_changes_no_counts() -> None:
     simulated = world(40)
     hybrid = hybrid_of(simulated.member("good", 1.0))
     simulated.decode(hybrid, passed_over=lambda step: step % 2 == 1)
@@ -540,7 +540,7 @@ def sure_then_unsure(simulated: World) -> type[Strategy]:
     )
 
 
-def test_the_model_is_asked_where_the_free_drafters_are_unsure_and_only_there() -> None:
+def test_the_draft_model_is_asked_only_where_the_free_drafters_are_unsure() -> None:
     simulated = world(2400)
     model = simulated.member("model", 0.85, takes=0.6, needs_draft=True)
     steps = simulated.decode(hybrid_of(sure_then_unsure(simulated), model))
@@ -553,9 +553,7 @@ def test_the_model_is_asked_where_the_free_drafters_are_unsure_and_only_there() 
     assert sum(unsure) >= 0.95 * len(unsure)
 
 
-def test_with_a_model_worth_its_time_the_text_comes_sooner_than_with_either_alone() -> (
-    None
-):
+def test_a_draft_model_that_pays_makes_the_hybrid_faster_than_either_alone() -> None:
     def total(free: bool, use_draft: bool) -> float:
         simulated = world(2000)
         members = [simulated.member("model", 0.85, takes=0.6, needs_draft=True)]
@@ -568,7 +566,7 @@ def test_with_a_model_worth_its_time_the_text_comes_sooner_than_with_either_alon
 
 
 @pytest.mark.parametrize("needs_draft", [True, False])
-def test_a_slow_drafter_that_is_seldom_right_costs_next_to_nothing(
+def test_a_slow_drafter_that_is_seldom_right_costs_almost_nothing(
     needs_draft: bool,
 ) -> None:
     simulated = world(2000)
@@ -591,7 +589,7 @@ def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
 
 
 @pytest.mark.parametrize(("length", "again"), [(14, False), (400, True)])
-def test_short_answers_are_not_spent_on_finding_out(length: int, again: bool) -> None:
+def test_short_answers_pay_little_for_exploration(length: int, again: bool) -> None:
     simulated = world(length)
     hybrid = hybrid_of(simulated.member("model", 0.05, takes=0.4, needs_draft=True))
     simulated.decode(hybrid)
@@ -602,7 +600,7 @@ def test_short_answers_are_not_spent_on_finding_out(length: int, again: bool) ->
     assert (len(simulated.asked["model"]) > first) is again
 
 
-def test_the_model_isnt_asked_for_tokens_that_come_cheaply_a_step_later() -> None:
+def test_the_draft_model_is_not_asked_for_tokens_that_are_free_a_step_later() -> None:
     simulated = world(2000)
     free = simulated.member(
         "free",
@@ -618,7 +616,7 @@ def test_the_model_isnt_asked_for_tokens_that_come_cheaply_a_step_later() -> Non
     assert sum(step.at in asked for step in late) <= 0.1 * len(late)
 
 
-def test_a_model_that_must_read_a_long_prompt_isnt_started_for_a_few_tokens() -> None:
+def test_the_draft_model_reads_no_long_prompt_for_a_few_tokens() -> None:
     long = world(1000)
     settings: Mapping[str, Any] = {"takes": 0.5, "reads": 0.1, "needs_draft": True}
     hybrid = hybrid_of(long.member("model", 0.9, **settings))
@@ -641,7 +639,7 @@ def test_a_cheap_drafter_that_brings_nothing_rests_most_of_the_time() -> None:
     assert len(simulated.asked["good"]) == len(steps)
 
 
-def test_a_forward_slower_than_its_curve_says_is_believed_to_be_so() -> None:
+def test_forwards_slower_than_the_curve_correct_it() -> None:
     simulated = world(400)
     hybrid = hybrid_of(simulated.member("model", 0.7, takes=0.5, needs_draft=True))
     simulated.decode(hybrid)
@@ -664,7 +662,7 @@ def learnt(seed: int, right: int, wrong: int) -> Calibration:
     return found
 
 
-def test_two_processes_counts_add_up_and_are_taken_over_once() -> None:
+def test_counts_of_two_processes_add_up_once() -> None:
     first, second = learnt(1, 20, 5), learnt(2, 5, 20)
     stored = second.sync(first.sync(None))
     accepted, seen = stored["calibration/one"][9].tolist()
@@ -712,7 +710,7 @@ def test_malformed_counts_are_refused_by_name_and_replaced(bad: torch.Tensor) ->
     assert known.counts["one"].chance(9) == pytest.approx(0.75, abs=0.06)
 
 
-def test_what_nobody_joins_with_any_more_is_dropped() -> None:
+def test_stored_counts_of_strategies_that_no_longer_join_are_dropped() -> None:
     simulated = world(20)
     hybrid = hybrid_of(simulated.member("here", 0.5))
     gone = {"calibration/gone": torch.zeros(1024, 2), "gone@1/x": torch.ones(1)}
@@ -794,7 +792,7 @@ def test_each_member_is_given_the_hidden_states_it_asked_for(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sampled_output_is_plain_samplings_while_drafts_are_accepted(
+def test_sampled_output_equals_plain_sampling_while_drafts_are_accepted(
     target: LanguageModel, prompt: list[int], seed: int
 ) -> None:
     controls = Controls(max_new_tokens=40, temperature=0.9, top_p=0.9, seed=seed)
@@ -819,12 +817,12 @@ def test_with_nothing_to_join_it_decodes_plainly(
     assert all(step.proposed == 0 for step in run.stats.steps)
 
 
-def test_members_of_the_same_plugin_join_where_it_met_nobody() -> None:
+def test_bundled_members_join_if_no_strategies_were_registered() -> None:
     held = Hybrid().sync(None)
     assert "calibration/prompt_lookup" in held
 
 
-def test_what_the_bundled_drafters_evidence_was_worth_is_shipped_for_each() -> None:
+def test_prior_counts_are_shipped_for_each_bundled_member() -> None:
     counts = shipped()
     joining = {cls.name for cls in register_strategies() if cls.joins is not None}
     assert set(counts) <= joining
@@ -834,9 +832,7 @@ def test_what_the_bundled_drafters_evidence_was_worth_is_shipped_for_each() -> N
             assert 0 <= accepted <= seen <= 24
 
 
-def test_a_calibration_begins_with_what_is_known_and_forgets_it_for_what_it_sees() -> (
-    None
-):
+def test_a_calibration_begins_with_the_prior_and_soon_follows_what_it_sees() -> None:
     found = Calibration(["one"], (), {"one": {3: (18.0, 20.0)}})
     marks, shifts = [(0, 3)], found.fresh()
     assert found.chance(marks, (), shifts) > 0.7
@@ -845,7 +841,7 @@ def test_a_calibration_begins_with_what_is_known_and_forgets_it_for_what_it_sees
     assert found.chance(marks, (), found.fresh()) < 0.2
 
 
-def test_processes_that_share_counts_dont_add_up_what_all_began_with() -> None:
+def test_prior_counts_are_not_added_twice_by_processes_that_share_counts() -> None:
     known = {"one": {3: (18.0, 20.0)}}
     first, second = (Calibration(["one"], (), known) for _ in range(2))
     second.learn([(0, 3)], (), second.fresh(), right=False)

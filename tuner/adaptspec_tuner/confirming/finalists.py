@@ -135,7 +135,7 @@ def _finalists(
 
 
 def _share(ratio: float) -> float:
-    """Of plain decoding's time; a faster one reads the prompt, too, in this time."""
+    """Expected time relative to plain decoding; at least 1, as prefill isn't faster."""
     return 1 / min(1.0, max(ratio, HOPELESS))
 
 

@@ -81,12 +81,12 @@ class RemoteStore:
 
     @property
     def url(self) -> str:
-        """Where the proxy is."""
+        """The proxy's address."""
         return self._url
 
     @property
     def folder(self) -> Path | None:
-        """Nowhere."""
+        """None: a worker keeps no files."""
         return None
 
     def studies(self) -> Any:
@@ -129,27 +129,27 @@ class RemoteStore:
         return None if found is None else dict(found)
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
-        """For everyone."""
+        """Publish a record with the studies, for every process of the run."""
         publish(self._storage, run, {key: value})
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._storage.close()
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
-        """Not here."""
+        """Refused: only the leader has the database."""
         self._refuse()
 
     def profiles(self, **asked: Any) -> list[Profile]:
-        """Not here."""
+        """Refused: only the leader has the database."""
         self._refuse()
 
     def profile(self, profile_id: int) -> Profile | None:
-        """Not here."""
+        """Refused: only the leader has the database."""
         self._refuse()
 
     def delete_run(self, run: str) -> int:
-        """Not here."""
+        """Refused: only the leader has the database."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -1,7 +1,7 @@
-"""The draft model in a replay: what it answered once it answers again at no cost.
+"""The draft model in a replay: its logits are cached between replayed settings.
 
-Greedy drafts behind the same tokens are the same, so that after the first settings the
-model seldom runs. Time is what the hardware's cost model says, as it is for the target.
+Greedy drafts behind the same tokens are the same, so the model seldom runs after the
+first settings. Its time comes from the hardware's cost model, like the target's.
 """
 
 from __future__ import annotations

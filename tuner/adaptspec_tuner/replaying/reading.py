@@ -1,4 +1,4 @@
-"""What a target shows of a recorded text beside its tokens: one forward over all of it.
+"""The target's states and likeliest tokens of a recorded text, read in one forward.
 
 Greedy decoding would have shown the same, position by position, up to rounding.
 """
