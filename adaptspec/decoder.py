@@ -17,11 +17,9 @@ from torch import nn
 from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import UNKNOWN, Classifier
 from adaptspec.classes.last_message import last_message
-from adaptspec.classes.state_features import pooled
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Finish, Run
-from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.decoding.stats import RunStats
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
@@ -33,7 +31,6 @@ from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
 from adaptspec.profile import PLAIN, Profile, ProfileStore
 from adaptspec.selector import Choice, measured_here, select
-from adaptspec.strategy import Needs, union
 from adaptspec.streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ class Result:
     choice: Choice
     stats: RunStats
     finish: Finish
-    seconds_classifying: float = 0.0  # the prompt, its reading apart
+    seconds_classifying: float = 0.0  # the prompt
     seed: int | None = None  # of the sampling; None: greedy, and none was given
 
 
@@ -177,9 +174,9 @@ class Decoder:
             can't be read (a warning says why), plain decoding is chosen.
         host: The plugins; None: those installed.
         learn: Whether strategies keep what they learn across requests in files beside
-            the profiles. It may hold token ids of earlier outputs.
-        allow_lossy: Whether a strategy may be chosen that changes the law of sampled
-            output. Asked for by name, it is used anyway; the result says so.
+            the profiles, and read it there. It may hold token ids of earlier outputs.
+        allow_lossy: Whether a strategy may be chosen that changes the distribution of
+            sampled output. Asked for by name, it is used anyway; the result says so.
     """
 
     def __init__(
@@ -188,7 +185,7 @@ class Decoder:
         draft: LanguageModel | None = None,
         store: ProfileStore | None = None,
         host: Host | None = None,
-        learn: bool = True,
+        learn: bool = False,
         allow_lossy: bool = False,
     ) -> None:
         self.model, self.draft = model, draft
@@ -330,8 +327,7 @@ class Decoder:
         """The same, as pieces of text as soon as they are accepted.
 
         A piece comes per token, or per few where a character spans several tokens.
-        The prompt is read with the first one asked for, or at once where its class is
-        found in the states that reading it leaves.
+        The prompt is read with the first one asked for.
         """
         return self._run(
             prompt,
@@ -347,8 +343,7 @@ class Decoder:
     def classify(self, prompt: Prompt, **encoding: Any) -> str | None:
         """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
 
-        None where classes weren't discovered (``adaptspec tune --classes auto``). Where
-        states tell them (``--class-features states``), the target reads the prompt.
+        None where classes weren't discovered (``adaptspec tune --classes auto``).
 
         Args:
             **encoding: ``raw``, ``tools`` and ``template_arguments``, as given to
@@ -357,12 +352,6 @@ class Decoder:
         if self._classifier is None:
             return None
         self._follow()
-        if self._classifier.states is not None:
-            ids = self.model.encode(prompt, **encoding)
-            one = Controls.for_model(
-                self.model, max_new_tokens=1, temperature=0.0, **ONE_SEQUENCE
-            )
-            return self._class_read(self._classifier, self._plain_run(ids, one))[0]
         text = prompt_text(prompt)
         if text is None:  # token ids
             if self.model.tokenizer is None:
@@ -387,25 +376,6 @@ class Decoder:
             self._keeper = KnowledgeKeeper(folder, self.model.digest)
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
-    def _plain_run(self, ids: Sequence[int], controls: Controls) -> Run:
-        plain = self._strategy(Choice(None, PLAIN))
-        return Run(self.engine, plain, ids, controls)
-
-    def _class_read(self, classifier: Classifier, run: Run) -> tuple[str, float]:
-        """The class that reading the prompt shows, and seconds it took to find.
-
-        The run can then decode with the strategy of any class.
-        """
-        assert classifier.states is not None
-        layer = classifier.states.layer
-        chosen = [self.choose(name) for name in (*classifier.names, UNKNOWN)]
-        needs = [self._strategy(choice).needs(self.model) for choice in chosen]
-        mine = Needs(hidden_layers=(layer,), prefill_hidden="all")
-        forward = run.read(union([mine, *needs]))
-        started = perf_counter()
-        found = classifier.classify_state(pooled(forward.hidden[layer]))
-        return found, perf_counter() - started
-
     def _profiles_of(self, prompt_class: str | None) -> Sequence[Profile]:
         """Those that may speak for a class: a discovered one is its own run's alone.
 
@@ -426,14 +396,10 @@ class Decoder:
             return None
         self._classifier_run = newest.run
         try:
-            found = Classifier.from_json(record)
-            misfit = None if found.states is None else found.states.misfit(self.model)
+            return Classifier.from_json(record)
         except AdaptSpecError as error:
-            misfit = str(error)
-        if misfit is not None:
-            warnings.warn(f"classes aren't discovered: {misfit}", stacklevel=3)
+            warnings.warn(f"classes aren't discovered: {error}", stacklevel=3)
             return None
-        return found
 
     def save(self) -> None:
         """Write down now what strategies have learnt; done at exit anyway."""
@@ -460,23 +426,14 @@ class Decoder:
             **controls,
         )
         ids = self.model.encode(prompt, **encoding)
-        run: Run | None = None
         if prompt_class is None and strategy is None and self._classifier is not None:
-            if self._classifier.states is None:
-                started = perf_counter()
-                prompt_class = self.classify(prompt, **encoding)
-                seconds = perf_counter() - started
-            else:
-                run = self._plain_run(ids, settings)
-                prompt_class, seconds = self._class_read(self._classifier, run)
+            started = perf_counter()
+            prompt_class = self.classify(prompt, **encoding)
+            seconds = perf_counter() - started
         choice = self.choose(prompt_class, strategy, params)
         if strategy is None and choice.strategy == PLAIN:
             self._tell_once(choice.reason)
-        decoding = self._strategy(choice)
-        if run is None:
-            run = Run(self.engine, decoding, ids, settings)
-        else:
-            run.use(decoding)
+        run = Run(self.engine, self._strategy(choice), ids, settings)
         learnt = None if self._keeper is None else self._keeper.refresh
         return Stream(self.model, run, choice, seconds, learnt)
 
@@ -529,7 +486,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     host: Host | None = None,
-    learn: bool = True,
+    learn: bool = False,
     heads: str | Path | Sequence[str | Path] = (),
     allow_lossy: bool = False,
     trust_remote_code: bool = False,

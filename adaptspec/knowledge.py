@@ -63,13 +63,13 @@ class KnowledgeFile:
         except Timeout:
             raise KnowledgeError(
                 f"{self.path} is locked by another process for {LOCK_SECONDS:g} s; "
-                "what was learnt is kept in memory (load(..., learn=False) keeps none)"
+                "what was learnt is kept in memory (without learn=True nothing is kept)"
             ) from None
         # A file system without locks says so in an error of its own.
         except (OSError, NotImplementedError) as error:
             raise KnowledgeError(
                 f"can't write {self.path}: {error}; make the folder writable or "
-                "pass load(..., learn=False)"
+                "leave out learn=True"
             ) from error
 
     def _merged(self, strategy: Strategy) -> dict[str, Any]:

@@ -87,7 +87,17 @@ class Params(BaseModel):
     @classmethod
     def specs(cls) -> tuple[ParamSpec, ...]:
         """One :class:`ParamSpec` per field, in declaration order."""
-        return tuple(_spec(name, info) for name, info in cls.model_fields.items())
+        return tuple(
+            _spec(name, info, info.description or cls._inherited(name))
+            for name, info in cls.model_fields.items()
+        )
+
+    @classmethod
+    def _inherited(cls, name: str) -> str:
+        """The nearest base's description of a field that gives none itself."""
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, Params)]
+        fields = [base.model_fields.get(name) for base in bases]
+        return next((f.description for f in fields if f and f.description), "")
 
     @classmethod
     def parse(cls: type[P], values: Mapping[str, Any], owner: str = "") -> P:
@@ -103,6 +113,21 @@ class Params(BaseModel):
 
 
 class DraftingParams(Params):
+    """Base for strategies that draft up to so many tokens in each step.
+
+    A strategy declares ``draft_length`` with its own default and bounds; whoever asks
+    how much a setting drafts reads this field.
+    """
+
+    draft_length: Annotated[int, Tunable(1, 16)] = Field(
+        default=8,
+        ge=1,
+        le=256,
+        description="most tokens drafted in a step, in a chain or a tree",
+    )
+
+
+class GatedParams(Params):
     """Base for strategies whose drafts may cost more than they gain."""
 
     gate: Annotated[bool, Tunable()] = Field(
@@ -111,7 +136,7 @@ class DraftingParams(Params):
     )
 
 
-def _spec(name: str, info: Any) -> ParamSpec:
+def _spec(name: str, info: Any, description: str) -> ParamSpec:
     tunable = next((m for m in info.metadata if isinstance(m, Tunable)), None)
     kind, choices = _kind(name, info.annotation)
     if tunable is not None and kind in ("int", "float") and tunable.low is None:
@@ -120,7 +145,7 @@ def _spec(name: str, info: Any) -> ParamSpec:
         name=name,
         kind=kind,
         default=info.default,
-        description=info.description or "",
+        description=description,
         choices=choices,
         tunable=tunable,
     )

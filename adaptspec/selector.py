@@ -24,7 +24,8 @@ DECISIVE = ("adaptspec", "torch", "transformers")
 class Choice:
     """What to decode with, and why.
 
-    ``lossless`` is False where sampled output follows another law than the target's.
+    ``lossless`` is False where sampled output follows another distribution than the
+    target's.
     """
 
     prompt_class: str | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from adaptspec.params import Params, Scalar
 from adaptspec.token_ids import Continuation
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,12 @@ __all__ = [
     "Context",
     "Continuation",
     "Drafter",
-    "Law",
-    "Needs",
+    "Drawn",
     "NoParams",
+    "Observes",
     "Outcome",
-    "SamplingLaw",
+    "Requirements",
+    "SamplingDistribution",
     "Strategy",
     "Target",
     "TokenTree",
@@ -41,8 +42,24 @@ class NoParams(Params):
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a drafter wants from the target's forward passes beside token ids.
+class Requirements:
+    """What a strategy can't decode without.
+
+    Args:
+        draft: The draft model it runs: one of the target's vocabulary, or one with a
+            tokenizer of its own.
+        trees: Whether the target must verify trees, not chains only.
+        heads: The kind of trained heads it drafts with (``--heads``).
+    """
+
+    draft: Literal["same vocabulary", "another tokenizer"] | None = None
+    trees: bool = False
+    heads: str | None = None
+
+
+@dataclass(frozen=True)
+class Observes:
+    """What a drafter observes of the target's forward passes beside token ids.
 
     Args:
         hidden_layers: Indices into the model's ``hidden_states`` (0 is the embedding
@@ -57,25 +74,25 @@ class Needs:
     prefill_logits: int = 1
 
 
-def union(needs: Sequence[Needs]) -> Needs:
-    """What serves all of ``needs``."""
+def union(observes: Sequence[Observes]) -> Observes:
+    """What serves all of ``observes``."""
     prefills: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
-    return Needs(
-        hidden_layers=tuple(sorted({i for one in needs for i in one.hidden_layers})),
+    return Observes(
+        hidden_layers=tuple(sorted({i for one in observes for i in one.hidden_layers})),
         prefill_hidden=max(
-            (one.prefill_hidden for one in needs), key=prefills.index, default="none"
+            (one.prefill_hidden for one in observes), key=prefills.index, default="none"
         ),
-        prefill_logits=max((one.prefill_logits for one in needs), default=1),
+        prefill_logits=max((one.prefill_logits for one in observes), default=1),
     )
 
 
-class SamplingLaw(Protocol):
+class SamplingDistribution(Protocol):
     """The sampling controls in force, for drafters that sample or rank.
 
     A caller's own logits processors aren't among them: one that keeps state, such as a
-    grammar, must not be asked about drafts. So the law may differ from the target's,
-    which a draft's law may always do. Laws are NaN throughout where no token has a
-    score.
+    grammar, must not be asked about drafts. So the distribution may differ from the
+    target's, which a draft's distribution may always do. Probabilities are NaN
+    throughout where no token has a score.
 
     ``ids`` are best given as a :class:`Continuation` of ``context.ids``: the ids are
     then never copied, however long they are.
@@ -90,29 +107,30 @@ class SamplingLaw(Protocol):
         """0 for greedy."""
 
     def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The law ``[vocab]`` of the token after ``ids`` under the controls (float32).
+        """Chances ``[vocab]`` of the token after ``ids`` under the controls (float32).
 
-        Greedy gives a one-hot law.
+        Greedy gives a one-hot distribution.
         """
 
     def likeliest(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The most likely token after ``ids`` under the controls; of equals, the first.
 
-        What ``probs`` is one-hot at if ``greedy``, without building that law.
+        What ``probs`` is one-hot at if ``greedy``, without building that distribution.
         """
 
     def draw(self, probs: torch.Tensor, count: int = 1) -> list[int]:
         """Draw up to ``count`` distinct tokens, without replacement, in draw order.
 
-        Reproducible for the seed; fewer come where the law's support is smaller, none
-        where the law is NaN.
+        Reproducible for the seed; fewer come where the distribution's support is
+        smaller, none where the distribution is NaN.
         """
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
         """The token the target's own noise at ``position`` picks from ``probs``.
 
-        A function of the seed and the law alone, so a proposal made of such tokens is
-        ``Law.DETERMINISTIC``. ``position`` is the index the token would have in ids.
+        A function of the seed and the distribution alone, so a proposal made of such
+        tokens is ``Drawn.DETERMINISTIC``. ``position`` is the index the token would
+        have in ids.
         """
 
 
@@ -120,15 +138,15 @@ class SamplingLaw(Protocol):
 class Target:
     """The model that is decoded, as a drafter may use it.
 
-    ``cache`` is the running sequence's: ``propose`` may append to it (early exit
-    through ``cache.lower(n)``) but must leave its length as it was.
+    ``cache`` is the running sequence's: ``propose`` may append to it but must leave its
+    length as it was.
     """
 
     model: LanguageModel
     draft: LanguageModel | None
     cache: TreeCache | None
     prompt: Sequence[int]
-    sampling: SamplingLaw
+    sampling: SamplingDistribution
     trees: bool  # whether the target verifies trees, or chains only
     clock: Callable[[], float]
 
@@ -165,7 +183,7 @@ class Outcome:
             EOS or the limit.
         rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
         logits: ``[rows, vocab]`` as the model gave them.
-        hidden: Layer -> ``[nodes or prompt positions, hidden]`` as asked by ``Needs``.
+        hidden: Layer -> ``[nodes or prompt positions, hidden]``, see ``Observes``.
         best: Row -> likeliest token, where the engine looked for it; else empty.
     """
 
@@ -208,10 +226,9 @@ class Strategy(ABC):
         summary: One line: what it does.
         reference: The paper or repository it comes from.
         Params: Its parameters, declared once.
-        needs_draft: Whether it needs a draft model of the same vocabulary.
-        needs_other_draft: Whether it needs a draft model with another tokenizer.
-        needs_heads: The kind of trained heads it drafts with (``--heads``), or None.
-        lossless: False only for what changes the output's law; shown everywhere.
+        requires: What it can't decode without.
+        lossless: False only for what changes the output's distribution; shown
+            everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
         replays: True if the drafter reads only committed tokens and their hidden states
@@ -225,10 +242,7 @@ class Strategy(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Params: ClassVar[type[Params]] = NoParams
-    needs_draft: ClassVar[bool] = False
-    needs_other_draft: ClassVar[bool] = False
-    needs_trees: ClassVar[bool] = False
-    needs_heads: ClassVar[str | None] = None
+    requires: ClassVar[Requirements] = Requirements()
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
     replays: ClassVar[bool] = False
@@ -265,14 +279,14 @@ class Strategy(ABC):
         cls, model: LanguageModel, draft: LanguageModel | None
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
-        if cls.needs_draft:
+        if cls.requires.draft == "same vocabulary":
             if reason := _draft_problem(model, draft):
                 return reason
             if draft is not None and draft.capability.level == "plain":
                 return f"the draft model can't roll back: {draft.capability.reason}"
         if model.capability.level == "plain":
             return f"the target can't verify drafts: {model.capability.reason}"
-        if cls.needs_trees and model.capability.level != "tree":
+        if cls.requires.trees and model.capability.level != "tree":
             return f"needs tree attention: {model.capability.reason}"
         return None
 
@@ -280,13 +294,13 @@ class Strategy(ABC):
         """Whether this setting runs ``draft`` when it decodes with ``model``.
 
         The tuner counts the draft model's memory for settings that do. Override it
-        where parameters decide; the default is what the class attributes declare.
+        where parameters decide; the default is what :attr:`requires` declares.
         """
-        return self.needs_draft or self.needs_other_draft
+        return self.requires.draft is not None
 
-    def needs(self, model: LanguageModel) -> Needs:
-        """What the drafter wants from the target's forward passes."""
-        return Needs()
+    def observes(self, model: LanguageModel) -> Observes:
+        """What the drafter observes of the target's forward passes."""
+        return Observes()
 
     @abstractmethod
     def start(self, target: Target) -> Drafter:
@@ -326,7 +340,7 @@ class Baseline(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Params: ClassVar[type[Params]] = NoParams
-    needs_draft: ClassVar[bool] = False
+    requires: ClassVar[Requirements] = Requirements()
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
@@ -336,7 +350,9 @@ class Baseline(ABC):
         cls, model: LanguageModel, draft: LanguageModel | None
     ) -> str | None:
         """Why this can't run on ``model`` with ``draft``, or None if it can."""
-        return _draft_problem(model, draft) if cls.needs_draft else None
+        if cls.requires.draft is None:
+            return None
+        return _draft_problem(model, draft)
 
     @abstractmethod
     def run(

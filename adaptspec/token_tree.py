@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class Law(Enum):
+class Drawn(Enum):
     """How the proposed tokens were drawn, which decides the acceptance rule.
 
     * ``DETERMINISTIC``: a function of the committed tokens (n-grams, top-k, heads).
-    * ``INDEPENDENT``: each child was sampled from its law, siblings independently; a
-      child without a law counts as proposed with probability one.
+    * ``INDEPENDENT``: each child was sampled from its distribution, siblings
+      independently; a child without a distribution counts as proposed with probability
+      one.
     * ``WITHOUT_REPLACEMENT``: siblings were sampled one after the other, each from the
-      law renormalised without its earlier siblings, and stand in that order.
+      distribution renormalised without its earlier siblings, and stand in that order.
     """
 
     DETERMINISTIC = "deterministic"
@@ -42,8 +43,8 @@ class TokenTree:
         parents: Parent of each node, ``-1`` for the root, else a smaller index.
             Siblings stand in the order in which they were drawn; put the likeliest
             path first, keeping it costs no copy.
-        law: How the tokens were drawn.
-        draft_probs: For sampled laws, node -> the distribution ``[vocab]`` (float,
+        drawn: How the tokens were drawn.
+        draft_probs: For sampled tokens, node -> the distribution ``[vocab]`` (float,
             sums to one) its token was drawn from. Siblings drawn without replacement
             carry the same distribution, not the renormalised ones.
         probes: Nodes that are evaluated but never accepted (lookahead's window). A
@@ -56,7 +57,7 @@ class TokenTree:
 
     tokens: Sequence[int]
     parents: Sequence[int]
-    law: Law = Law.DETERMINISTIC
+    drawn: Drawn = Drawn.DETERMINISTIC
     draft_probs: Mapping[int, torch.Tensor] = field(default_factory=dict)
     probes: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
@@ -72,12 +73,12 @@ class TokenTree:
         cls,
         root: int,
         tokens: Sequence[int],
-        law: Law = Law.DETERMINISTIC,
+        drawn: Drawn = Drawn.DETERMINISTIC,
         draft_probs: Sequence[torch.Tensor] = (),
     ) -> TokenTree:
-        """One continuation; ``draft_probs[i]`` is the law of ``tokens[i]``."""
+        """One continuation; ``draft_probs[i]`` is the distribution of ``tokens[i]``."""
         probs = {i + 1: row for i, row in enumerate(draft_probs)}
-        return cls((root, *tokens), range(-1, len(tokens)), law, probs)
+        return cls((root, *tokens), range(-1, len(tokens)), drawn, probs)
 
     @classmethod
     def from_paths(
@@ -161,7 +162,8 @@ class TokenTree:
     def principal_chain(self) -> TokenTree:
         """The path of first-drawn children: what a model without tree masks can verify.
 
-        Exact for every law, since the first child of a node was drawn from its law.
+        Exact however tokens were drawn: the first child of a node came from its
+        distribution.
         """
         nodes = [0]
         while children := self.children[nodes[-1]]:
@@ -183,7 +185,7 @@ class TokenTree:
             parents=[
                 -1 if i == 0 else new[self.parents[o]] for i, o in enumerate(nodes)
             ],
-            law=self.law,
+            drawn=self.drawn,
             draft_probs={new[o]: q for o, q in self.draft_probs.items() if o in new},
             probes=frozenset(new[o] for o in self.probes if o in new),
             unread=frozenset(new[o] for o in self.unread if o in new),
@@ -225,13 +227,14 @@ class TokenTree:
             raise InvalidTreeError(
                 "probes must be nodes of the tree, the root excluded"
             )
-        if self.law is not Law.INDEPENDENT:
+        if self.drawn is not Drawn.INDEPENDENT:
             self._check_siblings()
-        if self.law is Law.WITHOUT_REPLACEMENT:
+        if self.drawn is Drawn.WITHOUT_REPLACEMENT:
             missing = set(range(1, len(self))) - self.probes - set(self.draft_probs)
             if missing:
                 raise InvalidTreeError(
-                    f"{self.law.value} need draft_probs, missing for {sorted(missing)}"
+                    f"{self.drawn.value} need draft_probs, missing for "
+                    f"{sorted(missing)}"
                 )
 
     def _check_siblings(self) -> None:

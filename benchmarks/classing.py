@@ -1,4 +1,4 @@
-"""Classes found from texts against classes found from the target's own states.
+"""What classes found from prompts' texts gain over one class of them all.
 
     python benchmarks/classing.py --model M --workload W --record FILE
 
@@ -6,10 +6,10 @@ Prompts are decoded plainly once and settings replayed on them: for every prompt
 setting a predicted ratio to plain decoding. Then, for each seed, half of the prompts
 are tuned on: classes are discovered there as `adaptspec tune --classes auto` does it,
 and each gets the setting that is best for its tuning prompts. What counts is what these
-settings gain on the other half (geometric mean). Beside both kinds of discovered
-classes: those that the workload declares, one class of all prompts, and the best
-setting of every single prompt, which nobody can know. ``unknown`` prompts are decoded
-plainly; a line says what they would gain with the best setting of all.
+settings gain on the other half (geometric mean). Beside the discovered classes: those
+that the workload declares, one class of all prompts, and the best setting of every
+single prompt, which nobody can know. ``unknown`` prompts are decoded plainly; a line
+says what they would gain with the best setting of all.
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
-from time import perf_counter
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from adaptspec.classes.classifier import STATES, TEXT
-from adaptspec.classes.state_features import pooled, states_layer
-from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.engine import Engine, Run
+from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.hardware_costs import ForwardCosts
 from adaptspec.model.loading import load_model
-from adaptspec.strategy import Needs, Strategy
+from adaptspec.strategy import Strategy
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, read_workload
 from adaptspec.workloads import split as divided
 from adaptspec_tuner.classes.discover import (
@@ -46,42 +42,14 @@ from adaptspec_tuner.classes.discover import (
 from adaptspec_tuner.measuring.profiler import Recording, Setting
 from adaptspec_tuner.replaying.replayer import Replayer
 from adaptspec_tuner.searching.space import suggest
-from contenders import PLAIN
 from recorded import record
 
 STRATEGIES = ("prompt_lookup", "suffix", "draft_model")  # the last with a draft model
-DECLARED, ONE, EACH = "declared", "one class", "each prompt its best"
-NOT_UNKNOWN = "{}, unknown by the best of all"
+DECLARED, TEXT, ONE, EACH = "declared", "text", "one class", "each prompt its best"
+NOT_UNKNOWN = "text, unknown by the best of all"
 
 # Prompt id -> setting -> logarithm of the ratio to plain decoding.
 Logs = Mapping[str, Mapping[str, float]]
-
-
-class States:
-    """The target's pooled states of prompts, each read once."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.layer = states_layer(engine.model)
-        self._known: dict[str, list[float]] = {}
-        self.pooling: list[float] = []  # seconds
-
-    def state(self, prompt: Prompt) -> list[float]:
-        """As the tuner's profiler reads it."""
-        if prompt.id not in self._known:
-            model = self._engine.model
-            run = Run(
-                self._engine,
-                Host.installed().create(PLAIN, {}),
-                prompt.encode(model),
-                Controls.for_model(model, temperature=0, max_new_tokens=1),
-            )
-            needs = Needs(hidden_layers=(self.layer,), prefill_hidden="all")
-            states = run.read(needs).hidden[self.layer]
-            started = perf_counter()
-            self._known[prompt.id] = pooled(states)
-            self.pooling.append(perf_counter() - started)
-        return self._known[prompt.id]
 
 
 @dataclass(frozen=True)
@@ -92,7 +60,7 @@ class Outcome:
         gain: Geometric mean of the held-out prompts' ratios to plain decoding.
         classes: How many.
         unknown: Share of the held-out prompts.
-        seconds: Of classifying a prompt, its states not pooled yet.
+        seconds: Of classifying a prompt.
     """
 
     gain: float
@@ -150,10 +118,9 @@ def compared(
     workload: Workload,
     ratios: Mapping[str, Mapping[str, float]],
     told: Sequence[str],
-    states: States,
     seed: int,
 ) -> dict[str, Outcome]:
-    """Every way of telling classes, on one division of the prompts.
+    """Each way of telling classes, on one division of the prompts.
 
     Args:
         ratios: Prompt id -> setting -> ratio to plain decoding.
@@ -186,22 +153,19 @@ def compared(
         p.id: {key: ratios[p.id][key] for key in told if key in ratios[p.id]}
         for p in tuning.prompts
     }
-    for name, read in ((TEXT, None), (STATES, states)):
-        classifier = discover(tuning.prompts, few, seed, read).classifier
-        sides = [classified(part, classifier, read) for part in (tuning, held_out)]
-        known = [p for p in sides[0].prompts if p.prompt_class in classifier.names]
-        strange = [
-            p for p in sides[1].prompts if p.prompt_class not in classifier.names
-        ]
-        found[name] = Outcome(
-            gained(known, sides[1].prompts, logs, None),
-            len(classifier.names),
-            len(strange) / len(held_out.prompts),
-            classifier.seconds,
-        )
-        found[NOT_UNKNOWN.format(name)] = replace(
-            found[name], gain=gained(known, sides[1].prompts, logs, everybody)
-        )
+    classifier = discover(tuning.prompts, few, seed).classifier
+    sides = [classified(part, classifier) for part in (tuning, held_out)]
+    known = [p for p in sides[0].prompts if p.prompt_class in classifier.names]
+    strange = [p for p in sides[1].prompts if p.prompt_class not in classifier.names]
+    found[TEXT] = Outcome(
+        gained(known, sides[1].prompts, logs, None),
+        len(classifier.names),
+        len(strange) / len(held_out.prompts),
+        classifier.seconds,
+    )
+    found[NOT_UNKNOWN] = replace(
+        found[TEXT], gain=gained(known, sides[1].prompts, logs, everybody)
+    )
     return found
 
 
@@ -263,8 +227,7 @@ def main(
     random.Random(0).shuffle(mixed)
     ratios = replayed_gains(replayer, tried, mixed, lambda: True)
     told = [one.key for cls in strategies for one in probed(cls)]
-    states = States(engine)
-    outcomes = [compared(taken, ratios, told, states, seed) for seed in range(seeds)]
+    outcomes = [compared(taken, ratios, told, seed) for seed in range(seeds)]
 
     click.echo(
         f"{len(taken.prompts)} prompts of {len(taken.classes)} declared classes, "
@@ -285,8 +248,7 @@ def main(
             f"{1e3 * median(one.seconds for one in some):.2f}",
         )
     Console(width=110).print(table, markup=False)
-    click.echo(f"pooling states: {1e3 * median(states.pooling):.2f} ms a prompt more")
-    for one, other in ((TEXT, STATES), (TEXT, ONE), (STATES, ONE), (TEXT, DECLARED)):
+    for one, other in ((TEXT, ONE), (TEXT, DECLARED)):
         ratio = [found[one].gain / found[other].gain for found in outcomes]
         click.echo(
             f"{one} / {other}: {spread(ratio, lambda value: f'{value:.3f}')}, above 1 "

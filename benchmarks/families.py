@@ -220,9 +220,9 @@ is 32 positions, or a window or chunk of 80, with prompts beyond.
 *Outputs* are greedy ones, compared token for token, and sampled ones, compared with
 plain sampling of the same seed where a strategy's drafts are deterministic. The logits
 that decided each token, of both, are compared with those that `generate` has when it is
-forced along the same output, and the sampled laws with their softmax. *Ties* are
-outputs that leave `generate` where two tokens' logits differ by no more than rounding
-moves them on that model, measured against `generate` in the next wider type.
+forced along the same output, and the sampled distributions with their softmax. *Ties*
+are outputs that leave `generate` where two tokens' logits differ by no more than
+rounding moves them on that model, measured against `generate` in the next wider type.
 `universal_draft` needs tokenizers and has tests of its own.
 
 """

@@ -16,26 +16,26 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.params import Scalar
+from adaptspec.params import GatedParams, Scalar
 from adaptspec.strategy import (
     Context,
     Drafter,
     Outcome,
-    SamplingLaw,
+    SamplingDistribution,
     Strategy,
     Target,
     TokenTree,
 )
 from adaptspec.testing.fakes import noisy_draft
 from adaptspec.testing.heads import attach_tiny_heads
-from adaptspec.token_tree import Law
+from adaptspec.token_tree import Drawn
 
 NEW_TOKENS = 12
 SAMPLING = Controls(max_new_tokens=NEW_TOKENS, temperature=0.8, seed=1)
 SAMPLED = (1, 3)  # which of them are sampled after
 EXACT = (torch.float32, torch.float64)
 # Logits differ by rounding: relative to their spread, in float32.
-LAW_TOLERANCE = 1e-3
+DISTRIBUTION_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 1e-5
 # In half precision, in units of the type's precision times the logits' spread; what
 # rounding really does is measured, and this is the most that is believed of it.
@@ -59,7 +59,7 @@ class Report:
         skipped: Why strategies can't run, by strategy.
         accepted: Drafted tokens that were accepted, of all strategies.
         varied: Most different tokens in one reference.
-        law_error: Largest relative error of a law along equal outputs.
+        distribution_error: Largest relative error of a probability along equal outputs.
     """
 
     level: str = ""
@@ -71,7 +71,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     accepted: int = 0
     varied: int = 0
-    law_error: float = 0.0
+    distribution_error: float = 0.0
 
     def blame(self, strategy: str, what: str) -> None:
         """Something is wrong with ``strategy``."""
@@ -192,8 +192,8 @@ class Seen:
     """What a drafter was shown: the logits before each emitted token."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
-    laws: set[Law] = field(default_factory=set)
-    sampling: SamplingLaw | None = None
+    drawn: set[Drawn] = field(default_factory=set)
+    sampling: SamplingDistribution | None = None
 
 
 class _Witness(Drafter):
@@ -205,7 +205,7 @@ class _Witness(Drafter):
     def propose(self, context: Context) -> TokenTree:
         tree = self._inner.propose(context)
         if len(tree) > 1:
-            self._seen.laws.add(tree.law)
+            self._seen.drawn.add(tree.drawn)
         return tree
 
     def observe(self, outcome: Outcome) -> None:
@@ -228,7 +228,7 @@ def witnessed(host: Host, name: str, seen: Seen) -> Strategy:
 
     made: type[Strategy] = type(cls.__name__, (cls,), {"start": start})
     params: dict[str, Scalar] = {}
-    if "gate" in cls.Params.model_fields:
+    if issubclass(cls.Params, GatedParams):
         params["gate"] = False
     strategy = made(cls.Params.parse(params, name))
     strategy.meet(host.strategies)
@@ -290,11 +290,11 @@ def _check_strategy(
     plain: Callable[[tuple[int, ...]], list[int]],
 ) -> None:
     cls = host.strategy(name)
-    if cls.needs_other_draft:
+    if cls.requires.draft == "another tokenizer":
         report.skipped[name] = "needs tokenizers"
         return
     try:
-        if cls.needs_heads is not None:
+        if cls.requires.heads is not None:
             model = copy.copy(model)
             model.heads = {}
             attach_tiny_heads(model)
@@ -357,7 +357,7 @@ def _judge_greedy(
     if len(tokens) != len(expected):
         return f"{len(tokens)} tokens in place of {len(expected)}"
     logits = reference.logits(ids, tokens)
-    problem = _law_problem(report, reference, ids, tokens, seen)
+    problem = _distribution_problem(report, reference, ids, tokens, seen)
     if tokens == expected:
         return problem or "equal"
     for place, token in enumerate(tokens):
@@ -378,18 +378,18 @@ def _judge_sampled(
 ) -> str:
     if len(tokens) != len(plain):
         return f"{len(tokens)} tokens in place of {len(plain)}"
-    if problem := _law_problem(report, reference, ids, tokens, seen):
+    if problem := _distribution_problem(report, reference, ids, tokens, seen):
         return problem
     assert seen.sampling is not None
     for place, logits in enumerate(seen.logits):
-        law = seen.sampling.probs([*ids, *tokens[:place]], logits)
+        probs = seen.sampling.probs([*ids, *tokens[:place]], logits)
         expected = (logits / SAMPLING.temperature).softmax(-1)
-        if (error := float((law - expected).abs().sum()) / 2) > SAMPLER_TOLERANCE:
-            return f"the law of token {place} is {error:.2g} off (total variation)"
+        if (error := float((probs - expected).abs().sum()) / 2) > SAMPLER_TOLERANCE:
+            return f"token {place}'s distribution is {error:.2g} off (total variation)"
     if list(tokens) == list(plain):
         return "equal"
-    if seen.laws - {Law.DETERMINISTIC}:
-        return "equal"  # in law: the draft's noise is its own
+    if seen.drawn - {Drawn.DETERMINISTIC}:
+        return "equal"  # in distribution: the draft's noise is its own
     place = next(i for i, token in enumerate(tokens) if token != plain[i])
     noise = reference.noise(ids, tokens)
     logits = seen.logits[place].clone()
@@ -400,7 +400,7 @@ def _judge_sampled(
     return f"token {place} isn't plain sampling's"
 
 
-def _law_problem(
+def _distribution_problem(
     report: Report,
     reference: Reference,
     ids: tuple[int, ...],
@@ -414,8 +414,8 @@ def _law_problem(
     errors = (found - expected).abs().amax(1) / spread
     worst = int(errors.nan_to_num(torch.inf).argmax())
     error = float(errors[worst])
-    report.law_error = max(report.law_error, error)
-    if reference.dtype in EXACT and error <= LAW_TOLERANCE:
+    report.distribution_error = max(report.distribution_error, error)
+    if reference.dtype in EXACT and error <= DISTRIBUTION_TOLERANCE:
         return ""
     if reference.explains(ids, tokens, error * spread / 2):
         return ""

@@ -40,11 +40,11 @@ from adaptspec_tuner.tune import tune
 
 AXES: Mapping[str, Mapping[str, Sequence[Scalar]]] = {
     "prompt_lookup": {
-        "num_tokens": (2, 3, 5, 8, 12, 16, 24),
+        "draft_length": (2, 3, 5, 8, 12, 16, 24),
         "max_ngram": (3, 4, 6),
         "branches": (1, 3),
     },
-    "draft_model": {"k": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4, 0.7)},
+    "draft_model": {"draft_length": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4, 0.7)},
 }
 BLOCK = 11  # settings between two measurements of plain decoding
 SHARE = 0.1  # of the grid's time, for one tuning

@@ -51,8 +51,8 @@ TOPS = 32
 DEFAULT = (
     "prompt_lookup=prompt_lookup",
     "suffix=suffix",
-    "token_recycling=token_recycling:nodes=7",
-    "draft_model=draft_model:k=3",
+    "token_recycling=token_recycling:draft_length=7",
+    "draft_model=draft_model:draft_length=3",
     "hybrid, free=hybrid:use_draft=no",
     "hybrid=hybrid",
 )
@@ -220,9 +220,9 @@ def main(
             click.echo(f"not run: {label}: {reason}", err=True)
             continue
         runs.append((label, cls, cls.Params.parse(params, name).model_dump()))
-    needs = union([host.create(cls.name, v).needs(model) for _, cls, v in runs])
+    observes = union([host.create(cls.name, v).observes(model) for _, cls, v in runs])
     target = ForwardCosts(**costs["target"])
-    replayer = Replayer(engine, host, target, recordings, draft_costs, TOPS, needs)
+    replayer = Replayer(engine, host, target, recordings, draft_costs, TOPS, observes)
     shuffled = []
     for order in range(seed, seed + orders):
         prompts = [Prompt(name, a["class"], text="") for name, a in answers.items()]

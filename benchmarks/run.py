@@ -235,7 +235,7 @@ def chosen_prompts(
     "--contender",
     multiple=True,
     metavar="LABEL=STRATEGY:NAME=VALUE,...",
-    help="One more setting of ours, e.g. prompt_lookup:3=prompt_lookup:num_tokens=3.",
+    help="One more setting of ours, e.g. prompt_lookup:3=prompt_lookup:draft_length=3.",
 )
 @click.option(
     "--together",

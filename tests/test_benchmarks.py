@@ -90,7 +90,7 @@ def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
         *("-m", str(model), "--draft-model", str(model), "--workload", str(workload)),
         *("--per-class", "5", "--max-prompt-tokens", "40", "-n", "6", "--repeats", "2"),
         *("--strategies", "prompt_lookup,draft_model", "--hf-sweep"),
-        *("--contender", "prompt_lookup:2=prompt_lookup:num_tokens=2"),
+        *("--contender", "prompt_lookup:2=prompt_lookup:draft_length=2"),
         *("--parts", "verify,curve,drafting,choosing,help", "--json", str(output)),
     )
     assert done.returncode == 0, done.stderr

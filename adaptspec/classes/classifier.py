@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-from adaptspec.classes.state_features import StateFeatures
 from adaptspec.classes.text_features import FEATURES, features
 from adaptspec.errors import AdaptSpecError
 
 KEY = "classifier"
 FORMAT = 1
 UNKNOWN = "unknown"
-TEXT, STATES = "text", "states"  # where features come from
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A decision tree over :data:`FEATURES` of the text, or features of states.
+    """A decision tree over :data:`FEATURES` of the text.
 
     Args:
         names: Of the classes.
@@ -47,7 +45,6 @@ class Classifier:
         low: ``[features]``: a prompt with less of one than this is ``unknown``.
         high: ``[features]``: or with more.
         seconds: What classifying a prompt takes, measured.
-        states: What is asked about in place of the text.
     """
 
     names: Sequence[str]
@@ -55,20 +52,9 @@ class Classifier:
     low: Sequence[float]
     high: Sequence[float]
     seconds: float = 0.0
-    states: StateFeatures | None = None
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What the questions may be about."""
-        return FEATURES if self.states is None else self.states.names
-
-    @property
-    def source(self) -> str:
-        """``text``, or ``states``: of the target, once it has read the prompt."""
-        return TEXT if self.states is None else STATES
 
     def __post_init__(self) -> None:
-        width = len(self.features)
+        width = len(FEATURES)
         targets = [
             (index, after)
             for index, question in enumerate(self.questions)
@@ -98,14 +84,7 @@ class Classifier:
 
     def classify(self, text: str) -> str:
         """The class of a prompt's text, or ``unknown``."""
-        return self._of(features(text))
-
-    def classify_state(self, state: Sequence[float]) -> str:
-        """The class of a prompt's pooled state, or ``unknown``."""
-        assert self.states is not None
-        return self._of(self.states(state))
-
-    def _of(self, found: Sequence[float]) -> str:
+        found = features(text)
         if not all(
             low <= value <= high
             for low, value, high in zip(self.low, found, self.high, strict=True)
@@ -127,7 +106,7 @@ class Classifier:
                 told[self.names[-1 - at]] = " and ".join(answers) or "every prompt"
                 return
             asked = self.questions[at]
-            name, bound = self.features[asked.feature], f"{asked.threshold:.3g}"
+            name, bound = FEATURES[asked.feature], f"{asked.threshold:.3g}"
             follow(asked.yes, [*answers, f"{name} <= {bound}"])
             follow(asked.no, [*answers, f"{name} > {bound}"])
 
@@ -138,7 +117,7 @@ class Classifier:
         """What :meth:`from_json` reads."""
         return {
             "format": FORMAT,
-            "features": list(self.features),
+            "features": list(FEATURES),
             "names": list(self.names),
             "questions": [
                 [asked.feature, asked.threshold, asked.yes, asked.no]
@@ -147,7 +126,6 @@ class Classifier:
             "low": list(self.low),
             "high": list(self.high),
             "seconds": self.seconds,
-            "states": None if self.states is None else self.states.as_json(),
         }
 
     @classmethod
@@ -158,10 +136,7 @@ class Classifier:
             AdaptSpecError: if it isn't one, or of other features.
         """
         try:
-            states = record.get("states")  # older ones are of texts
-            asked = None if states is None else StateFeatures.from_json(states)
-            names = FEATURES if asked is None else asked.names
-            if record["format"] != FORMAT or record["features"] != list(names):
+            if record["format"] != FORMAT or record["features"] != list(FEATURES):
                 raise AdaptSpecError(
                     "the stored classifier is another version's; run tune again"
                 )
@@ -174,9 +149,6 @@ class Classifier:
                 [float(value) for value in record["low"]],
                 [float(value) for value in record["high"]],
                 float(record["seconds"]),
-                asked,
             )
-        except (
-            *(AttributeError, KeyError, OverflowError, TypeError, ValueError),
-        ) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise AdaptSpecError(f"not a stored classifier: {error!r}") from None

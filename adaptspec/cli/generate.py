@@ -87,6 +87,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run code that comes with a model. Only for models you trust.",
 )
+@click.option(
+    "--learn",
+    is_flag=True,
+    help="Keep what strategies learn beside the profiles; it may hold outputs' tokens.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -113,6 +118,7 @@ def generate(
     device: str | None,
     threads: int | None,
     trust_remote_code: bool,
+    learn: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -162,6 +168,7 @@ def generate(
             dtype=dtype,
             device=device,
             host=host,
+            learn=learn,
             heads=heads,
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,

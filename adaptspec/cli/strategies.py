@@ -53,13 +53,13 @@ def describe(host: Host) -> dict[str, Any]:
 
 def _item(host: Host, cls: type[Strategy] | type[Baseline]) -> dict[str, Any]:
     needs = []
-    if cls.needs_draft:
+    if cls.requires.draft == "same vocabulary":
         needs.append("a draft model with the target's vocabulary")
-    if getattr(cls, "needs_other_draft", False):
+    if cls.requires.draft == "another tokenizer":
         needs.append("a draft model with another tokenizer")
-    if kind := getattr(cls, "needs_heads", None):
-        needs.append(f"{kind} heads trained for the target")
-    if getattr(cls, "needs_trees", False):
+    if cls.requires.heads is not None:
+        needs.append(f"{cls.requires.heads} heads trained for the target")
+    if cls.requires.trees:
         needs.append("tree attention")
     return {
         "name": cls.name,
@@ -107,7 +107,8 @@ def _print_one(item: dict[str, Any]) -> None:
     console.print(f"{item['name']}: {item['summary']}", markup=False)
     if not item["lossless"]:
         console.print(
-            "LOSSY: changes the law of sampled output; chosen only where allowed",
+            "LOSSY: changes the distribution of sampled output; chosen only "
+            "where allowed",
             markup=False,
         )
     if item["reference"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import errno
 import io
 import os
@@ -16,9 +15,13 @@ import click
 
 from adaptspec.errors import AdaptSpecError
 
-PATIENCE_SECONDS = 3.0
-WAITING = (
-    "Reading standard input until it ends (`< /dev/null` leaves it out, Ctrl-D ends it)"
+# Beside a prompt, an open pipe on which nothing comes for so long is left out: programs
+# that start others often leave theirs open.
+PATIENCE_SECONDS = 5.0
+WAITING = "Reading standard input until it ends"
+LEFT_OUT = (
+    f"Nothing came on standard input for {PATIENCE_SECONDS:g} seconds, so it is left "
+    "out (`< /dev/null` saves the wait)"
 )
 
 
@@ -26,17 +29,23 @@ def prompt_with_input(prompt: str | None) -> str:
     """The prompt: what is piped in, an empty line, and ``prompt``.
 
     Without a prompt, or where it is ``-``, standard input alone. Beside a prompt it is
-    read only where it is a pipe, a socket or a file.
+    read only where it is a pipe, a socket or a file, and left out, with a line that
+    says so, where nothing comes on it for a while.
 
     Raises:
         AdaptSpecError: if there is no text, or it isn't UTF-8.
     """
     if prompt is None or prompt == "-":
+        if not _comes(sys.stdin):
+            click.echo(WAITING, err=True)
         parts = [_input()]
     else:
         parts = [argument_text(prompt, "the prompt")]
         if parts[0].strip() and _is_fed(sys.stdin):
-            parts.insert(0, _input().rstrip("\r\n"))
+            if _comes(sys.stdin):
+                parts.insert(0, _input().rstrip("\r\n"))
+            else:
+                click.echo(LEFT_OUT, err=True)
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise AdaptSpecError("the prompt is empty; pass it as argument or on stdin")
@@ -107,7 +116,6 @@ def _input() -> str:
     stream = sys.stdin
     if stream is None:
         return ""
-    _tell_if_waiting(stream)
     try:
         data = getattr(stream, "buffer", stream).read()
     except OSError:  # it can't be read at all
@@ -123,12 +131,16 @@ def _input() -> str:
         ) from None
 
 
-def _tell_if_waiting(stream: Any) -> None:
-    """Say that input is awaited if none arrives and no terminal shows it."""
+def _comes(stream: Any) -> bool:
+    """Whether something, or the end, comes on ``stream`` within its time.
+
+    True at a terminal, where a person is waited for.
+    """
     if os.name != "posix":
-        return
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return True
+    try:
         if stream.isatty():
-            return
-        if not select.select([stream.fileno()], [], [], PATIENCE_SECONDS)[0]:
-            click.echo(WAITING, err=True)
+            return True
+        return bool(select.select([stream.fileno()], [], [], PATIENCE_SECONDS)[0])
+    except (OSError, ValueError, AttributeError):
+        return True  # in memory, or not there

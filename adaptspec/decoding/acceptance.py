@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 TINY = 1e-12
 
@@ -45,9 +45,9 @@ class Typical:
     threshold: float
     alpha: float
 
-    def bar(self, law: torch.Tensor) -> float:
-        """What a token's probability under ``law [vocab]`` must be above."""
-        entropy = float(torch.special.entr(law).sum())
+    def bar(self, distribution: torch.Tensor) -> float:
+        """What a token's probability under ``distribution [vocab]`` must be above."""
+        entropy = float(torch.special.entr(distribution).sum())
         return min(self.threshold, self.alpha * math.exp(-entropy))
 
 
@@ -78,15 +78,16 @@ def accept_matching(
 
 def accept_sampled(
     tree: TokenTree,
-    law: Callable[[int, Sequence[int]], torch.Tensor | None],
+    distribution: Callable[[int, Sequence[int]], torch.Tensor | None],
     uniform: Callable[[int, int], float],
     pick: Callable[[torch.Tensor, int], int],
 ) -> Accepted:
-    """Test sampled siblings in draw order against what is left of the target's law.
+    """Test sampled siblings in draw order against what is left of the target's.
 
     Args:
-        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node; asked
-            once at each kept node, in order, and about no other; None ends the path.
+        distribution: ``(node, path tokens) ->`` the target's ``[vocab]`` after the
+            node; asked once at each kept node, in order, and about no other; None ends
+            the path.
         uniform: ``(depth, attempt) ->`` independent number in (0, 1).
         pick: ``(probs, depth) ->`` a token sampled from unnormalised ``probs``.
     """
@@ -94,7 +95,7 @@ def accept_sampled(
     tokens: list[int] = []
     while True:
         node, depth = path[-1], len(tokens)
-        target = law(node, tokens)
+        target = distribution(node, tokens)
         if target is None:
             return Accepted(path, None)
         child, remaining = _test_children(tree, node, target, depth, uniform)
@@ -107,21 +108,22 @@ def accept_sampled(
 def accept_typical(
     tree: TokenTree,
     rule: Typical,
-    law: Callable[[int, Sequence[int]], torch.Tensor],
+    distribution: Callable[[int, Sequence[int]], torch.Tensor],
     pick: Callable[[torch.Tensor, int], int],
 ) -> Accepted:
-    """The longest path whose every token is typical of the target's law; lossy.
+    """The longest path whose every token is typical for the target; lossy.
 
     Of equally long ones the likelier is taken, then the earlier. The token after it is
     sampled.
 
     Args:
-        law: ``(node, path tokens) ->`` target law ``[vocab]`` after the node.
+        distribution: ``(node, path tokens) ->`` the target's ``[vocab]`` after the
+            node.
         pick: ``(probs, depth) ->`` a token sampled from ``probs``.
     """
     best: tuple[int, float] = (0, 0.0)
     kept: list[int] = [0]
-    laws = {0: law(0, ())}
+    distributions = {0: distribution(0, ())}
     waiting: list[tuple[list[int], list[int], float]] = [([0], [], 0.0)]
     while waiting:
         path, tokens, likelihood = waiting.pop(0)
@@ -130,19 +132,19 @@ def accept_typical(
             best, kept = (len(tokens), likelihood), path
         if not tree.children[node]:
             continue
-        if node not in laws:
-            laws[node] = law(node, tokens)
-        bar = rule.bar(laws[node])
+        if node not in distributions:
+            distributions[node] = distribution(node, tokens)
+        bar = rule.bar(distributions[node])
         for child in tree.children[node]:
             token = tree.tokens[child]
-            chance = float(laws[node][token])
+            chance = float(distributions[node][token])
             if chance > bar:
                 passed = [*path, child], [*tokens, token], likelihood + math.log(chance)
                 waiting.append(passed)
     last, spelt = kept[-1], [tree.tokens[node] for node in kept[1:]]
-    if last not in laws:
-        laws[last] = law(last, spelt)
-    return Accepted(kept, pick(laws[last], len(spelt)))
+    if last not in distributions:
+        distributions[last] = distribution(last, spelt)
+    return Accepted(kept, pick(distributions[last], len(spelt)))
 
 
 def _test_children(
@@ -152,16 +154,16 @@ def _test_children(
     depth: int,
     uniform: Callable[[int, int], float],
 ) -> tuple[int | None, torch.Tensor]:
-    """The accepted child, or None and the law its correction is drawn from."""
+    """The accepted child, or None and the distribution its correction is drawn from."""
     remaining = target
     tried: list[int] = []
     for attempt, child in enumerate(tree.children[node]):
         token = tree.tokens[child]
-        draft = _draft_law(tree, child, target, tried)
-        if draft is None:  # the draft's law is exhausted: no further sibling is a draw
+        draft = _draft_distribution(tree, child, target, tried)
+        if draft is None:  # nothing is left to draw: no further sibling is a draw
             break
         chance = float(draft[token])
-        if math.isnan(chance):  # nor is it where the draft has no law at all
+        if math.isnan(chance):  # nor is it where the draft has no distribution at all
             break
         if chance > 0 and uniform(depth, attempt) * chance < float(remaining[token]):
             return child, remaining
@@ -176,7 +178,7 @@ def residual(
     target: torch.Tensor,
     tried: Sequence[int],
 ) -> torch.Tensor:
-    """What is left of the target's law after a draw from ``draft`` was rejected.
+    """What is left of the target's probabilities after a rejected draw from ``draft``.
 
     Where rounding leaves nothing (draft and target nearly equal), the target without
     the tried tokens, and the target itself if they were all of it.
@@ -192,7 +194,7 @@ def residual(
     return left / total
 
 
-def _draft_law(
+def _draft_distribution(
     tree: TokenTree, child: int, target: torch.Tensor, tried: Sequence[int]
 ) -> torch.Tensor | None:
     draft = tree.draft_probs.get(child)
@@ -201,7 +203,7 @@ def _draft_law(
         certain[tree.tokens[child]] = 1.0
         return certain
     draft = draft.to(target.device, target.dtype)
-    if tree.law is Law.WITHOUT_REPLACEMENT and tried:
+    if tree.drawn is Drawn.WITHOUT_REPLACEMENT and tried:
         draft = draft.clone()
         draft[list(tried)] = 0
         total = float(draft.sum())

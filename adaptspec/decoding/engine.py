@@ -31,10 +31,10 @@ from adaptspec.errors import (
 from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
-from adaptspec.params import DraftingParams
-from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec.params import GatedParams
+from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_ids import Continuation
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 Answer = TypeVar("Answer")
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
@@ -127,7 +127,9 @@ class Run:
             if one is not None:
                 one.follow()
         self._digest = model.digest
-        self.use(strategy)
+        if reason := type(strategy).unavailable(model, engine.draft):
+            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
+        self._strategy = strategy
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
         self._clock = engine.clock
@@ -157,33 +159,6 @@ class Run:
         self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
-        self._cache: Any = None
-        self._read: Forward | None = None
-
-    def use(self, strategy: Strategy) -> None:
-        """Decode with ``strategy``, in place of an earlier one; before iterating.
-
-        Raises:
-            UnavailableStrategyError: if it can't run on this model.
-        """
-        if reason := type(strategy).unavailable(self._model, self._draft):
-            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
-        self._strategy = strategy
-
-    def read(self, needs: Needs) -> Forward:
-        """Read the prompt now, for what it shows to decide on the strategy.
-
-        The iteration then goes on from there.
-
-        Args:
-            needs: Of all strategies in question, and the caller's own.
-        """
-        started = self._clock()
-        self._cache = self._new_cache()
-        self._read = self._forward(needs)
-        self._synchronize()
-        self._stats.seconds_prefill = self._clock() - started
-        return self._read
 
     @property
     def result(self) -> Generation:
@@ -198,8 +173,8 @@ class Run:
     def __iter__(self) -> Generator[list[int], None, None]:
         model = self._model
         level = model.capability.level
-        needs = self._strategy.needs(model)
-        cache = self._new_cache() if self._read is None else self._cache
+        observes = self._strategy.observes(model)
+        cache = self._new_cache()
         drafter = self._strategy.start(
             Target(
                 model=model,
@@ -212,7 +187,7 @@ class Run:
             )
         )
         params = self._strategy.params
-        if isinstance(params, DraftingParams) and params.gate:
+        if isinstance(params, GatedParams) and params.gate:
             drafter = Gate(
                 drafter,
                 self._engine.gate_memory(self._strategy),
@@ -220,18 +195,16 @@ class Run:
                 prompt=self._prompt,
                 reads=self._draft is not None
                 and self._strategy.uses_draft(model, self._draft),
-                prefill=self._stats.seconds_prefill,
             )
         try:
-            self._cache = cache
-            yield self._prefill(drafter, needs)
+            yield self._prefill(drafter, cache, observes)
             while self._finish is None:
                 if model.digest != self._digest:
                     raise SequenceStateError(
                         f"{model.name} was changed (weights or adapters) while this "
                         "generation ran; finish it before the change, or start anew"
                     )
-                yield self._step(drafter, cache, needs, level)
+                yield self._step(drafter, cache, observes, level)
         finally:
             drafter.close()
 
@@ -242,22 +215,15 @@ class Run:
             self._prompt + self._room + self._controls.max_nodes + 1
         )
 
-    def _forward(self, needs: Needs) -> Forward:
-        """The prompt's."""
-        return self._model.prefill(
-            list(self._ids),
-            self._cache,
-            last=max(1, needs.prefill_logits),
-            hidden_layers=_shown(needs),
-        )
-
-    def _prefill(self, drafter: Drafter, needs: Needs) -> list[int]:
+    def _prefill(self, drafter: Drafter, cache: Any, observes: Observes) -> list[int]:
         started = self._clock()
-        if self._read is None:
-            forward = self._forward(needs)
-        else:
-            # Not a row more than the strategy would have been given.
-            forward, self._read = _narrowed(self._read, needs), None
+        shown = observes.hidden_layers if observes.prefill_hidden != "none" else ()
+        forward = self._model.prefill(
+            list(self._ids),
+            cache,
+            last=max(1, observes.prefill_logits),
+            hidden_layers=shown,
+        )
         last = forward.rows[self._prompt - 1]
         if not self._batched_argmax and not forward.decided:
             past = Continuation(self._ids, ())
@@ -267,14 +233,14 @@ class Run:
             token = forward.best[last]
         emitted = self._commit([token])
         seen = forward.hidden
-        if needs.prefill_hidden == "last":
+        if observes.prefill_hidden == "last":
             seen = {layer: states[-1:] for layer, states in seen.items()}
         drafter.observe(self._outcome(None, (), emitted, forward, seen))
-        self._stats.seconds_prefill += self._clock() - started
+        self._stats.seconds_prefill = self._clock() - started
         return emitted
 
     def _step(
-        self, drafter: Drafter, cache: Any, needs: Needs, level: str
+        self, drafter: Drafter, cache: Any, observes: Observes, level: str
     ) -> list[int]:
         if self._failed is not None:
             raise self._failed
@@ -298,13 +264,15 @@ class Run:
 
         verifying = self._clock()
         if rereads:
-            forward = self._model.reread(self._ids, cache, needs.hidden_layers)
+            forward = self._model.reread(self._ids, cache, observes.hidden_layers)
         elif level == "plain":
             forward = self._model.prefill(
-                [root], cache, hidden_layers=needs.hidden_layers
+                [root], cache, hidden_layers=observes.hidden_layers
             )
         else:
-            forward = self._model.verify(tree, cache, hidden_layers=needs.hidden_layers)
+            forward = self._model.verify(
+                tree, cache, hidden_layers=observes.hidden_layers
+            )
         self._synchronize()
         verified = self._clock()
 
@@ -360,12 +328,12 @@ class Run:
             return accept_typical(
                 tree,
                 rule,
-                law=lambda node, tokens: self._sampler.law(
+                distribution=lambda node, tokens: self._sampler.distribution(
                     Continuation(self._ids, tokens), forward.logits[forward.rows[node]]
                 ),
                 pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
             )
-        if self._sampler.greedy or tree.law is Law.DETERMINISTIC:
+        if self._sampler.greedy or tree.drawn is Drawn.DETERMINISTIC:
             return accept_matching(
                 tree,
                 lambda node, tokens: self._asked(
@@ -374,8 +342,8 @@ class Run:
             )
         return accept_sampled(
             tree,
-            law=lambda node, tokens: self._asked(
-                self._sampler.law, tokens, forward.logits[forward.rows[node]]
+            distribution=lambda node, tokens: self._asked(
+                self._sampler.distribution, tokens, forward.logits[forward.rows[node]]
             ),
             uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
             pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
@@ -443,19 +411,3 @@ class Run:
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-
-
-def _shown(needs: Needs) -> tuple[int, ...]:
-    """Layers whose states are wanted of the prompt."""
-    return needs.hidden_layers if needs.prefill_hidden != "none" else ()
-
-
-def _narrowed(forward: Forward, needs: Needs) -> Forward:
-    """As much of the prompt's forward as ``needs`` asks for."""
-    places = sorted(forward.rows)[-max(1, needs.prefill_logits) :]
-    first = forward.rows[places[0]]
-    return Forward(
-        forward.logits[first:],
-        {place: forward.rows[place] - first for place in places},
-        {layer: forward.hidden[layer] for layer in _shown(needs)},
-    )

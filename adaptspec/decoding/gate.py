@@ -122,8 +122,8 @@ class Gate(Drafter):
     """A drafter that is asked only while its drafts gain time.
 
     The output doesn't depend on it: what is proposed never changes what is emitted, or
-    its law. Which steps draft depends on measured times, so under sampled proposals two
-    runs of one seed may differ.
+    its distribution. Which steps draft depends on measured times, so under sampled
+    proposals two runs of one seed may differ.
 
     Args:
         inner: Must cope with steps for which it wasn't asked.
@@ -131,7 +131,6 @@ class Gate(Drafter):
         clock: Seconds.
         prompt: Tokens of the prompt.
         reads: Whether a draft model has to read them first.
-        prefill: Seconds for which the target has been reading them already.
     """
 
     def __init__(
@@ -141,12 +140,11 @@ class Gate(Drafter):
         clock: Callable[[], float],
         prompt: int = 1,
         reads: bool = False,
-        prefill: float = 0.0,
     ) -> None:
         self._inner, self._memory, self._clock = inner, memory, clock
         self._prompt, self._reads = prompt, reads
-        self._begun = clock() - prefill
-        self._prefill = prefill
+        self._begun = clock()
+        self._prefill = 0.0
         self._started = self._proposing = 0.0
         self._emitted = self._asked = 0
 

@@ -2,8 +2,8 @@
 
 Token ``i`` at ``position`` gets one uniform number from a counter-based hash
 (splitmix64, Steele et al. 2014); the token that wins the exponential race is sampled,
-as in the Gumbel-max trick. So whatever was drafted, the same law at the same position
-yields the same token.
+as in the Gumbel-max trick. So whatever was drafted, the same distribution at the same
+position yields the same token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGET, ACCEPT, DRAFT = 1, 2, 3
 
 
 class Sampler:
-    """The controls of one run as a law, and the noise of its seed.
+    """The controls of one run as a distribution, and the noise of its seed.
 
     Args:
         seed: None draws one from torch's own generator, so that ``torch.manual_seed``
@@ -55,7 +55,8 @@ class Sampler:
     def for_drafts(self) -> Sampler:
         """The same noise, under the controls that may be asked about any continuation.
 
-        The law differs from the target's where a caller's own processors are in force.
+        The distribution differs from the target's where a caller's own processors are
+        in force.
         """
         drafts = copy.copy(self)
         drafts._processors = self._processors.for_drafts()
@@ -72,19 +73,19 @@ class Sampler:
         return self._processors.temperature
 
     def probs(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The law ``[vocab]`` after ``ids`` (float32); one-hot if greedy.
+        """The distribution ``[vocab]`` after ``ids`` (float32); one-hot if greedy.
 
-        NaN throughout where there is none: see :meth:`law`.
+        NaN throughout where there is none: see :meth:`distribution`.
         """
         scores = self._processors(ids, logits)
         if self.greedy:
-            law = torch.zeros_like(scores)
-            law[scores.argmax()] = 1.0
-            return law
+            probs = torch.zeros_like(scores)
+            probs[scores.argmax()] = 1.0
+            return probs
         return scores.softmax(-1)
 
-    def law(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The target's law ``[vocab]`` after ``ids``.
+    def distribution(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The target's distribution ``[vocab]`` after ``ids``.
 
         Raises:
             NoValidTokenError: if no token can be chosen from it.
@@ -101,7 +102,7 @@ class Sampler:
             NoValidTokenError: if no token can be chosen.
         """
         if not self.greedy:
-            return self.coupled(self.law(ids, logits), len(ids))
+            return self.coupled(self.distribution(ids, logits), len(ids))
         scores = self._processors(ids, logits)
         if not choosable(float(scores.amax())):
             raise no_valid_token(len(ids), logits)

@@ -167,10 +167,3 @@ class TreeCache(Cache):
             rows = torch.arange(count, length, device=layer.device) % count
             keys, values = layer.keys, layer.values
             layer.update(keys.index_select(2, rows), values.index_select(2, rows))
-
-    def lower(self, layers: int) -> TreeCache:
-        """The cache of the lowest ``layers`` layers, sharing rows (early exit)."""
-        view = TreeCache(0)
-        view.rows = self.rows[:layers]
-        view.layers = list(view.rows)
-        return view

@@ -37,7 +37,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass gave: ``logits[rows[i]]`` is the law after node ``i``."""
+    """What a forward pass gave: ``logits[rows[i]]`` are those after node ``i``."""
 
     logits: torch.Tensor  # [rows, vocab]
     rows: dict[int, int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ from adaptspec.model.views import (
     view_of,
 )
 from adaptspec.model.vocabulary import vocabulary_mismatch
-from adaptspec.model.weights import _cut, _use_masked_attention, weights_digest
+from adaptspec.model.weights import _use_masked_attention, weights_digest
 from adaptspec.token_tree import TokenTree
 
 if TYPE_CHECKING:
@@ -264,31 +263,6 @@ class LanguageModel:
     def new_cache(self, capacity: int = 0) -> TreeCache:
         """An empty cache with room for ``capacity`` tokens."""
         return TreeCache(self._layers, capacity)
-
-    def shallow(self, layers: int) -> LanguageModel:
-        """The lowest ``layers`` decoder layers, the final norm and the head.
-
-        A view: every module and weight is this model's, and none is changed. Run it on
-        ``cache.lower(layers)`` of a cache of this model. ``source`` stays the whole.
-
-        Raises:
-            ValueError: if ``layers`` isn't fewer than this model's, or its decoder
-                layers aren't one list of modules.
-        """
-        if not 1 <= layers < self._layers:
-            raise ValueError(f"1 <= layers < {self._layers} must hold, got {layers}")
-        # What all layers can verify, the lowest can: the view takes over the verdict.
-        _ = self.capability
-        view = copy.copy(self)
-        for name in ("latency", "reaches"):
-            view.__dict__.pop(name, None)
-        view.model = _cut(self.model, self._layers, layers)
-        view.config = view.model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-        view.name = f"{self.name}, lowest {layers} layers"
-        view.digest = f"{self.digest}-{layers}"
-        view._layers = layers
-        view.heads = {}  # they read the whole model's states
-        return view
 
     def plain_cache(self, anew: bool | None = None) -> PlainCache:
         """The model's own cache, for models whose state can't be rolled back.
@@ -660,8 +634,8 @@ class LanguageModel:
             logits = logits[torch.tensor(kept, device=self.device)]
         if hidden_layers and getattr(output, "hidden_states", None) is None:
             raise NoHiddenStatesError(
-                f"{self.name} shows no hidden states, which a strategy or "
-                "--class-features states asks for; leave these out"
+                f"{self.name} shows no hidden states, which a strategy asks for; "
+                "leave it out"
             )
         hidden = {layer: output.hidden_states[layer][0] for layer in hidden_layers}
         return Forward(logits, {node: row for row, node in enumerate(kept)}, hidden)

@@ -1,11 +1,9 @@
-"""Module trees that share a model's weights, and the fingerprint of the weights."""
+"""The fingerprint of a model's weights, and the attention that our masks need."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -49,45 +47,6 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     except RuntimeError:  # it has no memory of its own
         readable = False
     return [tensor.as_subclass(torch.Tensor)] if readable else []
-
-
-def _cut(model: nn.Module, total: int, layers: int) -> nn.Module:
-    """``model`` with ``layers`` of its ``total`` decoder layers.
-
-    Copied are the modules above the layers, their list and their configurations.
-    """
-    lists = [
-        name
-        for name, child in model.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) == total
-    ]
-    outermost = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
-    if len(outermost) != 1:
-        found = ", ".join(outermost) or "none"
-        raise ValueError(f"one list of {total} layers is needed to cut, found {found}")
-    configs: dict[int, Any] = {}  # deepcopy's memo: configurations may share a part
-    top = module = _twin(model, configs, layers)
-    for name in outermost[0].split("."):
-        child = _twin(module._modules[name], configs, layers)
-        module._modules[name] = child
-        module = child
-    for name in list(module._modules)[layers:]:
-        del module._modules[name]
-    return top
-
-
-def _twin(module: Any, configs: dict[int, Any], layers: int) -> nn.Module:
-    """A copy with a module dictionary and configuration of its own."""
-    twin: nn.Module = copy.copy(module)
-    twin._modules = dict(module._modules)
-    if "config" in module.__dict__:
-        config: Any = copy.deepcopy(module.config, configs)
-        twin.config = config
-        text = config.get_text_config(decoder=True)
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None) is not None:
-            text.layer_types = list(text.layer_types[:layers])
-    return twin
 
 
 def _use_masked_attention(view: nn.Module) -> None:

@@ -29,7 +29,7 @@ from adaptspec.testing.fakes import (
     random_ids,
     tiny_model,
 )
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 Setting = Mapping[str, Scalar]
 
@@ -40,7 +40,7 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
     tuple(random_ids(2 * WINDOW + 3, seed=2)),
     (*random_ids(6, seed=3), *random_ids(6, seed=3)),
 )
-# A chance of the right law being refused; seeds are fixed, so a pass stays a pass.
+# A chance of the right distribution being refused; seeds are fixed, so it stays a pass.
 SIGNIFICANCE = 1e-4
 
 
@@ -57,7 +57,7 @@ class StrategyContract:
         strategy: The class under test.
         params: Settings tried in every test; each parameter's bounds are tried too.
         architectures: Names of :data:`adaptspec.testing.fakes.ARCHITECTURES`.
-        draws: Samples for the test of sampled laws.
+        draws: Samples for the test of sampled distributions.
     """
 
     strategy: ClassVar[type[Strategy]]
@@ -77,7 +77,7 @@ class StrategyContract:
     def toys(self) -> tuple[LanguageModel, LanguageModel]:
         """The target and draft of the frequency tests; override it as :meth:`models`.
 
-        The target's law over its five tokens is enumerated.
+        The target's distribution over its five tokens is enumerated.
         """
         return toy_pair()
 
@@ -141,25 +141,25 @@ class StrategyContract:
         for prompt in PROMPTS[1:]:
             plain = plainly(architecture, prompt, controls)
             found, trees = self._record(setting, prompt, controls, architecture)
-            if all(tree.law is Law.DETERMINISTIC for tree in trees):
+            if all(tree.drawn is Drawn.DETERMINISTIC for tree in trees):
                 assert found.token_ids == plain, prompt
             else:
                 again, _ = self._record(setting, prompt, controls, architecture)
                 assert found.token_ids == again.token_ids, prompt
 
-    def test_sampled_drafts_leave_the_law_of_the_output_as_it_is(
+    def test_sampled_drafts_leave_the_distribution_of_the_output_as_it_is(
         self, setting: Setting
     ) -> None:
         self._need_lossless(self._runnable())
         model, draft = self.toys()
         prompt = [1, 4, 2]
-        expected = toy_law(model, prompt, temperature=1.5)
+        expected = toy_distribution(model, prompt, temperature=1.5)
         seen: Counter[tuple[int, ...]] = Counter()
         strategy = self.strategy(self.strategy.Params.parse(setting))
         for seed in range(self.draws):
             controls = Controls(max_new_tokens=3, temperature=1.5, seed=seed)
             run, trees = record(strategy, model, draft, prompt, controls)
-            if seed == 9 and all(tree.law is Law.DETERMINISTIC for tree in trees):
+            if seed == 9 and all(tree.drawn is Drawn.DETERMINISTIC for tree in trees):
                 pytest.skip("deterministic drafts: compared token for token elsewhere")
             seen[tuple(run.token_ids[1:])] += 1
         assert fits(seen, expected)
@@ -190,7 +190,7 @@ class StrategyContract:
             ]
             tokens = [run.token_ids for run, _ in runs]
             shapes = [
-                [(list(t.tokens), list(t.parents), t.law) for t in trees]
+                [(list(t.tokens), list(t.parents), t.drawn) for t in trees]
                 for _, trees in runs
             ]
             assert tokens[0] == tokens[1]
@@ -314,20 +314,20 @@ class StrategyContract:
         model, draft = self.models(architecture)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         target = _target(model, draft, ids, greedy())
-        needs = strategy.needs(model)
+        observes = strategy.observes(model)
         drafter = strategy.start(target)
         assert target.cache is not None
         forward = model.prefill(
             ids,
             target.cache,
-            last=max(1, needs.prefill_logits),
+            last=max(1, observes.prefill_logits),
             hidden_layers=(
-                needs.hidden_layers if needs.prefill_hidden != "none" else ()
+                observes.hidden_layers if observes.prefill_hidden != "none" else ()
             ),
         )
         token = int(forward.logits[forward.rows[len(ids) - 1]].argmax())
         hidden = forward.hidden
-        if needs.prefill_hidden == "last":
+        if observes.prefill_hidden == "last":
             hidden = {layer: states[-1:] for layer, states in hidden.items()}
         drafter.observe(
             Outcome(None, (), [token], forward.rows, forward.logits, hidden)
@@ -529,47 +529,47 @@ def hostile_prompts() -> list[list[int]]:
 
 
 @torch.inference_mode()
-def toy_law(
+def toy_distribution(
     model: LanguageModel, prompt: Sequence[int], temperature: float
 ) -> dict[tuple[int, ...], float]:
-    """The exact law of the second and third token after ``prompt``."""
+    """The exact distribution of the second and third token after ``prompt``."""
     tokens = range(model.vocab_size)
 
     def after(ids: Sequence[int]) -> list[float]:
         logits = model.source(torch.tensor([list(ids)])).logits[0, -1]
-        law: list[float] = (logits.double() / temperature).softmax(-1).tolist()
-        return law
+        probs: list[float] = (logits.double() / temperature).softmax(-1).tolist()
+        return probs
 
-    law: defaultdict[tuple[int, ...], float] = defaultdict(float)
+    probs: defaultdict[tuple[int, ...], float] = defaultdict(float)
     for first, first_chance in zip(tokens, after(prompt), strict=True):
-        second_law = after([*prompt, first])
-        for second, second_chance in zip(tokens, second_law, strict=True):
-            third_law = after([*prompt, first, second])
-            for third, third_chance in zip(tokens, third_law, strict=True):
-                law[second, third] += first_chance * second_chance * third_chance
-    return law
+        second_distribution = after([*prompt, first])
+        for second, second_chance in zip(tokens, second_distribution, strict=True):
+            third_distribution = after([*prompt, first, second])
+            for third, third_chance in zip(tokens, third_distribution, strict=True):
+                probs[second, third] += first_chance * second_chance * third_chance
+    return probs
 
 
 def fits(
-    seen: Mapping[tuple[int, ...], int], law: Mapping[tuple[int, ...], float]
+    seen: Mapping[tuple[int, ...], int], probs: Mapping[tuple[int, ...], float]
 ) -> bool:
-    """Whether a chi-square test lets the counts pass as draws from ``law``."""
-    return chi_square(seen, law) > SIGNIFICANCE
+    """Whether a chi-square test lets the counts pass as draws from ``probs``."""
+    return chi_square(seen, probs) > SIGNIFICANCE
 
 
 def chi_square(
-    seen: Mapping[tuple[int, ...], int], law: Mapping[tuple[int, ...], float]
+    seen: Mapping[tuple[int, ...], int], probs: Mapping[tuple[int, ...], float]
 ) -> float:
-    """The chance of counts as far from ``law`` as these, or farther.
+    """The chance of counts as far from ``probs`` as these, or farther.
 
     Outcomes expected fewer than five times are counted together.
     """
     from scipy.stats import chisquare
 
     total = sum(seen.values())
-    common = [key for key, chance in law.items() if chance * total >= 5]
+    common = [key for key, chance in probs.items() if chance * total >= 5]
     observed = [seen.get(key, 0) for key in common]
-    expected = [law[key] * total for key in common]
+    expected = [probs[key] * total for key in common]
     observed.append(total - sum(observed))
     expected.append(total - sum(expected))
     if expected[-1] < 5:  # too rare to be a class of its own

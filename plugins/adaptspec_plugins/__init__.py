@@ -19,7 +19,6 @@ def register_strategies() -> list[type[Strategy]]:
     from adaptspec_plugins.autoregressive import Autoregressive
     from adaptspec_plugins.draft.chain import DraftModel
     from adaptspec_plugins.draft.tree import DraftTree
-    from adaptspec_plugins.early_exit import EarlyExit
     from adaptspec_plugins.hybrid.strategy import Hybrid
     from adaptspec_plugins.lookahead import Lookahead
     from adaptspec_plugins.medusa.strategy import Medusa, MedusaTypical
@@ -34,7 +33,6 @@ def register_strategies() -> list[type[Strategy]]:
         Suffix,
         TokenRecycling,
         Lookahead,
-        EarlyExit,
         DraftModel,
         DraftTree,
         UniversalDraft,

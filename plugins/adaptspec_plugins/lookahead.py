@@ -15,11 +15,19 @@ from typing import Annotated
 from pydantic import Field
 
 from adaptspec.acceleration.argmax import argmax_rows
-from adaptspec.params import DraftingParams, Tunable
-from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target, TokenTree
+from adaptspec.params import GatedParams, Tunable
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Outcome,
+    Requirements,
+    Strategy,
+    Target,
+    TokenTree,
+)
 
 
-class LookaheadParams(DraftingParams):
+class LookaheadParams(GatedParams):
     """A step evaluates up to ``(window + guesses) * (ngram - 1)`` tokens."""
 
     window: Annotated[int, Tunable(1, 15, log=True)] = Field(
@@ -46,7 +54,7 @@ class Lookahead(Strategy):
     summary = "the target's own parallel guesses, collected as n-grams"
     reference = "arXiv:2402.02057"
     Params = LookaheadParams
-    needs_trees = True
+    requires = Requirements(trees=True)
     params: LookaheadParams
 
     def start(self, target: Target) -> Drafter:

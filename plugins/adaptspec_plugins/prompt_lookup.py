@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from adaptspec.params import DraftingParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -26,11 +26,11 @@ from adaptspec.strategy import (
 MOST_MATCHES = 64
 
 
-class PromptLookupParams(DraftingParams):
+class PromptLookupParams(DraftingParams, GatedParams):
     """Tuned bounds of the n-gram sizes don't overlap: every tuned pair is valid."""
 
-    num_tokens: Annotated[int, Tunable(2, 24, log=True)] = Field(
-        default=8, ge=1, le=128, description="most tokens copied along one branch"
+    draft_length: Annotated[int, Tunable(2, 24, log=True)] = Field(
+        default=8, ge=1, le=128, description="most tokens drafted along each branch"
     )
     max_ngram: Annotated[int, Tunable(3, 6)] = Field(
         default=3, ge=1, le=32, description="longest n-gram looked up, in tokens"
@@ -67,7 +67,7 @@ class PromptLookup(Strategy):
     Params = PromptLookupParams
     replays = True
     joins: ClassVar[Mapping[str, Scalar]] = {
-        "num_tokens": 16,
+        "draft_length": 16,
         "branches": 2,
         "max_ngram": 5,
     }
@@ -90,7 +90,7 @@ class _Lookup(Drafter):
     def propose(self, context: Context) -> TokenTree:
         ids = context.ids
         self.index.extend(ids[len(self.index) :])
-        length = min(self._params.num_tokens, context.room - 1, context.max_nodes)
+        length = min(self._params.draft_length, context.room - 1, context.max_nodes)
         if length < 1:
             return TokenTree.root_only(ids[-1])
         paths = self._paths(length)

@@ -23,7 +23,7 @@ from adaptspec_training.trainer import Batch, Losses, Trainee
 # The reference recipe's (axolotl fork, vicuna_7b_qlora_stage2): rank, alpha, dropout.
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 16, 0.05
 # Weight of the heads' loss beside the target's: as there; the smaller one where the
-# target is held to its own earlier law.
+# target is held to its own earlier distribution.
 HEADS_WEIGHT, HEADS_WEIGHT_DISTILLED = 0.2, 0.01
 
 
@@ -68,11 +68,11 @@ class JointTrainee(Trainee):
     Args:
         adapted: From :func:`with_adapters`.
         heads: Their trainee; its features aren't used.
-        distilled: Whether the target is held to its own law without adapters, in
-            place of the tokens of the answers.
+        distilled: Whether the target is held to its own distribution without adapters,
+            in place of the tokens of the answers.
         heads_weight: Of the heads' loss.
-        own: States of the target without adapters, where they are kept: its law then
-            costs one product and no forward.
+        own: States of the target without adapters, where they are kept: its
+            distribution then costs one product and no forward.
         most_tokens: Padded tokens of one forward.
     """
 
@@ -182,7 +182,7 @@ class JointTrainee(Trainee):
 
     @torch.no_grad()
     def _own_logits(self, batch: Batch) -> torch.Tensor:
-        """The law of the target without adapters at the batch's positions."""
+        """The distribution of the target without adapters at the batch's positions."""
         with self._model.disable_adapter():
             if self._own is None:
                 return self._forward(batch)[0]

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import Environment, Measurement, Profile, Trial
 
-FORMAT = "adaptspec-profiles-1"
+FORMAT = "adaptspec-profiles-2"
+FORMAT_1 = "adaptspec-profiles-1"  # with other names of parameters
 LARGEST_INTEGER = 2**63 - 1  # of a database's column
 
 T = TypeVar("T")

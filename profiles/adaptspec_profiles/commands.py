@@ -196,13 +196,17 @@ def _documents(found: Sequence[Profile]) -> list[dict[str, Any]]:
 
 def _read(file: IO[str]) -> list[Profile]:
     """All of a file's profiles, or an error that names the first bad one."""
-    from adaptspec_profiles.as_json import FORMAT, profile_from_json
+    from adaptspec_profiles.as_json import FORMAT, FORMAT_1, profile_from_json
+    from adaptspec_profiles.renamed import renamed
 
     try:
         document = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ProfileStoreError(f"{file.name} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") not in (
+        FORMAT,
+        FORMAT_1,
+    ):
         raise ProfileStoreError(
             f"{file.name} must have been written by `adaptspec profiles export` "
             f"(format {FORMAT!r})"
@@ -217,6 +221,9 @@ def _read(file: IO[str]) -> list[Profile]:
         )
     read = []
     for number, record in enumerate(records, 1):
+        if document["format"] == FORMAT_1 and isinstance(record, dict):
+            params = renamed(record.get("strategy"), record.get("params"))
+            record = {**record, "params": params}
         try:
             read.append(profile_from_json(record))
         except ProfileStoreError as error:

@@ -62,14 +62,14 @@ def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:
         [
             example_profile(
                 environment=environment_of(model, None),
-                params={"num_tokens": 5},
+                params={"draft_length": 5},
             )
         ]
     )
     decoder = adaptspec.load(model, db=store)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=12)
     assert result.choice.strategy == "prompt_lookup"
-    assert result.choice.params == {"num_tokens": 5}
+    assert result.choice.params == {"draft_length": 5}
     assert "1.50x" in result.choice.reason
     plain = decoder.generate(PROMPT, strategy=PLAIN, max_new_tokens=12)
     assert result.token_ids == plain.token_ids
@@ -81,7 +81,12 @@ def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
     model = LanguageModel(module)
     store = MemoryStore()
     here = environment_of(model, None)
-    for strategy, said in (("draft_model", "draft model"), ("gone", "no strategy")):
+    reasons = {
+        "draft_model": "draft model",
+        "gone": "no strategy",
+        "early_exit": "the profiled early_exit can't run: no strategy 'early_exit'",
+    }
+    for strategy, said in reasons.items():
         store.add_profiles(
             [example_profile(environment=here, strategy=strategy, params={})]
         )
@@ -97,12 +102,14 @@ def test_an_override_needs_a_known_strategy_and_valid_parameters(
     ids: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 3}
     with pytest.raises(UnknownStrategyError, match=r"'guess'; known: .*prompt_lookup"):
         decoder.generate(**ids, strategy="guess")
-    with pytest.raises(InvalidParamsError, match="num_tokens='many'"):
-        decoder.generate(**ids, strategy="prompt_lookup", params={"num_tokens": "many"})
+    with pytest.raises(InvalidParamsError, match="draft_length='many'"):
+        decoder.generate(
+            **ids, strategy="prompt_lookup", params={"draft_length": "many"}
+        )
     with pytest.raises(InvalidParamsError, match="no parameter 'kk'"):
         decoder.generate(**ids, strategy="prompt_lookup", params={"kk": 1})
     with pytest.raises(AdaptSpecError, match="strategy="):
-        decoder.generate(**ids, params={"num_tokens": 3})
+        decoder.generate(**ids, params={"draft_length": 3})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -167,8 +167,8 @@ def test_a_file_system_without_locks_is_told_once_and_decoding_goes_on(
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
-    with pytest.warns(KnowledgeWarning, match="flock.*learn=False") as told:
-        assert learnt(host, tmp_path, 2) == [1, 2]
+    with pytest.warns(KnowledgeWarning, match="flock.*learn=True") as told:
+        assert learnt(host, tmp_path, 2, learn=True) == [1, 2]
     assert len([w for w in told if w.category is KnowledgeWarning]) == 1
 
 
@@ -191,7 +191,7 @@ def test_models_and_strategies_have_files_of_their_own(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(KnowledgeError, match=r"can't write .*learn=False"):
+    with pytest.raises(KnowledgeError, match=r"can't write .*learn=True"):
         exchanged(tmp_path / "file", Counting(), 1)
 
 
@@ -254,20 +254,27 @@ def host() -> Host:
 def test_a_decoder_goes_on_with_what_the_last_one_learnt(
     tmp_path: Path, host: Host
 ) -> None:
-    assert learnt(host, tmp_path, 3) == [1, 2, 3]
-    assert learnt(host, tmp_path, 1) == [4]
+    assert learnt(host, tmp_path, 3, learn=True) == [1, 2, 3]
+    assert learnt(host, tmp_path, 1, learn=True) == [4]
     assert (tmp_path / "knowledge").is_dir()
 
 
-def test_learning_can_be_switched_off(tmp_path: Path, host: Host) -> None:
-    assert learnt(host, tmp_path, 2, learn=False) == [1, 2]
-    assert learnt(host, tmp_path, 1, learn=False) == [1]
+def test_nothing_of_an_output_is_written_unless_asked_for(
+    tmp_path: Path, host: Host
+) -> None:
+    assert learnt(host, tmp_path, 2) == [1, 2]
     assert not (tmp_path / "knowledge").exists()
+    learnt(host, tmp_path, 2, learn=True)
+    assert learnt(host, tmp_path, 1) == [1]
 
 
 def test_a_store_without_a_folder_keeps_nothing(host: Host) -> None:
     decoder = adaptspec.load(
-        tiny_module("llama"), db=MemoryStore(), tokenizer=tiny_tokenizer(), host=host
+        tiny_module("llama"),
+        db=MemoryStore(),
+        tokenizer=tiny_tokenizer(),
+        host=host,
+        learn=True,
     )
     assert decoder.generate([1], strategy="requests", max_new_tokens=1).token_ids
 
@@ -277,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_decoding_goes_on(
 ) -> None:
     (tmp_path / "knowledge").write_text("in the way")
     with pytest.warns(KnowledgeWarning, match="can't write") as told:
-        assert learnt(host, tmp_path, 2) == [1, 2]
+        assert learnt(host, tmp_path, 2, learn=True) == [1, 2]
     assert len([w for w in told if w.category is KnowledgeWarning]) == 1
 
 

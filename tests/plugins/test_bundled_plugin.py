@@ -15,7 +15,6 @@ def test_the_host_takes_every_bundled_strategy_and_baseline() -> None:
         "autoregressive",
         "draft_model",
         "draft_tree",
-        "early_exit",
         "hybrid",
         "lookahead",
         "medusa",

@@ -24,12 +24,12 @@ class TestPromptLookup(StrategyContract):
 
 class TestDraftModel(StrategyContract):
     strategy = DraftModel
-    params = ({}, {"k": 6, "stop": 0.4}, {"draft_law": "coupled"})
+    params = ({}, {"draft_length": 6, "stop": 0.4}, {"draft_sampling": "coupled"})
 
 
 class TestDraftTree(StrategyContract):
     strategy = DraftTree
-    params = ({}, {"mode": "sampled", "nodes": 8, "depth": 3})
+    params = ({}, {"mode": "sampled", "draft_length": 8, "speculation_depth": 3})
 
 
 def test_no_bundled_strategy_is_left_out() -> None:

@@ -82,20 +82,20 @@ def test_a_copy_runs_on_as_if_the_copied_tokens_were_committed(
 
 @given(Tokens, st.integers(1, 4), st.integers(1, 12))
 def test_recent_copies_after_the_newest_match_of_the_longest_ngram(
-    ids: list[int], max_ngram: int, num_tokens: int
+    ids: list[int], max_ngram: int, draft_length: int
 ) -> None:
-    tree = propose(ids, max_ngram=max_ngram, num_tokens=num_tokens)
+    tree = propose(ids, max_ngram=max_ngram, draft_length=draft_length)
     starts = next(
         filter(None, (naive_starts(ids, n) for n in range(max_ngram, 0, -1))), []
     )
-    expected = naive_continuation(ids, starts[-1], num_tokens) if starts else []
+    expected = naive_continuation(ids, starts[-1], draft_length) if starts else []
     assert list(tree.tokens) == [ids[-1], *expected]
     assert tree.is_chain
 
 
 @given(Tokens, st.integers(1, 8))
 def test_frequent_takes_the_majority_at_every_fork(ids: list[int], length: int) -> None:
-    tree = propose(ids, policy="frequent", max_ngram=1, num_tokens=length, branches=1)
+    tree = propose(ids, policy="frequent", max_ngram=1, draft_length=length, branches=1)
     copies = [naive_continuation(ids, s, length) for s in naive_starts(ids, 1)]
     for depth, token in enumerate(tree.tokens[1:]):
         counts = Counter(copy[depth] for copy in copies)
@@ -108,7 +108,7 @@ def test_frequent_takes_the_majority_at_every_fork(ids: list[int], length: int) 
 def test_branches_are_distinct_continuations_of_matches_and_as_many_as_there_are(
     ids: list[int], policy: str, branches: int
 ) -> None:
-    tree = propose(ids, policy=policy, branches=branches, max_ngram=3, num_tokens=4)
+    tree = propose(ids, policy=policy, branches=branches, max_ngram=3, draft_length=4)
     real = {
         tuple(naive_continuation(ids, begin, 4))
         for n in (1, 2, 3)
@@ -123,7 +123,7 @@ def test_branches_are_distinct_continuations_of_matches_and_as_many_as_there_are
 def test_nodes_of_one_evidence_share_match_depth_and_rank(
     ids: list[int], branches: int
 ) -> None:
-    tree = propose(ids, max_ngram=3, branches=branches, num_tokens=20)
+    tree = propose(ids, max_ngram=3, branches=branches, draft_length=20)
     copies: list[tuple[int, list[int]]] = []
     for n in (3, 2, 1):
         for begin in reversed(naive_starts(ids, n)):
@@ -142,8 +142,8 @@ def test_nodes_of_one_evidence_share_match_depth_and_rank(
 
 def test_the_majority_beats_the_most_recent_match_only_when_asked_to() -> None:
     ids = [1, 7, 1, 7, 1, 9, 1]
-    assert propose(ids, num_tokens=1, max_ngram=1).tokens[1] == 9
-    assert propose(ids, num_tokens=1, max_ngram=1, policy="frequent").tokens[1] == 7
+    assert propose(ids, draft_length=1, max_ngram=1).tokens[1] == 9
+    assert propose(ids, draft_length=1, max_ngram=1, policy="frequent").tokens[1] == 7
 
 
 def test_a_target_that_verifies_only_chains_gets_one_branch() -> None:
@@ -157,7 +157,7 @@ def test_no_more_is_drafted_than_can_be_emitted_or_verified(
     room: int, nodes: int
 ) -> None:
     ids = [1, 2, 3, 4] * 5
-    tree = start(ids, num_tokens=8, branches=3).propose(Context(ids, room, nodes, 0))
+    tree = start(ids, draft_length=8, branches=3).propose(Context(ids, room, nodes, 0))
     assert tree.proposed == min(8, room - 1, nodes)
 
 

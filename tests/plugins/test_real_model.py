@@ -49,7 +49,7 @@ def truth(real_model_path: Path, target: LanguageModel) -> list[int]:
     [
         ("autoregressive", {}),
         ("prompt_lookup", {"branches": 3, "policy": "frequent"}),
-        ("draft_model", {"k": 4}),
+        ("draft_model", {"draft_length": 4}),
         ("draft_tree", {}),
     ],
 )
@@ -58,7 +58,7 @@ def test_greedy_output_is_generates_token_for_token(
 ) -> None:
     cls = Host({"bundled": adaptspec_plugins}).strategy(name)
     # The target as its own draft: everything it drafts is right, but for rounding.
-    engine = Engine(target, target if cls.needs_draft else None)
+    engine = Engine(target, target if cls.requires.draft else None)
     eos = Controls.for_model(target).eos_token_ids
     done = engine.generate(
         cls(cls.Params.parse(params)),
@@ -66,5 +66,5 @@ def test_greedy_output_is_generates_token_for_token(
         Controls.greedy(NEW_TOKENS, eos),
     )
     assert done.token_ids == truth
-    if cls.needs_draft:
+    if cls.requires.draft:
         assert done.stats.tokens_per_forward > 2

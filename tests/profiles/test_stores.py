@@ -23,13 +23,20 @@ from hypothesis import strategies as st
 from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
+from adaptspec.host import Host
 from adaptspec.profile import ProfileStore, Trial
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
-from adaptspec_profiles.as_json import profile_from_json, profile_to_json
+from adaptspec_profiles.as_json import (
+    FORMAT,
+    FORMAT_1,
+    profile_from_json,
+    profile_to_json,
+)
 from adaptspec_profiles.commands import profiles as profiles_command
 from adaptspec_profiles.engine import make_engine
 from adaptspec_profiles.migrations import VERSION_TABLE, migrate
+from adaptspec_profiles.renamed import RENAMED
 from adaptspec_profiles.schema import Base
 from adaptspec_profiles.sql import SqlStore
 
@@ -38,7 +45,7 @@ IMPORTER = """
 import json, sys
 from pathlib import Path
 from adaptspec_profiles.commands import profiles
-from adaptspec_profiles.convert import FORMAT
+from adaptspec_profiles.as_json import FORMAT
 url, folder, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 profile = json.loads(sys.argv[4])
 for number in range(10_000):
@@ -94,7 +101,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002"]
+    assert migrate(migrated) == ["m001", "m002", "m003"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -179,6 +186,64 @@ def test_a_database_with_trained_heads_still_opens(tmp_path: Path) -> None:
     store = open_store(str(path))
     (profile,) = store.profiles()
     assert replace(profile, id=None) == example_profile()
+    store.close()
+
+
+@pytest.mark.parametrize("strategy", RENAMED)
+def test_parameters_stored_under_old_names_get_the_new_ones(
+    tmp_path: Path, strategy: str
+) -> None:
+    new = Host.installed().strategy(strategy).Params().model_dump()
+    old_names = {name: old for old, name in RENAMED[strategy].items()}
+    assert set(old_names) <= set(new)
+    old = {old_names.get(name, name): value for name, value in new.items()}
+    settings = [json.dumps([strategy, params], sort_keys=True) for params in (old, new)]
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            (Path(__file__).parent / "golden" / "m002.sql").read_text()
+        )
+        connection.execute(
+            "update profiles set strategy = ?, params = ?", (strategy, json.dumps(old))
+        )
+        connection.execute(
+            "insert into tuning_trials"
+            " values (1, 'r1', 'a', ?, 0, ?, 'failed', 1, '{}')",
+            (strategy, json.dumps(old)),
+        )
+        records = {
+            "predicted/chat": {settings[0]: 1.5},
+            "confirm/chat": {"positions": {settings[0]: [[1, 2]]}, "prompts": {}},
+            f"replayed/chat/{strategy}": {"trials": [{"number": 0, "params": old}]},
+            "other": {"params": old},
+        }
+        connection.executemany(
+            "insert into tuning_records values ('r1', ?, ?)",
+            [(key, json.dumps(value)) for key, value in records.items()],
+        )
+        connection.execute("insert into tuning_records values ('r1', 'confirm', '{')")
+    connection.close()
+    store = open_store(str(path))
+    assert [p.params for p in store.profiles()] == [new]
+    assert [t.params for t in store.trials("r1")] == [new]
+    assert {key: store.record("r1", key) for key in records} == {
+        "predicted/chat": {settings[1]: 1.5},
+        "confirm/chat": {"positions": {settings[1]: [[1, 2]]}, "prompts": {}},
+        f"replayed/chat/{strategy}": {"trials": [{"number": 0, "params": new}]},
+        "other": {"params": old},
+    }
+    store.close()
+
+
+def test_an_export_of_the_first_format_is_imported_with_the_new_names(
+    tmp_path: Path,
+) -> None:
+    path, db = tmp_path / "x.json", str(tmp_path / "p.db")
+    record = {**GOOD, "strategy": "draft_model", "params": {"k": 3, "stop": 0.5}}
+    path.write_text(json.dumps({"format": FORMAT_1, "profiles": [record]}))
+    run_command("import", str(path), "--db", db)
+    store = open_store(db)
+    assert [p.params for p in store.profiles()] == [{"draft_length": 3, "stop": 0.5}]
     store.close()
 
 
@@ -351,7 +416,7 @@ def run_command(*arguments: str) -> str:
 
 
 GOOD = profile_to_json(example_profile())
-EXPORTED = {"format": "adaptspec-profiles-1", "profiles": [GOOD]}
+EXPORTED = {"format": FORMAT, "profiles": [GOOD]}
 
 
 @pytest.mark.parametrize(
@@ -451,9 +516,7 @@ def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
     path, db = tmp_path / "x.json", str(tmp_path / "p.db")
     good = profile_to_json(example_profile())
     bad = {**good, "measurement": {**good["measurement"], "ratio": "fast"}}
-    path.write_text(
-        json.dumps({"format": "adaptspec-profiles-1", "profiles": [good, bad]})
-    )
+    path.write_text(json.dumps({"format": FORMAT, "profiles": [good, bad]}))
     done = CliRunner().invoke(profiles_command, ["import", str(path), "--db", db])
     assert isinstance(done.exception, ProfileStoreError)
     assert "profile 2: measurement.ratio" in str(done.exception)

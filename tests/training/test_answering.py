@@ -69,14 +69,16 @@ def test_an_answer_ends_with_its_end_token_and_the_others_go_on(
         assert len(states) == cut
 
 
-def test_draws_follow_the_models_law(target: Callable[..., LanguageModel]) -> None:
+def test_draws_follow_the_models_distribution(
+    target: Callable[..., LanguageModel],
+) -> None:
     from scipy.stats import chisquare
 
     model = target(vocab_size=5)
     prompt = [1, 4, 2]
     with torch.no_grad():
-        law = model.source(torch.tensor([prompt])).logits[0, -1]
-    expected = (law.double() / 1.5).softmax(-1)
+        logits = model.source(torch.tensor([prompt])).logits[0, -1]
+    expected = (logits.double() / 1.5).softmax(-1)
     names = [f"n{i}" for i in range(2000)]
     examples, _ = Answers(model, 1.5, 0, (), hidden=False).answer(
         names, [prompt] * 2000, [1] * 2000

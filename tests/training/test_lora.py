@@ -75,8 +75,8 @@ def naive_loss(adapted: Any, heads: MedusaHeads, distilled: bool) -> torch.Tenso
         if distilled:
             with torch.no_grad(), adapted.disable_adapter():
                 own, _ = whole(adapted, one)
-            law = own.softmax(-1)
-            target += (law * (law.log() - logits.log_softmax(-1))).sum() / count
+            probs = own.softmax(-1)
+            target += (probs * (probs.log() - logits.log_softmax(-1))).sum() / count
         else:
             right = torch.tensor([one.tokens[p + 1] for p in one.positions])
             target += functional.cross_entropy(logits, right, reduction="sum") / count

@@ -96,7 +96,7 @@ def test_lossy_strategies_are_labelled_where_strategies_are_listed(host: Host) -
         return done.output
 
     assert "medusa_typical [LOSSY]" in run()
-    assert "LOSSY: changes the law" in run("medusa_typical")
+    assert "LOSSY: changes the distribution" in run("medusa_typical")
     assert "LOSSY" not in run("medusa")
     assert json.loads(run("medusa_typical", "--json"))["lossless"] is False
 

@@ -70,14 +70,6 @@ def parse_budget(text: str) -> tuple[float, int | None]:
     show_default=True,
     help="As the workload says, or discovered from the prompts.",
 )
-@click.option(
-    "--class-features",
-    type=click.Choice(["text", "states"]),
-    default="text",
-    show_default=True,
-    help="What discovered classes are told by: the prompt's text, or the states of the "
-    "model once it has read the prompt.",
-)
 @click.option("--max-memory", help="Refuse settings that take more: 6GiB, 800MiB...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--strategies", help="Only these, separated by commas.")
@@ -152,7 +144,6 @@ def tune(
     budget: str,
     objective: str,
     classes: str,
-    class_features: str,
     max_memory: str | None,
     db: str | None,
     strategies: str | None,
@@ -208,7 +199,6 @@ def tune(
                 objective=objective,
                 max_memory=most_memory,
                 classes=classes,
-                class_features=class_features,
                 strategies=names,
                 heads=heads,
                 allow_lossy=allow_lossy,

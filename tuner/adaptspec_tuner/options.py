@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptspec.classes.classifier import STATES, TEXT
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.profile import LATENCY, PLAIN, SPEED, ProfileStore
 from adaptspec.workloads import Workload, example_workload, read_workload
@@ -23,11 +22,7 @@ EXAMPLE_TOKENS = 48
 
 
 def check_options(
-    objective: str,
-    classes: str,
-    class_features: str,
-    baselines: bool,
-    limit: int | None,
+    objective: str, classes: str, baselines: bool, limit: int | None
 ) -> None:
     """Refuse what is unknown or doesn't go together."""
     if objective not in (SPEED, LATENCY):
@@ -38,17 +33,8 @@ def check_options(
         raise AdaptSpecError(
             f"classes must be {DECLARED!r} or {AUTO!r}, got {classes!r}"
         )
-    if class_features not in (TEXT, STATES):
-        raise AdaptSpecError(
-            f"class_features must be {TEXT!r} or {STATES!r}, got {class_features!r}"
-        )
     if limit is not None and limit < 1:
         raise AdaptSpecError(f"limit must be 1 prompt per class or more, got {limit}")
-    if class_features != TEXT and classes != AUTO:
-        raise AdaptSpecError(
-            f"--class-features {class_features} is about discovered classes; add "
-            f"--classes {AUTO}"
-        )
     if baselines and objective != SPEED:
         raise AdaptSpecError(
             "baselines tell tokens per second only; leave --baselines out or take "
@@ -75,7 +61,7 @@ def chosen_strategies(
     for name in names:
         if name != PLAIN and not (known[name].lossless or allow_lossy):
             raise AdaptSpecError(
-                f"{name} is lossy: it changes the law of sampled output; add "
+                f"{name} is lossy: it changes the distribution of sampled output; add "
                 "--allow-lossy (allow_lossy=True) to measure it"
             )
     return [known[n] for n in dict.fromkeys(names) if n != PLAIN]

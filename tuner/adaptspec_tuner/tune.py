@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.classes.classifier import STATES, TEXT
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import (
@@ -61,7 +60,6 @@ def tune(
     objective: str = SPEED,
     max_memory: int | None = None,
     classes: str = DECLARED,
-    class_features: str = TEXT,
     strategies: Sequence[str] | None = None,
     heads: Sequence[Path | str] = (),
     allow_lossy: bool = False,
@@ -91,12 +89,10 @@ def tune(
         objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
         max_memory: Bytes; settings that take more are refused.
         classes: ``declared`` in the workload, or ``auto``: discovered from the prompts.
-        class_features: What discovered classes are told by: ``text``, or ``states``,
-            the target's own once it has read the prompt.
         strategies: Only these; default: every lossless one that can run.
         heads: Folders of heads trained for the model.
-        allow_lossy: Measure strategies that change the law of sampled output, too.
-            Their results say so, and they are never the choice here.
+        allow_lossy: Measure strategies that change the distribution of sampled output,
+            too. Their results say so, and they are never the choice here.
         trials: Most trials per class and strategy.
         trust_remote_code: Whether code that comes with the models may run.
         limit: Most prompts per class.
@@ -119,7 +115,7 @@ def tune(
     from adaptspec.environment import environment_of
     from adaptspec.host import Host
 
-    check_options(objective, classes, class_features, baselines, limit)
+    check_options(objective, classes, baselines, limit)
     if budget_trials is not None:
         budget = math.inf
     host = host or Host.installed()
@@ -147,11 +143,7 @@ def tune(
             "is another way to share trials"
         )
     environment = environment_of(target, draft)
-    from_states = class_features == STATES
-    profiler = Profiler(
-        *(engine, host, max_new_tokens, theirs, their_draft, max_memory),
-        keep_states=from_states,
-    )
+    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft, max_memory)
     progress = progress or Progress(None, clock)
     notes: list[str] = []
     workload = measurable(
@@ -170,8 +162,6 @@ def tune(
         options["max_memory"] = max_memory
     if classes != DECLARED:
         options["classes"] = classes
-    if from_states:
-        options["class_features"] = class_features
     store = opened_store(host, db, worker)
     deadline = started + budget
 
@@ -231,7 +221,6 @@ def tune(
                 objective=objective,
                 budget_trials=budget_trials,
                 discovered=classes == AUTO,
-                states=profiler if from_states else None,
                 started=started,
                 baselines=compared,
                 unavailable=unavailable,

@@ -21,7 +21,6 @@ from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
-    from adaptspec_tuner.classes.discover import ReadsStates
     from adaptspec_tuner.replaying.replayer import Replayer
 
 PLAIN_SHARE = 0.25  # of the budget, at most
@@ -68,7 +67,6 @@ class Run:
         options: What else must be equal for trials to be mixed.
         unavailable: Strategy or baseline -> why it can't run.
         discovered: Whether classes are discovered; those declared are left aside.
-        states: What they are told by, in place of the prompts' texts.
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
@@ -92,7 +90,6 @@ class Run:
     objective: str = SPEED
     budget_trials: int | None = None
     discovered: bool = False
-    states: ReadsStates | None = None
     started: float | None = None
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.params import Params, Tunable
-from adaptspec.strategy import Baseline, BaselineRun
+from adaptspec.strategy import Baseline, BaselineRun, Requirements
 
 if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
@@ -42,7 +42,9 @@ class HFGenerate(Baseline):
             return reason
         if reason := _unusable(model):
             return reason
-        return _unusable(draft) if cls.needs_draft and draft is not None else None
+        if cls.requires.draft is None or draft is None:
+            return None
+        return _unusable(draft)
 
     def run(
         self,
@@ -82,7 +84,7 @@ class HFAssisted(HFGenerate):
     summary = "transformers' assisted generation with the draft model, greedy"
     reference = "https://huggingface.co/blog/assisted-generation"
     Params = HFAssistedParams
-    needs_draft = True
+    requires = Requirements(draft="same vocabulary")
     params: HFAssistedParams
 
     @classmethod

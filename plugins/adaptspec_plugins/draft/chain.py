@@ -1,7 +1,7 @@
 """A smaller language model drafts a chain of tokens.
 
 Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023,
-arXiv:2302.01318). The coupled law lets the draft use the target's own noise (Daliri et
+arXiv:2302.01318). Coupled sampling lets the draft use the target's own noise (Daliri et
 al. 2024, arXiv:2408.07978), so that sampling emits what plain sampling would.
 """
 
@@ -12,34 +12,33 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
 )
-from adaptspec_plugins.draft.drawing import DraftChain, DraftLaw
+from adaptspec_plugins.draft.drawing import DraftChain, DraftSampling
 from adaptspec_plugins.draft.sequence import DraftSequence
 
 if TYPE_CHECKING:
     import torch
 
 
-class DraftModelParams(DraftingParams):
-    """``draft_law`` and ``draft_temperature`` matter only under sampling."""
+class DraftModelParams(DraftingParams, GatedParams):
+    """``draft_sampling`` and ``draft_temperature`` matter only under sampling."""
 
-    k: Annotated[int, Tunable(1, 12)] = Field(
-        default=4, ge=1, le=64, description="most tokens drafted per step"
-    )
+    draft_length: Annotated[int, Tunable(1, 12)] = Field(default=4, ge=1, le=64)
     stop: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
         description="stop after a token the draft gives less probability than this",
     )
-    draft_law: DraftLaw = Field(
+    draft_sampling: DraftSampling = Field(
         default="independent",
         description=(
             "under sampling: accept more, or emit plain sampling's tokens exactly"
@@ -49,7 +48,7 @@ class DraftModelParams(DraftingParams):
         default=1.0,
         gt=0.0,
         le=10.0,
-        description="under sampling: factor on the temperature of the draft's law",
+        description="under sampling: factor on the draft's temperature",
     )
 
 
@@ -61,13 +60,13 @@ class DraftModel(Strategy):
     reference = "arXiv:2211.17192"
     Params = DraftModelParams
     replays = True
-    needs_draft = True
+    requires = Requirements(draft="same vocabulary")
     # Coupled, so that it proposes deterministically under sampling too. Past a token
     # the draft doubts, another forward of it seldom pays.
     joins: ClassVar[Mapping[str, Scalar]] = {
-        "k": 6,
+        "draft_length": 6,
         "stop": 0.3,
-        "draft_law": "coupled",
+        "draft_sampling": "coupled",
     }
     params: DraftModelParams
 
@@ -79,9 +78,12 @@ class DraftModel(Strategy):
 class _ChainDrafter(Drafter):
     def __init__(self, params: DraftModelParams, target: Target) -> None:
         assert target.draft is not None
-        self._k = params.k
+        self._draft_length = params.draft_length
         self._chain = DraftChain(
-            target.sampling, params.draft_law, params.stop, params.draft_temperature
+            target.sampling,
+            params.draft_sampling,
+            params.stop,
+            params.draft_temperature,
         )
         self._sequence = DraftSequence(target.draft, target.model.vocab_size)
 
@@ -91,5 +93,5 @@ class _ChainDrafter(Drafter):
                 return self._sequence.begin(context)[0]
             return self._sequence.extend(drafted[-1:], [len(drafted) - 1])[0]
 
-        count = min(self._k, self._sequence.room(context))
+        count = min(self._draft_length, self._sequence.room(context))
         return self._chain.draft(context.ids, count, after, context.least)

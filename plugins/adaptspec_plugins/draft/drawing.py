@@ -7,36 +7,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from adaptspec.strategy import Continuation, Law, SamplingLaw, TokenTree
+from adaptspec.strategy import Continuation, Drawn, SamplingDistribution, TokenTree
 
 if TYPE_CHECKING:
     import torch
 
 DEEPEST, BINS = 16, 16  # told apart in a node's evidence
 
-DraftLaw = Literal["independent", "coupled"]
+DraftSampling = Literal["independent", "coupled"]
 
 
 class DraftChain:
-    """Draws draft tokens one after the other, each from the law after those before.
+    """Draws draft tokens one after the other, each from what follows those before.
 
     Args:
         sampling: The controls in force.
-        draft_law: Under sampling: independent draws that carry their laws, or the
-            tokens that the target's own noise picks.
+        draft_sampling: Under sampling: independent draws that carry their
+            distributions, or the tokens that the target's own noise picks.
         stop: The chain ends after a token of less probability than this.
-        temperature: Under sampling: factor on the temperature of the draft's law.
+        temperature: Under sampling: factor on the draft's temperature.
     """
 
     def __init__(
         self,
-        sampling: SamplingLaw,
-        draft_law: DraftLaw,
+        sampling: SamplingDistribution,
+        draft_sampling: DraftSampling,
         stop: float,
         temperature: float = 1.0,
     ) -> None:
         self._sampling = sampling
-        self._sampled = not sampling.greedy and draft_law == "independent"
+        self._sampled = not sampling.greedy and draft_sampling == "independent"
         self._stop = stop
         self._temperature = temperature
 
@@ -57,11 +57,11 @@ class DraftChain:
         if count < 1:
             return TokenTree.root_only(ids[-1])
         drafted: list[int] = []
-        laws: list[torch.Tensor] = []
+        draft_probs: list[torch.Tensor] = []
         evidence = [0]
         together = 1.0
         while True:
-            found = self._next(Continuation(ids, drafted), after(drafted), laws)
+            found = self._next(Continuation(ids, drafted), after(drafted), draft_probs)
             if found is None:
                 break
             token, confidence = found
@@ -76,16 +76,16 @@ class DraftChain:
                 or (self._stop > 0 and together < least)
             ):
                 break
-        law = Law.INDEPENDENT if self._sampled else Law.DETERMINISTIC
-        tree = TokenTree.chain(ids[-1], drafted, law, laws)
+        drawn = Drawn.INDEPENDENT if self._sampled else Drawn.DETERMINISTIC
+        tree = TokenTree.chain(ids[-1], drafted, drawn, draft_probs)
         return replace(tree, evidence=evidence) if self._stop > 0 else tree
 
     def _next(
-        self, ids: Sequence[int], logits: torch.Tensor, laws: list[torch.Tensor]
+        self, ids: Sequence[int], logits: torch.Tensor, draft_probs: list[torch.Tensor]
     ) -> tuple[int, float] | None:
         """The next draft token and the draft's probability of it (1 if nobody asks).
 
-        None where the draft has no law: its logits are NaN, or all are masked.
+        None where the draft has no distribution: its logits are NaN, or all are masked.
         """
         if self._sampling.greedy:
             # Under the controls: a repetition penalty moves the argmax.
@@ -100,7 +100,7 @@ class DraftChain:
         if math.isnan(float(probs[0])):
             return None
         if self._sampled:
-            laws.append(probs)
+            draft_probs.append(probs)
             [token] = self._sampling.draw(probs)
         else:
             token = self._sampling.coupled(probs, len(ids))

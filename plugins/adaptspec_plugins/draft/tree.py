@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
     Drafter,
-    Law,
+    Drawn,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class DraftTreeParams(DraftingParams):
+class DraftTreeParams(DraftingParams, GatedParams):
     """``mode`` matters only under sampling: greedy drafts are always deterministic."""
 
-    nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=16, ge=1, le=256, description="candidate tokens in the tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=16, ge=1, le=256
     )
-    depth: Annotated[int, Tunable(2, 8)] = Field(
+    speculation_depth: Annotated[int, Tunable(2, 8)] = Field(
         default=5,
         ge=1,
         le=32,
-        description="levels, each one forward of the draft model",
+        description="levels of the tree, each one forward of the draft model",
     )
     top_k: Annotated[int, Tunable(2, 8)] = Field(
         default=4,
@@ -77,8 +78,7 @@ class DraftTree(Strategy):
     reference = "arXiv:2406.16858"
     Params = DraftTreeParams
     replays = True
-    needs_draft = True
-    needs_trees = True
+    requires = Requirements(draft="same vocabulary", trees=True)
     params: DraftTreeParams
 
     @classmethod
@@ -111,8 +111,8 @@ class _LikeliestTree(Drafter):
         self._least = math.log(params.stop) if params.stop else -math.inf
 
     def propose(self, context: Context) -> TokenTree:
-        depth = min(self._params.depth, self._sequence.room(context))
-        nodes = min(self._params.nodes, context.max_nodes)
+        depth = min(self._params.speculation_depth, self._sequence.room(context))
+        nodes = min(self._params.draft_length, context.max_nodes)
         if depth < 1:
             return TokenTree.root_only(context.ids[-1])
         grown = _Grown(context.ids)
@@ -153,11 +153,11 @@ class _LikeliestTree(Drafter):
         if self._sampling.greedy:
             logs = logits.float().log_softmax(-1)
         else:
-            laws = [
+            draft_probs = [
                 self._sampling.probs(grown.ids(parent), row)
                 for parent, row in zip(parents, logits, strict=True)
             ]
-            logs = torch.stack(laws).log()
+            logs = torch.stack(draft_probs).log()
         top = logs.topk(min(self._params.top_k, logs.shape[-1]), dim=-1)
         values, tokens = top.values.tolist(), top.indices.tolist()
         return [
@@ -181,30 +181,30 @@ class _SampledTree(Drafter):
         A drawn token is never left out for being unlikely, only not expanded: whether
         a draw is tested must not depend on what was drawn.
         """
-        depth = min(self._params.depth, self._sequence.room(context))
+        depth = min(self._params.speculation_depth, self._sequence.room(context))
         if depth < 1:
             return TokenTree.root_only(context.ids[-1])
         shape = expected_shape(
-            min(self._params.nodes, context.max_nodes),
+            min(self._params.draft_length, context.max_nodes),
             depth,
             self._params.top_k,
             self._params.first_accepted,
         )
         grown = _Grown(context.ids)
         places = {0: 0}  # node -> its place in the shape
-        laws: dict[int, torch.Tensor] = {}
+        draft_probs: dict[int, torch.Tensor] = {}
         frontier, logits = [0], self._sequence.begin(context)
         while True:
             fresh = []
             for node, row in zip(frontier, logits, strict=True):
-                law = self._sampling.probs(grown.ids(node), row)
+                probs = self._sampling.probs(grown.ids(node), row)
                 wanted = shape[places[node]]
-                drawn = self._sampling.draw(law, len(wanted))
+                drawn = self._sampling.draw(probs, len(wanted))
                 children = grown.add_children(
-                    [node], [[(t, math.log(float(law[t]))) for t in drawn]]
+                    [node], [[(t, math.log(float(probs[t]))) for t in drawn]]
                 )
                 for child, place in zip(children, wanted, strict=False):
-                    laws[child], places[child] = law, place
+                    draft_probs[child], places[child] = probs, place
                 fresh.extend(children)
             frontier = [
                 n for n in fresh if shape[places[n]] and grown.values[n] >= self._least
@@ -217,7 +217,7 @@ class _SampledTree(Drafter):
             )
             grown.mark_drafted(frontier)
         everything = range(len(grown.tokens))
-        return grown.tree(everything, Law.WITHOUT_REPLACEMENT, laws)
+        return grown.tree(everything, Drawn.WITHOUT_REPLACEMENT, draft_probs)
 
 
 class _Grown:
@@ -266,8 +266,8 @@ class _Grown:
     def tree(
         self,
         nodes: Sequence[int],
-        law: Law = Law.DETERMINISTIC,
-        laws: Mapping[int, torch.Tensor] | None = None,
+        drawn: Drawn = Drawn.DETERMINISTIC,
+        draft_probs: Mapping[int, torch.Tensor] | None = None,
     ) -> TokenTree:
         """The tree of ``nodes``, the path of first children in front.
 
@@ -285,8 +285,8 @@ class _Grown:
         return TokenTree(
             [self.tokens[node] for node in order],
             [-1, *(new[self.parents[node]] for node in order[1:])],
-            law,
-            {new[node]: row for node, row in (laws or {}).items()},
+            drawn,
+            {new[node]: row for node, row in (draft_probs or {}).items()},
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from adaptspec.errors import InvalidTreeError
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.hybrid.chances import BUCKETS, Marks
 
 Chance = Callable[[Marks, Marks], float]
@@ -52,13 +52,13 @@ class Candidates:
         """Merge one member's proposal; probes are left out.
 
         Raises:
-            InvalidTreeError: if its tokens were sampled: a mixture of laws can't be
-                verified exactly.
+            InvalidTreeError: if its tokens were sampled: a mixture of distributions
+                can't be verified exactly.
         """
-        if tree.law is not Law.DETERMINISTIC:
+        if tree.drawn is not Drawn.DETERMINISTIC:
             raise InvalidTreeError(
                 f"members of a hybrid must propose deterministically, {name!r} "
-                f"proposes {tree.law.value}; give it `joins` that don't sample"
+                f"proposes {tree.drawn.value}; give it `joins` that don't sample"
             )
         evidence = tree.evidence or _places(tree)
         here = [0] * len(tree)

@@ -26,7 +26,7 @@ class Member:
     def __init__(self, index: int, strategy: Strategy) -> None:
         self.index = index
         self.strategy = strategy
-        self.cost = MemberCost(strategy.needs_draft)
+        self.cost = MemberCost(strategy.requires.draft is not None)
 
 
 class Members:
@@ -43,7 +43,7 @@ class Members:
             self._members.append(Member(index, strategy))
         self.calibration = Calibration(
             [cls.name for cls in joining],
-            [cls.name for cls in joining if cls.needs_draft],
+            [cls.name for cls in joining if cls.requires.draft is not None],
             shipped(),
         )
         self.exploration = Exploration()
@@ -82,15 +82,15 @@ class Run:
         self.name = member.strategy.name
         self.cost = member.cost
         self.drafter = member.strategy.start(target)
-        self.needs = member.strategy.needs(target.model)
+        self.observes = member.strategy.observes(target.model)
         self.turns = Turns(member.cost, exploration)
 
     def observe(self, outcome: Outcome) -> None:
         """Hand on the outcome with the hidden states that the member asked for."""
-        wanted = self.needs.hidden_layers
-        if outcome.tree is None and self.needs.prefill_hidden == "none":
+        wanted = self.observes.hidden_layers
+        if outcome.tree is None and self.observes.prefill_hidden == "none":
             wanted = ()
         hidden = {layer: outcome.hidden[layer] for layer in wanted}
-        if outcome.tree is None and self.needs.prefill_hidden == "last":
+        if outcome.tree is None and self.observes.prefill_hidden == "last":
             hidden = {layer: states[-1:] for layer, states in hidden.items()}
         self.drafter.observe(dataclasses.replace(outcome, hidden=hidden))

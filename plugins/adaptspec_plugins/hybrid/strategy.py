@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from adaptspec.host import Host
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
-    Needs,
+    Observes,
     Outcome,
     Strategy,
     Target,
@@ -47,11 +47,11 @@ BLOCK = 64
 MOST_STEPS = 6.0
 
 
-class HybridParams(Params):
+class HybridParams(DraftingParams):
     """The rest is learnt: chances while decoding, costs from the clock."""
 
-    max_nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=24, ge=1, le=256, description="most nodes of the merged tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=24, ge=1, le=256
     )
     use_draft: Annotated[bool, Tunable()] = Field(
         default=True, description="ask the draft model, if there is one, where it pays"
@@ -86,11 +86,11 @@ class Hybrid(Strategy):
         """Exchange the counts of all members and what the members know themselves."""
         return self._members.sync(stored)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """All that a member may need; each is given only what it asked for."""
         return union(
             [
-                member.strategy.needs(model)
+                member.strategy.observes(model)
                 for member in self._members
                 if self._may_join(member, model)
             ]
@@ -115,7 +115,7 @@ class Hybrid(Strategy):
             self._members.exploration,
             self._members.pace,
             self._forward[1],
-            self.params.max_nodes,
+            self.params.draft_length,
         )
 
     @property
@@ -126,7 +126,7 @@ class Hybrid(Strategy):
 
     def _may_join(self, member: Member, model: LanguageModel) -> bool:
         cls = type(member.strategy)
-        if cls.needs_draft:
+        if cls.requires.draft is not None:
             return self.params.use_draft
         return cls.unavailable(model, None) is None
 

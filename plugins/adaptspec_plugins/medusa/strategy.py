@@ -1,7 +1,8 @@
 """Medusa: heads on the target's last hidden state guess the tokens after the next.
 
 Cai et al. 2024, arXiv:2401.10774. Verified exactly, in greedy decoding and sampling;
-the paper's typical acceptance, which changes the output's law, is a strategy apart.
+the paper's typical acceptance, which changes the output's distribution, is a strategy
+apart.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from pydantic import Field
 
 from adaptspec.decoding.acceptance import Typical
 from adaptspec.heads.measured_paths import KIND
-from adaptspec.params import DraftingParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
-    Needs,
+    Observes,
     Outcome,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -44,14 +46,14 @@ MISSING = (
 )
 
 
-class MedusaParams(DraftingParams):
-    """``nodes`` decides most; ``dynamic`` trees shrink where the heads are unsure."""
+class MedusaParams(DraftingParams, GatedParams):
+    """``draft_length`` decides most; ``dynamic`` trees shrink in doubt."""
 
     heads: Annotated[int, Tunable(1, 5)] = Field(
         default=4, ge=1, le=16, description="heads asked at most, each one token deeper"
     )
-    nodes: Annotated[int, Tunable(4, 64, log=True)] = Field(
-        default=16, ge=1, le=256, description="candidate tokens in the tree"
+    draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(
+        default=16, ge=1, le=256
     )
     tree: Annotated[Literal["calibrated", "dynamic", "chain"], Tunable()] = Field(
         default="calibrated",
@@ -78,9 +80,12 @@ class Medusa(Strategy):
     reference = "arXiv:2401.10774"
     Params = MedusaParams
     params: MedusaParams
-    needs_heads: ClassVar[str | None] = KIND
+    requires = Requirements(heads=KIND)
     replays = True
-    joins: ClassVar[Mapping[str, Scalar] | None] = {"tree": "dynamic", "nodes": 24}
+    joins: ClassVar[Mapping[str, Scalar] | None] = {
+        "tree": "dynamic",
+        "draft_length": 24,
+    }
 
     @classmethod
     def unavailable(
@@ -95,9 +100,9 @@ class Medusa(Strategy):
 
         return hidden_problem(model)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """The last hidden state, of the prompt's last token too."""
-        return Needs(hidden_layers=(-1,), prefill_hidden="last")
+        return Observes(hidden_layers=(-1,), prefill_hidden="last")
 
     def start(self, target: Target) -> Drafter:
         """The heads are read at each step, not here."""
@@ -130,12 +135,12 @@ class MedusaTypicalParams(MedusaParams):
 class MedusaTypical(Medusa):
     """Accepts what is typical of the target, not what it would have sampled.
 
-    Lossy: the output is drawn from another law than the target's. Greedy decoding
-    isn't touched.
+    Lossy: the output is drawn from another distribution than the target's. Greedy
+    decoding isn't touched.
     """
 
     name = "medusa_typical"
-    summary = "medusa with typical acceptance: plausible tokens pass, the law changes"
+    summary = "medusa with typical acceptance: plausible tokens pass, sampling changes"
     Params = MedusaTypicalParams
     params: MedusaTypicalParams
     lossless = False
@@ -172,7 +177,7 @@ class _Guesser(Drafter):
         """The heads' guesses in the shape asked for."""
         root = context.ids[-1]
         depth = min(self._params.heads, self._trained.count, context.room - 1)
-        nodes = min(self._params.nodes, context.max_nodes)
+        nodes = min(self._params.draft_length, context.max_nodes)
         if depth < 1 or nodes < 1 or self._hidden is None:
             return TokenTree.root_only(root)
         if self._kind == "dynamic":

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from adaptspec.knowledge import KnowledgeWarning
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -36,11 +36,11 @@ COUNTS = (1, 2, 4)
 _EMPTY = np.zeros(0, dtype=np.int32)
 
 
-class SuffixParams(DraftingParams):
+class SuffixParams(DraftingParams, GatedParams):
     """``max_depth`` and ``max_cached_tokens`` bound time and memory."""
 
-    max_tokens: Annotated[int, Tunable(2, 32, log=True)] = Field(
-        default=12, ge=1, le=256, description="most tokens proposed per step"
+    draft_length: Annotated[int, Tunable(2, 32, log=True)] = Field(
+        default=12, ge=1, le=256
     )
     spec_factor: Annotated[float, Tunable(0.5, 4.0, step=0.5)] = Field(
         default=2.0, ge=0.0, le=64.0, description="tokens per matched token"
@@ -81,7 +81,7 @@ class Suffix(Strategy):
     reference = "arXiv:2411.04975"
     Params = SuffixParams
     replays = True
-    joins = {"max_tokens": 24, "min_probability": 0.05}  # noqa: RUF012
+    joins = {"draft_length": 24, "min_probability": 0.05}  # noqa: RUF012
     knowledge = 1
     params: SuffixParams
 
@@ -226,7 +226,7 @@ class _SuffixDrafter(Drafter):
                 context.ids,
                 factor=params.spec_factor,
                 offset=params.spec_offset,
-                most=min(params.max_tokens, context.max_nodes),
+                most=min(params.draft_length, context.max_nodes),
                 least=params.min_probability,
                 depth=params.max_depth,
                 room=depth,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptspec.acceleration.top_tokens import COMPARED, likeliest, sureness
-from adaptspec.params import DraftingParams, Scalar, Tunable
-from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
+from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_tree import TokenTree
 from adaptspec_plugins.token_recycling.commonest import Commonest
 from adaptspec_plugins.token_recycling.successors import (
@@ -43,14 +43,14 @@ DEEPEST = 4  # told apart in a node's evidence
 LAST_RANK = 7  # the same
 
 
-class TokenRecyclingParams(DraftingParams):
-    """The budget of nodes decides most; the width matters little above 4."""
+class TokenRecyclingParams(DraftingParams, GatedParams):
+    """``draft_length`` decides most; ``successors`` matter little above 4."""
 
-    k: Annotated[int, Tunable(2, 12)] = Field(
+    successors: Annotated[int, Tunable(2, 12)] = Field(
         default=8, ge=1, le=WIDEST, description="successors kept of each token"
     )
-    nodes: Annotated[int, Tunable(4, 48, log=True)] = Field(
-        default=16, ge=1, le=128, description="most candidates proposed at each step"
+    draft_length: Annotated[int, Tunable(4, 48, log=True)] = Field(
+        default=16, ge=1, le=128
     )
     persist: bool = Field(
         default=True, description="whether what one request taught serves the next"
@@ -83,7 +83,7 @@ class TokenRecycling(Strategy):
     reference = "https://arxiv.org/abs/2408.08696"
     Params = TokenRecyclingParams
     params: TokenRecyclingParams
-    joins: ClassVar[Mapping[str, Scalar] | None] = {"nodes": 24}
+    joins: ClassVar[Mapping[str, Scalar] | None] = {"draft_length": 24}
     knowledge = 1
 
     def __init__(self, params: TokenRecyclingParams | None = None) -> None:
@@ -91,9 +91,9 @@ class TokenRecycling(Strategy):
         self._table: Successors | None = None
         self._commonest = Commonest(self.params.common)
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         """Logits at the prompt's last positions."""
-        return Needs(prefill_logits=max(1, self.params.prefill_positions))
+        return Observes(prefill_logits=max(1, self.params.prefill_positions))
 
     def start(self, target: Target) -> Drafter:
         """Draft from the one table of this instance, made on the first request."""
@@ -106,7 +106,7 @@ class TokenRecycling(Strategy):
             )
             table = None
         if table is None:
-            table = Successors(size, self.params.k)
+            table = Successors(size, self.params.successors)
         self._table = table
         if not self.params.persist:
             self._commonest = Commonest(self.params.common)
@@ -126,7 +126,7 @@ class TokenRecycling(Strategy):
         if table is None:
             if not stored:
                 return {}
-            table = Successors(int(stored["vocab_size"]), self.params.k)
+            table = Successors(int(stored["vocab_size"]), self.params.successors)
             self._table = table
         return table.sync(stored or None)
 
@@ -151,7 +151,7 @@ class _Recycler(Drafter):
             context.ids[-1],
             self._after,
             self._sureness,
-            nodes=min(self._params.nodes, context.max_nodes),
+            nodes=min(self._params.draft_length, context.max_nodes),
             depth=context.room - 1,
             ranks=WIDEST if self._trees else 1,
             min_chance=self._params.min_chance,
@@ -198,7 +198,7 @@ class _Recycler(Drafter):
         rows = list(row_of.values())
         if 2 * len(rows) < len(logits):
             logits, rows = logits[rows], list(range(len(rows)))
-        found = likeliest(logits, max(self._params.k, COMPARED))
+        found = likeliest(logits, max(self._params.successors, COMPARED))
         levels = sureness(logits, found)
         self._table.learn(list(row_of), found[rows], levels[rows])
         self._learnt.update(row_of)

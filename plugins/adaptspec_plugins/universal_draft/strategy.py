@@ -1,8 +1,8 @@
 """A model with another tokenizer drafts: by its text, or by the tokens both have.
 
 Re-encoding each other's text is transformers' universal assisted generation;
-restricting the draft's law to the shared tokens is the token-level intersection of
-Timor et al. 2025, arXiv:2502.05202.
+restricting the draft's distribution to the shared tokens is the token-level
+intersection of Timor et al. 2025, arXiv:2502.05202.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, Tunable
+from adaptspec.params import DraftingParams, GatedParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
     Drafter,
-    Law,
+    Drawn,
+    Requirements,
     Strategy,
     Target,
     TokenTree,
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class UniversalDraftParams(DraftingParams):
-    """Both modes emit the target's own law; ``text`` plain sampling's tokens, too."""
+class UniversalDraftParams(DraftingParams, GatedParams):
+    """Both keep the target's distribution; ``text`` plain sampling's tokens, too."""
 
     mode: Annotated[Literal["text", "intersection"], Tunable()] = Field(
         default="text",
         description="re-encode the draft's text, or draft only tokens that both have",
     )
-    k: Annotated[int, Tunable(1, 8)] = Field(
-        default=4, ge=1, le=12, description="most draft model's tokens per step"
+    draft_length: Annotated[int, Tunable(1, 8)] = Field(
+        default=4, ge=1, le=12, description="most of the draft model's tokens in a step"
     )
     stop: Annotated[float, Tunable(0.0, 0.9, step=0.1)] = Field(
         default=0.0,
@@ -61,7 +62,7 @@ class UniversalDraft(Strategy):
     summary = "a model with another tokenizer drafts a chain"
     reference = "arXiv:2502.05202"
     Params = UniversalDraftParams
-    needs_other_draft = True
+    requires = Requirements(draft="another tokenizer")
     replays = True
     params: UniversalDraftParams
 
@@ -119,7 +120,7 @@ class _OtherDrafter(Drafter):
         self._full = False  # the text is longer than the draft's positions
 
     def propose(self, context: Context) -> TokenTree:
-        count = min(self._params.k, context.room - 1, context.max_nodes)
+        count = min(self._params.draft_length, context.room - 1, context.max_nodes)
         if count < 1 or self._full:
             return TokenTree.root_only(context.ids[-1])
         same = self._reading.extend(context.ids)
@@ -193,7 +194,7 @@ class _TextDrafter(_OtherDrafter):
 
 
 class _SharedDrafter(_OtherDrafter):
-    """The draft's law over the tokens that the target has too."""
+    """The draft's distribution over the tokens that the target has too."""
 
     def __init__(self, params: UniversalDraftParams, target: Target) -> None:
         super().__init__(params, target)
@@ -205,7 +206,7 @@ class _SharedDrafter(_OtherDrafter):
 
     def _draft(self, context: Context, logits: torch.Tensor, count: int) -> TokenTree:
         drafted: list[int] = []
-        laws: list[torch.Tensor] = []
+        draft_probs: list[torch.Tensor] = []
         while True:
             ids = Continuation(context.ids, drafted)
             probs = self._sampling.probs(ids, self._restricted(logits))
@@ -217,17 +218,17 @@ class _SharedDrafter(_OtherDrafter):
             if own is None:  # no shared token is left under the controls
                 break
             drafted.append(token)
-            laws.append(probs)
+            draft_probs.append(probs)
             # After the doubtful token, never before it: whether a token is drafted
             # must not depend on which token it is.
-            if len(laws) == count or own in self._pairing.special_to_target:
+            if len(draft_probs) == count or own in self._pairing.special_to_target:
                 break
             if _doubtful(logits, own, self._params.stop):
                 break
             logits = self._sequence.feed([own])
         if self._sampling.greedy:
             return TokenTree.chain(context.ids[-1], drafted)
-        return TokenTree.chain(context.ids[-1], drafted, Law.INDEPENDENT, laws)
+        return TokenTree.chain(context.ids[-1], drafted, Drawn.INDEPENDENT, draft_probs)
 
     def _restricted(self, logits: torch.Tensor) -> torch.Tensor:
         """The draft's logits at the target's tokens ``[vocab]``; -inf at its own."""

@@ -93,11 +93,16 @@ def test_it_comes_back_from_json_as_it_was() -> None:
     assert Classifier.from_json(json.loads(json.dumps(TREE.as_json()))) == TREE
 
 
+# What earlier versions stored with `--class-features states`.
+OF_STATES = {"features": ["state 1", "rest"], "states": {"layer": 1, "mean": [0.0]}}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         {"format": 2},
         {"features": ["length"]},
+        OF_STATES,
         {"names": []},
         {"questions": [[0, 1.0, 0, -1]]},  # asks itself for ever
         {"questions": [[0, 1.0, -1, -9]]},  # a class that isn't
@@ -142,7 +147,7 @@ def decoder(classifier: Classifier | None) -> Decoder:
                 environment=place,
                 prompt_class=name,
                 strategy="prompt_lookup",
-                params={"num_tokens": tokens},
+                params={"draft_length": tokens},
                 measurement=measured,
             )
             for name, tokens in (("short", 2), ("long", 9))
@@ -156,11 +161,11 @@ def decoder(classifier: Classifier | None) -> Decoder:
 def test_without_a_class_the_discovered_one_is_used() -> None:
     run = decoder(TREE)
     short = run.generate("w1 w2", max_new_tokens=2)
-    assert short.choice.params["num_tokens"] == 2
+    assert short.choice.params["draft_length"] == 2
     assert short.choice.prompt_class == "short"
     assert short.seconds_classifying > 0
     long = run.generate("w1 " * 20, max_new_tokens=2)
-    assert long.choice.params["num_tokens"] == 9
+    assert long.choice.params["draft_length"] == 9
     by_ids = run.generate(run.model.encode("w1 w2"), max_new_tokens=2)
     assert by_ids.choice.prompt_class == "short"
 
@@ -180,7 +185,7 @@ def test_another_runs_class_of_the_same_name_is_not_used() -> None:
                     environment=place,
                     prompt_class=name,
                     strategy="prompt_lookup",
-                    params={"num_tokens": 3 + number},
+                    params={"draft_length": 3 + number},
                     measurement=measured,
                     created=datetime(2026, 1, 1 + number, tzinfo=timezone.utc),
                 )
@@ -188,7 +193,7 @@ def test_another_runs_class_of_the_same_name_is_not_used() -> None:
         )
     store.put_record("new", "classifier", TREE.as_json())
     newest = Decoder(run.model, store=store)
-    assert newest.choose("short").params["num_tokens"] == 5
+    assert newest.choose("short").params["draft_length"] == 5
     left = newest.choose("long")
     assert left.strategy == PLAIN
     assert "'long' isn't profiled" in left.reason
@@ -254,7 +259,7 @@ def test_token_ids_of_a_chat_are_classified_by_what_was_said_last() -> None:
 
 def test_a_class_that_is_given_wins_and_asks_no_classifier() -> None:
     found = decoder(TREE).generate("w1 w2", prompt_class="long", max_new_tokens=2)
-    assert found.choice.params["num_tokens"] == 9
+    assert found.choice.params["draft_length"] == 9
 
 
 def test_a_prompt_unlike_any_is_decoded_plainly_with_the_reason() -> None:
@@ -271,12 +276,15 @@ def test_without_discovered_classes_nothing_is_classified() -> None:
         assert run.generate("w1", max_new_tokens=2).seconds_classifying == 0
 
 
-def test_a_damaged_classifier_is_told_and_does_without() -> None:
+@pytest.mark.parametrize("damage", [{"questions": [[0, 1.0]]}, OF_STATES])
+def test_an_unusable_classifier_is_told_and_does_without(
+    damage: dict[str, Any],
+) -> None:
     model = tiny_model("llama")
     store = MemoryStore()
     place = Decoder(model).environment
     store.add_profiles([example_profile(environment=place)])
-    store.put_record("r1", "classifier", {"format": 1})
+    store.put_record("r1", "classifier", {**TREE.as_json(), **damage})
     with pytest.warns(UserWarning, match="classes aren't discovered"):
         run = Decoder(model, store=store)
     assert run.classify("x") is None

@@ -160,9 +160,24 @@ def test_an_open_pipe_is_waited_for_and_that_is_told(
     monkeypatch.setattr(click, "echo", feed)
     with open(reading) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert run(model, "w5") == 0
-    assert asked == [("w2\n\nw5", False)]
+        assert run(model, "-") == 0
+    assert asked == [("w2", False)]
     assert capsys.readouterr().err.splitlines()[0] == texts.WAITING
+
+
+def test_beside_a_prompt_a_pipe_that_stays_open_and_empty_is_left_out(
+    model: Path,
+    asked: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reading, writing = os.pipe()
+    monkeypatch.setattr(texts, "PATIENCE_SECONDS", 0.01)
+    with open(reading) as stdin, open(writing, "w"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run(model, "w5") == 0
+    assert asked == [("w5", False)]
+    assert capsys.readouterr().err.splitlines()[0] == texts.LEFT_OUT
 
 
 @pytest.mark.parametrize(

@@ -23,26 +23,26 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.strategy import Context
 from adaptspec.testing.fakes import ScriptedStrategy
-from adaptspec.testing.strategies import fits, toy_law, toy_pair
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.testing.strategies import fits, toy_distribution, toy_pair
+from adaptspec.token_tree import Drawn, TokenTree
 
 VOCAB = 4
 
 
 @st.composite
-def laws(draw: st.DrawFn, sparse: bool = True) -> torch.Tensor:
-    """A law over the toy vocabulary, zeros among it, in float64."""
+def distributions(draw: st.DrawFn, sparse: bool = True) -> torch.Tensor:
+    """A distribution over the toy vocabulary, zeros among it, in float64."""
     weights = draw(
         st.lists(
             st.integers(0 if sparse else 1, 20), min_size=VOCAB, max_size=VOCAB
         ).filter(any)
     )
-    law = torch.tensor(weights, dtype=torch.float64)
-    return law / law.sum()
+    distribution = torch.tensor(weights, dtype=torch.float64)
+    return distribution / distribution.sum()
 
 
-def emitted_law(tree: TokenTree, target: torch.Tensor) -> torch.Tensor:
-    """The exact law of the first token emitted for one proposal.
+def emitted_distribution(tree: TokenTree, target: torch.Tensor) -> torch.Tensor:
+    """The exact distribution of the first token emitted for one proposal.
 
     Each acceptance test is split at its threshold, which bisection finds, so the rule
     under test is a black box.
@@ -110,12 +110,12 @@ class Asked(Exception):
     """The rule wants another uniform number."""
 
 
-def siblings(tokens: Sequence[int], law: Law, draft: torch.Tensor) -> TokenTree:
+def siblings(tokens: Sequence[int], drawn: Drawn, draft: torch.Tensor) -> TokenTree:
     """A root and its children, all drawn from ``draft``."""
     return TokenTree(
         (0, *tokens),
         (-1, *(0 for _ in tokens)),
-        law,
+        drawn,
         {node: draft for node in range(1, len(tokens) + 1)},
     )
 
@@ -144,41 +144,43 @@ def draws_without_replacement(
 
 
 @settings(max_examples=25)
-@given(laws(), laws(), st.integers(1, 2))
-def test_independent_siblings_emit_the_targets_law(
+@given(distributions(), distributions(), st.integers(1, 2))
+def test_independent_siblings_emit_the_targets_distribution(
     target: torch.Tensor, draft: torch.Tensor, count: int
 ) -> None:
     emitted = torch.zeros(VOCAB, dtype=torch.float64)
     for tokens, chance in independent_draws(draft, count):
-        emitted += chance * emitted_law(
-            siblings(tokens, Law.INDEPENDENT, draft), target
+        emitted += chance * emitted_distribution(
+            siblings(tokens, Drawn.INDEPENDENT, draft), target
         )
     torch.testing.assert_close(emitted, target, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25)
-@given(laws(), laws(), st.integers(1, 3))
-def test_siblings_drawn_without_replacement_emit_the_targets_law(
+@given(distributions(), distributions(), st.integers(1, 3))
+def test_siblings_drawn_without_replacement_emit_the_targets_distribution(
     target: torch.Tensor, draft: torch.Tensor, count: int
 ) -> None:
     emitted = torch.zeros(VOCAB, dtype=torch.float64)
     for tokens, chance in draws_without_replacement(draft, count):
-        tree = siblings(tokens, Law.WITHOUT_REPLACEMENT, draft)
-        emitted += chance * emitted_law(tree, target)
+        tree = siblings(tokens, Drawn.WITHOUT_REPLACEMENT, draft)
+        emitted += chance * emitted_distribution(tree, target)
     torch.testing.assert_close(emitted, target, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25)
-@given(laws(), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3))
-def test_children_without_a_law_are_certain_proposals_and_exact_too(
+@given(distributions(), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3))
+def test_children_without_a_distribution_are_certain_proposals_and_exact_too(
     target: torch.Tensor, tokens: list[int]
 ) -> None:
-    tree = TokenTree((0, *tokens), (-1, *(0 for _ in tokens)), Law.INDEPENDENT)
-    torch.testing.assert_close(emitted_law(tree, target), target, rtol=0, atol=1e-6)
+    tree = TokenTree((0, *tokens), (-1, *(0 for _ in tokens)), Drawn.INDEPENDENT)
+    torch.testing.assert_close(
+        emitted_distribution(tree, target), target, rtol=0, atol=1e-6
+    )
 
 
 @settings(max_examples=25)
-@given(laws(), st.sets(st.integers(0, VOCAB - 1), min_size=1))
+@given(distributions(), st.sets(st.integers(0, VOCAB - 1), min_size=1))
 def test_deterministic_siblings_emit_the_token_that_was_sampled(
     target: torch.Tensor, tokens: set[int]
 ) -> None:
@@ -193,7 +195,7 @@ def test_deterministic_siblings_emit_the_token_that_was_sampled(
         assert emitted[0] == sampled
 
 
-@given(laws(), laws())
+@given(distributions(), distributions())
 def test_accepted_mass_and_residual_make_up_the_target(
     target: torch.Tensor, draft: torch.Tensor
 ) -> None:
@@ -203,8 +205,8 @@ def test_accepted_mass_and_residual_make_up_the_target(
     torch.testing.assert_close(whole, target, rtol=0, atol=1e-9)
 
 
-@given(laws(), st.sets(st.integers(0, VOCAB - 1)))
-def test_a_residual_that_rounding_emptied_is_still_a_law(
+@given(distributions(), st.sets(st.integers(0, VOCAB - 1)))
+def test_a_residual_that_rounding_emptied_is_still_a_distribution(
     target: torch.Tensor, tried: set[int]
 ) -> None:
     left = residual(target, target, target, sorted(tried))
@@ -216,23 +218,23 @@ def test_a_residual_that_rounding_emptied_is_still_a_law(
         assert float(left[sorted(tried)].sum()) == 0
 
 
-def test_the_enumeration_detects_a_draft_that_lies_about_its_law() -> None:
+def test_the_enumeration_detects_a_draft_that_lies_about_its_distribution() -> None:
     target = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     draft = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     claimed = torch.full((VOCAB,), 0.25, dtype=torch.float64)
     emitted = torch.zeros(VOCAB, dtype=torch.float64)
     for tokens, chance in independent_draws(draft, 1):
-        emitted += chance * emitted_law(
-            siblings(tokens, Law.INDEPENDENT, claimed), target
+        emitted += chance * emitted_distribution(
+            siblings(tokens, Drawn.INDEPENDENT, claimed), target
         )
     assert float((emitted - target).abs().sum()) > 0.05
 
 
-def run_with_sampled_trees(law: Law, honest: bool, draws: int) -> bool:
-    """Whether the engine's output passes a chi-square test against the exact law.
+def run_with_sampled_trees(drawn: Drawn, honest: bool, draws: int) -> bool:
+    """Whether the engine's output passes a chi-square test against the exact one.
 
-    Two siblings and below the first a further pair, drawn from a fixed law; a dishonest
-    drafter claims another.
+    Two siblings and below the first a further pair, drawn from a fixed distribution; a
+    dishonest drafter claims another.
     """
     model, _ = toy_pair()
     prompt = [1, 4, 2]
@@ -242,15 +244,14 @@ def run_with_sampled_trees(law: Law, honest: bool, draws: int) -> bool:
 
     def script(context: Context) -> TokenTree:
         def pair() -> list[int]:
-            drawn = torch.multinomial(
-                drawn_from, 2, law is Law.INDEPENDENT, generator=generator
-            )
-            return [int(token) for token in drawn]
+            replacement = drawn is Drawn.INDEPENDENT
+            tokens = torch.multinomial(drawn_from, 2, replacement, generator=generator)
+            return [int(token) for token in tokens]
 
         return TokenTree(
             (context.ids[-1], *pair(), *pair()),
             (-1, 0, 0, 1, 1),
-            law,
+            drawn,
             {node: claimed for node in range(1, 5)},
         )
 
@@ -260,22 +261,26 @@ def run_with_sampled_trees(law: Law, honest: bool, draws: int) -> bool:
         controls = Controls(max_new_tokens=3, temperature=1.5, seed=seed)
         run = engine.generate(strategy, prompt, controls)
         seen[tuple(run.token_ids[1:])] += 1
-    return fits(seen, toy_law(model, prompt, temperature=1.5))
+    return fits(seen, toy_distribution(model, prompt, temperature=1.5))
 
 
-@pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.WITHOUT_REPLACEMENT])
-def test_frequencies_of_the_engines_output_fit_the_targets_law(law: Law) -> None:
-    assert run_with_sampled_trees(law, honest=True, draws=1200)
+@pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
+def test_frequencies_of_the_engines_output_fit_the_targets_distribution(
+    drawn: Drawn,
+) -> None:
+    assert run_with_sampled_trees(drawn, honest=True, draws=1200)
 
 
-@pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.WITHOUT_REPLACEMENT])
-def test_frequencies_betray_a_drafter_that_lies_about_its_law(law: Law) -> None:
-    assert not run_with_sampled_trees(law, honest=False, draws=1200)
+@pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
+def test_frequencies_betray_a_drafter_that_lies_about_its_distribution(
+    drawn: Drawn,
+) -> None:
+    assert not run_with_sampled_trees(drawn, honest=False, draws=1200)
 
 
 @st.composite
 def judged_trees(draw: st.DrawFn) -> tuple[TokenTree, list[torch.Tensor]]:
-    """A tree of distinct siblings and a law after each of its nodes."""
+    """A tree of distinct siblings and a distribution after each of its nodes."""
     tokens, parents = [0], [-1]
     taken: set[tuple[int, int]] = set()
     for _ in range(draw(st.integers(0, 9))):
@@ -285,7 +290,7 @@ def judged_trees(draw: st.DrawFn) -> tuple[TokenTree, list[torch.Tensor]]:
             taken.add((parent, token))
             tokens.append(token)
             parents.append(parent)
-    found = [draw(laws()) for _ in tokens]
+    found = [draw(distributions()) for _ in tokens]
     return TokenTree(tokens, parents), found
 
 
@@ -298,9 +303,9 @@ def typical_paths(
         path = tree.ancestors()[node]
         likelihood, passes = 0.0, True
         for parent, child in itertools.pairwise(path):
-            law = after[parent].tolist()
-            entropy = -sum(p * math.log(p) for p in law if p > 0)
-            chance = law[tree.tokens[child]]
+            distribution = after[parent].tolist()
+            entropy = -sum(p * math.log(p) for p in distribution if p > 0)
+            chance = distribution[tree.tokens[child]]
             passes &= chance > min(epsilon, delta * math.exp(-entropy))
             likelihood += math.log(chance) if chance > 0 else -math.inf
         if passes:
@@ -315,7 +320,7 @@ def test_typical_acceptance_keeps_the_longest_then_likeliest_typical_path(
     tree, after = judged
     asked = []
 
-    def law(node: int, tokens: Sequence[int]) -> torch.Tensor:
+    def distribution(node: int, tokens: Sequence[int]) -> torch.Tensor:
         assert list(tokens) == tree.path_tokens(node)
         asked.append(node)
         return after[node]
@@ -330,7 +335,7 @@ def test_typical_acceptance_keeps_the_longest_then_likeliest_typical_path(
     def rank(path: tuple[int, float, list[int]]) -> tuple[int, float]:
         return path[0], round(path[1], 9)
 
-    accepted = accept_typical(tree, Typical(epsilon, delta), law, pick)
+    accepted = accept_typical(tree, Typical(epsilon, delta), distribution, pick)
     every = typical_paths(tree, after, epsilon, delta)
     best = max(map(rank, every))
     mine = [path for path in every if path[2] == accepted.path]
@@ -338,25 +343,25 @@ def test_typical_acceptance_keeps_the_longest_then_likeliest_typical_path(
     assert rank(mine[0])[0] == best[0]
     assert mine[0][1] == pytest.approx(best[1])
     assert accepted.token == int(after[accepted.path[-1]].argmax())
-    assert len(asked) == len(set(asked)), "a law was computed twice"
+    assert len(asked) == len(set(asked)), "a distribution was computed twice"
 
 
 def test_a_sure_target_lets_nothing_pass_but_its_own_choice() -> None:
-    law = torch.tensor([0.97, 0.01, 0.01, 0.01], dtype=torch.float64)
+    distribution = torch.tensor([0.97, 0.01, 0.01, 0.01], dtype=torch.float64)
     tree = TokenTree([0, 1, 0], [-1, 0, 0])
     accepted = accept_typical(
-        tree, Typical(0.09, 0.3), lambda *_: law, lambda probs, _: 3
+        tree, Typical(0.09, 0.3), lambda *_: distribution, lambda probs, _: 3
     )
     assert (accepted.path, accepted.token) == ([0, 2], 3)
 
 
 def test_an_unsure_target_lets_less_likely_tokens_pass() -> None:
-    law = torch.full((VOCAB,), 1 / VOCAB, dtype=torch.float64)
+    distribution = torch.full((VOCAB,), 1 / VOCAB, dtype=torch.float64)
     # exp(-entropy) is 1 / 4: a quarter is above 0.3 of it and not above all of it.
-    assert Typical(0.9, 0.3).bar(law) == pytest.approx(0.075)
+    assert Typical(0.9, 0.3).bar(distribution) == pytest.approx(0.075)
     tree = TokenTree([0, 2], [-1, 0])
     for alpha, length in ((0.3, 2), (1.0, 1)):
         accepted = accept_typical(
-            tree, Typical(0.9, alpha), lambda *_: law, lambda probs, _: 1
+            tree, Typical(0.9, alpha), lambda *_: distribution, lambda probs, _: 1
         )
         assert len(accepted.path) == length

@@ -52,7 +52,7 @@ PROMPTS = (
 DETERMINISTIC: dict[str, dict[str, Scalar]] = {
     "autoregressive": {},
     "prompt_lookup": {},
-    "draft_model": {"draft_law": "coupled"},
+    "draft_model": {"draft_sampling": "coupled"},
     "draft_tree": {"mode": "deterministic"},
 }
 HOST = Host.installed()
@@ -113,7 +113,7 @@ def test_greedy_output_is_the_models_own_or_the_strategy_refuses(
     name: str, architecture: str
 ) -> None:
     model, draft = target_and_draft(architecture)
-    if HOST.strategy(name).needs_heads is not None:
+    if HOST.strategy(name).requires.heads is not None:
         model = copy.copy(model)  # others share the target, and it has no heads
         model.heads = {}
         attach_tiny_heads(model)

@@ -233,9 +233,3 @@ def test_a_draft_model_that_loses_reads_few_prompts() -> None:
     lost = sum(answers.answer(40, gain=1)[0] - 40 for _ in range(50))
     assert lost <= max(CREDIT, 2.1) + SHARE * 50 * 48
     assert lost > 0  # it did find out
-
-
-def test_a_prompt_read_before_counts_as_read() -> None:
-    gate = Gate(Chain(), GateMemory(), lambda: 5.0, 10, True, prefill=4.0)
-    gate.observe(Outcome(None, (), [1], {}, None))  # type: ignore[arg-type]
-    assert gate._prefill == 4.0

@@ -16,7 +16,7 @@ from adaptspec.errors import InvalidTreeError
 from adaptspec.strategy import Context
 from adaptspec.testing.fakes import POSITIONS, VOCAB, ScriptedStrategy, random_ids
 from adaptspec.testing.strategies import plain_strategy, target_and_draft
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 
 PROMPT = tuple(random_ids(11, seed=6))
 NEW_TOKENS = 14
@@ -218,7 +218,7 @@ def bad_trees(root: int) -> dict[str, TokenTree]:
         "root excluded": TokenTree((root,), (-1,), probes=frozenset({0})),
         "nodes of the tree": TokenTree((root, 3), (-1, 0), probes=frozenset({5})),
         "need draft_probs, missing for [2]": TokenTree(
-            (root, 3, 4), (-1, 0, 0), Law.WITHOUT_REPLACEMENT, half
+            (root, 3, 4), (-1, 0, 0), Drawn.WITHOUT_REPLACEMENT, half
         ),
     }
 

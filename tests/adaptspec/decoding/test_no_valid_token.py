@@ -195,7 +195,7 @@ def test_one_nan_is_seen_in_any_type_and_among_many_tokens(dtype: torch.dtype) -
     [
         DraftModel(),
         DraftModel(DraftModel.Params(stop=0.4)),
-        DraftModel(DraftModel.Params(draft_law="coupled", stop=0.4)),
+        DraftModel(DraftModel.Params(draft_sampling="coupled", stop=0.4)),
         DraftTree(),
         DraftTree(DraftTree.Params(mode="sampled")),
         Hybrid(),
@@ -223,7 +223,7 @@ def test_a_draft_that_breaks_on_some_tokens_is_of_use_before(
     controls = Controls(30, temperature=temperature, seed=5)
     plain = Engine(model).generate(Autoregressive(), PROMPT, controls).token_ids
     draft = broken(BROKEN["all NaN"], plain[10])
-    coupled = DraftModel(DraftModel.Params(draft_law="coupled"))
+    coupled = DraftModel(DraftModel.Params(draft_sampling="coupled"))
     done = Engine(model, draft).generate(coupled, PROMPT, controls)
     assert done.token_ids == plain
     assert done.stats.accepted > 0

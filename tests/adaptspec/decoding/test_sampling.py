@@ -15,7 +15,7 @@ from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler, arrivals, key, race, uniforms, unit
 
 CPU = torch.device("cpu")
-LAW = torch.tensor([0.35, 0.25, 0.2, 0.15, 0.05, 0.0])
+PROBS = torch.tensor([0.35, 0.25, 0.2, 0.15, 0.05, 0.0])
 
 
 def splitmix(state: int) -> int:
@@ -50,26 +50,26 @@ def test_streams_seeds_and_positions_have_different_noise(
     assert len(keys) == 5
 
 
-def test_a_race_samples_the_law_and_never_the_impossible() -> None:
-    draws = [race(LAW, key(3, position, 1)) for position in range(6000)]
+def test_a_race_samples_the_distribution_and_never_the_impossible() -> None:
+    draws = [race(PROBS, key(3, position, 1)) for position in range(6000)]
     counts = [draws.count(token) for token in range(6)]
     assert counts[5] == 0
-    expected = [6000 * float(p) for p in LAW[:5]]
+    expected = [6000 * float(p) for p in PROBS[:5]]
     assert stats.chisquare(counts[:5], expected).pvalue > 1e-4
     uniform = [sum(counts) / 5] * 5
     assert stats.chisquare(counts[:5], uniform).pvalue < 1e-9  # the test can fail
 
 
-def test_draws_without_replacement_follow_the_successive_law() -> None:
+def test_draws_without_replacement_follow_the_successive_distribution() -> None:
     sampler = Sampler(Processors(Controls(temperature=1.0), 1, CPU), seed=5)
     counts: dict[tuple[int, ...], int] = {}
     rounds = 6000
     for _ in range(rounds):
-        pair = tuple(sampler.draw(LAW, 2))
+        pair = tuple(sampler.draw(PROBS, 2))
         counts[pair] = counts.get(pair, 0) + 1
-    law = LAW.tolist()
+    probs = PROBS.tolist()
     expected = {
-        (a, b): rounds * law[a] * law[b] / (1 - law[a])
+        (a, b): rounds * probs[a] * probs[b] / (1 - probs[a])
         for a in range(5)
         for b in range(5)
         if a != b
@@ -81,12 +81,12 @@ def test_draws_without_replacement_follow_the_successive_law() -> None:
 
 def test_draws_stop_where_the_support_ends() -> None:
     sampler = Sampler(Processors(Controls(temperature=1.0), 1, CPU), seed=5)
-    assert sorted(sampler.draw(LAW, 9)) == [0, 1, 2, 3, 4]
-    assert math.isinf(float(arrivals(LAW, key(1))[5]))
+    assert sorted(sampler.draw(PROBS, 9)) == [0, 1, 2, 3, 4]
+    assert math.isinf(float(arrivals(PROBS, key(1))[5]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_same_law_at_the_same_position_gives_the_same_token(
+def test_the_same_distribution_at_the_same_position_gives_the_same_token(
     temperature: float,
 ) -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
@@ -94,6 +94,6 @@ def test_the_same_law_at_the_same_position_gives_the_same_token(
         Sampler(Processors(Controls(temperature=temperature), 3, CPU), seed=9)
         for _ in range(2)
     ]
-    samplers[1].draw(LAW, 1)  # what was drafted doesn't matter
+    samplers[1].draw(PROBS, 1)  # what was drafted doesn't matter
     ids = [1, 2, 3]
     assert samplers[0].choose(ids, logits) == samplers[1].choose(ids, logits)

@@ -73,18 +73,18 @@ def test_greedy_decoding_draws_no_seed() -> None:
 
 
 def test_prompts_of_one_length_and_seed_have_independent_noise() -> None:
-    law = torch.full((VOCAB,), 1 / VOCAB)
+    probs = torch.full((VOCAB,), 1 / VOCAB)
     processors = Processors(Controls(temperature=1.0), 4, torch.device("cpu"))
 
     def tokens(prompt: list[int]) -> list[int]:
         sampler = Sampler(processors, 0, prompt)
-        return [sampler.coupled(law, position) for position in range(4, 2004)]
+        return [sampler.coupled(probs, position) for position in range(4, 2004)]
 
     one, other = tokens([5, 6, 7, 8]), tokens([5, 6, 7, 9])
     assert one == tokens([5, 6, 7, 8])
     equal = sum(a == b for a, b in zip(one, other, strict=True))
     assert equal < 70  # 31 of 2000 are expected of independent draws
-    draws = [Sampler(processors, 0, [5, token]).draw(law, 1) for token in range(20)]
+    draws = [Sampler(processors, 0, [5, token]).draw(probs, 1) for token in range(20)]
     assert len({draw[0] for draw in draws}) > 5
 
 

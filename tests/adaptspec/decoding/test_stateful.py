@@ -23,7 +23,7 @@ from adaptspec.testing.fakes import (
     tiny_tokenizer,
 )
 from adaptspec.testing.strategies import Grammar, target_and_draft
-from adaptspec.token_tree import Law
+from adaptspec.token_tree import Drawn
 
 PROMPT = random_ids(9, seed=4)
 EOS = 1
@@ -103,24 +103,24 @@ def test_nothing_is_asked_after_a_stop_string_or_the_limit(temperature: float) -
 
 
 class Draws(Strategy):
-    """Draws from the law that drafters are given, siblings without replacement."""
+    """Draws from what drafters are given, siblings without replacement."""
 
     name = "draws"
     summary = "sampled trees"
-    law = Law.WITHOUT_REPLACEMENT
+    drawn = Drawn.WITHOUT_REPLACEMENT
 
     def start(self, target: Target) -> Drafter:
         class Drawing(Drafter):
             def propose(self, context: Context) -> TokenTree:
                 logits = torch.zeros(VOCAB)
-                law = target.sampling.probs(context.ids, logits)
-                tokens, parents, laws = [context.ids[-1]], [-1], {}
+                probs = target.sampling.probs(context.ids, logits)
+                tokens, parents, draft_probs = [context.ids[-1]], [-1], {}
                 for parent in (0, 1):
-                    for token in target.sampling.draw(law, 6):
-                        laws[len(tokens)] = law
+                    for token in target.sampling.draw(probs, 6):
+                        draft_probs[len(tokens)] = probs
                         tokens.append(token)
                         parents.append(parent)
-                return TokenTree(tokens, parents, Draws.law, laws)
+                return TokenTree(tokens, parents, Draws.drawn, draft_probs)
 
         return Drawing()
 

@@ -115,15 +115,6 @@ def test_truncating_forgets_the_last_rows_and_cannot_bring_rows_back() -> None:
         cache.truncate(3)
 
 
-def test_the_cache_of_the_lowest_layers_shares_their_rows() -> None:
-    cache = TreeCache(3, capacity=8)
-    for layer in cache.rows:
-        layer.update(numbered(0, 3), numbered(0, 3))
-    lower = cache.lower(2)
-    lower.rows[0].update(numbered(3, 1), numbered(3, 1))
-    assert [layer.length for layer in cache.rows] == [4, 3, 3]
-
-
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=12), st.integers(0, 5000))
 def test_buffers_are_hardly_larger_than_the_rows_in_them(
     appended: list[int], capacity: int

@@ -12,11 +12,18 @@ from torch import nn
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.errors import ModelLoadError
+from adaptspec.errors import ModelLoadError, NoHiddenStatesError
 from adaptspec.host import Host
 from adaptspec.model import miniature
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.testing.fakes import SPREAD, VOCAB, hf_greedy, random_ids, tiny_module
+from adaptspec.testing.fakes import (
+    SPREAD,
+    VOCAB,
+    hf_greedy,
+    random_ids,
+    tiny_model,
+    tiny_module,
+)
 from adaptspec.testing.strategies import plain_strategy
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -89,7 +96,7 @@ def test_prompts_longer_than_a_window_of_rows_are_decoded_as_generate_does(
         prompt = [*half, *half]
         strategy = Host.installed().strategy(name)
         if strategy.unavailable(model, None):
-            assert strategy.needs_trees
+            assert strategy.requires.trees
             return
         run = Engine(model).generate(strategy(), prompt, Controls.greedy(20))
         assert run.token_ids == hf_greedy(model, prompt, 20)
@@ -252,3 +259,21 @@ def test_texts_read_as_a_batch_get_the_logits_of_the_callers_model() -> None:
             m(input_ids=ids).logits for m in (LanguageModel(module).model, module)
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_shows_no_states_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    forward = model.model.forward
+
+    def silent(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.hidden_states = None
+        return output
+
+    monkeypatch.setattr(model.model, "forward", silent)
+    cache = model.new_cache()
+    with pytest.raises(NoHiddenStatesError, match="llama shows no hidden states"):
+        model.prefill([2, 3], cache, hidden_layers=(1,))
+    assert len(model.prefill([4], cache).rows) == 1

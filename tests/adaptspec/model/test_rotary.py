@@ -110,7 +110,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 STRATEGIES = (
     "autoregressive",
     "draft_model",
-    "early_exit",
     "hybrid",
     "lookahead",
     "prompt_lookup",

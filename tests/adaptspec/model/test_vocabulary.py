@@ -87,7 +87,7 @@ def test_a_draft_that_lacks_tokens_drafts_without_changing_the_output(
     plain = engine.generate(host.create("autoregressive", {}), ids, controls)
     params: dict[str, Any] = {}
     if temperature and strategy == "draft_model":
-        params = {"draft_law": "coupled"}
+        params = {"draft_sampling": "coupled"}
     found = engine.generate(host.create(strategy, params), ids, controls)
     assert set(marks) & set(plain.token_ids)
     assert found.token_ids == plain.token_ids
@@ -103,11 +103,11 @@ def test_controls_that_leave_no_token_of_the_draft_are_no_error() -> None:
     target, draft = model("target", 3), model("fewer", 0)
     host = Host({"bundled": adaptspec_plugins})
     for temperature in (0.0, 1.0):
-        for law in ("independent", "coupled"):
+        for sampling in ("independent", "coupled"):
             controls = Controls(
                 6, temperature=temperature, seed=1, logits_processor=[_only([VOCAB])]
             )
-            strategy = host.create("draft_model", {"draft_law": law})
+            strategy = host.create("draft_model", {"draft_sampling": sampling})
             found = Engine(target, draft).generate(strategy, random_ids(5), controls)
             assert found.token_ids == [VOCAB] * 6
 

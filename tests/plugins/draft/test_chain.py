@@ -1,4 +1,4 @@
-"""The chain drafter against drafting from scratch; its sampled laws by frequency."""
+"""The chain drafter against drafting from scratch; sampled drafts by frequency."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
-from adaptspec.testing.strategies import chi_square, toy_law
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.testing.strategies import chi_square, toy_distribution
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft.chain import DraftModel, DraftModelParams
 from adaptspec_plugins.draft.drawing import DraftChain
@@ -25,7 +25,7 @@ from adaptspec_plugins.draft.drawing import DraftChain
 BuildModel = Callable[..., LanguageModel]
 FreshLogits = Callable[[LanguageModel, list[int]], torch.Tensor]
 SEEDS = range(400)
-HOT = 4.0  # flattens the tiny models' laws, so that all outcomes count
+HOT = 4.0  # flattens the tiny models' distributions, so that all outcomes count
 
 
 def start(
@@ -51,7 +51,10 @@ def plain(target: LanguageModel, prompt: list[int], controls: Controls) -> list[
     return Engine(target).generate(Autoregressive(), prompt, controls).token_ids
 
 
-@pytest.mark.parametrize("params", [{"k": 1}, {"k": 5}, {"k": 6, "stop": 0.6}])
+@pytest.mark.parametrize(
+    "params",
+    [{"draft_length": 1}, {"draft_length": 5}, {"draft_length": 6, "stop": 0.6}],
+)
 def test_a_draft_is_what_the_draft_model_decodes_from_scratch(
     target: LanguageModel,
     draft: LanguageModel,
@@ -64,10 +67,10 @@ def test_a_draft_is_what_the_draft_model_decodes_from_scratch(
     for step in range(8):
         tree = drafter.propose(Context(ids, 50, 128, step))
         expected: list[int] = []
-        for _ in range(params["k"]):
-            law = fresh_logits(draft, ids + expected).softmax(-1)
-            expected.append(int(law.argmax()))
-            if float(law.max()) < params.get("stop", 0.0):
+        for _ in range(params["draft_length"]):
+            probs = fresh_logits(draft, ids + expected).softmax(-1)
+            expected.append(int(probs.argmax()))
+            if float(probs.max()) < params.get("stop", 0.0):
                 break
         assert list(tree.tokens) == [ids[-1], *expected]
         lengths.add(len(expected))
@@ -86,7 +89,7 @@ def test_the_draft_cache_is_in_step_after_every_rejection_and_nothing_is_fed_twi
     temperature: float,
 ) -> None:
     controls = Controls(max_new_tokens=40, temperature=temperature, seed=0)
-    stats = generate(target, draft, prompt, controls, k=4).stats
+    stats = generate(target, draft, prompt, controls, draft_length=4).stats
     accepted = {step.accepted for step in stats.steps}
     assert {0, 4} <= accepted  # rejections at once and drafts kept whole
     assert checked_drafts.compared >= stats.proposed
@@ -104,20 +107,24 @@ def test_the_draft_cache_is_in_step_after_every_rejection_and_nothing_is_fed_twi
 def test_coupled_drafts_emit_plain_samplings_tokens(
     target: LanguageModel, draft: LanguageModel, prompt: list[int], controls: Controls
 ) -> None:
-    run = generate(target, draft, prompt, controls, draft_law="coupled", k=4)
+    run = generate(
+        target, draft, prompt, controls, draft_sampling="coupled", draft_length=4
+    )
     assert run.token_ids == plain(target, prompt, controls)
     assert run.stats.accepted > 0
 
 
-def test_a_draft_equal_to_the_target_is_always_accepted_under_every_law(
+def test_a_draft_equal_to_the_target_is_always_accepted_however_it_samples(
     target: LanguageModel, prompt: list[int]
 ) -> None:
-    for controls, law in (
+    for controls, sampling in (
         (Controls(max_new_tokens=26, repetition_penalty=1.6), "independent"),
         (Controls(max_new_tokens=26, temperature=1.0, top_k=9, seed=0), "independent"),
         (Controls(max_new_tokens=26, temperature=1.0, top_k=9, seed=0), "coupled"),
     ):
-        stats = generate(target, target, prompt, controls, k=4, draft_law=law).stats
+        stats = generate(
+            target, target, prompt, controls, draft_length=4, draft_sampling=sampling
+        ).stats
         assert stats.accepted == stats.proposed > 0
 
 
@@ -133,8 +140,10 @@ class Overconfident(DraftModel):
             def propose(self, context: Context) -> TokenTree:
                 tree = honest.propose(context)
                 best = [int(tree.draft_probs[n].argmax()) for n in range(1, len(tree))]
-                laws = [tree.draft_probs[n] for n in range(1, len(tree))]
-                return TokenTree.chain(tree.tokens[0], best, Law.INDEPENDENT, laws)
+                draft_probs = [tree.draft_probs[n] for n in range(1, len(tree))]
+                return TokenTree.chain(
+                    tree.tokens[0], best, Drawn.INDEPENDENT, draft_probs
+                )
 
         return Argmax()
 
@@ -142,14 +151,19 @@ class Overconfident(DraftModel):
 @pytest.mark.parametrize(
     ("strategy", "exact"),
     [
-        (DraftModel(DraftModelParams(k=2)), True),
-        (DraftModel(DraftModelParams(k=2, stop=0.5, draft_temperature=0.6)), True),
-        (DraftModel(DraftModelParams(k=2, draft_law="coupled")), True),
-        (Overconfident(DraftModelParams(k=2)), False),
+        (DraftModel(DraftModelParams(draft_length=2)), True),
+        (
+            DraftModel(
+                DraftModelParams(draft_length=2, stop=0.5, draft_temperature=0.6)
+            ),
+            True,
+        ),
+        (DraftModel(DraftModelParams(draft_length=2, draft_sampling="coupled")), True),
+        (Overconfident(DraftModelParams(draft_length=2)), False),
     ],
     ids=["independent", "stopping early, colder", "coupled", "negative control"],
 )
-def test_sampled_output_has_the_targets_law(
+def test_sampled_output_has_the_targets_distribution(
     llama: BuildModel,
     strategy: DraftModel,
     exact: bool,
@@ -166,7 +180,7 @@ def test_sampled_output_has_the_targets_law(
         )
         for seed in SEEDS
     )
-    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_distribution(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 
@@ -181,7 +195,7 @@ def test_a_draft_vocabulary_padded_otherwise_is_cut_or_filled_with_impossible_to
     prompt = [token % 60 for token in prompt]
     other = llama(vocab_size=width)
     controls = Controls(max_new_tokens=9, temperature=1.0, seed=0)
-    drafter = start(target, other, controls, k=1)
+    drafter = start(target, other, controls, draft_length=1)
     tree = drafter.propose(Context(prompt, 9, 128, 0))
     tree.check(prompt[-1], 64)
     shared = min(width, 64)
@@ -195,7 +209,7 @@ def test_drafting_ends_where_the_draft_models_positions_end(
 ) -> None:
     short = gpt2(positions=len(prompt) + 6)
     controls = Controls.greedy(20)
-    run = generate(target, short, prompt, controls, k=4)
+    run = generate(target, short, prompt, controls, draft_length=4)
     assert run.token_ids == plain(target, prompt, controls)
     proposed = [step.proposed for step in run.stats.steps]
     assert proposed[0] == 4
@@ -213,7 +227,7 @@ def test_no_deeper_than_the_room_left(
     nodes: int,
     drafted: int,
 ) -> None:
-    drafter = start(target, draft, Controls.greedy(9), k=4)
+    drafter = start(target, draft, Controls.greedy(9), draft_length=4)
     assert drafter.propose(Context(prompt, room, nodes, 0)).proposed == drafted
 
 
@@ -225,8 +239,8 @@ def test_a_chain_that_measures_its_doubt_ends_where_another_token_isnt_worth_it(
     logits = torch.tensor([1.0, 0.0]).log().clamp_min(-50)
     halves = torch.zeros(2)
 
-    def length(law: torch.Tensor, least: float) -> int:
-        return chain.draft([0], 6, lambda drafted: law, least).proposed
+    def length(probs: torch.Tensor, least: float) -> int:
+        return chain.draft([0], 6, lambda drafted: probs, least).proposed
 
     assert length(halves, 0.0) == 6
     assert length(halves, 0.3) == 2  # 0.5, 0.25

@@ -1,4 +1,4 @@
-"""The tree drafters against EAGLE-2 written naively, and their laws by frequency."""
+"""The tree drafters against EAGLE-2 written naively, and sampled trees by frequency."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from adaptspec.decoding.sampling import Sampler
 from adaptspec.model.forward import Capability
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Context, Drafter, Target
-from adaptspec.testing.strategies import chi_square, toy_law
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.testing.strategies import chi_square, toy_distribution
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft.tree import DraftTree, DraftTreeParams, expected_shape
 
@@ -30,7 +30,7 @@ BuildModel = Callable[..., LanguageModel]
 FreshLogits = Callable[[LanguageModel, list[int]], torch.Tensor]
 Path = tuple[int, ...]
 SEEDS = range(400)
-HOT = 4.0  # flattens the tiny models' laws, so that all outcomes count
+HOT = 4.0  # flattens the tiny models' distributions, so that all outcomes count
 
 
 def start(
@@ -46,7 +46,11 @@ def paths(tree: TokenTree) -> set[Path]:
 
 
 def naive_tree(
-    law: Callable[[Path], torch.Tensor], nodes: int, depth: int, top_k: int, stop: float
+    probs: Callable[[Path], torch.Tensor],
+    nodes: int,
+    depth: int,
+    top_k: int,
+    stop: float,
 ) -> set[Path]:
     """EAGLE-2: expand the best top_k of each level, rank everything at the end."""
     values: dict[Path, float] = {}
@@ -55,7 +59,7 @@ def naive_tree(
         fresh = []
         for path in frontier:
             before = values.get(path, 0.0)
-            top = law(path).topk(top_k)
+            top = probs(path).topk(top_k)
             for p, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
                 if p > 0:
                     fresh.append((*path, token))
@@ -68,10 +72,10 @@ def naive_tree(
 @pytest.mark.parametrize(
     "params",
     [
-        {"nodes": 12, "depth": 4, "top_k": 3, "stop": 0.0},
-        {"nodes": 40, "depth": 3, "top_k": 4, "stop": 0.0},
-        {"nodes": 5, "depth": 6, "top_k": 4, "stop": 0.0},
-        {"nodes": 30, "depth": 4, "top_k": 3, "stop": 0.2},
+        {"draft_length": 12, "speculation_depth": 4, "top_k": 3, "stop": 0.0},
+        {"draft_length": 40, "speculation_depth": 3, "top_k": 4, "stop": 0.0},
+        {"draft_length": 5, "speculation_depth": 6, "top_k": 4, "stop": 0.0},
+        {"draft_length": 30, "speculation_depth": 4, "top_k": 3, "stop": 0.2},
     ],
 )
 @pytest.mark.parametrize("controls", [Controls(), Controls(temperature=0.7, top_k=3)])
@@ -89,7 +93,7 @@ def test_the_tree_is_eagle_2s_drafted_from_scratch(
         tree = drafter.propose(Context(ids, 50, 128, step))
         tree.check(ids[-1], 64)
 
-        def law(path: Path, ids: tuple[int, ...] = tuple(ids)) -> torch.Tensor:
+        def probs(path: Path, ids: tuple[int, ...] = tuple(ids)) -> torch.Tensor:
             logits = fresh_logits(draft, [*ids, *path])
             if controls.temperature == 0:
                 return logits.softmax(-1)
@@ -97,8 +101,8 @@ def test_the_tree_is_eagle_2s_drafted_from_scratch(
             cold = (kept.values / controls.temperature).softmax(-1)
             return torch.zeros_like(logits).scatter(0, kept.indices, cold)
 
-        assert tree.law is Law.DETERMINISTIC
-        assert paths(tree) == naive_tree(law, **params)
+        assert tree.drawn is Drawn.DETERMINISTIC
+        assert paths(tree) == naive_tree(probs, **params)
         # Commit one of its paths in part, and something the draft didn't say.
         ids += [*tree.path_tokens(len(tree) - 1)[: step + 1], 63 - step]
 
@@ -115,7 +119,9 @@ def test_the_draft_cache_is_in_step_after_any_path_and_nothing_is_fed_twice(
     mode: str,
     temperature: float,
 ) -> None:
-    params = DraftTreeParams.parse({"mode": mode, "depth": 4, "nodes": 14})
+    params = DraftTreeParams.parse(
+        {"mode": mode, "speculation_depth": 4, "draft_length": 14}
+    )
     controls = Controls(max_new_tokens=40, temperature=temperature, seed=5)
     stats = Engine(target, draft).generate(DraftTree(params), prompt, controls).stats
     accepted = {step.accepted for step in stats.steps}
@@ -129,7 +135,14 @@ def test_the_draft_cache_is_in_step_after_any_path_and_nothing_is_fed_twice(
 def test_the_path_of_likeliest_tokens_stands_first_so_that_keeping_it_copies_nothing(
     target: LanguageModel, draft: LanguageModel, prompt: list[int]
 ) -> None:
-    drafter = start(target, draft, Controls.greedy(50), nodes=12, depth=4, top_k=3)
+    drafter = start(
+        target,
+        draft,
+        Controls.greedy(50),
+        draft_length=12,
+        speculation_depth=4,
+        top_k=3,
+    )
     tree = drafter.propose(Context(prompt, 50, 128, 0))
     node, chain = 0, [0]
     while tree.children[node]:
@@ -176,7 +189,7 @@ class Pretended(DraftTree):
                     for rank, child in enumerate(children):
                         order = tree.draft_probs[child].argsort(descending=True)
                         tokens[child] = int(order[rank])
-                return TokenTree(tokens, tree.parents, tree.law, tree.draft_probs)
+                return TokenTree(tokens, tree.parents, tree.drawn, tree.draft_probs)
 
         return Likeliest()
 
@@ -184,13 +197,17 @@ class Pretended(DraftTree):
 @pytest.mark.parametrize(
     ("cls", "params", "exact"),
     [
-        (DraftTree, {"nodes": 6, "depth": 2, "top_k": 3}, True),
-        (DraftTree, {"nodes": 6, "depth": 2, "top_k": 3, "stop": 0.4}, True),
-        (Pretended, {"nodes": 2, "depth": 2, "top_k": 1}, False),
+        (DraftTree, {"draft_length": 6, "speculation_depth": 2, "top_k": 3}, True),
+        (
+            DraftTree,
+            {"draft_length": 6, "speculation_depth": 2, "top_k": 3, "stop": 0.4},
+            True,
+        ),
+        (Pretended, {"draft_length": 2, "speculation_depth": 2, "top_k": 1}, False),
     ],
     ids=["drawn", "expanding only the likely", "negative control"],
 )
-def test_sampled_trees_leave_the_targets_law(
+def test_sampled_trees_leave_the_targets_distribution(
     llama: BuildModel,
     cls: type[DraftTree],
     params: dict[str, Any],
@@ -204,18 +221,20 @@ def test_sampled_trees_leave_the_targets_law(
         controls = Controls(max_new_tokens=4, temperature=HOT, seed=seed)
         run = engine.generate(strategy, [1, 2], controls)
         counts[tuple(run.token_ids[1:3])] += 1
-    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_distribution(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 
-def test_a_sampled_tree_carries_the_law_of_each_draw_without_repeats(
+def test_a_sampled_tree_carries_the_distribution_of_each_draw_without_repeats(
     target: LanguageModel, draft: LanguageModel, fresh_logits: FreshLogits, prompt: Any
 ) -> None:
     controls = Controls(temperature=1.0, seed=2)
-    drafter = start(target, draft, controls, mode="sampled", nodes=20, depth=3)
+    drafter = start(
+        target, draft, controls, mode="sampled", draft_length=20, speculation_depth=3
+    )
     tree = drafter.propose(Context(prompt, 50, 128, 0))
     tree.check(prompt[-1], 64)
-    assert tree.law is Law.WITHOUT_REPLACEMENT
+    assert tree.drawn is Drawn.WITHOUT_REPLACEMENT
     assert tree.proposed == 20
     for node in range(1, len(tree)):
         before = tree.path_tokens(node)[:-1]

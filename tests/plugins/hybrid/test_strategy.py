@@ -20,9 +20,17 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import InvalidTreeError
 from adaptspec.knowledge import KnowledgeWarning
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.strategy import Context, Drafter, Needs, Outcome, Strategy, Target
+from adaptspec.strategy import (
+    Context,
+    Drafter,
+    Observes,
+    Outcome,
+    Requirements,
+    Strategy,
+    Target,
+)
 from adaptspec.testing import StrategyContract
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins import register_strategies
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.hybrid.candidates import (
@@ -66,7 +74,7 @@ class Clock:
 
 class TestHybrid(StrategyContract):
     strategy = Hybrid
-    params = ({}, {"use_draft": False, "max_nodes": 6})
+    params = ({}, {"use_draft": False, "draft_length": 6})
 
 
 def prefixes(paths: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
@@ -113,7 +121,7 @@ def test_probes_and_what_hangs_below_the_deepest_level_are_left_out() -> None:
 
 
 def test_a_sampled_proposal_is_refused_by_the_members_name() -> None:
-    tree = TokenTree([ROOT, 1], [-1, 0], Law.INDEPENDENT)
+    tree = TokenTree([ROOT, 1], [-1, 0], Drawn.INDEPENDENT)
     with pytest.raises(InvalidTreeError, match="'gambler' proposes independent"):
         Candidates(ROOT, 5).add(tree, 0, "gambler")
 
@@ -350,7 +358,7 @@ class World:
                 "name": name,
                 "summary": "",
                 "joins": {},
-                "needs_draft": needs_draft,
+                "requires": Requirements("same vocabulary" if needs_draft else None),
                 "start": start,
             },
         )
@@ -739,10 +747,10 @@ class Curious(Autoregressive):
 
     name = "curious"
     joins = {}  # noqa: RUF012
-    wants = Needs()
+    wants = Observes()
     got: Any = None
 
-    def needs(self, model: LanguageModel) -> Needs:
+    def observes(self, model: LanguageModel) -> Observes:
         return self.wants
 
     def start(self, target: Target) -> Drafter:
@@ -763,17 +771,17 @@ def test_each_member_is_given_the_hidden_states_it_asked_for(
     target: LanguageModel, prompt: list[int]
 ) -> None:
     wants = {
-        "all": Needs(hidden_layers=(1, -1), prefill_hidden="all"),
-        "last": Needs(hidden_layers=(-1,), prefill_hidden="last"),
-        "steps": Needs(hidden_layers=(0,), prefill_logits=4),
-        "none": Needs(),
+        "all": Observes(hidden_layers=(1, -1), prefill_hidden="all"),
+        "last": Observes(hidden_layers=(-1,), prefill_hidden="last"),
+        "steps": Observes(hidden_layers=(0,), prefill_logits=4),
+        "none": Observes(),
     }
     members: list[Any] = [
-        type(f"C{name}", (Curious,), {"name": name, "wants": needs})
-        for name, needs in wants.items()
+        type(f"C{name}", (Curious,), {"name": name, "wants": observes})
+        for name, observes in wants.items()
     ]
     hybrid = hybrid_of(*members)
-    found = hybrid.needs(target)
+    found = hybrid.observes(target)
     assert (set(found.hidden_layers), found.prefill_hidden) == ({0, 1, -1}, "all")
     assert found.prefill_logits == 4
     Engine(target).generate(hybrid, prompt, Controls.greedy(3))

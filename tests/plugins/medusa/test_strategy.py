@@ -41,7 +41,7 @@ from adaptspec.testing.strategies import (
     sampled,
     toy_pair,
 )
-from adaptspec.token_tree import Law
+from adaptspec.token_tree import Drawn
 from adaptspec_plugins.hybrid.strategy import Hybrid
 from adaptspec_plugins.medusa.strategy import Medusa, MedusaParams, MedusaTypical
 from adaptspec_plugins.medusa.trees import (
@@ -78,7 +78,7 @@ def toy_with_heads(kind: Kind) -> tuple[LanguageModel, LanguageModel]:
 
 class TestMedusa(StrategyContract):
     strategy = Medusa
-    params = ({}, {"tree": "dynamic", "nodes": 9}, {"tree": "chain"})
+    params = ({}, {"tree": "dynamic", "draft_length": 9}, {"tree": "chain"})
 
     def models(self, architecture: str) -> tuple[LanguageModel, LanguageModel]:
         model = headed(architecture, "fitted")
@@ -180,7 +180,7 @@ def test_a_vocabulary_smaller_than_the_tree_is_wide_will_do(size: int) -> None:
     model = tiny_model("llama")
     attach_tiny_heads(model, "random", token_map=list(range(7, 7 + size)))
     for tree in TREES:
-        strategy = Medusa(MedusaParams.parse({"tree": tree, "nodes": 64}))
+        strategy = Medusa(MedusaParams.parse({"tree": tree, "draft_length": 64}))
         run, trees = record(strategy, model, None, PROMPTS[3], greedy())
         assert run.token_ids == own_greedy("llama", PROMPTS[3])
         assert max(len(c) for t in trees for c in t.children) == (
@@ -208,7 +208,7 @@ def test_only_as_many_heads_as_the_tree_is_deep_are_computed(
         return guess(self, hidden, count, top_k, *a, **k)
 
     monkeypatch.setattr(MedusaTrained, "guess", counting)
-    strategy = Medusa(MedusaParams(nodes=2, heads=5))
+    strategy = Medusa(MedusaParams(draft_length=2, heads=5))
     Engine(model).generate(strategy, PROMPTS[1], Controls.greedy(6))
     assert set(asked) <= {(1, 1), (1, 2), (2, 1), (2, 2)}
 
@@ -235,7 +235,7 @@ def test_heads_must_be_attached_and_fit(tmp_path: Any) -> None:
     assert opened is not None
     assert (opened.name, opened.count) == (tmp_path.name, 3)
     model.attach(opened)
-    strategy = Medusa(MedusaParams(nodes=64))
+    strategy = Medusa(MedusaParams(draft_length=64))
     _, trees = record(strategy, model, None, PROMPTS[1], Controls.greedy(9))
     assert all(tree.parents in ((-1, 0, 0), (-1,)) for tree in trees)
     # Read-only: what a run does to the tensors stays out of the file.
@@ -352,11 +352,11 @@ def test_a_chain_is_the_first_rank_of_each_head() -> None:
 
 def test_evidence_tells_head_rank_and_sureness_apart() -> None:
     model = headed("llama", "fitted")
-    strategy = Medusa(MedusaParams(nodes=64))
+    strategy = Medusa(MedusaParams(draft_length=64))
     _, trees = record(strategy, model, None, PROMPTS[3], greedy())
     tree = max(trees, key=len)
     tree.check(tree.tokens[0], model.vocab_size)
-    assert tree.law is Law.DETERMINISTIC
+    assert tree.drawn is Drawn.DETERMINISTIC
     assert len(tree.evidence) == len(tree)
     assert all(0 <= mark <= 1023 for mark in tree.evidence)
     for node in range(1, len(tree)):
@@ -389,10 +389,10 @@ def test_a_hybrid_takes_the_heads_in_where_they_are_attached(
         controls = sampled(seed=6)
         run = Engine(model).generate(strategy, prompt, controls)
         assert run.token_ids == plainly(architecture, prompt, controls)
-    assert (-1,) == strategy.needs(model).hidden_layers
+    assert (-1,) == strategy.observes(model).hidden_layers
     held = strategy.sync(None)["calibration/medusa"]
     assert float(held[:, 1].sum()) > 0  # it was asked, and seen to be right or wrong
-    assert Hybrid().needs(tiny_model(architecture)).hidden_layers == ()
+    assert Hybrid().observes(tiny_model(architecture)).hidden_layers == ()
 
 
 def test_a_hybrid_that_has_run_notices_heads_that_are_attached_later() -> None:
@@ -423,7 +423,7 @@ def test_typical_acceptance_is_greedy_decoding_at_temperature_0() -> None:
 
 def test_typical_acceptance_accepts_more_than_sampling_would() -> None:
     model = headed("llama", "fitted")
-    setting: Mapping[str, Scalar] = {"nodes": 32, "posterior_threshold": 0.01}
+    setting: Mapping[str, Scalar] = {"draft_length": 32, "posterior_threshold": 0.01}
 
     def accepted(cls: type[Medusa], parameters: Mapping[str, Scalar]) -> int:
         strategy = cls(cls.Params.parse(parameters))
@@ -435,7 +435,7 @@ def test_typical_acceptance_accepts_more_than_sampling_would() -> None:
             total += run.stats.accepted
         return total
 
-    assert accepted(MedusaTypical, setting) > accepted(Medusa, {"nodes": 32})
+    assert accepted(MedusaTypical, setting) > accepted(Medusa, {"draft_length": 32})
 
 
 def test_what_typical_acceptance_emits_was_typical_or_sampled() -> None:
@@ -443,7 +443,7 @@ def test_what_typical_acceptance_emits_was_typical_or_sampled() -> None:
     model = headed("llama", "fitted")
     strategy = MedusaTypical(
         MedusaTypical.Params.parse(
-            {"posterior_threshold": 0.05, "posterior_alpha": 0.2, "nodes": 32}
+            {"posterior_threshold": 0.05, "posterior_alpha": 0.2, "draft_length": 32}
         )
     )
     controls = Controls(max_new_tokens=NEW_TOKENS, temperature=0.9, seed=2)
@@ -451,13 +451,13 @@ def test_what_typical_acceptance_emits_was_typical_or_sampled() -> None:
     assert run.stats.accepted > 0
     text = [*PROMPTS[3], *run.token_ids]
     with torch.inference_mode():
-        laws = (model.source(torch.tensor([text])).logits[0].double() / 0.9).softmax(-1)
+        rows = (model.source(torch.tensor([text])).logits[0].double() / 0.9).softmax(-1)
     at = len(PROMPTS[3]) + 1
     for step in run.stats.steps:
         for token in text[at : at + min(step.accepted, step.emitted)]:
-            law = laws[at - 1]
-            entropy = -sum(float(p) * float(torch.log(p)) for p in law if p > 0)
+            probs = rows[at - 1]
+            entropy = -sum(float(p) * float(torch.log(p)) for p in probs if p > 0)
             bar = min(0.05, 0.2 * float(torch.exp(torch.tensor(-entropy))))
-            assert float(law[token]) > bar - 1e-6
+            assert float(probs[token]) > bar - 1e-6
             at += 1
         at += step.emitted - min(step.accepted, step.emitted)

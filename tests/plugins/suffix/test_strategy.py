@@ -35,7 +35,7 @@ class TestSuffix(StrategyContract):
     params = (
         {},
         {"tree": False, "spec_factor": 4.0, "min_probability": 0.02},
-        {"use_global": False, "max_tokens": 32, "spec_offset": 2},
+        {"use_global": False, "draft_length": 32, "spec_offset": 2},
     )
 
 

@@ -46,7 +46,7 @@ class TestTokenRecycling(StrategyContract):
     strategy = TokenRecycling
     params = (
         {},
-        {"k": 3, "nodes": 5, "min_chance": 0.05},
+        {"successors": 3, "draft_length": 5, "min_chance": 0.05},
         {"persist": False, "prefill_positions": 0},
     )
 
@@ -110,7 +110,9 @@ def naive_row(logits: torch.Tensor, k: int) -> Row:
 def test_every_evaluated_node_teaches_and_committed_ones_teach_last(
     target: LanguageModel, fresh_logits: FreshLogits, prompt: list[int], positions: int
 ) -> None:
-    strategy = Recorded(TokenRecyclingParams(k=6, nodes=9, prefill_positions=positions))
+    strategy = Recorded(
+        TokenRecyclingParams(successors=6, draft_length=9, prefill_positions=positions)
+    )
     Engine(target).generate(strategy, prompt, Controls.greedy(40))
 
     naive: dict[int, Row] = {}
@@ -137,7 +139,7 @@ def test_every_evaluated_node_teaches_and_committed_ones_teach_last(
 def test_it_learns_from_trees_of_others_and_passes_over_unread_nodes(
     target: LanguageModel,
 ) -> None:
-    strategy = recycling(k=4)
+    strategy = recycling(successors=4)
     drafter = start(strategy, target, [3])
     tree = TokenTree(
         (5, 6, 7, 8, 6),
@@ -277,7 +279,7 @@ def test_candidates_of_equal_evidence_have_equal_chances_below_their_parent() ->
 def test_no_deeper_than_the_room_left_and_no_more_than_can_be_verified(
     target: LanguageModel, prompt: list[int]
 ) -> None:
-    strategy = recycling(nodes=20)
+    strategy = recycling(draft_length=20)
     Engine(target).generate(strategy, prompt, Controls.greedy(60))
     drafter = start(strategy, target, prompt)
     for room, most in ((1, 99), (2, 99), (3, 99), (50, 3), (50, 0)):
@@ -292,7 +294,7 @@ def test_a_target_that_verifies_chains_gets_the_path_of_first_successors(
 ) -> None:
     model = llama()
     model.__dict__["capability"] = Capability("chain", "for the test")
-    strategy = recycling(nodes=5)
+    strategy = recycling(draft_length=5)
     logits = torch.full((64, 64), -9.0)
     tree = TokenTree(range(64), [-1] + [0] * 63)
     for token in range(64):
@@ -322,7 +324,7 @@ def test_what_is_stored_warms_the_first_request_of_the_next_process(
     target: LanguageModel, prompt: list[int], tmp_path: Path
 ) -> None:
     file = KnowledgeFile(tmp_path, target.digest, TokenRecycling)
-    teacher, pupil = recycling(k=4), recycling(k=4)
+    teacher, pupil = recycling(successors=4), recycling(successors=4)
     file.exchange(teacher)  # there is nothing to store yet
     cold = accepted(target, teacher, prompt)
     file.exchange(teacher)
@@ -367,7 +369,11 @@ def test_a_narrow_table_leaves_the_rows_of_a_wide_one_wide(
     target: LanguageModel, tmp_path: Path
 ) -> None:
     file = KnowledgeFile(tmp_path, target.digest, TokenRecycling)
-    wide, narrow, third = recycling(k=6), recycling(k=2), recycling(k=6)
+    wide, narrow, third = (
+        recycling(successors=6),
+        recycling(successors=2),
+        recycling(successors=6),
+    )
     teach(wide, target, {1: 10, 2: 20})
     file.exchange(wide)
     file.exchange(narrow)
@@ -503,7 +509,7 @@ def first_tokens(drafter: Drafter, root: int) -> list[int]:
 def test_the_commonest_emitted_tokens_follow_one_that_was_never_evaluated(
     target: LanguageModel,
 ) -> None:
-    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, nodes=4)
+    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, draft_length=4)
     # 7 is as common as 9, but later.
     assert first_tokens(drafter, 8) == [5, 7, 9]
     assert first_tokens(drafter, 7) == [5, 9]  # not after itself
@@ -511,7 +517,7 @@ def test_the_commonest_emitted_tokens_follow_one_that_was_never_evaluated(
 
 
 def test_the_commonest_follow_unknown_candidates_as_well(target: LanguageModel) -> None:
-    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, nodes=6)
+    drafter = counted(target, [9, 5, 7, 5, 9, 7, 5], common=3, draft_length=6)
     tree = drafter.propose(Context([60, 8], 50, 50, 0))
     below = tree.children[tree.children[0][0]]
     assert [tree.tokens[node] for node in below] == [7, 9]

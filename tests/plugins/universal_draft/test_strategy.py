@@ -40,8 +40,8 @@ from adaptspec.testing.fakes import (
     tiny_module,
     tiny_tokenizer,
 )
-from adaptspec.testing.strategies import chi_square, toy_law
-from adaptspec.token_tree import Law, TokenTree
+from adaptspec.testing.strategies import chi_square, toy_distribution
+from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.draft.chain import DraftModel, DraftModelParams
 from adaptspec_plugins.universal_draft.strategy import (
@@ -57,7 +57,7 @@ from adaptspec_plugins.universal_draft.vocabularies import (
 
 FreshLogits = Callable[[LanguageModel, list[int]], torch.Tensor]
 MODES = ("text", "intersection")
-HOT = 4.0  # flattens the tiny models' laws, so that all outcomes count
+HOT = 4.0  # flattens the tiny models' distributions, so that all outcomes count
 
 NAMES: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
 OCTETS = {name: byte for byte, name in NAMES.items()}
@@ -185,8 +185,8 @@ class TestUniversalDraft(StrategyContract):
     strategy = UniversalDraft
     architectures = ("llama", "gpt2")
     params = (
-        {"mode": "text", "k": 6, "stop": 0.2},
-        {"mode": "intersection", "k": 6, "stop": 0.3},
+        {"mode": "text", "draft_length": 6, "stop": 0.2},
+        {"mode": "intersection", "draft_length": 6, "stop": 0.3},
     )
 
     def models(self, architecture: str) -> tuple[LanguageModel, LanguageModel]:
@@ -299,7 +299,9 @@ def test_the_draft_reads_what_was_committed_and_drafts_what_follows_it(
     ids = encoded(harbour, text)
     if not canonical:
         ids = [token_id(harbour, NAMES[byte]) for byte in text.encode()]
-    drafter = start(Stub(harbour), Omniscient(kitchen, text), mode="text", k=12)
+    drafter = start(
+        Stub(harbour), Omniscient(kitchen, text), mode="text", draft_length=12
+    )
     done = 1
     while done < len(ids):
         drafted = drafter.propose(Context(ids[:done], 400, 128, 0)).tokens[1:]
@@ -327,7 +329,7 @@ def test_characters_cut_in_two_by_either_side_are_never_proposed_in_part(
     harbour, kitchen = byte_level("harbour", 330), byte_level("kitchen", 310)
     draft = Omniscient(kitchen, "")
     draft.text = whole
-    drafter = start(Stub(harbour), draft, mode="text", k=12)
+    drafter = start(Stub(harbour), draft, mode="text", draft_length=12)
     ids = [token_id(harbour, NAMES[byte]) for byte in committed]
     tree = drafter.propose(Context(ids, 40, 128, 0))
     assert spelled(harbour, tree.tokens[1:]) == proposed
@@ -338,7 +340,9 @@ def test_proposed_text_is_cut_into_tokens_where_the_target_cuts_it(k: int) -> No
     harbour, kitchen = byte_level("harbour", 330), byte_level("kitchen", 310)
     text = " ".join([*HARBOUR, *KITCHEN[:3]])
     ids = encoded(harbour, text)
-    drafter = start(Stub(harbour), Omniscient(kitchen, text), mode="text", k=k)
+    drafter = start(
+        Stub(harbour), Omniscient(kitchen, text), mode="text", draft_length=k
+    )
     done, steps = 1, 0
     while done < len(ids) - 12:
         drafted = drafter.propose(Context(ids[:done], 400, 128, 0)).tokens[1:]
@@ -357,7 +361,7 @@ def test_a_growing_text_is_read_as_the_drafts_tokenizer_reads_the_whole() -> Non
     text = " ".join([*HARBOUR, HOSTILE, *KITCHEN])
     ids = encoded(harbour, text)
     draft = Omniscient(kitchen, text)
-    drafter = start(Stub(harbour), draft, mode="text", k=3)
+    drafter = start(Stub(harbour), draft, mode="text", draft_length=3)
     for done in range(1, len(ids)):
         drafter.propose(Context(ids[:done], 400, 128, 0))
         known = spelled(harbour, ids[:done]).decode(errors="ignore")
@@ -381,7 +385,7 @@ def test_a_step_encodes_no_more_than_the_last_tokens_of_a_long_text(
         tiny_model("llama", tokenizer=harbour, vocab_size=len(harbour)),
         marked(120, composed=composed),
     )
-    drafter = start(target, draft, mode=mode, k=1)
+    drafter = start(target, draft, mode=mode, draft_length=1)
     drafter._reading.extend(ids[:-40])
     lengths: list[int] = []
     encode = Vocabulary._encode
@@ -431,7 +435,7 @@ def test_sentencepiece_spaces_and_bytes_are_read_by_a_byte_level_tokenizer_and_b
     draft = related(target, other)
     text = "Wait for 日本 bread, naïve 😀 dough."
     ids = mine(text)["input_ids"]
-    drafter = start(target, draft, mode="text", k=1)
+    drafter = start(target, draft, mode="text", draft_length=1)
     for done in range(1, len(ids) + 1):
         drafter.propose(Context(ids[:done], 400, 128, 0))
     read = other.decode(drafter._reading.ids, skip_special_tokens=True)
@@ -455,7 +459,7 @@ def test_special_tokens_are_read_by_name_or_role_and_their_names_as_text() -> No
     bos, eos, sep, alone = (token_id(mine, name) for name in names)
     text = encoded(mine, "a </s><sep> b")
     for mode in MODES:
-        drafter = start(target, draft, mode=mode, k=1)
+        drafter = start(target, draft, mode=mode, draft_length=1)
         drafter.propose(Context([bos, *text, sep, alone, eos, *text], 9, 9, 0))
         kinds = [
             other.convert_ids_to_tokens(token)
@@ -473,7 +477,9 @@ def test_the_drafts_own_end_of_text_is_proposed_as_the_targets(mode: str) -> Non
     harbour, kitchen = byte_level("harbour", 330), byte_level("kitchen", 310)
     text = "Fresh bread"
     ids = encoded(harbour, text)
-    drafter = start(Stub(harbour), Omniscient(kitchen, text), mode=mode, k=12)
+    drafter = start(
+        Stub(harbour), Omniscient(kitchen, text), mode=mode, draft_length=12
+    )
     tree = drafter.propose(Context(ids, 40, 128, 0))
     assert list(tree.tokens) == [ids[-1], harbour.eos_token_id]
 
@@ -497,7 +503,9 @@ def permuted() -> tuple[LanguageModel, LanguageModel, LanguageModel]:
     return target, draft, related(draft, other, noise=0.0)
 
 
-@pytest.mark.parametrize("params", [{"k": 4}, {"k": 8, "stop": 0.5}])
+@pytest.mark.parametrize(
+    "params", [{"draft_length": 4}, {"draft_length": 8, "stop": 0.5}]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_characters_in_another_order_draft_what_the_same_characters_draft(
     mode: str, params: dict[str, Any]
@@ -515,20 +523,22 @@ def test_characters_in_another_order_draft_what_the_same_characters_draft(
     assert 0 < found.stats.accepted < found.stats.proposed
 
 
-def test_sampled_characters_in_another_order_have_the_same_laws() -> None:
+def test_sampled_characters_in_another_order_have_the_same_distributions() -> None:
     target, draft, other = permuted()
     prompt = random_ids(11, seed=4)
     controls = Controls(
         max_new_tokens=9, temperature=0.9, top_k=9, repetition_penalty=1.2
     )
     sampler = Sampler(Processors(controls, len(prompt), target.device), 0)
-    same = DraftModel(DraftModelParams(k=1)).start(
+    same = DraftModel(DraftModelParams(draft_length=1)).start(
         Target(target, draft, None, (), sampler, True, perf_counter)
     )
     context = Context(prompt, 9, 128, 0)
     expected = same.propose(context).draft_probs[1]
-    tree = start(target, other, controls, mode="intersection", k=1).propose(context)
-    assert tree.law is Law.INDEPENDENT
+    tree = start(target, other, controls, mode="intersection", draft_length=1).propose(
+        context
+    )
+    assert tree.drawn is Drawn.INDEPENDENT
     torch.testing.assert_close(tree.draft_probs[1], expected)
 
 
@@ -585,10 +595,10 @@ class Misreporting(UniversalDraft):
         class Flattened(Drafter):
             def propose(self, context: Context) -> TokenTree:
                 tree = honest.propose(context)
-                laws = [tree.draft_probs[n] for n in range(1, len(tree))]
-                flat = [torch.full_like(law, 1 / len(law)) for law in laws]
+                draft_probs = [tree.draft_probs[n] for n in range(1, len(tree))]
+                flat = [torch.full_like(probs, 1 / len(probs)) for probs in draft_probs]
                 return TokenTree.chain(
-                    tree.tokens[0], tree.tokens[1:], Law.INDEPENDENT, flat
+                    tree.tokens[0], tree.tokens[1:], Drawn.INDEPENDENT, flat
                 )
 
         return Flattened()
@@ -597,12 +607,18 @@ class Misreporting(UniversalDraft):
 @pytest.mark.parametrize(
     ("strategy", "exact"),
     [
-        (UniversalDraft(UniversalDraftParams(mode="intersection", k=2)), True),
-        (Misreporting(UniversalDraftParams(mode="intersection", k=2)), False),
+        (
+            UniversalDraft(UniversalDraftParams(mode="intersection", draft_length=2)),
+            True,
+        ),
+        (
+            Misreporting(UniversalDraftParams(mode="intersection", draft_length=2)),
+            False,
+        ),
     ],
     ids=["intersection", "negative control"],
 )
-def test_sampled_output_has_the_targets_law(
+def test_sampled_output_has_the_targets_distribution(
     strategy: UniversalDraft, exact: bool
 ) -> None:
     target, draft = contract_toys()
@@ -617,14 +633,14 @@ def test_sampled_output_has_the_targets_law(
         )
         for seed in range(300)
     )
-    p_value = chi_square(counts, toy_law(target, [1, 2], HOT))
+    p_value = chi_square(counts, toy_distribution(target, [1, 2], HOT))
     assert p_value > 1e-3 if exact else p_value < 1e-6
 
 
 def test_no_token_outside_both_vocabularies_is_ever_drafted() -> None:
     target, draft = contract_toys()
     controls = Controls(max_new_tokens=9, temperature=HOT, seed=0)
-    drafter = start(target, draft, controls, mode="intersection", k=1)
+    drafter = start(target, draft, controls, mode="intersection", draft_length=1)
     tree = drafter.propose(Context([1, 2], 9, 128, 0))
     assert float(tree.draft_probs[1][4]) == 0.0  # "e", which the draft hasn't
     assert float(tree.draft_probs[1].sum()) == pytest.approx(1.0)

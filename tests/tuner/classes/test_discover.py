@@ -6,31 +6,29 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 import adaptspec_plugins
-from adaptspec.classes.classifier import KEY, STATES, UNKNOWN, Classifier
+from adaptspec.classes.classifier import KEY, UNKNOWN
 from adaptspec.cli.progress import Progress
 from adaptspec.decoder import Decoder
-from adaptspec.decoding.engine import Engine
-from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
-from adaptspec.model.language_model import LanguageModel
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.testing.fakes import FakeClock, tiny_model, tiny_tokenizer
 from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.classes.discover import (
     FEWEST,
-    ReadsStates,
     classified,
     discover,
     known_only,
     probed,
 )
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
-from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Sample, Setting
+from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
+from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
@@ -108,8 +106,20 @@ def test_the_same_prompts_give_the_same_classes() -> None:
     assert one.gains == other.gains
 
 
+class DraftsParams(KnobParams, DraftingParams):
+    draft_length: Annotated[int, Tunable(1, 12)] = Field(default=4)
+
+
+class Drafts(Knob):
+    """One that says how much it drafts."""
+
+    name = "drafts"
+    Params = DraftsParams
+
+
 def test_settings_tried_are_the_defaults_and_the_bounds() -> None:
-    assert [s.params["k"] for s in probed(Knob)] == [4, 1, 12]
+    assert [s.params["draft_length"] for s in probed(Drafts)] == [4, 1, 12]
+    assert [dict(s.params) for s in probed(Knob)] == [{"k": 4}]
 
 
 class Trace(FakeMeasurer):
@@ -120,22 +130,18 @@ class Trace(FakeMeasurer):
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         self.clock.advance(self.seconds)
-        k = int(setting.params.get("k", 0))
-        speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * k)
+        length = int(setting.params.get("draft_length", 0))
+        speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * length)
         return Sample((1, 2, 3), speed, self.seconds, forwards=2)
 
 
-def run(
-    store: MemoryStore,
-    prompts: Sequence[Prompt] = PROMPTS,
-    states: ReadsStates | None = None,
-) -> TuneResult:
+def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:
     clock = FakeClock()
     fast: Any = Trace(clock, 0.0)
     return tune_with(
         Run(
             Trace(clock, 1.0),
-            [Knob],
+            [Drafts],
             Workload("w", tuple(prompts)),
             store,
             PLACE,
@@ -144,7 +150,6 @@ def run(
             progress=Progress(None, clock),
             trials=6,
             discovered=True,
-            states=states,
             replayer=lambda plain: fast,
         )
     )
@@ -155,7 +160,7 @@ def test_tuning_discovers_classes_and_chooses_for_each() -> None:
     result = run(store)
     chosen = {found.name: found.choice.strategy for found in result.classes}
     assert sorted(chosen) == ["auto-1", "auto-2"]
-    assert sorted(chosen.values()) == ["autoregressive", "knob"]
+    assert sorted(chosen.values()) == ["autoregressive", "drafts"]
     record = store.record(result.run, KEY)
     assert record is not None
     assert record["names"] == ["auto-1", "auto-2"]
@@ -206,121 +211,7 @@ def test_prompts_unlike_all_classes_are_left_out_even_where_some_were_tuned_on()
     assert left == ["1", "2"]
 
 
-class Known:
-    """States by prompt: kinds lie on either side of the first of many numbers."""
-
-    layer = 3
-
-    def __init__(self, noise: float = 1.0) -> None:
-        self.asked: list[str] = []
-        self.noise = noise
-
-    def state(self, prompt: Prompt) -> list[float]:
-        self.asked.append(prompt.id)
-        chance = random.Random(prompt.id)
-        side = {"code": 4.0, "chat": -4.0}.get(prompt.id.rstrip("0123456789"), 0.0)
-        return [
-            side * (1 if axis < 8 else 0) + chance.gauss(0, self.noise)
-            for axis in range(48)
-        ]
-
-
-SAME = [Prompt(p.id, text="the same text") for p in PROMPTS]
-
-
-def test_states_tell_apart_what_texts_do_not() -> None:
-    gains = {p.id: {"long": 3.0 if is_code(p) else 0.2, "short": 1.2} for p in SAME}
-    assert len(discover(SAME, gains).classifier.names) == 1
-    states = Known()
-    found = discover(SAME, gains, states=states)
-    assert found.classifier.source == STATES
-    assert found.classifier.seconds > 0
-    assert found.classifier.states is not None
-    assert found.classifier.states.layer == 3
-    assert found.gains[2] == pytest.approx((3.0 * 1.2) ** 0.5)
-    names = {p.id: found.classifier.classify_state(states.state(p)) for p in SAME}
-    assert len({names[p.id] for p in SAME if is_code(p)}) == 1
-    assert len(set(names.values())) == 2
-    # Prompts that weren't there when it was learnt.
-    new = [Prompt(f"{kind}{n}", text="") for kind in ("code", "chat") for n in (70, 71)]
-    assert [found.classifier.classify_state(states.state(p)) for p in new] == [
-        *(names["code0"], names["code0"], names["chat0"], names["chat0"])
-    ]
-    assert Classifier.from_json(found.classifier.as_json()) == found.classifier
-
-
-def test_where_one_setting_is_best_for_all_states_make_one_class() -> None:
-    same = {p.id: {"long": 2.0 if is_code(p) else 1.5, "short": 1.2} for p in SAME}
-    found = discover(SAME, same, states=Known())
-    assert list(found.classifier.names) == ["auto-1"]
-    assert len(found.gains) > 1
-
-
-def test_a_state_far_from_all_that_were_seen_is_unknown() -> None:
-    """In a direction in which those hardly differed, too."""
-    found = discover(SAME, {}, states=Known()).classifier
-    near = [found.classify_state(Known().state(Prompt(f"code{n}"))) for n in range(50)]
-    assert near.count(UNKNOWN) <= 2
-    assert found.classify_state([100.0] * 48) == UNKNOWN
-    assert found.classify_state([0.0] * 40 + [30.0] * 8) == UNKNOWN
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_of_few_prompts_states_make_one_class(count: int) -> None:
-    found = discover(SAME[:count], {}, states=Known()).classifier
-    assert list(found.names) == ["auto-1"]
-
-
-def test_tuning_by_states_asks_each_prompt_once_and_a_continued_run_none() -> None:
-    store, states = MemoryStore(), Known()
-    first = run(store, SAME, states)
-    chosen = {found.name: found.choice.strategy for found in first.classes}
-    assert sorted(chosen) == ["auto-1", "auto-2"]
-    assert sorted(chosen.values()) == ["autoregressive", "knob"]
-    asked = len(states.asked)
-    assert set(states.asked) == {p.id for p in SAME}
-    again = run(store, SAME, states)
-    assert len(states.asked) == asked
-    assert {found.name for found in again.classes} == set(chosen)
-
-
-def test_classes_of_states_cannot_be_told_without_states() -> None:
-    found = discover(SAME, {}, states=Known()).classifier
-    workload = Workload("w", tuple(SAME[:2]))
-    with pytest.raises(AdaptSpecError, match="--class-features states"):
-        classified(workload, found)
-    known = {p.id: "auto-1" for p in SAME[:2]}
-    assert classified(workload, found, known=known).classes == ("auto-1",)
-
-
-def test_the_profiler_keeps_the_states_of_the_prefill_that_plain_decoding_took(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = tiny_model("llama", tokenizer=tiny_tokenizer())
-    prompt, other = Prompt("a", text="w2 w3 w4 w5 w6"), Prompt("b", text="w7 w8")
-    host = Host({"bundled": adaptspec_plugins})
-    keeping = Profiler(Engine(model), host, 6, keep_states=True)
-    bare = Profiler(Engine(model), host, 6)
-    sample = keeping.measure(PLAIN_SETTING, prompt)
-    assert sample.tokens == bare.measure(PLAIN_SETTING, prompt).tokens
-    alone = bare.state(prompt)
-    read: list[int] = []
-    prefill = LanguageModel.prefill
-
-    def counted(self: LanguageModel, tokens: Sequence[int], *a: Any, **k: Any) -> Any:
-        read.append(len(tokens))
-        return prefill(self, tokens, *a, **k)
-
-    monkeypatch.setattr(LanguageModel, "prefill", counted)
-    assert keeping.state(prompt) == pytest.approx(alone)
-    assert read == []
-    keeping.state(other)
-    keeping.state(other)
-    assert read == [2]
-    assert keeping.layer == 1
-
-
-def test_a_model_tuned_by_states_chooses_by_them_when_it_is_used() -> None:
+def test_a_model_tuned_with_discovered_classes_chooses_by_them_in_use() -> None:
     """From `tune` to `generate`, with a real tiny model."""
     model = tiny_model("llama", tokenizer=tiny_tokenizer())
     prompts = tuple(
@@ -334,15 +225,11 @@ def test_a_model_tuned_by_states_chooses_by_them_when_it_is_used() -> None:
         db=store,
         budget_trials=1,
         classes="auto",
-        class_features="states",
         strategies=["prompt_lookup"],
         max_new_tokens=6,
         host=Host({"bundled": adaptspec_plugins}),
     )
     assert result.classes
-    record = store.record(result.run, KEY)
-    assert record is not None
-    assert record["features"][-1] == "rest"
     used = Decoder(model, store=store, host=Host({"bundled": adaptspec_plugins}))
     names = {found.name for found in result.classes} | {UNKNOWN}
     with warnings.catch_warnings():
@@ -350,18 +237,3 @@ def test_a_model_tuned_by_states_chooses_by_them_when_it_is_used() -> None:
         found = used.generate("w2 w9 w16 w23 w30", max_new_tokens=4)
     assert found.choice.prompt_class in names
     assert found.seconds_classifying > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"class_features": "states"}, "--classes auto"),
-        ({"class_features": "smell", "classes": "auto"}, "'text' or 'states'"),
-    ],
-)
-def test_features_that_are_none_or_without_discovery_are_refused(
-    options: dict[str, str], said: str
-) -> None:
-    asked: Any = options
-    with pytest.raises(AdaptSpecError, match=said):
-        tune(tiny_model("llama"), workload=Workload("w", ()), db=MemoryStore(), **asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,14 @@ from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.params import Params
-from adaptspec.strategy import Baseline, BaselineRun, Drafter, Strategy, Target
+from adaptspec.strategy import (
+    Baseline,
+    BaselineRun,
+    Drafter,
+    Requirements,
+    Strategy,
+    Target,
+)
 from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
 from adaptspec.workloads import Prompt
 from adaptspec_tuner.measuring.peak_memory import weights_of
@@ -67,7 +74,7 @@ class Other(Baseline):
 
 class OtherWithDraft(Other):
     name = "other_with_draft"
-    needs_draft: ClassVar[bool] = True
+    requires = Requirements(draft="same vocabulary")
 
 
 class Plugin:

@@ -39,10 +39,10 @@ NEW = 40
 FLAT = ForwardCosts((0, 1000), (1, 100), ((1.0, 1.0), (1.0, 1.0)))
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("autoregressive", {}),
-    ("prompt_lookup", {"num_tokens": 6, "min_ngram": 1, "branches": 3}),
+    ("prompt_lookup", {"draft_length": 6, "min_ngram": 1, "branches": 3}),
     ("suffix", {}),
-    ("draft_model", {"k": 3}),
-    ("draft_model", {"k": 5, "stop": 0.4}),
+    ("draft_model", {"draft_length": 3}),
+    ("draft_model", {"draft_length": 5, "stop": 0.4}),
     ("draft_tree", {}),
 ]
 HOST = Host({"bundled": adaptspec_plugins})
@@ -136,7 +136,7 @@ def test_heads_see_the_states_of_a_real_run_and_the_target_reads_once(
     text = [*recording.prompt, *recording.tokens]
     heads = tiny_heads(model, "fitted", texts=[text])
     model.attach(MedusaTrained(model, heads))
-    params: dict[str, Any] = {"tree": tree, "nodes": 6}
+    params: dict[str, Any] = {"tree": tree, "draft_length": 6}
     real = Engine(model).generate(
         HOST.create("medusa", params), recording.prompt, controls()
     )
@@ -176,7 +176,7 @@ def test_strategies_of_different_needs_share_one_reading(
     text = [*recording.prompt, *recording.tokens]
     model.attach(MedusaTrained(model, tiny_heads(model, "fitted", texts=[text])))
     names = ["medusa", "token_recycling", "hybrid"]
-    needs = union([HOST.create(name, {}).needs(model) for name in names])
+    observes = union([HOST.create(name, {}).observes(model) for name in names])
     alone = [
         Replayer(Engine(model), HOST, FLAT, {"p": recording}, tops=8).measure(
             Setting(name), Prompt("p", text="")
@@ -184,7 +184,7 @@ def test_strategies_of_different_needs_share_one_reading(
         for name in names
     ]
     reads = count_reads(model, monkeypatch)
-    shared = Replayer(Engine(model), HOST, FLAT, {"p": recording}, None, 8, needs)
+    shared = Replayer(Engine(model), HOST, FLAT, {"p": recording}, None, 8, observes)
     together = [shared.measure(Setting(name), Prompt("p", text="")) for name in names]
     assert [(s.tokens, s.accepted) for s in together] == [
         (s.tokens, s.accepted) for s in alone
@@ -206,26 +206,26 @@ def test_logits_are_the_targets_after_committed_tokens_and_of_no_others(
     prefilled = target.prefill(recording.prompt, cache, last=2)
     count = len(recording.prompt)
     expected = {node: node + 1 for node in (count - 2, count - 1)}
-    check_laws(model, prefilled, text, expected)
+    check_distributions(model, prefilled, text, expected)
     right, wrong = text[count + 1], (text[count + 1] + 1) % model.vocab_size
     tree = TokenTree([text[count], right, wrong, 0], [-1, 0, 0, 2])
     forward = target.verify(tree, cache)
-    check_laws(model, forward, text, {0: count + 1, 1: count + 2})
+    check_distributions(model, forward, text, {0: count + 1, 1: count + 2})
     assert [forward.best[forward.rows[node]] for node in (0, 1)] == [
         right,
         text[count + 2],
     ]
 
 
-def check_laws(
+def check_distributions(
     model: LanguageModel, forward: Forward, text: list[int], lengths: dict[int, int]
 ) -> None:
-    """By node how long the text is that its law continues; there are no others."""
+    """By node the length of the text that its logits continue; there are no others."""
     assert set(forward.rows) == set(lengths)
     for node, length in lengths.items():
         with torch.no_grad():
-            law = model.source(torch.tensor([text[:length]])).logits[0, -1]
-        highest, found = law.topk(5), forward.logits[forward.rows[node]]
+            logits = model.source(torch.tensor([text[:length]])).logits[0, -1]
+        highest, found = logits.topk(5), forward.logits[forward.rows[node]]
         assert found.topk(5).indices.tolist() == highest.indices.tolist()
         torch.testing.assert_close(
             found.topk(5).values, highest.values, rtol=1e-3, atol=1e-3
@@ -253,7 +253,7 @@ def test_time_is_the_cost_models_by_tokens_and_context() -> None:
     plain = replayer.measure(Setting("autoregressive"), prompt)
     assert plain.seconds_target == pytest.approx(10.0 * (NEW - 1), rel=0.25)
     wide = replayer.measure(
-        Setting("prompt_lookup", {"num_tokens": 10, "branches": 1}), prompt
+        Setting("prompt_lookup", {"draft_length": 10, "branches": 1}), prompt
     )
     most = 20.0 * wide.forwards
     assert 10.0 * wide.forwards < wide.seconds_target <= most * 1.02
@@ -335,9 +335,9 @@ def test_a_presearch_finds_the_draft_length_that_the_hardware_pays_for() -> None
         )
         assert tried.trials > 10
         found[kind] = tried.best["c", "prompt_lookup"][0]
-    assert int(found["free"].params["num_tokens"]) > 8
+    assert int(found["free"].params["draft_length"]) > 8
     assert found["free"].detail["ratio"] > 8
-    assert found["dear"].params["num_tokens"] in (2, 3)
+    assert found["dear"].params["draft_length"] in (2, 3)
     assert 2.5 < found["dear"].detail["ratio"] <= 4
 
 
@@ -368,7 +368,7 @@ def test_steps_take_what_plain_decodings_did_where_the_record_was_taken() -> Non
     replayer = Replayer(Engine(model), HOST, TIMED, {"p": recording})
     plain = replayer.measure(Setting("autoregressive"), prompt)
     assert plain.speed == pytest.approx(1 / 2.5, rel=0.02)
-    lookup = {"num_tokens": 10, "branches": 1, "min_ngram": 1}
+    lookup = {"draft_length": 10, "branches": 1, "min_ngram": 1}
     wide = replayer.measure(Setting("prompt_lookup", lookup), prompt)
     # Eleven tokens a forward, but for the last, which has room for fewer.
     full = 2.0 * 1.5 + 0.5
@@ -405,7 +405,9 @@ def test_a_draft_models_forwards_take_as_much_longer_as_the_targets() -> None:
             Engine(model, draft), HOST, TIMED, {"p": timed}, draft_costs=FLAT
         )
         prompt = Prompt("p", text="")
-        found.append(replayer.measure(Setting("draft_model", {"k": 3}), prompt))
+        found.append(
+            replayer.measure(Setting("draft_model", {"draft_length": 3}), prompt)
+        )
     assert found[1].seconds_draft == pytest.approx(3 * found[0].seconds_draft, rel=0.05)
 
 

@@ -152,11 +152,7 @@ def test_the_report_says_how_the_class_of_a_prompt_is_found_and_what_it_takes() 
     found = Classifier(["chat"], [], [0.0] * width, [1.0] * width, 0.0005)
     store.put_record("r1", "classifier", found.as_json())
     report = build(store)
-    assert report.classifier == {
-        "source": "text",
-        "seconds": 0.0005,
-        "classes": ["chat: every prompt"],
-    }
+    assert report.classifier == {"seconds": 0.0005, "classes": ["chat: every prompt"]}
     assert "found from its text in 0.50 ms" in render(report)
     store.put_record("r1", "classifier", {"format": 99})
     assert build(store).classifier is None

@@ -7,12 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from adaptspec.classes.classifier import STATES, TEXT, UNKNOWN, Classifier, Question
-from adaptspec.classes.state_features import StateFeatures
+from adaptspec.classes.classifier import UNKNOWN, Classifier, Question
 from adaptspec.classes.text_features import features, prompt_text
-from adaptspec.errors import AdaptSpecError
+from adaptspec.params import DraftingParams
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Measurer, Setting
 from adaptspec_tuner.searching.space import defaults
 
@@ -23,28 +22,13 @@ if TYPE_CHECKING:
     from adaptspec.workloads import Prompt, Workload
 
 MOST = 8
-DRAFT_LENGTHS = ("num_tokens", "max_tokens", "k")  # names of the most tokens drafted
 FEWEST = 4  # prompts of a class, of those that it is learnt from
 FOLDS = 5
 WORTH = 0.01  # of speed: what further classes must add on held-out prompts
-COMPONENTS = 8  # main directions of states, at most
-PER_COMPONENT = 4  # prompts
-DIGITS = 6  # kept of what is learnt of states: it is stored as text
 MARGIN = 0.5  # of a feature's span, beyond which a prompt is like none that was seen
 
 # Prompt id -> setting -> ratio to plain decoding.
 Gains = Mapping[str, Mapping[str, float]]
-
-
-class ReadsStates(Protocol):
-    """Knows the target's states of prompts."""
-
-    @property
-    def layer(self) -> int:
-        """Which hidden states."""
-
-    def state(self, prompt: Prompt) -> Sequence[float]:
-        """Those of a prompt, pooled."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +44,7 @@ class Discovery:
     gains: Mapping[int, float]
 
 
-def discover(
-    prompts: Sequence[Prompt],
-    gains: Gains,
-    seed: int = 0,
-    states: ReadsStates | None = None,
-) -> Discovery:
+def discover(prompts: Sequence[Prompt], gains: Gains, seed: int = 0) -> Discovery:
     """Part ``prompts`` by cheap features into as many classes as pay.
 
     A regression tree on the logarithms of the settings' ratios puts prompts together
@@ -77,19 +56,10 @@ def discover(
 
     Args:
         gains: Settings missing from a prompt count as plain decoding there.
-        states: Features come from these; default: from the prompts' texts.
     """
     import numpy as np
 
-    kept: StateFeatures | None = None
-    if states is None:
-        table = np.array([features(_text(prompt)) for prompt in prompts])
-        asked = table
-    else:
-        pools = np.array([states.state(prompt) for prompt in prompts])
-        kept, table = _state_features(pools, states.layer)
-        # What the directions leave tells who is unlike all, not who is like whom.
-        asked = table[:, :-1]
+    table = np.array([features(_text(prompt)) for prompt in prompts])
     settings = sorted({name for found in gains.values() for name in found})
     ratios = [
         [gains.get(p.id, {}).get(name, 1.0) for name in settings] + [1.0]
@@ -98,7 +68,7 @@ def discover(
     logs = np.log(np.maximum(np.array(ratios), 1e-6))
     most = min(MOST, len(prompts) // (2 * FEWEST)) if settings else 1
     held_out = {
-        count: _held_out(asked, logs, count, seed)
+        count: _held_out(table, logs, count, seed)
         for count in range(1, max(1, most) + 1)
     }
     best = 1
@@ -107,49 +77,24 @@ def discover(
         error = float(more.std()) / math.sqrt(len(more))
         if more.mean() > max(math.log(1 + WORTH), error):
             best = count
-    unmeasured = _classifier(table, _tree(asked, logs, best, seed), kept)
+    unmeasured = _classifier(table, _tree(table, logs, best, seed))
     times = []
     for prompt in prompts:
-        state = () if states is None else states.state(prompt)
         started = perf_counter()
-        _class_of(unmeasured, prompt, state)
+        unmeasured.classify(_text(prompt))
         times.append(perf_counter() - started)
     found = {count: math.exp(values.mean()) for count, values in held_out.items()}
     return Discovery(replace(unmeasured, seconds=median(times)), found)
 
 
-def classified(
-    workload: Workload,
-    classifier: Classifier,
-    states: ReadsStates | None = None,
-    known: Mapping[str, str] | None = None,
-) -> Workload:
-    """The workload with the classes that ``classifier`` gives its prompts.
-
-    Args:
-        states: Asked where the classifier is one of states.
-        known: Prompt id -> its class where it was found before, which spares that.
-
-    Raises:
-        AdaptSpecError: for a classifier of states without any.
-    """
-    known = known or {}
-
-    def name(prompt: Prompt) -> str:
-        if classifier.states is None:
-            return _class_of(classifier, prompt, ())
-        if prompt.id in known:
-            return known[prompt.id]
-        if states is None:
-            raise AdaptSpecError(
-                f"the run's classes were found from {STATES}, not {TEXT}; tune with "
-                f"--class-features {STATES}"
-            )
-        return _class_of(classifier, prompt, states.state(prompt))
-
+def classified(workload: Workload, classifier: Classifier) -> Workload:
+    """The workload with the classes that ``classifier`` gives its prompts."""
     return replace(
         workload,
-        prompts=tuple(replace(p, prompt_class=name(p)) for p in workload.prompts),
+        prompts=tuple(
+            replace(p, prompt_class=classifier.classify(_text(p)))
+            for p in workload.prompts
+        ),
     )
 
 
@@ -170,11 +115,12 @@ def known_only(
 def probed(strategy: type[Strategy]) -> list[Setting]:
     """Settings that tell prompts apart: the defaults, and short and long drafts."""
     settings = [defaults(strategy.Params)]
-    spec = next((s for s in strategy.Params.specs() if s.name in DRAFT_LENGTHS), None)
-    if spec is not None and spec.tunable is not None:
-        for bound in (spec.tunable.low, spec.tunable.high):
-            if bound is not None:
-                settings.append({**settings[0], spec.name: int(bound)})
+    if issubclass(strategy.Params, DraftingParams):
+        specs = {spec.name: spec for spec in strategy.Params.specs()}
+        if (tunable := specs["draft_length"].tunable) is not None:
+            for bound in (tunable.low, tunable.high):
+                if bound is not None:
+                    settings.append({**settings[0], "draft_length": int(bound)})
     return [Setting(strategy.name, params) for params in settings]
 
 
@@ -240,50 +186,7 @@ def _tree(table: np.ndarray, logs: np.ndarray, count: int, seed: int) -> Any:
     ).fit(table, logs)
 
 
-def _state_features(pools: np.ndarray, layer: int) -> tuple[StateFeatures, np.ndarray]:
-    """Main directions of pooled states, and every prompt's features.
-
-    What the directions leave of a state is found with those of other prompts: of its
-    own they leave less than of any new one. They know nothing of gains, so looking at
-    all prompts for them favours no number of classes.
-    """
-    import numpy as np
-
-    kept = _directions(pools, layer)
-    table = np.array([kept(pool) for pool in pools])
-    folds = min(FOLDS, len(pools))
-    for fold in range(folds if folds > 1 else 0):
-        test = np.arange(fold, len(pools), folds)
-        others = _directions(np.delete(pools, test, axis=0), layer)
-        table[test, -1] = [others(pool)[-1] for pool in pools[test]]
-    return kept, table
-
-
-def _directions(pools: np.ndarray, layer: int) -> StateFeatures:
-    """Principal components of standardised states."""
-    import numpy as np
-    from sklearn.decomposition import PCA
-
-    mean, scale = pools.mean(axis=0), pools.std(axis=0)
-    scale = np.where(scale > 1e-6, scale, 1.0)
-    count = max(1, min(COMPONENTS, len(pools) // PER_COMPONENT, pools.shape[1]))
-    if len(pools) > 1:
-        pca = PCA(count, svd_solver="full").fit((pools - mean) / scale)
-        directions = pca.components_
-    else:
-        directions = np.eye(1, pools.shape[1])
-
-    def short(values: np.ndarray) -> list[float]:
-        return [float(f"{value:.{DIGITS}g}") for value in values]
-
-    return StateFeatures(
-        layer, short(mean), short(scale), [short(row) for row in directions]
-    )
-
-
-def _classifier(
-    table: np.ndarray, tree: Any, states: StateFeatures | None
-) -> Classifier:
+def _classifier(table: np.ndarray, tree: Any) -> Classifier:
     """A fitted tree as plain numbers; classes are numbered from left to right."""
     nodes = tree.tree_
     names: list[str] = []
@@ -305,21 +208,7 @@ def _classifier(
     # A feature that none of the prompts varied in tells nothing of others.
     span = (high - low).clip(min=0.1)
     low, high = low - MARGIN * span, high + MARGIN * span
-    if states is not None:
-        low[-1] = -1.0  # nothing is too near to the directions
-    return Classifier(
-        names,
-        questions,
-        low.tolist(),
-        high.tolist(),
-        states=states,
-    )
-
-
-def _class_of(classifier: Classifier, prompt: Prompt, state: Sequence[float]) -> str:
-    if classifier.states is None:
-        return classifier.classify(_text(prompt))
-    return classifier.classify_state(state)
+    return Classifier(names, questions, low.tolist(), high.tolist())
 
 
 def _text(prompt: Prompt) -> str:

@@ -21,8 +21,6 @@ from adaptspec_tuner.tuning_run import Run
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
-CLASSIFIED = "classified"  # prompt id -> class, where finding it took a forward
-
 
 def discover_classes(
     run: Run,
@@ -40,13 +38,8 @@ def discover_classes(
     run.doing("discovering classes")
     learnt_from = [p for p in tuning.prompts if p.id in recorded]
     classifier = _classifier(run, predictor, learnt_from)
-    known = run.store.record(run.id, CLASSIFIED) or {}
-    tuning = classified(tuning, classifier, run.states, known)
-    held_out = classified(held_out, classifier, run.states, known)
-    if run.states is not None:
-        both = (*tuning.prompts, *held_out.prompts)
-        assigned = {p.id: p.prompt_class for p in both}
-        run.store.put_record(run.id, CLASSIFIED, assigned)
+    tuning = classified(tuning, classifier)
+    held_out = classified(held_out, classifier)
     tuning, odd = known_only(tuning, tuning.classes)
     held_out, strange = known_only(held_out, tuning.classes)
     for part, left_out in (("tuning", odd), ("held-out", strange)):
@@ -78,6 +71,6 @@ def _classifier(
     if predictor is not None:
         settings = [setting for cls in run.replaying for setting in probed(cls)]
         gains = replayed_gains(predictor, settings, prompts, run.in_classes_time())
-    found = discover(prompts, gains, run.seed, run.states)
+    found = discover(prompts, gains, run.seed)
     run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())
     return found.classifier

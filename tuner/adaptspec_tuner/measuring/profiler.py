@@ -8,13 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from adaptspec.classes.state_features import pooled, states_layer
-from adaptspec.decoding.engine import Run
 from adaptspec.errors import AdaptSpecError
 from adaptspec.heads.protocol import bytes_of
 from adaptspec.params import Scalar
 from adaptspec.profile import LATENCY, PLAIN, SPEED
-from adaptspec.strategy import Needs
 from adaptspec_tuner.measuring.peak_memory import PeakMemory, weights_of
 
 if TYPE_CHECKING:
@@ -152,7 +149,6 @@ class Profiler:
         theirs: What baselines run on; default: the engine's target.
         their_draft: The same for its draft.
         max_memory: Bytes; a setting that takes more is refused.
-        keep_states: Keep what plain decoding's prefills leave, for :meth:`state`.
     """
 
     def __init__(
@@ -163,7 +159,6 @@ class Profiler:
         theirs: LanguageModel | None = None,
         their_draft: LanguageModel | None = None,
         max_memory: int | None = None,
-        keep_states: bool = False,
     ) -> None:
         self._engine, self._host = engine, host
         self._peak = PeakMemory(engine.model.device)
@@ -174,8 +169,6 @@ class Profiler:
         self._strategies: dict[str, Strategy] = {}
         self._warm: set[str] = set()
         self._ids: dict[str, list[int]] = {}
-        self._keep_states = keep_states
-        self._states: dict[str, list[float]] = {}  # by prompt id, pooled
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation; a setting's first is preceded by a short warm-up.
@@ -189,8 +182,7 @@ class Profiler:
             self._warm.add(setting.key)
             self._strategies.pop(setting.key, None)  # what it learnt from the prompt
         self._peak.reset()
-        wanted = self._keep_states and setting == PLAIN_SETTING
-        sample = self._run(setting, ids, length, prompt.id if wanted else None)
+        sample = self._run(setting, ids, length)
         if not (taken := self._peak.bytes()):
             return sample
         taken -= self._unused(setting)
@@ -211,37 +203,13 @@ class Profiler:
         if at is None:
             return "mismatch"
         ids = [*self._encoded(prompt), *plain[:at]]
-        logits = self._law(prompt, ids)
+        logits = self._logits(prompt, ids)
         tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
         return "near_tie" if tied else "mismatch"
 
     def forget(self) -> None:
         """New strategy objects from here on."""
         self._strategies.clear()
-
-    @property
-    def layer(self) -> int:
-        """Whose states :meth:`state` pools."""
-        return states_layer(self._engine.model)
-
-    def state(self, prompt: Prompt) -> list[float]:
-        """The pooled state of ``prompt``; it is read for it if it wasn't already.
-
-        Raises:
-            NoHiddenStatesError: if the model shows none.
-        """
-        if prompt.id not in self._states:
-            controls = self._controls(self._length(prompt))
-            plain = self._host.create(PLAIN, {})
-            self._read(
-                Run(self._engine, plain, self._encoded(prompt), controls), prompt.id
-            )
-        return self._states[prompt.id]
-
-    def _read(self, run: Run, prompt: str) -> None:
-        layer = self.layer
-        forward = run.read(Needs(hidden_layers=(layer,), prefill_hidden="all"))
-        self._states[prompt] = pooled(forward.hidden[layer])
 
     def recording(self, prompt: Prompt, plain: Sample) -> Recording:
         """Plain decoding with the prompt that it answers."""
@@ -262,7 +230,8 @@ class Profiler:
         """A draft model that isn't asked, and the models of other engines."""
         model, draft = self._engine.model, self._engine.draft
         if setting.baseline:
-            asks = self._host.baselines[setting.strategy].needs_draft
+            baseline = self._host.baselines[setting.strategy]
+            asks = baseline.requires.draft is not None
             used = [self._theirs, self._their_draft if asks else None]
         else:
             asks = draft is not None and self._strategy(setting).uses_draft(
@@ -282,15 +251,15 @@ class Profiler:
         if not setting.baseline:
             strategy = self._strategy(setting)
             # Heads read hidden states; a hybrid that asks for some may use any.
-            if strategy.needs_heads is not None:
-                read = {strategy.needs_heads}
-            elif strategy.needs(model).hidden_layers:
+            if (kind := strategy.requires.heads) is not None:
+                read = {kind}
+            elif strategy.observes(model).hidden_layers:
                 read = set(model.heads)
         return sum(
             bytes_of(one) for kind, one in model.heads.items() if kind not in read
         )
 
-    def _law(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
+    def _logits(self, prompt: Prompt, ids: list[int]) -> torch.Tensor:
         """Logits of the token after ``ids``, under the model's own controls."""
         from adaptspec.decoding.processing import Processors
 
@@ -303,18 +272,11 @@ class Profiler:
         processors = Processors(controls, len(self._encoded(prompt)), model.device)
         return processors(ids, raw)
 
-    def _run(
-        self, setting: Setting, ids: list[int], length: int, keep: str | None = None
-    ) -> Sample:
+    def _run(self, setting: Setting, ids: list[int], length: int) -> Sample:
         if setting.baseline:
             return self._run_baseline(setting, ids, length)
         strategy = self._strategy(setting)
-        run = Run(self._engine, strategy, ids, self._controls(length))
-        if keep is not None and keep not in self._states:
-            self._read(run, keep)
-        for _ in run:
-            pass
-        return sample_of(run.result)
+        return sample_of(self._engine.generate(strategy, ids, self._controls(length)))
 
     def _strategy(self, setting: Setting) -> Strategy:
         """The object of this setting, with what it has learnt."""

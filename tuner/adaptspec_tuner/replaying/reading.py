@@ -41,13 +41,13 @@ class Reading:
             found[layer] = rows
         return found
 
-    def laws(self, places: Sequence[int], vocab_size: int) -> torch.Tensor:
+    def logits_of(self, places: Sequence[int], vocab_size: int) -> torch.Tensor:
         """Logits ``[places, vocab]``, of which only the highest are known."""
         rows = [place - self.first for place in places]
         logits = self.logits[rows]
         lowest = torch.finfo(logits.dtype).min
-        laws = logits.new_full((len(rows), vocab_size), lowest)
-        return laws.scatter_(1, self.tops[rows], logits)
+        padded = logits.new_full((len(rows), vocab_size), lowest)
+        return padded.scatter_(1, self.tops[rows], logits)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.model.hardware_costs import ForwardCosts
-from adaptspec.strategy import Needs, union
+from adaptspec.strategy import Observes, union
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
 
-NOTHING = Needs()
+NOTHING = Observes()
 
 
 class Replayer:
@@ -44,7 +44,7 @@ class Replayer:
         tops: Logits that drafters are shown after each committed token. What the target
             thought of tokens that it didn't choose isn't known, so a drafter that
             learns from those, too, does no better than in a real run.
-        needs: What strategies to come will need, too: the target reads a text once.
+        observes: What strategies to come will need, too: the target reads a text once.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Replayer:
         recordings: Mapping[str, Recording],
         draft_costs: ForwardCosts | None = None,
         tops: int = 0,
-        needs: Needs = NOTHING,
+        observes: Observes = NOTHING,
     ) -> None:
         self._host = host
-        self._real, self._tops, self._needs = engine.model, tops, needs
-        self._readings: dict[str, tuple[Needs, Reading]] = {}
+        self._real, self._tops, self._observes = engine.model, tops, observes
+        self._readings: dict[str, tuple[Observes, Reading]] = {}
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
         draft, remembered = engine.draft, None
@@ -127,20 +127,20 @@ class Replayer:
 
     def _read(self, prompt: str, strategy: Strategy) -> Reading | None:
         """What ``strategy`` reads of the target, which runs for it once at most."""
-        needs = strategy.needs(self._real)
-        if not needs.hidden_layers and not self._tops:
+        observes = strategy.observes(self._real)
+        if not observes.hidden_layers and not self._tops:
             return None
-        needs = union([needs, self._needs])
+        observes = union([observes, self._observes])
         kept = self._readings.get(prompt)
-        if kept is None or not _serves(kept[0], needs):
+        if kept is None or not _serves(kept[0], observes):
             reading = read(
                 self._real,
                 self._recordings[prompt],
-                hidden_layers=needs.hidden_layers,
-                prompt_positions=needs.prefill_logits,
+                hidden_layers=observes.hidden_layers,
+                prompt_positions=observes.prefill_logits,
                 tops=self._tops,
             )
-            self._readings[prompt] = kept = needs, reading
+            self._readings[prompt] = kept = observes, reading
         return kept[1]
 
     def agreement(
@@ -154,7 +154,7 @@ class Replayer:
         self._strategies.clear()
 
 
-def _serves(given: Needs, wanted: Needs) -> bool:
+def _serves(given: Observes, wanted: Observes) -> bool:
     return (
         set(wanted.hidden_layers) <= set(given.hidden_layers)
         and wanted.prefill_logits <= given.prefill_logits

@@ -128,7 +128,7 @@ class RecordedTarget(LanguageModel):
         shown, logits = [end - 1], self._empty(1)
         if len(reading.tops):
             shown = list(range(max(reading.first, end - last), end))
-            logits = reading.laws(shown, self.vocab_size)
+            logits = reading.logits_of(shown, self.vocab_size)
             known = [
                 *(int(reading.tops[at - reading.first, 0]) for at in shown[:-1]),
                 *known,
@@ -173,7 +173,7 @@ class RecordedTarget(LanguageModel):
             ends = [node for node in range(nodes) if true[node] and node not in seen]
             rows = {node: row for row, node in enumerate([*seen, *ends])}
             found = [place for place in places if place is not None]
-            logits = self._reading.laws(found, self.vocab_size)
+            logits = self._reading.logits_of(found, self.vocab_size)
             logits = torch.cat([logits, logits.new_zeros(len(ends), self.vocab_size)])
             best = [best[node] for node in rows]
         forward = RecordedForward(logits, rows, self._reading.states(places), best)

@@ -122,8 +122,8 @@ class Report:
         prediction_error: Median over settings of |predicted / measured - 1|.
         predictions: Of each setting that was predicted: predicted / measured - 1, and
             whether its outputs were plain decoding's on every prompt.
-        classifier: Of discovered classes: ``source`` (text, states), ``seconds`` that
-            finding a prompt's class takes, ``classes`` in words; None if declared.
+        classifier: Of discovered classes: ``seconds`` that finding a prompt's class
+            takes, ``classes`` in words; None if declared.
     """
 
     run: str
@@ -289,11 +289,7 @@ def _classes_told(store: ProfileStore, run: str) -> dict[str, Any] | None:
         found = None
     if found is None:
         return None
-    return {
-        "source": found.source,
-        "seconds": found.seconds,
-        "classes": found.describe(),
-    }
+    return {"seconds": found.seconds, "classes": found.describe()}
 
 
 def _tried(trial: Trial) -> Tried:

@@ -246,10 +246,8 @@ def summary(report: Report) -> list[str]:
                 "what they read of the target, or time was up)."
             )
     if report.classifier is not None:
-        what = {"text": "its text", "states": "the states that its prefill leaves"}
         lines.append(
-            "The class of a prompt is found from "
-            f"{what[report.classifier['source']]} in "
+            "The class of a prompt is found from its text in "
             f"{1e3 * report.classifier['seconds']:.2f} ms."
         )
     return lines

@@ -7,19 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from adaptspec.params import Params, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 
 
-class EchoParams(Params):
+class EchoParams(DraftingParams):
     """Declared once: validated, tuned, shown by ``adaptspec strategies``."""
 
     period: Annotated[int, Tunable(1, 8)] = Field(
         4, ge=1, le=64, description="longest repeated piece looked for, in tokens"
     )
-    num_tokens: Annotated[int, Tunable(1, 16)] = Field(
-        6, ge=1, le=128, description="most tokens drafted per step"
-    )
+    draft_length: Annotated[int, Tunable(1, 16)] = Field(6, ge=1, le=128)
 
 
 class Echo(Strategy):
@@ -42,7 +40,7 @@ class _EchoDrafter(Drafter):
     def propose(self, context: Context) -> TokenTree:
         root = context.ids[-1]
         piece = repeated(context.ids, self._params.period)
-        count = min(self._params.num_tokens, context.room - 1, context.max_nodes)
+        count = min(self._params.draft_length, context.room - 1, context.max_nodes)
         if not piece or count < 1:
             return TokenTree.root_only(root)
         return TokenTree.chain(root, [piece[i % len(piece)] for i in range(count)])

@@ -13,7 +13,7 @@ class TestEcho(StrategyContract):
     """Lossless, deterministic, well-behaved in hostile contexts."""
 
     strategy = Echo
-    params = ({}, {"period": 1, "num_tokens": 16})
+    params = ({}, {"period": 1, "draft_length": 16})
 
 
 @pytest.mark.parametrize(
