@@ -34,8 +34,8 @@ STEP_ROWS = (1, 4, 8, 16)
 CONTEXTS = (1024, 4096, 16384)
 ROUNDS = 9
 STEPS = 200
-# Their drafts are forward passes, of the target's layers or as a member.
-DRAFT_WITH_A_MODEL = ("early_exit", "universal_draft", "hybrid")
+# Their drafts are forward passes, their own or a member's.
+DRAFT_WITH_A_MODEL = ("universal_draft", "hybrid")
 
 
 class Wrong(Strategy):
@@ -135,9 +135,11 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((65, model.vocab_size), generator=generator).to(model.dtype)
     for name, cls in sorted(host.strategies.items()):
-        if cls.needs_draft or name in DRAFT_WITH_A_MODEL or name == PLAIN:
+        if name in DRAFT_WITH_A_MODEL or name == PLAIN:
             continue
-        if cls.needs_heads is not None:  # they read hidden states, here made up
+        if cls.requires.draft is not None:
+            continue
+        if cls.requires.heads is not None:  # they read hidden states, here made up
             continue
         for length in CONTEXTS:
             text = repeating_text(length + STEPS, model.vocab_size)
@@ -214,7 +216,7 @@ if kind == "ours":
     from adaptspec.decoding.controls import Controls
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
-    from adaptspec.models import load_model
+    from adaptspec.model.loading import load_model
     model = load_model(path, dtype=dtype)
     cls = Host.installed().strategy("prompt_lookup")
     Engine(model).generate(cls(), ids, Controls.greedy(32))
