@@ -35,6 +35,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import confirm
 from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import told_errors
 from adaptspec_tuner.tune import tune
 
@@ -236,11 +237,13 @@ def main(
             target,
             draft,
             chosen,
+            TuneOptions(
+                budget=budget,
+                strategies=list(AXES),
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+            ),
             db=store,
-            budget=budget,
-            strategies=list(AXES),
-            seed=seed,
-            max_new_tokens=max_new_tokens,
             host=host,
         )
         found = {

@@ -18,6 +18,7 @@ from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Interrupted, Run
@@ -64,7 +65,9 @@ def run(
     store: MemoryStore,
     budget: float,
     place: Environment = PLACE,
-    **options: Any,
+    trials: int = 50,
+    budget_trials: int | None = None,
+    **more: Any,
 ) -> TuneResult:
     return tune_with(
         Run(
@@ -73,10 +76,10 @@ def run(
             WORKLOAD,
             store,
             place,
-            deadline=trace.clock.now + budget,
+            TuneOptions(budget, trials=trials, budget_trials=budget_trials),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 50, **options},
+            **more,
         )
     )
 

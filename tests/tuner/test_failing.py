@@ -29,6 +29,7 @@ from adaptspec_tuner.measuring.profiler import (
     Sample,
     Setting,
 )
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Run, Stopped
@@ -74,10 +75,10 @@ def run(trace: Trace, store: ProfileStore, **options: Any) -> TuneResult:
             WORKLOAD,
             store,
             PLACE,
-            deadline=trace.clock.now + 1000.0,
+            TuneOptions(budget=1000.0, trials=3),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 3, **options},
+            **options,
         )
     )
 
@@ -232,14 +233,12 @@ def test_a_worker_with_a_budget_of_trials_does_not_wait_for_ever(
             WORKLOAD,
             store,
             "mine",
-            storage=store.studies(),
+            TuneOptions(budget_trials=3),
             deadline=math.inf,
             patience=480.0,
-            budget_trials=3,
             clock=clock,
             warn=pytest.fail,
             doing=lambda text: None,
-            most=40,
             wait=clock.advance,
         )
     assert clock.now == pytest.approx(480.0, abs=1.0)
@@ -260,13 +259,11 @@ def test_a_worker_runs_no_more_trials_than_its_budget(tmp_path: Path) -> None:
         WORKLOAD,
         store,
         "mine",
-        storage=store.studies(),
+        TuneOptions(budget_trials=3),
         deadline=math.inf,
-        budget_trials=3,
         clock=trace.clock,
         warn=pytest.fail,
         doing=lambda text: None,
-        most=40,
     )
     assert count == 3
     store.close()

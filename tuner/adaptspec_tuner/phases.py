@@ -34,7 +34,7 @@ def tune_with(run: Run) -> TuneResult:
     """
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
-    workload = _unclassed(run.workload) if run.discovered else run.workload
+    workload = _unclassed(run.workload) if run.options.discovers else run.workload
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(workload)
     try:
@@ -43,7 +43,7 @@ def tune_with(run: Run) -> TuneResult:
             # A strategy that is found is of no use unless there is time to confirm it.
             run.keep_back(least_confirmation(run, tuning, held_out, plain))
             predictor = _predictor(run, tuning, plain)
-            if run.discovered:
+            if run.options.discovers:
                 tuning, held_out = discover_classes(
                     run, predictor, set(plain), tuning, held_out
                 )
@@ -187,7 +187,7 @@ def _search(
             in_time=run.in_replay_time(),
             clock=run.clock,
             warn=run.warn,
-            seed=run.seed,
+            seed=run.options.seed,
         )
         for key, record in as_records(tried).items():
             run.store.put_record(run.id, key, record)

@@ -7,14 +7,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
-from adaptspec.profile import SPEED, Environment, ProfileStore
+from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import KeepsStudies
 from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool
 from adaptspec_tuner.time_spent import Spending
@@ -60,15 +61,11 @@ class Run:
     """One tune; everything that touches a model, clock or disk is passed in.
 
     What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten
-    where this one is ``fresh``.
+    where ``options.fresh``.
 
     Args:
-        deadline: Infinite where ``budget_trials`` is the budget.
-        trials: Most per class and strategy.
-        options: What else must be equal for trials to be mixed.
         unavailable: Strategy or baseline -> why it can't run.
-        discovered: Whether classes are discovered; those declared are left aside.
-        states: What they are told by, in place of the prompts' texts.
+        states: What discovered classes are told by, in place of the prompts' texts.
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
@@ -79,24 +76,18 @@ class Run:
     workload: Workload
     store: ProfileStore
     environment: Environment
+    options: TuneOptions
     _: KW_ONLY
-    deadline: float
     clock: Callable[[], float]
     progress: Progress
-    trials: int = 40
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
     baselines: Sequence[Setting] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    fresh: bool = False
-    objective: str = SPEED
-    budget_trials: int | None = None
-    discovered: bool = False
     states: ReadsStates | None = None
     started: float | None = None
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    deadline: float = field(init=False)  # infinite where trials are the budget
     unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)
     spending: Spending = field(init=False)
@@ -107,10 +98,11 @@ class Run:
 
     def __post_init__(self) -> None:
         store, place, now = self.store, self.environment, self.clock()
-        self.id = run_id(place, self.workload, {**self.options, "seed": self.seed})
-        if self.fresh:
+        self.id = run_id(place, self.workload, self.options)
+        if self.options.fresh:
             store.delete_run(self.id)
         started = now if self.started is None else self.started
+        self.deadline = started + self.options.seconds
         self.spending = Spending(store, self.id, self.clock, started)
         self.result = TuneResult(
             run=self.id,
@@ -135,9 +127,9 @@ class Run:
             in_time=self._may_try,
             warn=self.warn,
             doing=self.doing,
-            seed=self.seed,
-            most=self.trials,
-            objective=self.objective,
+            seed=self.options.seed,
+            most=self.options.trials,
+            objective=self.options.objective,
             storage=store.studies() if isinstance(store, KeepsStudies) else None,
             labels={"model": place.model_name, "workload": self.workload.name},
             pool=self.pool,
@@ -190,20 +182,18 @@ class Run:
         return lambda: self.clock() < end
 
     def _may_try(self) -> bool:
-        most = self.budget_trials
+        most = self.options.budget_trials
         in_budget = most is None or self.search.tried < most
         return in_budget and self.clock() < self.search_end
 
 
-def run_id(
-    environment: Environment, workload: Workload, options: Mapping[str, Any]
-) -> str:
+def run_id(environment: Environment, workload: Workload, options: TuneOptions) -> str:
     """Equal for runs whose trials may be mixed: one is continued by the other."""
     parts = [
         list(environment.place()),
         dict(environment.versions),
         workload.digest,
-        dict(options),
+        options.shared(),
     ]
     if environment.heads is not None:
         parts.append(environment.heads)

@@ -31,6 +31,7 @@ from adaptspec_tuner.classes.discover import (
 )
 from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
@@ -139,11 +140,9 @@ def run(
             Workload("w", tuple(prompts)),
             store,
             PLACE,
-            deadline=2000.0,
+            TuneOptions(budget=2000.0, trials=6, classes="auto"),
             clock=clock,
             progress=Progress(None, clock),
-            trials=6,
-            discovered=True,
             states=states,
             replayer=lambda plain: fast,
         )
@@ -331,12 +330,14 @@ def test_a_model_tuned_by_states_chooses_by_them_when_it_is_used() -> None:
     result = tune(
         model,
         workload=Workload("w", prompts),
+        options=TuneOptions(
+            budget_trials=1,
+            classes="auto",
+            class_features="states",
+            strategies=["prompt_lookup"],
+            max_new_tokens=6,
+        ),
         db=store,
-        budget_trials=1,
-        classes="auto",
-        class_features="states",
-        strategies=["prompt_lookup"],
-        max_new_tokens=6,
         host=Host({"bundled": adaptspec_plugins}),
     )
     assert result.classes
@@ -364,4 +365,4 @@ def test_features_that_are_none_or_without_discovery_are_refused(
 ) -> None:
     asked: Any = options
     with pytest.raises(AdaptSpecError, match=said):
-        tune(tiny_model("llama"), workload=Workload("w", ()), db=MemoryStore(), **asked)
+        TuneOptions(**asked)

@@ -16,6 +16,7 @@ from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting, near_tie
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
@@ -69,10 +70,9 @@ def run(
             WORKLOAD,
             store,
             PLACE,
-            deadline=trace.clock.now + budget,
+            TuneOptions(**{"budget": budget, "trials": 12, **options}),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 12, **options},
         )
     )
 

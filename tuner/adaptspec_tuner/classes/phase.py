@@ -78,6 +78,6 @@ def _classifier(
     if predictor is not None:
         settings = [setting for cls in run.replaying for setting in probed(cls)]
         gains = replayed_gains(predictor, settings, prompts, run.in_classes_time())
-    found = discover(prompts, gains, run.seed, run.states)
+    found = discover(prompts, gains, run.options.seed, run.states)
     run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())
     return found.classifier

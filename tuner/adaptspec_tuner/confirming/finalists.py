@@ -64,7 +64,7 @@ def confirm_classes(
             repeats=REPEATS,
             in_time=_until(run.clock, run.clock() + share, run.deadline),
             warn=run.warn,
-            objective=run.objective,
+            objective=run.options.objective,
             clock=run.clock,
             expected=expected,
         )
