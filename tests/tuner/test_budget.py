@@ -20,6 +20,7 @@ from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
+from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Interrupted, Run
 
@@ -186,7 +187,7 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
         assert found.prediction(profile) == pytest.approx(
             1.1 * profile.measurement.ratio
         )
-        record = store.record(result.run, f"predicted/{found.name}")
+        record = store.record(result.run, predicted_key(found.name))
         assert record is not None
         assert set(record) == set(found.predicted)
     assert any("replay: its predictions of" in note for note in result.notes)
@@ -199,7 +200,7 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
 def test_speeds_by_prompt_are_kept_for_the_report() -> None:
     store = MemoryStore()
     result = run(Trace(), store, 400.0)
-    record = store.record(result.run, "confirm/code")
+    record = store.record(result.run, confirmed_key("code"))
     assert record is not None
     assert len(record["prompts"]) == 4
     for speeds in record["prompts"].values():

@@ -31,6 +31,7 @@ from adaptspec_tuner.measuring.profiler import (
 )
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
+from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Run, Stopped
 
@@ -250,7 +251,7 @@ def test_a_worker_runs_no_more_trials_than_its_budget(tmp_path: Path) -> None:
     prompts = TUNING.by_class()
     for prompt in TUNING.prompts:
         sample = trace.measure(PLAIN_SETTING, prompt)
-        key = f"plain/{prompt.prompt_class}/{prompt.id}"
+        key = plain_key(prompt.prompt_class, prompt.id)
         store.put_record("mine", key, sample.as_json())
     open_search(store, "mine", prompts)  # and its leader is killed
     count = work(

@@ -24,7 +24,7 @@ from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.measuring.profiler import Setting
-from adaptspec_tuner.replaying.presearch import replayed_key
+from adaptspec_tuner.records import confirmed_key, predicted_key, replayed_key
 from adaptspec_tuner.reporting.data import build
 from adaptspec_tuner.reporting.html import render
 from adaptspec_tuner.reporting.result import told_errors
@@ -78,10 +78,10 @@ def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
             ]
         },
     )
-    store.put_record("r1", f"predicted/{name}", {key("a"): 2.2, key("b"): 1.2})
+    store.put_record("r1", predicted_key(name), {key("a"): 2.2, key("b"): 1.2})
     store.put_record(
         "r1",
-        f"confirm/{name}",
+        confirmed_key(name),
         {
             "prompts": {
                 "p1": {key(PLAIN): [10.0], key("a"): [40.0], key("b"): [20.0, 10.0]},

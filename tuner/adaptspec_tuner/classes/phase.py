@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import Classifier
 from adaptspec.errors import AdaptSpecError
 from adaptspec.workloads import Prompt, Workload
@@ -16,12 +15,11 @@ from adaptspec_tuner.classes.discover import (
     probed,
     replayed_gains,
 )
+from adaptspec_tuner.records import CLASSIFIED, CLASSIFIER
 from adaptspec_tuner.tuning_run import Run
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
-
-CLASSIFIED = "classified"  # prompt id -> class, where finding it took a forward
 
 
 def discover_classes(

@@ -21,6 +21,7 @@ from adaptspec_tuner.measuring.profiler import (
     in_a_line,
     typical,
 )
+from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import ClassResult
 from adaptspec_tuner.searching.search import HOPELESS, Arm
 from adaptspec_tuner.tuning_run import Run
@@ -164,7 +165,7 @@ def _keep(
             if stopped_by_user(error):
                 raise
             run.warn(f"{name}: nothing is predicted: {in_a_line(error)}")
-        run.keep(lambda: run.store.put_record(run.id, f"predicted/{name}", predicted))
+        run.keep(lambda: run.store.put_record(run.id, predicted_key(name), predicted))
     lossy = {cls.name for cls in run.strategies if not cls.lossless}
     now = datetime.now(timezone.utc)
     profiles = [
@@ -184,7 +185,7 @@ def _keep(
         for found in confirmed.values()
     ]
     record = as_record(confirmed)
-    run.keep(lambda: run.store.put_record(run.id, f"confirm/{name}", record))
+    run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
     arms = [arm for arm in run.search.arms if arm.prompt_class == name]
     run.result.classes.append(

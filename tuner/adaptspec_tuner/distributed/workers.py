@@ -18,12 +18,12 @@ from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
 from adaptspec_tuner.distributed.grpc_store import publish
 from adaptspec_tuner.measuring.profiler import Measurer, Sample
 from adaptspec_tuner.options import TuneOptions
-from adaptspec_tuner.searching.search import Search, plain_key
+from adaptspec_tuner.records import SEARCH, plain_key
+from adaptspec_tuner.searching.search import Search
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
 
-KEY = "search"
 POLL_SECONDS = 0.5
 PATIENCE = TuneOptions.budget  # seconds
 
@@ -59,15 +59,15 @@ def open_search(
 
 def close_search(store: ProfileStore, run: str) -> None:
     """Let workers end after the trial at hand."""
-    record = store.record(run, KEY)
+    record = store.record(run, SEARCH)
     if record is not None and record["open"]:
         _put(store, run, {**record, "open": False})
 
 
 def _put(store: ProfileStore, run: str, record: Mapping[str, Any]) -> None:
-    store.put_record(run, KEY, record)
+    store.put_record(run, SEARCH, record)
     if isinstance(store, KeepsStudies):
-        publish(store.studies(), run, {KEY: record})
+        publish(store.studies(), run, {SEARCH: record})
 
 
 def work(
@@ -128,7 +128,7 @@ def work(
         storage=store.studies(),
     )
     known = {prompt.id: prompt for prompt in workload.prompts}
-    record = store.record(run, KEY) or {"classes": {}}
+    record = store.record(run, SEARCH) or {"classes": {}}
     for name, ids in record["classes"].items():
         prompts = [replace(known[key], prompt_class=name) for key in ids]
         plain = {key: _plain(store, run, known[key]) for key in ids}
@@ -139,7 +139,7 @@ def work(
 
 
 def _open(store: ProfileStore, run: str) -> bool:
-    record = store.record(run, KEY)
+    record = store.record(run, SEARCH)
     return record is not None and bool(record["open"])
 
 

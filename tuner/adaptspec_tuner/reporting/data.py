@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import Classifier
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.model.hardware_costs import ForwardCosts, stored_costs
@@ -16,9 +15,14 @@ from adaptspec.params import Scalar
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore, Trial
 from adaptspec.selector import select
 from adaptspec_tuner.measuring.profiler import Setting
-from adaptspec_tuner.replaying.presearch import replayed_key
+from adaptspec_tuner.records import (
+    CLASSIFIER,
+    SPENT,
+    confirmed_key,
+    predicted_key,
+    replayed_key,
+)
 from adaptspec_tuner.reporting.result import ClassResult, break_even
-from adaptspec_tuner.time_spent import KEY as SPENT
 
 
 @dataclass(frozen=True)
@@ -176,8 +180,8 @@ def build(store: ProfileStore, run: str | None = None) -> Report:
                 *(_tried(t) for t in trials if t.prompt_class == name),
                 *_replayed(store, run, name),
             ],
-            store.record(run, f"predicted/{name}") or {},
-            store.record(run, f"confirm/{name}") or {},
+            store.record(run, predicted_key(name)) or {},
+            store.record(run, confirmed_key(name)) or {},
         )
         for name in names
     ]
