@@ -22,7 +22,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Interrupted, Run
+from adaptspec_tuner.tuning_run import Interrupted, TuningRun
 
 CLASSES = ("chat", "code", "maths")
 WORKLOAD = Workload(
@@ -71,7 +71,7 @@ def run(
     **more: Any,
 ) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Wide, Slower],
             WORKLOAD,

@@ -33,7 +33,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Run, Stopped
+from adaptspec_tuner.tuning_run import Stopped, TuningRun
 
 CLASSES = ("chat", "code")
 WORKLOAD = Workload(
@@ -70,7 +70,7 @@ class Trace(FakeMeasurer):
 
 def run(trace: Trace, store: ProfileStore, **options: Any) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Knob],
             WORKLOAD,

@@ -17,7 +17,7 @@ from adaptspec_tuner.measuring.profiler import Sample, in_a_line
 from adaptspec_tuner.replaying.presearch import as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.search import Arm
-from adaptspec_tuner.tuning_run import Interrupted, Run, Stopped
+from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuningRun
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 
 
-def tune_with(run: Run) -> TuneResult:
+def tune_with(run: TuningRun) -> TuneResult:
     """Find the fastest strategy for each class.
 
     Raises:
@@ -115,7 +115,7 @@ def _unclassed(workload: Workload) -> Workload:
     return replace(workload, prompts=prompts)
 
 
-def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
+def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     """Plain decoding of the tuning prompts by their ids, the classes in turn."""
     run.begin("plain")
     measured: dict[str, Sample] = {}
@@ -144,7 +144,7 @@ def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
 
 
 def _predictor(
-    run: Run, tuning: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> Replayer | None:
     if run.replayer is None or not run.replaying or run.clock() >= run.search_end:
         return None
@@ -163,7 +163,7 @@ def _predictor(
 
 
 def _search(
-    run: Run,
+    run: TuningRun,
     predictor: Replayer | None,
     tuning: Workload,
     plain: Mapping[str, Sample],

@@ -57,7 +57,7 @@ class Interrupted(Stopped):
 
 
 @dataclass
-class Run:
+class TuningRun:
     """One tune; everything that touches a model, clock or disk is passed in.
 
     What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten

@@ -35,7 +35,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.tuning_run import TuningRun
 
 RANDOM = random.Random(5)
 WORDS = [f"word{i}" for i in range(300)]
@@ -134,7 +134,7 @@ def run(
     clock = FakeClock()
     fast: Any = Trace(clock, 0.0)
     return tune_with(
-        Run(
+        TuningRun(
             Trace(clock, 1.0),
             [Knob],
             Workload("w", tuple(prompts)),

@@ -20,7 +20,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
-from adaptspec_tuner.tuning_run import Interrupted, Run
+from adaptspec_tuner.tuning_run import Interrupted, TuningRun
 
 
 class SeveralParams(KnobParams):
@@ -64,7 +64,7 @@ def run(
     trace: Trace, store: MemoryStore, budget: float = 100.0, **options: Any
 ) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Several],
             WORKLOAD,

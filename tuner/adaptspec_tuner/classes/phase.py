@@ -16,14 +16,14 @@ from adaptspec_tuner.classes.discover import (
     replayed_gains,
 )
 from adaptspec_tuner.records import CLASSIFIED, CLASSIFIER
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.tuning_run import TuningRun
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
 
 def discover_classes(
-    run: Run,
+    run: TuningRun,
     predictor: Replayer | None,
     recorded: Collection[str],
     tuning: Workload,
@@ -60,7 +60,7 @@ def discover_classes(
 
 
 def _classifier(
-    run: Run, predictor: Replayer | None, prompts: Sequence[Prompt]
+    run: TuningRun, predictor: Replayer | None, prompts: Sequence[Prompt]
 ) -> Classifier:
     """The run's, or one learnt from what replays say of each prompt; stored."""
     if (record := run.store.record(run.id, CLASSIFIER)) is not None:

@@ -24,7 +24,7 @@ from adaptspec_tuner.measuring.profiler import (
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import ClassResult
 from adaptspec_tuner.searching.search import HOPELESS, Arm
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
@@ -32,7 +32,7 @@ LATE_PREDICTION = 1.0  # seconds of drafting that a prediction may take past the
 
 
 def confirm_classes(
-    run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
 ) -> None:
     """Add a result for each class of ``held_out`` that there is time for.
 
@@ -83,7 +83,7 @@ def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
 
 
 def least_confirmation(
-    run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
 ) -> float:
     """Seconds in which one setting and plain decoding of every class are confirmed.
 
@@ -152,7 +152,7 @@ def _until(
 
 
 def _keep(
-    run: Run, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
+    run: TuningRun, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
 ) -> None:
     """Store what was confirmed of a class, what was predicted of it, and the choice."""
     predicted: Mapping[str, float] = {}
@@ -201,7 +201,7 @@ def _keep(
 
 
 def _predict(
-    run: Run, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
+    run: TuningRun, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
 ) -> dict[str, float]:
     """Predict what was just confirmed, on the same prompts, while there is time.
 
