@@ -22,8 +22,6 @@ from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuningRun
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
-FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
-
 
 def tune_with(run: TuningRun) -> TuneResult:
     """Find the fastest strategy for each class.
@@ -41,7 +39,7 @@ def tune_with(run: TuningRun) -> TuneResult:
         with run.progress:
             plain = _decode_plainly(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
-            run.keep_back(least_confirmation(run, tuning, held_out, plain))
+            run.time.keep_back(least_confirmation(run, tuning, held_out, plain))
             predictor = _predictor(run, tuning, plain)
             if run.options.discovers:
                 tuning, held_out = discover_classes(
@@ -122,7 +120,7 @@ def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     failed: Exception | None = None
     prompts = tuning.limit(len(tuning.prompts)).prompts
     for index, prompt in enumerate(prompts):
-        if index >= len(tuning.classes) and run.clock() >= run.plain_end:
+        if index >= len(tuning.classes) and not run.time.decoding_plainly:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
             break
         try:
@@ -146,7 +144,7 @@ def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
 def _predictor(
     run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> Replayer | None:
-    if run.replayer is None or not run.replaying or run.clock() >= run.search_end:
+    if run.replayer is None or not run.replaying or not run.time.searching:
         return None
     run.begin("costs")
     recorded = [(p, plain[p.id]) for p in tuning.prompts if p.id in plain]
@@ -174,7 +172,7 @@ def _search(
         recorded,
         {key: sample.seconds for key, sample in plain.items()},
         len(run.strategies),
-        (run.search_end - run.clock()) * FIRST_TRIALS_SHARE,
+        run.time.for_first_trials(),
     )
     tried = None
     if predictor is not None:
@@ -184,7 +182,7 @@ def _search(
             predictor,
             run.replaying,
             {name: [p for p in recorded if p.prompt_class == name] for name in usable},
-            in_time=run.in_replay_time(),
+            in_time=run.time.replaying(len(run.replaying) / len(run.strategies)),
             clock=run.clock,
             warn=run.warn,
             seed=run.options.seed,

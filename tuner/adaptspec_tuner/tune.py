@@ -31,6 +31,7 @@ from adaptspec_tuner.options import (
 )
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.time_budget import for_costs
 from adaptspec_tuner.tuning_run import MakesReplayer, TuningRun, run_id
 
 if TYPE_CHECKING:
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
     from adaptspec_tuner.distributed.ray_pool import RayPool
     from adaptspec_tuner.replaying.replayer import Replayer
-
-COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
-LONGEST_COSTS = 30.0  # seconds, whatever the budget
 
 
 def tune(
@@ -174,7 +172,7 @@ def tune(
                 unavailable=unavailable,
                 replayer=_replayer(
                     *(engine, host, profiler, store, environment),
-                    longest=min(LONGEST_COSTS, options.seconds * COSTS_SHARE),
+                    longest=for_costs(options.seconds),
                     doing=doing,
                 ),
                 pool=pool,

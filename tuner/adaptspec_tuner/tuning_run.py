@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
@@ -18,18 +17,13 @@ from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool
+from adaptspec_tuner.time_budget import TimeBudget
 from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.classes.discover import ReadsStates
     from adaptspec_tuner.replaying.replayer import Replayer
-
-PLAIN_SHARE = 0.25  # of the budget, at most
-CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
-LEAST_SEARCH = 0.25  # of what is left after plain decoding, whatever confirming takes
-REPLAY_SHARE = 0.5  # of the search, if all strategies replay, for trials of that kind
-CLASSES_SHARE = 0.15  # of the search, for replays that discovered classes are told by
 
 # From plain decoding of prompts to what predicts from it, where anything can.
 MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
@@ -87,14 +81,12 @@ class TuningRun:
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
-    deadline: float = field(init=False)  # infinite where trials are the budget
+    time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)
     spending: Spending = field(init=False)
     result: TuneResult = field(init=False)
     search: Search = field(init=False)
-    plain_end: float = field(init=False)  # of plain decoding, on the clock
-    search_end: float = field(init=False)
 
     def __post_init__(self) -> None:
         store, place, now = self.store, self.environment, self.clock()
@@ -102,7 +94,7 @@ class TuningRun:
         if self.options.fresh:
             store.delete_run(self.id)
         started = now if self.started is None else self.started
-        self.deadline = started + self.options.seconds
+        self.time = TimeBudget(self.clock, started + self.options.seconds)
         self.spending = Spending(store, self.id, self.clock, started)
         self.result = TuneResult(
             run=self.id,
@@ -115,11 +107,6 @@ class TuningRun:
         )
         for note in self.notes:
             self.warn(note)
-        left = max(0.0, self.deadline - now)
-        self.plain_end = self.search_end = self.deadline
-        if math.isfinite(left):
-            self.plain_end -= left * (1 - PLAIN_SHARE)
-            self.search_end -= left * CONFIRM_SHARE
         self.search = Search(
             self.measurer,
             store,
@@ -147,7 +134,7 @@ class TuningRun:
 
     def doing(self, text: str) -> None:
         """Say what is being done now."""
-        self.progress.doing(text, self.deadline - self.clock())
+        self.progress.doing(text, self.time.left)
 
     def begin(self, part: str) -> None:
         """Account for what is done from here on."""
@@ -163,28 +150,10 @@ class TuningRun:
         except ProfileStoreError as error:
             self.unstored = self.unstored or error
 
-    def keep_back(self, seconds: float) -> None:
-        """End the search so early that ``seconds`` are left for confirming."""
-        most = (1 - LEAST_SEARCH) * max(0.0, self.deadline - self.clock())
-        self.search_end = min(self.search_end, self.deadline - min(seconds, most))
-
-    def in_replay_time(self) -> Callable[[], bool]:
-        """Whether trials that begin now, without the target, may go on."""
-        return self._within(REPLAY_SHARE * len(self.replaying) / len(self.strategies))
-
-    def in_classes_time(self) -> Callable[[], bool]:
-        """Whether replays that classes are discovered by may go on."""
-        return self._within(CLASSES_SHARE)
-
-    def _within(self, share: float) -> Callable[[], bool]:
-        """Whether no more than ``share`` of the search has passed from now on."""
-        end = self.clock() + share * max(0.0, self.search_end - self.clock())
-        return lambda: self.clock() < end
-
     def _may_try(self) -> bool:
         most = self.options.budget_trials
         in_budget = most is None or self.search.tried < most
-        return in_budget and self.clock() < self.search_end
+        return in_budget and self.time.searching
 
 
 def run_id(environment: Environment, workload: Workload, options: TuneOptions) -> str:

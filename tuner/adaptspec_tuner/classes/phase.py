@@ -75,7 +75,7 @@ def _classifier(
     gains: dict[str, dict[str, float]] = {}
     if predictor is not None:
         settings = [setting for cls in run.replaying for setting in probed(cls)]
-        gains = replayed_gains(predictor, settings, prompts, run.in_classes_time())
+        gains = replayed_gains(predictor, settings, prompts, run.time.discovering())
     found = discover(prompts, gains, run.options.seed, run.states)
     run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())
     return found.classifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 
@@ -28,7 +28,6 @@ from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
-LATE_PREDICTION = 1.0  # seconds of drafting that a prediction may take past the budget
 
 
 def confirm_classes(
@@ -44,7 +43,7 @@ def confirm_classes(
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
-        share = (run.deadline - run.clock()) / (len(names) - index)
+        share = run.time.left / (len(names) - index)
         others = 1 + len(run.baselines)
         ranked = _finalists(
             [arm for arm in run.search.arms if arm.prompt_class == name],
@@ -52,7 +51,7 @@ def confirm_classes(
         )
         finalists = [setting for _, setting in ranked]
         expected = once * (others + sum(_share(ratio) for ratio, _ in ranked))
-        if index and run.clock() + FEWEST_PROMPTS * expected > run.deadline:
+        if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
@@ -63,7 +62,7 @@ def confirm_classes(
             [*finalists, *run.baselines],
             _of_class(held_out, name),
             repeats=REPEATS,
-            in_time=_until(run.clock, run.clock() + share, run.deadline),
+            in_time=run.time.confirming(share, FEWEST_PROMPTS),
             warn=run.warn,
             objective=run.options.objective,
             clock=run.clock,
@@ -138,17 +137,6 @@ def _finalists(
 def _share(ratio: float) -> float:
     """Of plain decoding's time; a faster one reads the prompt, too, in this time."""
     return 1 / min(1.0, max(ratio, HOPELESS))
-
-
-def _until(
-    clock: Callable[[], float], share: float, deadline: float
-) -> Callable[[float, int], bool]:
-    """Whether a prompt may begin; as many as a choice takes may use others' time."""
-
-    def in_time(seconds: float, prompts: int) -> bool:
-        return clock() + seconds <= (share if prompts >= FEWEST_PROMPTS else deadline)
-
-    return in_time
 
 
 def _keep(
@@ -229,7 +217,7 @@ def _predict(
     for found in told:
         repeats = max(1, max(map(len, found.samples.values()), default=1))
         drafting = found.measurement.seconds_draft / repeats
-        if drafting > max(LATE_PREDICTION, run.deadline - run.clock()):
+        if not run.time.predicting(drafting):
             break
         predictor.forget()
         gains = [
