@@ -256,18 +256,16 @@ def main(
                 "classes": found,
                 "reasons": {told.name: told.choice.reason for told in result.classes},
                 "notes": list(result.notes),
-                "predictions": [
-                    pair for told in result.classes for pair in told.prediction_errors
-                ],
+                "predictions": result.prediction_errors,
                 "spent": dict(result.spent),
                 "measured": {
                     told.name: [
                         [
-                            Setting(p.strategy, dict(p.params)).key,
-                            p.measurement.ratio,
-                            told.prediction(p),
+                            Setting(row.strategy, row.profile.params).key,
+                            row.measurement.ratio,
+                            row.predicted,
                         ]
-                        for p in told.profiles
+                        for row in told.rows
                     ]
                     for told in result.classes
                 },

@@ -181,20 +181,18 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
 
     store, replayed = MemoryStore(), cast("Any", Replayed())
     result = run(Trace(), store, 100.0, replayer=lambda _: replayed)
-    told = [(c, p) for c in result.classes for p in c.profiles if p.strategy == "knob"]
+    told = [
+        (c, row) for c in result.classes for row in c.rows if row.strategy == "knob"
+    ]
     assert told
-    for found, profile in told:
-        assert found.prediction(profile) == pytest.approx(
-            1.1 * profile.measurement.ratio
-        )
+    for found, row in told:
+        assert row.predicted == pytest.approx(1.1 * row.measurement.ratio)
         record = store.record(result.run, predicted_key(found.name))
         assert record is not None
         assert set(record) == set(found.predicted)
     assert any("replay: its predictions of" in note for note in result.notes)
-    rows = result.as_json()["classes"][0]["results"]
-    assert [row["predicted"] is None for row in rows if row["strategy"] == PLAIN] == [
-        True
-    ]
+    results = result.as_json()["classes"][0]["results"]
+    assert [r["predicted"] is None for r in results if r["strategy"] == PLAIN] == [True]
 
 
 def test_speeds_by_prompt_are_kept_for_the_report() -> None:

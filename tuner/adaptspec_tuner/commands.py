@@ -191,7 +191,7 @@ def report(
 
     Without options a table; with -o a page with plots, which needs no network.
     """
-    from adaptspec_tuner.reporting.data import build
+    from adaptspec_tuner.reporting.stored import build
 
     store = host.open_store(db)
     try:
@@ -213,6 +213,6 @@ def report(
     if as_json:
         print_json(found.as_json())
     elif output is None:
-        from adaptspec_tuner.reporting.tables import print_report
+        from adaptspec_tuner.reporting.tables import print_result
 
-        print_report(found, stdout_console())
+        print_result(found, stdout_console())

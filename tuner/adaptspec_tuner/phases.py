@@ -47,9 +47,7 @@ def tune_with(run: TuningRun) -> TuneResult:
                 )
             _search(run, predictor, tuning, plain)
             confirm_classes(run, tuning, held_out, plain)
-            if said := told_errors(
-                e for found in run.result.classes for e in found.prediction_errors
-            ):
+            if said := told_errors(run.result.prediction_errors):
                 run.warn(f"replay: {said}")
     except BaseException as error:
         if stopped_by_user(error):

@@ -117,7 +117,7 @@ def test_plain_decoding_wins_when_nothing_is_faster() -> None:
     store, trace = MemoryStore(), Trace(FakeClock(), factor=0.12)
     found = run(trace, store).classes[0]
     assert found.choice.strategy == PLAIN
-    assert found.ranked[0].strategy == PLAIN
+    assert found.rows[0].strategy == PLAIN
 
 
 def test_an_interrupted_run_continues_without_measuring_again() -> None:

@@ -22,7 +22,7 @@ from adaptspec_tuner.measuring.profiler import (
     typical,
 )
 from adaptspec_tuner.records import confirmed_key, predicted_key
-from adaptspec_tuner.reporting.result import ClassResult
+from adaptspec_tuner.reporting.result import ClassResult, Tried
 from adaptspec_tuner.searching.search import HOPELESS, Arm
 from adaptspec_tuner.tuning_run import TuningRun
 
@@ -181,7 +181,7 @@ def _keep(
             name,
             select(profiles, run.environment, name),
             tuple(profiles),
-            trials={arm.name: len(arm.trials) for arm in arms},
+            tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
             reused=name in held_out.reused,
             predicted=predicted,
         )
