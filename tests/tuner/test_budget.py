@@ -16,13 +16,13 @@ from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 CLASSES = ("chat", "code", "maths")
 WORKLOAD = Workload(

@@ -21,7 +21,6 @@ from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.distributed.workers import open_search, work
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -34,6 +33,7 @@ from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Stopped, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob
 
 CLASSES = ("chat", "code")
 WORKLOAD = Workload(

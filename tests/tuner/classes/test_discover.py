@@ -29,13 +29,13 @@ from adaptspec_tuner.classes.discover import (
     known_only,
     probed,
 )
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
 from adaptspec_tuner.tuning_run import TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob
 
 RANDOM = random.Random(5)
 WORDS = [f"word{i}" for i in range(300)]

@@ -14,13 +14,13 @@ from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting, near_tie
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
 from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 
 class SeveralParams(KnobParams):

@@ -181,8 +181,8 @@ def summary(result: TuneResult) -> list[str]:
             f"{len(tried) - replayed} settings were measured in the search, {replayed} "
             "replayed against recorded answers."
         )
-    if said := told_errors(result.prediction_errors):
-        lines.append(f"Replay: {said}.")
+    if told := told_errors(result.prediction_errors):
+        lines.append(f"Replay: {told}.")
         rows = [row for found in result.classes for row in found.rows]
         without = {
             row.strategy
