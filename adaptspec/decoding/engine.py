@@ -303,7 +303,7 @@ class Run:
                 [root], cache, hidden_layers=observes.hidden_layers
             )
         else:
-            forward = self._model.verify(
+            forward = self._model.forward_tree(
                 tree, cache, hidden_layers=observes.hidden_layers
             )
         self._synchronize()

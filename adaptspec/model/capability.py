@@ -199,7 +199,7 @@ def _glance(model: ForwardModel, way: Way) -> str | None:
             model.use_masks = way.masked
             cache = model.new_cache(len(prompt) + len(tree))
             model.prefill(prompt, cache)
-            errors = _errors(model, tree, prompt, model.verify(tree, cache))
+            errors = _errors(model, tree, prompt, model.forward_tree(tree, cache))
     except Exception as error:
         return _told(error)
     # Rounding moves a few rows a lot, a fault moves most of them.
@@ -227,7 +227,7 @@ def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | N
     tolerance = _tolerance(model, prompt)
     cache = model.new_cache(len(prompt) + len(tree) + 4)
     model.prefill(prompt, cache)
-    forward = model.verify(tree, cache)
+    forward = model.forward_tree(tree, cache)
     if cache.length < len(prompt) + len(tree):
         return "the model doesn't append to the cache"
     found = [forward.logits[forward.rows[node]].clone() for node in range(len(tree))]
@@ -239,7 +239,7 @@ def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | N
     deepest = max(range(len(tree)), key=lambda n: (tree.depths[n], n))
     kept = tree.ancestors()[deepest]
     cache.keep(len(prompt), kept)
-    after = model.verify(TokenTree.root_only(prompt[0]), cache)
+    after = model.forward_tree(TokenTree.root_only(prompt[0]), cache)
     text = [*prompt, *(tree.tokens[node] for node in kept), prompt[0]]
     expected = _whole(model, [text])
     error = _distance(after.logits[0], expected[0][-1])
@@ -284,7 +284,7 @@ def _leak(
     cache.truncate(len(prompt))
     tokens = list(tree.tokens)
     tokens[node] = (tokens[node] + 7) % model.vocab_size
-    forward = model.verify(TokenTree(tokens, tree.parents), cache)
+    forward = model.forward_tree(TokenTree(tokens, tree.parents), cache)
     experts = miniature.has_experts(model.config)
     for other, line in enumerate(tree.ancestors()):
         if node in line:
@@ -293,7 +293,7 @@ def _leak(
         if error > (tolerance if experts else LEAK):
             return "the logits of a node move with another branch's token"
     cache.truncate(len(prompt))
-    model.verify(tree, cache)
+    model.forward_tree(tree, cache)
     return None
 
 

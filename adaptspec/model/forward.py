@@ -121,7 +121,7 @@ class ForwardModel(Protocol):
     ) -> Forward:
         """Append successive tokens."""
 
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Append a tree's nodes."""

@@ -368,7 +368,7 @@ class LanguageModel:
         return Forward(forward.logits[-1:], {0: 0}, hidden)
 
     @torch.inference_mode()
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Append the tree's nodes to ``cache``; logits at every node but unread ones.
@@ -613,7 +613,7 @@ class LanguageModel:
         """A few tokens behind others, as a chain to verify of which all is kept."""
         cached, count = cache.length, len(tokens)
         chain = TokenTree.chain(tokens[0], tokens[1:])
-        forward = self.verify(chain, cache, hidden_layers=hidden_layers)
+        forward = self.forward_tree(chain, cache, hidden_layers=hidden_layers)
         cache.truncate(cached + count)
         first = max(0, count - last)
         rows = {first + row: row for row in range(count - first)}

@@ -662,9 +662,10 @@ def test_verifying_a_chain_gives_the_bits_of_decoding_one_by_one(
     model.prefill(prompt, one_by_one)
     model.prefill(prompt, at_once)
     sequential = [
-        model.verify(TokenTree.root_only(token), one_by_one).logits for token in chain
+        model.forward_tree(TokenTree.root_only(token), one_by_one).logits
+        for token in chain
     ]
-    together = model.verify(TokenTree.chain(chain[0], chain[1:]), at_once).logits
+    together = model.forward_tree(TokenTree.chain(chain[0], chain[1:]), at_once).logits
     if attention_keeps_its_bits(dtype):
         assert torch.equal(together, torch.cat(sequential))
     else:

@@ -53,13 +53,13 @@ ROOT = 7
 @pytest.fixture(autouse=True)
 def only_verification_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth more for each row: runs on models repeat exactly."""
-    clock, verify = Clock(), LanguageModel.verify
+    clock, verify = Clock(), LanguageModel.forward_tree
 
     def timed(model: LanguageModel, tree: TokenTree, *args: Any, **more: Any) -> Any:
         clock.now += 1 + len(tree) / 100
         return verify(model, tree, *args, **more)
 
-    monkeypatch.setattr(LanguageModel, "verify", timed)
+    monkeypatch.setattr(LanguageModel, "forward_tree", timed)
     for module in ("decoding.engine", "model.forward_times"):
         monkeypatch.setattr(f"adaptspec.{module}.perf_counter", clock)
 
