@@ -228,7 +228,7 @@ class Run:
                 if model.digest != self._digest:
                     raise SequenceStateError(
                         f"{model.name} was changed (weights or adapters) while this "
-                        "generation ran; finish it before the change, or start anew"
+                        "generation ran; finish it before the change, or start again"
                     )
                 yield self._step(drafter, cache, observes, level)
         finally:

@@ -54,11 +54,11 @@ class Way:
 
     level: Literal["tree", "chain", "plain"]
     masked: bool = False
-    anew: bool = False
+    uncached: bool = False
 
     def __str__(self) -> str:
         if self.level == "plain":
-            return "texts read anew" if self.anew else "its own caches"
+            return "whole texts without a cache" if self.uncached else "its own caches"
         return f"{self.level}s" if self.masked else f"{self.level}s without masks"
 
 
@@ -67,7 +67,7 @@ WAYS = (
     Way("chain", masked=True),
     Way("chain"),
     Way("plain"),
-    Way("plain", anew=True),
+    Way("plain", uncached=True),
 )
 
 
@@ -103,7 +103,7 @@ def probe(model: ForwardModel) -> Capability:
         if problem is None:
             model.use_masks = way.masked
             told = [f"{', '.join(ways)} fail: {why}" for why, ways in failed.items()]
-            return Capability(way.level, "; ".join([*reasons, *told]), way.anew)
+            return Capability(way.level, "; ".join([*reasons, *told]), way.uncached)
         failed.setdefault(problem, []).append(str(way))
     raise ModelLoadError(
         f"{model.name} can't be decoded as its own generate does: {way} fail: {problem}"
@@ -188,7 +188,7 @@ def _glance(model: ForwardModel, way: Way) -> str | None:
     )
     try:
         if way.level == "plain":
-            plain = model.plain_cache(anew=way.anew)
+            plain = model.plain_cache(uncached=way.uncached)
             found = [
                 model.prefill(given, plain).logits[-1]
                 for given in (prompt, [prompt[0]])
@@ -311,7 +311,7 @@ def _last_branch(tree: TokenTree) -> int | None:
 def _plain(model: ForwardModel, way: Way, prompt: list[int]) -> str | None:
     """What is wrong with decoding one token at a time."""
     tokens, expected = _generated(model, prompt)
-    cache = model.plain_cache(anew=way.anew)
+    cache = model.plain_cache(uncached=way.uncached)
     tolerance = _tolerance(model, prompt)
     given = prompt
     for step, logits in enumerate(expected):

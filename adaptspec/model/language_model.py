@@ -180,7 +180,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _trial(self) -> Iterator[None]:
         """Passes over one sequence: a few tokens, then one by one."""
-        cache, start = self.plain_cache(anew=False).inner, 0
+        cache, start = self.plain_cache(uncached=False).inner, 0
         for count in (3, 1, 1):
             arguments: dict[str, Any] = {
                 "input_ids": torch.ones((1, count), dtype=torch.long).to(self.device),
@@ -290,15 +290,15 @@ class LanguageModel:
         view.heads = {}  # they read the whole model's states
         return view
 
-    def plain_cache(self, anew: bool | None = None) -> PlainCache:
+    def plain_cache(self, uncached: bool | None = None) -> PlainCache:
         """The model's own cache, for models whose state can't be rolled back.
 
         Args:
-            anew: Keep the text instead; default: as the model's capability says.
+            uncached: Keep the text instead; default: as the model's capability says.
         """
         from transformers import DynamicCache
 
-        if self.capability.anew if anew is None else anew:
+        if self.capability.uncached if uncached is None else uncached:
             return PlainCache(None, text=[])
         return PlainCache(DynamicCache(config=self.config))
 
@@ -353,7 +353,7 @@ class LanguageModel:
         cache: TreeCache | PlainCache,
         hidden_layers: Sequence[int] = (),
     ) -> Forward:
-        """Fill ``cache`` anew with the whole text; what comes out at its last token.
+        """Fill ``cache`` again, with the whole text; what comes out at its last token.
 
         As ``generate`` does where a rotation switches, see :attr:`rereads`. The result
         is that of a root alone: row 0.
