@@ -151,7 +151,7 @@ def controls(**changes: Any) -> Controls:
     return Controls(**{"max_new_tokens": 12, "temperature": 0.0, **changes})
 
 
-@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("observes", NEEDS)
 def test_a_strategy_chosen_after_the_prompt_was_read_sees_what_it_would_have_seen(
     observes: Observes,
 ) -> None:

@@ -512,7 +512,7 @@ def test_a_step_it_was_not_asked_for_teaches_nothing() -> None:
 def test_a_drafter_that_is_never_right_leaves_the_tree_and_a_good_one_stays() -> None:
     simulated = world(1500)
     hybrid = hybrid_of(
-        simulated.member("liar", 0.0), simulated.member("good", 0.8), max_nodes=24
+        simulated.member("liar", 0.0), simulated.member("good", 0.8), draft_length=24
     )
     late = simulated.decode(hybrid)[150:]
     # Each proposes a chain: nothing forks where only one of them is believed.
