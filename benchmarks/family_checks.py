@@ -267,7 +267,7 @@ def check(
     report.level = {"tree": "trees", "chain": "chains"}.get(
         capability.level, capability.level
     )
-    if capability.anew:
+    if capability.uncached:
         report.level = "plain, no cache"
     report.reason = capability.reason
     draft = noisy_draft(model)

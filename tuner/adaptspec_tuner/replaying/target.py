@@ -140,7 +140,7 @@ class RecordedTarget(LanguageModel):
         self._clock.replace(started, 0.0)
         return forward
 
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: Any, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Every node on the path of the recorded tokens is answered by the next."""
