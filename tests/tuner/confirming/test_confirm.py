@@ -243,7 +243,7 @@ def test_tuning_is_repaid_by_the_time_that_the_classes_save() -> None:
 
 PEAK = """
 import mmap, torch
-from adaptspec_tuner.memory import PeakMemory
+from adaptspec_tuner.measuring.peak_memory import PeakMemory
 peak = PeakMemory(torch.device("cpu"))
 peak.reset()
 before = peak.bytes()
