@@ -211,7 +211,7 @@ class _Witness(Drafter):
     def observe(self, outcome: Outcome) -> None:
         nodes = [self._prompt - 1] if outcome.tree is None else outcome.path
         for node, _ in zip(nodes, outcome.emitted, strict=True):
-            self._seen.logits.append(outcome.logits_at(node).float().clone())
+            self._seen.logits.append(outcome.logits[outcome.rows[node]].float().clone())
         self._inner.observe(outcome)
 
     def close(self) -> None:

@@ -216,7 +216,7 @@ if kind == "ours":
     from adaptspec.decoding.controls import Controls
     from adaptspec.decoding.engine import Engine
     from adaptspec.host import Host
-    from adaptspec.models import load_model
+    from adaptspec.model.loading import load_model
     model = load_model(path, dtype=dtype)
     cls = Host.installed().strategy("prompt_lookup")
     Engine(model).generate(cls(), ids, Controls.greedy(32))

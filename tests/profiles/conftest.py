@@ -19,7 +19,7 @@ import json, sys
 from dataclasses import replace
 from adaptspec.profile import Trial
 from adaptspec_profiles import open_store
-from adaptspec_profiles.convert import profile_from_json
+from adaptspec_profiles.as_json import profile_from_json
 url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 profile = profile_from_json(json.loads(sys.argv[4]))
 store = open_store(url)
