@@ -49,7 +49,7 @@ class KnowledgeFile:
         }
 
     def exchange(self, strategy: Strategy) -> None:
-        """Give ``strategy`` what is stored and store what it then knows.
+        """Merge the file into ``strategy`` and write what it then knows.
 
         Raises:
             KnowledgeError: if the folder can't be written or stays locked.
@@ -173,7 +173,7 @@ class KnowledgeKeeper:
         self._told = False
 
     def adopt(self, strategy: Strategy) -> None:
-        """Give ``strategy`` what its file holds; keep what it learns from now on."""
+        """Load a strategy's file, and save what it learns from now on."""
         if strategy.knowledge > 0:
             file = KnowledgeFile(self._folder, self._model, type(strategy))
             if self._exchange(strategy, file):
@@ -185,7 +185,7 @@ class KnowledgeKeeper:
             self.save()
 
     def save(self) -> None:
-        """Exchange now."""
+        """Merge and write all files now."""
         for strategy, file in self._kept:
             self._exchange(strategy, file)
         self._last = self._clock()

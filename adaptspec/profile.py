@@ -158,11 +158,11 @@ class ProfileStore(Protocol):
 
     @property
     def url(self) -> str:
-        """Where it is kept, without secrets."""
+        """The database's address, without secrets."""
 
     @property
     def folder(self) -> Path | None:
-        """Where files that belong to it are kept, None if nothing outlives it."""
+        """The folder for files that belong to the store; None if it keeps nothing."""
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """Store ``profiles`` at once, replacing those of the same run, class, strategy
@@ -181,7 +181,7 @@ class ProfileStore(Protocol):
         """One profile by id."""
 
     def delete_run(self, run: str) -> int:
-        """Forget a run's profiles and trials; return how many profiles went."""
+        """Forget a run's profiles and trials; return how many profiles it had."""
 
     def add_trial(self, trial: Trial) -> None:
         """Store a finished trial; one run, class, strategy and number once only."""

@@ -78,12 +78,12 @@ class MedusaTrained:
 
     @property
     def count(self) -> int:
-        """Heads there are."""
+        """Number of heads."""
         return len(self._heads.blocks)
 
     @property
     def width(self) -> int:
-        """Tokens a head tells apart."""
+        """Size of the heads' vocabulary."""
         return self._heads.draft_vocab
 
     @torch.inference_mode()

@@ -16,11 +16,11 @@ class TrainedHeads(Protocol):
 
     @property
     def kind(self) -> str:
-        """What sort, e.g. ``medusa``; a model has at most one of each."""
+        """Kind of the heads, such as ``medusa``; a model has one of each at most."""
 
     @property
     def name(self) -> str:
-        """Their name for people."""
+        """Name to be shown."""
 
     @property
     def digest(self) -> str:
@@ -28,7 +28,7 @@ class TrainedHeads(Protocol):
 
 
 def bytes_of(heads: TrainedHeads) -> int:
-    """What their weights take of memory: ``nbytes``, or 0 where they don't say."""
+    """Memory of the heads' weights: ``nbytes``, or 0 if they have no such attribute."""
     return int(getattr(heads, "nbytes", None) or 0)
 
 
@@ -43,5 +43,5 @@ def digest_of(heads: Iterable[TrainedHeads]) -> str | None:
 
 
 def name_of(heads: Iterable[TrainedHeads]) -> str | None:
-    """Their names, None without any."""
+    """The heads' names, None without any."""
     return ", ".join(sorted(one.name for one in heads)) or None

@@ -227,7 +227,7 @@ def _timed(
 
 
 def _wait(model: ForwardModel) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has finished."""
     if model.device.type == "cuda":
         import torch
 

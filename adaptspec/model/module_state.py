@@ -71,7 +71,7 @@ class _Slot:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nobody knows any more what it held first."""
+        """Whether its first value is lost."""
         return self._copy is None and _version(self._original) != self._unchanged
 
     def first(self) -> Any:

@@ -70,7 +70,7 @@ def encode_prompt(
     tools: Sequence[Any] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The token ids of a prompt. Every text goes through here, whoever asks.
+    """The token ids of a prompt; every caller's prompts go through here.
 
     * A text is a user's message where the model has a chat template, and is read as it
       is where it has none or ``raw`` is given.

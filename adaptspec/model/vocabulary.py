@@ -69,7 +69,7 @@ def _tokens(model: TextModel) -> dict[str, int]:
 
 
 def _of_text(model: TextModel, tokens: Mapping[str, int]) -> dict[str, int]:
-    """Those of ``tokens`` that are neither special nor added."""
+    """The ``tokens`` that are neither special nor added."""
     tokenizer: Any = model.tokenizer
     left_out = {*getattr(tokenizer, "added_tokens_decoder", ())}
     left_out.update(getattr(tokenizer, "all_special_ids", ()))

@@ -32,7 +32,7 @@ class MemoryStore:
         return "memory:"
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
-        """All or, if one is refused, none."""
+        """Add all profiles, or none if one is refused."""
         ids = []
         for profile in [same_profile(profile) for profile in profiles]:
             setting = _setting(profile)
@@ -50,7 +50,7 @@ class MemoryStore:
         prompt_class: str | None = None,
         run: str | None = None,
     ) -> list[Profile]:
-        """Matching ones, newest first."""
+        """Matching profiles, newest first."""
         found = [
             p
             for p in self._profiles.values()
@@ -62,11 +62,11 @@ class MemoryStore:
         return copy.deepcopy(found)
 
     def profile(self, profile_id: int) -> Profile | None:
-        """One by id."""
+        """One profile by its id."""
         return copy.deepcopy(self._profiles.get(profile_id))
 
     def delete_run(self, run: str) -> int:
-        """Forget a run."""
+        """Forget a run; return how many profiles it had."""
         gone = [i for i, p in self._profiles.items() if p.run == run]
         for i in gone:
             del self._profiles[i]
@@ -77,22 +77,22 @@ class MemoryStore:
         return len(gone)
 
     def add_trial(self, trial: Trial) -> None:
-        """Store once."""
+        """Store a trial; the same number again is ignored."""
         trial = same_trial(trial)
         key = (trial.run, trial.prompt_class, trial.strategy, trial.number)
         self._trials.setdefault(key, trial)
 
     def trials(self, run: str) -> list[Trial]:
-        """In order."""
+        """A run's trials by class, strategy and number."""
         keys = sorted(key for key in self._trials if key[0] == run)
         return copy.deepcopy([self._trials[key] for key in keys])
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
-        """Store or replace."""
+        """Keep a record in place of an older one."""
         self._records[json_value(run), json_value(key)] = json_value(value)
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
-        """A copy."""
+        """A copy of a record, None if there is none."""
         return copy.deepcopy(self._records.get((run, key)))
 
     def close(self) -> None:

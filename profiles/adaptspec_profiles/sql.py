@@ -98,7 +98,7 @@ class SqlStore:
         return self._studies
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
-        """One transaction for all."""
+        """Add all profiles in one transaction."""
         checked = [same_profile(profile) for profile in profiles]
 
         def put(session: Session) -> list[int]:
@@ -113,7 +113,7 @@ class SqlStore:
         prompt_class: str | None = None,
         run: str | None = None,
     ) -> list[Profile]:
-        """Newest first; a damaged row is left out, with a warning that names it."""
+        """Matching profiles, newest first; damaged rows are left out with a warning."""
         query = select(ProfileRow.id).join(ProfileRow.environment)
         if model is not None:
             query = query.where(EnvironmentRow.model == model)
@@ -125,7 +125,7 @@ class SqlStore:
         return self._whole(ProfileRow, query, _profile)
 
     def profile(self, profile_id: int) -> Profile | None:
-        """One by id."""
+        """One profile by its id."""
         if not 0 < profile_id <= LARGEST_INTEGER:
             return None
         try:
@@ -140,7 +140,7 @@ class SqlStore:
             ) from error
 
     def delete_run(self, run: str) -> int:
-        """Profiles, trials, records and studies of a run."""
+        """Delete profiles, trials, records and studies of a run."""
         with self._reading() as session:
             kept = inspect(session.connection()).has_table("studies")
         if kept:
@@ -158,7 +158,7 @@ class SqlStore:
             return int(count or 0)
 
     def add_trial(self, trial: Trial) -> None:
-        """The same number again is ignored."""
+        """Store a trial; the same number again is ignored."""
         trial = same_trial(trial)
         try:
             with self._writing() as session:
@@ -173,14 +173,14 @@ class SqlStore:
                 raise
 
     def trials(self, run: str) -> list[Trial]:
-        """By class, strategy and number; damaged rows are left out as profiles are."""
+        """Trials by class, strategy and number; damaged rows are left out."""
         query = select(TrialRow.id).where(TrialRow.run == run)
         found = self._whole(TrialRow, query, _trial)
         # Not by the database, whose order of text may be a language's.
         return sorted(found, key=_trial_key)
 
     def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
-        """Replace an older one."""
+        """Keep a record in place of an older one."""
         checked = json_value(value)
 
         def put(session: Session) -> None:
@@ -195,7 +195,7 @@ class SqlStore:
         self._write(put)
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
-        """As it was put; None for a damaged one, with a warning that names it."""
+        """The record, or None with a warning if it is damaged."""
         try:
             with self._reading() as session:
                 row = session.get(RecordRow, (run, key))
@@ -255,7 +255,7 @@ class SqlStore:
             return bool(getattr(changed, "rowcount", 0))
 
     def _warn(self, table: type[Base], damaged: Mapping[Any, Exception]) -> None:
-        """Tell of damaged rows that weren't told of yet."""
+        """Warn of each damaged row once."""
         name = table.__tablename__
         new = {k: e for k, e in damaged.items() if (name, k) not in self._told}
         if new:

@@ -261,7 +261,7 @@ class _SuffixDrafter(Drafter):
 
 
 def _evidence(draft: Draft, past: bool) -> list[int]:
-    """Length of the match, share and number of occurrences, and whose they are."""
+    """Match length, share and number of occurrences, and own or earlier output."""
     length = _bucket(draft.length, LENGTHS)
     found = []
     for share, count in zip(draft.shares, draft.counts, strict=True):

@@ -76,7 +76,7 @@ class TokenRecyclingParams(DraftingParams, GatedParams):
 
 
 class TokenRecycling(Strategy):
-    """Costs neither a draft model nor a search; its matrix grows warm with use."""
+    """Drafts from a table that fills with use; needs no draft model and no search."""
 
     name = "token_recycling"
     summary = "drafts a tree of the tokens the model last found likely after each token"
@@ -115,7 +115,7 @@ class TokenRecycling(Strategy):
         )
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
-        """Of a token that two processes learnt of, the one that saves last wins."""
+        """Merge rows; of a token that two processes learnt, the last one saved wins."""
         if not self.params.persist:
             return dict(stored or {})
         table = self._table
