@@ -195,10 +195,6 @@ class Outcome:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     best: Sequence[int] = ()
 
-    def logits_at(self, node: int) -> torch.Tensor:
-        """Logits ``[vocab]`` of the token after ``node``."""
-        return self.logits[self.rows[node]]
-
 
 class Drafter(ABC):
     """One sequence's drafting state."""

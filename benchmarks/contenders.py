@@ -114,18 +114,20 @@ class Script:
     text all decode the same. The logits, from which drafters learn, stay the model's.
 
     Args:
-        model: Its ``verify`` is replaced.
+        model: Its ``forward_tree`` is replaced.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self.text: Sequence[int] | None = None  # from the prompt on; None: its own
-        self._verify = model.verify
-        vars(model)["verify"] = self.verify
+        self._forward_tree = model.forward_tree
+        vars(model)["forward_tree"] = self.forward_tree
 
-    def verify(self, tree: TokenTree, cache: TreeCache, **options: Any) -> Forward:
+    def forward_tree(
+        self, tree: TokenTree, cache: TreeCache, **options: Any
+    ) -> Forward:
         """As the model's."""
         cached = cache.length
-        forward = self._verify(tree, cache, **options)
+        forward = self._forward_tree(tree, cache, **options)
         if self.text is not None:
             best = list(forward.best)
             node: int | None = 0

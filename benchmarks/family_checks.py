@@ -211,7 +211,7 @@ class _Witness(Drafter):
     def observe(self, outcome: Outcome) -> None:
         nodes = [self._prompt - 1] if outcome.tree is None else outcome.path
         for node, _ in zip(nodes, outcome.emitted, strict=True):
-            self._seen.logits.append(outcome.logits_at(node).float().clone())
+            self._seen.logits.append(outcome.logits[outcome.rows[node]].float().clone())
         self._inner.observe(outcome)
 
     def close(self) -> None:
@@ -267,7 +267,7 @@ def check(
     report.level = {"tree": "trees", "chain": "chains"}.get(
         capability.level, capability.level
     )
-    if capability.anew:
+    if capability.uncached:
         report.level = "plain, no cache"
     report.reason = capability.reason
     draft = noisy_draft(model)

@@ -35,6 +35,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import confirm
 from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import told_errors
 from adaptspec_tuner.tune import tune
 
@@ -236,11 +237,13 @@ def main(
             target,
             draft,
             chosen,
+            TuneOptions(
+                budget=budget,
+                strategies=list(AXES),
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+            ),
             db=store,
-            budget=budget,
-            strategies=list(AXES),
-            seed=seed,
-            max_new_tokens=max_new_tokens,
             host=host,
         )
         found = {
@@ -253,18 +256,16 @@ def main(
                 "classes": found,
                 "reasons": {told.name: told.choice.reason for told in result.classes},
                 "notes": list(result.notes),
-                "predictions": [
-                    pair for told in result.classes for pair in told.prediction_errors
-                ],
+                "predictions": result.prediction_errors,
                 "spent": dict(result.spent),
                 "measured": {
                     told.name: [
                         [
-                            Setting(p.strategy, dict(p.params)).key,
-                            p.measurement.ratio,
-                            told.prediction(p),
+                            Setting(row.strategy, row.profile.params).key,
+                            row.measurement.ratio,
+                            row.predicted,
                         ]
-                        for p in told.profiles
+                        for row in told.rows
                     ]
                     for told in result.classes
                 },

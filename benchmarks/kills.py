@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 
-from adaptspec_tuner.time_spent import KEY as SPENT
+from adaptspec_tuner.records import SPENT
 
 CLASSES = ("a", "b")
 STRATEGIES = ("prompt_lookup", "token_recycling")  # one that replays, one that doesn't

@@ -198,8 +198,8 @@ def real_model_path() -> Path:
 def postgres_server() -> Iterator[str]:
     """A PostgreSQL server's URL without a database; skips where it isn't installed."""
     pytest.importorskip("psycopg", reason="needs the driver psycopg")
-    from adaptspec.testing.databases import postgres_binaries
-    from adaptspec.testing.databases import postgres_server as running
+    from postgres import postgres_binaries
+    from postgres import postgres_server as running
 
     if (binaries := postgres_binaries()) is None:
         pytest.skip("needs PostgreSQL's server (initdb, pg_ctl, postgres)")

@@ -62,7 +62,7 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProductChoice:
     """The choice for one type: which product, and up to how many rows."""
 
     kind: Kind
@@ -175,9 +175,9 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
             0, "none: no Linear layer of float32 or bfloat16 on the CPU"
         )
     dtype = layers[0][2].weight.dtype
-    plan = choose(dtype, own_weights)
-    if plan.kind == "none":
-        return LinearReport(0, f"none: {plan.reason}")
+    choice = choose(dtype, own_weights)
+    if choice.kind == "none":
+        return LinearReport(0, f"none: {choice.reason}")
     uses = Counter(
         id(parameter)
         for owner in module.modules()
@@ -189,8 +189,8 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
         parent, name, linear = layers.pop()
         if linear.weight.dtype is not dtype:
             continue
-        if plan.kind == "native":
-            faster: nn.Module = NativeLinear(linear, kernel(), plan.most_rows)
+        if choice.kind == "native":
+            faster: nn.Module = NativeLinear(linear, kernel(), choice.most_rows)
         elif uses[id(linear.weight)] > 1:
             continue  # an embedding needs the plain weight: packing would double it
         else:
@@ -200,10 +200,10 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
         setattr(parent, name, faster.eval())
         replaced += 1
         del linear
-        if plan.kind == "packed" and held() is None:
+        if choice.kind == "packed" and held() is None:
             files.give_back(plain)
     short = str(dtype).removeprefix("torch.")
-    return LinearReport(replaced, f"{plan.kind} {short}: {plan.reason}")
+    return LinearReport(replaced, f"{choice.kind} {short}: {choice.reason}")
 
 
 @torch.inference_mode()
@@ -243,7 +243,7 @@ def fill_up(module: nn.Module, report: LinearReport) -> LinearReport:
 
 
 @functools.cache
-def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
+def choose(dtype: torch.dtype, own_weights: bool) -> ProductChoice:
     """Measure the products once per process on weights of a usual size.
 
     The fastest at one and at eight rows together wins; a few hundred milliseconds.
@@ -268,10 +268,10 @@ def choose(dtype: torch.dtype, own_weights: bool) -> Plan:
     )
     if best == "native":
         reach = _reach(weights)
-        return Plan("native", reach, f"{reason} of torch's one row{remark}")
+        return ProductChoice("native", reach, f"{reason} of torch's one row{remark}")
     if best == "packed":
-        return Plan("packed", 1 << 30, f"{reason} of torch's one row{remark}")
-    return Plan("none", 0, f"torch's own product is the fastest here{remark}")
+        return ProductChoice("packed", 1 << 30, f"{reason} of torch's one row{remark}")
+    return ProductChoice("none", 0, f"torch's own product is the fastest here{remark}")
 
 
 def _products(

@@ -202,7 +202,7 @@ class Run:
                 if model.digest != self._digest:
                     raise SequenceStateError(
                         f"{model.name} was changed (weights or adapters) while this "
-                        "generation ran; finish it before the change, or start anew"
+                        "generation ran; finish it before the change, or start again"
                     )
                 yield self._step(drafter, cache, observes, level)
         finally:
@@ -270,7 +270,7 @@ class Run:
                 [root], cache, hidden_layers=observes.hidden_layers
             )
         else:
-            forward = self._model.verify(
+            forward = self._model.forward_tree(
                 tree, cache, hidden_layers=observes.hidden_layers
             )
         self._synchronize()

@@ -54,11 +54,11 @@ class Way:
 
     level: Literal["tree", "chain", "plain"]
     masked: bool = False
-    anew: bool = False
+    uncached: bool = False
 
     def __str__(self) -> str:
         if self.level == "plain":
-            return "texts read anew" if self.anew else "its own caches"
+            return "whole texts without a cache" if self.uncached else "its own caches"
         return f"{self.level}s" if self.masked else f"{self.level}s without masks"
 
 
@@ -67,7 +67,7 @@ WAYS = (
     Way("chain", masked=True),
     Way("chain"),
     Way("plain"),
-    Way("plain", anew=True),
+    Way("plain", uncached=True),
 )
 
 
@@ -103,7 +103,7 @@ def probe(model: ForwardModel) -> Capability:
         if problem is None:
             model.use_masks = way.masked
             told = [f"{', '.join(ways)} fail: {why}" for why, ways in failed.items()]
-            return Capability(way.level, "; ".join([*reasons, *told]), way.anew)
+            return Capability(way.level, "; ".join([*reasons, *told]), way.uncached)
         failed.setdefault(problem, []).append(str(way))
     raise ModelLoadError(
         f"{model.name} can't be decoded as its own generate does: {way} fail: {problem}"
@@ -188,7 +188,7 @@ def _glance(model: ForwardModel, way: Way) -> str | None:
     )
     try:
         if way.level == "plain":
-            plain = model.plain_cache(anew=way.anew)
+            plain = model.plain_cache(uncached=way.uncached)
             found = [
                 model.prefill(given, plain).logits[-1]
                 for given in (prompt, [prompt[0]])
@@ -199,7 +199,7 @@ def _glance(model: ForwardModel, way: Way) -> str | None:
             model.use_masks = way.masked
             cache = model.new_cache(len(prompt) + len(tree))
             model.prefill(prompt, cache)
-            errors = _errors(model, tree, prompt, model.verify(tree, cache))
+            errors = _errors(model, tree, prompt, model.forward_tree(tree, cache))
     except Exception as error:
         return _told(error)
     # Rounding moves a few rows a lot, a fault moves most of them.
@@ -227,7 +227,7 @@ def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | N
     tolerance = _tolerance(model, prompt)
     cache = model.new_cache(len(prompt) + len(tree) + 4)
     model.prefill(prompt, cache)
-    forward = model.verify(tree, cache)
+    forward = model.forward_tree(tree, cache)
     if cache.length < len(prompt) + len(tree):
         return "the model doesn't append to the cache"
     found = [forward.logits[forward.rows[node]].clone() for node in range(len(tree))]
@@ -239,7 +239,7 @@ def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | N
     deepest = max(range(len(tree)), key=lambda n: (tree.depths[n], n))
     kept = tree.ancestors()[deepest]
     cache.keep(len(prompt), kept)
-    after = model.verify(TokenTree.root_only(prompt[0]), cache)
+    after = model.forward_tree(TokenTree.root_only(prompt[0]), cache)
     text = [*prompt, *(tree.tokens[node] for node in kept), prompt[0]]
     expected = _whole(model, [text])
     error = _distance(after.logits[0], expected[0][-1])
@@ -284,7 +284,7 @@ def _leak(
     cache.truncate(len(prompt))
     tokens = list(tree.tokens)
     tokens[node] = (tokens[node] + 7) % model.vocab_size
-    forward = model.verify(TokenTree(tokens, tree.parents), cache)
+    forward = model.forward_tree(TokenTree(tokens, tree.parents), cache)
     experts = miniature.has_experts(model.config)
     for other, line in enumerate(tree.ancestors()):
         if node in line:
@@ -293,7 +293,7 @@ def _leak(
         if error > (tolerance if experts else LEAK):
             return "the logits of a node move with another branch's token"
     cache.truncate(len(prompt))
-    model.verify(tree, cache)
+    model.forward_tree(tree, cache)
     return None
 
 
@@ -311,7 +311,7 @@ def _last_branch(tree: TokenTree) -> int | None:
 def _plain(model: ForwardModel, way: Way, prompt: list[int]) -> str | None:
     """What is wrong with decoding one token at a time."""
     tokens, expected = _generated(model, prompt)
-    cache = model.plain_cache(anew=way.anew)
+    cache = model.plain_cache(uncached=way.uncached)
     tolerance = _tolerance(model, prompt)
     given = prompt
     for step, logits in enumerate(expected):

@@ -41,6 +41,10 @@ def read_model(
             f"a model folder is expected, {path!r} is a file; "
             "give a folder that from_pretrained reads"
         )
+    if path.startswith(("/", ".", "~")) and not Path(path).exists():
+        raise ModelLoadError(
+            f"there is no folder {path!r}; give a folder that from_pretrained reads"
+        )
     try:
         loaded, info = reader.from_pretrained(
             path,

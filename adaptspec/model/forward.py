@@ -26,13 +26,13 @@ class Capability:
 
     Args:
         reason: Why it isn't more.
-        anew: No cache gives what the model's own ``generate`` does, so every step
+        uncached: No cache gives what the model's own ``generate`` does, so every step
             reads the whole text.
     """
 
     level: Level
     reason: str = ""
-    anew: bool = False
+    uncached: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PlainCache:
     """The model's own cache, only ever appended to, and how many tokens it has seen.
 
     Args:
-        text: The tokens seen, for a model that reads them anew at each step.
+        text: The tokens seen, for a model that reads them again at each step.
     """
 
     inner: Any
@@ -105,7 +105,7 @@ class ForwardModel(Protocol):
     def new_cache(self, capacity: int = 0) -> TreeCache:
         """An empty cache."""
 
-    def plain_cache(self, anew: bool | None = None) -> PlainCache:
+    def plain_cache(self, uncached: bool | None = None) -> PlainCache:
         """The model's own cache."""
 
     def evaluate(self, **arguments: Any) -> Any:
@@ -121,7 +121,7 @@ class ForwardModel(Protocol):
     ) -> Forward:
         """Append successive tokens."""
 
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Append a tree's nodes."""

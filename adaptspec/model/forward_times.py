@@ -152,7 +152,7 @@ def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
     tree = TokenTree.chain(token, [token] * (size - 1))
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * MOVES):
-        model.verify(tree, cache)
+        model.forward_tree(tree, cache)
         moved = turn % 2 == 1
         nodes = MOVED if moved else range(len(MOVED))
         _wait(model)
@@ -220,7 +220,7 @@ def _timed(
     """Seconds of one forward of ``count`` tokens."""
     tree = TokenTree.chain(token, [token] * (count - 1))
     started = perf_counter()
-    _ = model.verify(tree, cache).best  # waits for the device, too
+    _ = model.forward_tree(tree, cache).best  # waits for the device, too
     seconds = perf_counter() - started
     cache.truncate(context)
     return seconds

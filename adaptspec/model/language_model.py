@@ -179,7 +179,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _trial(self) -> Iterator[None]:
         """Passes over one sequence: a few tokens, then one by one."""
-        cache, start = self.plain_cache(anew=False).inner, 0
+        cache, start = self.plain_cache(uncached=False).inner, 0
         for count in (3, 1, 1):
             arguments: dict[str, Any] = {
                 "input_ids": torch.ones((1, count), dtype=torch.long).to(self.device),
@@ -264,15 +264,15 @@ class LanguageModel:
         """An empty cache with room for ``capacity`` tokens."""
         return TreeCache(self._layers, capacity)
 
-    def plain_cache(self, anew: bool | None = None) -> PlainCache:
+    def plain_cache(self, uncached: bool | None = None) -> PlainCache:
         """The model's own cache, for models whose state can't be rolled back.
 
         Args:
-            anew: Keep the text instead; default: as the model's capability says.
+            uncached: Keep the text instead; default: as the model's capability says.
         """
         from transformers import DynamicCache
 
-        if self.capability.anew if anew is None else anew:
+        if self.capability.uncached if uncached is None else uncached:
             return PlainCache(None, text=[])
         return PlainCache(DynamicCache(config=self.config))
 
@@ -327,7 +327,7 @@ class LanguageModel:
         cache: TreeCache | PlainCache,
         hidden_layers: Sequence[int] = (),
     ) -> Forward:
-        """Fill ``cache`` anew with the whole text; what comes out at its last token.
+        """Fill ``cache`` again, with the whole text; what comes out at its last token.
 
         As ``generate`` does where a rotation switches, see :attr:`rereads`. The result
         is that of a root alone: row 0.
@@ -342,7 +342,7 @@ class LanguageModel:
         return Forward(forward.logits[-1:], {0: 0}, hidden)
 
     @torch.inference_mode()
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: TreeCache, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Append the tree's nodes to ``cache``; logits at every node but unread ones.
@@ -587,7 +587,7 @@ class LanguageModel:
         """A few tokens behind others, as a chain to verify of which all is kept."""
         cached, count = cache.length, len(tokens)
         chain = TokenTree.chain(tokens[0], tokens[1:])
-        forward = self.verify(chain, cache, hidden_layers=hidden_layers)
+        forward = self.forward_tree(chain, cache, hidden_layers=hidden_layers)
         cache.truncate(cached + count)
         first = max(0, count - last)
         rows = {first + row: row for row in range(count - first)}

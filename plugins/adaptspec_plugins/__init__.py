@@ -57,6 +57,6 @@ def register_baselines() -> list[type[Baseline]]:
 @hookimpl
 def open_heads(path: Path, model: LanguageModel) -> TrainedHeads | None:
     """Medusa's, in any layout."""
-    from adaptspec.heads import open_medusa
+    from adaptspec.heads.attached import open_medusa
 
     return open_medusa(path, model)

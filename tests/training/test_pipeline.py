@@ -48,7 +48,7 @@ QUICK = Options(
 
 
 SAVES_ALWAYS = """
-import adaptspec_training.training as t
+import adaptspec_training.trainer as t
 init = t.Schedule.__init__
 t.Schedule.__init__ = lambda self, **k: init(self, **k, save_seconds=0.0)
 from adaptspec.cli import main

@@ -16,11 +16,13 @@ from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
+from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Interrupted, Run
+from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 CLASSES = ("chat", "code", "maths")
 WORKLOAD = Workload(
@@ -64,19 +66,21 @@ def run(
     store: MemoryStore,
     budget: float,
     place: Environment = PLACE,
-    **options: Any,
+    trials: int = 50,
+    budget_trials: int | None = None,
+    **more: Any,
 ) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Wide, Slower],
             WORKLOAD,
             store,
             place,
-            deadline=trace.clock.now + budget,
+            TuneOptions(budget, trials=trials, budget_trials=budget_trials),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 50, **options},
+            **more,
         )
     )
 
@@ -177,26 +181,24 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
 
     store, replayed = MemoryStore(), cast("Any", Replayed())
     result = run(Trace(), store, 100.0, replayer=lambda _: replayed)
-    told = [(c, p) for c in result.classes for p in c.profiles if p.strategy == "knob"]
+    told = [
+        (c, row) for c in result.classes for row in c.rows if row.strategy == "knob"
+    ]
     assert told
-    for found, profile in told:
-        assert found.prediction(profile) == pytest.approx(
-            1.1 * profile.measurement.ratio
-        )
-        record = store.record(result.run, f"predicted/{found.name}")
+    for found, row in told:
+        assert row.predicted == pytest.approx(1.1 * row.measurement.ratio)
+        record = store.record(result.run, predicted_key(found.name))
         assert record is not None
         assert set(record) == set(found.predicted)
     assert any("replay: its predictions of" in note for note in result.notes)
-    rows = result.as_json()["classes"][0]["results"]
-    assert [row["predicted"] is None for row in rows if row["strategy"] == PLAIN] == [
-        True
-    ]
+    results = result.as_json()["classes"][0]["results"]
+    assert [r["predicted"] is None for r in results if r["strategy"] == PLAIN] == [True]
 
 
 def test_speeds_by_prompt_are_kept_for_the_report() -> None:
     store = MemoryStore()
     result = run(Trace(), store, 400.0)
-    record = store.record(result.run, "confirm/code")
+    record = store.record(result.run, confirmed_key("code"))
     assert record is not None
     assert len(record["prompts"]) == 4
     for speeds in record["prompts"].values():

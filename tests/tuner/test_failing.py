@@ -21,7 +21,6 @@ from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.distributed.workers import open_search, work
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -29,9 +28,12 @@ from adaptspec_tuner.measuring.profiler import (
     Sample,
     Setting,
 )
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
+from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Run, Stopped
+from adaptspec_tuner.tuning_run import Stopped, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob
 
 CLASSES = ("chat", "code")
 WORKLOAD = Workload(
@@ -68,16 +70,16 @@ class Trace(FakeMeasurer):
 
 def run(trace: Trace, store: ProfileStore, **options: Any) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Knob],
             WORKLOAD,
             store,
             PLACE,
-            deadline=trace.clock.now + 1000.0,
+            TuneOptions(budget=1000.0, trials=3),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 3, **options},
+            **options,
         )
     )
 
@@ -232,14 +234,12 @@ def test_a_worker_with_a_budget_of_trials_does_not_wait_for_ever(
             WORKLOAD,
             store,
             "mine",
-            storage=store.studies(),
+            TuneOptions(budget_trials=3),
             deadline=math.inf,
             patience=480.0,
-            budget_trials=3,
             clock=clock,
             warn=pytest.fail,
             doing=lambda text: None,
-            most=40,
             wait=clock.advance,
         )
     assert clock.now == pytest.approx(480.0, abs=1.0)
@@ -251,7 +251,7 @@ def test_a_worker_runs_no_more_trials_than_its_budget(tmp_path: Path) -> None:
     prompts = TUNING.by_class()
     for prompt in TUNING.prompts:
         sample = trace.measure(PLAIN_SETTING, prompt)
-        key = f"plain/{prompt.prompt_class}/{prompt.id}"
+        key = plain_key(prompt.prompt_class, prompt.id)
         store.put_record("mine", key, sample.as_json())
     open_search(store, "mine", prompts)  # and its leader is killed
     count = work(
@@ -260,13 +260,11 @@ def test_a_worker_runs_no_more_trials_than_its_budget(tmp_path: Path) -> None:
         WORKLOAD,
         store,
         "mine",
-        storage=store.studies(),
+        TuneOptions(budget_trials=3),
         deadline=math.inf,
-        budget_trials=3,
         clock=trace.clock,
         warn=pytest.fail,
         doing=lambda text: None,
-        most=40,
     )
     assert count == 3
     store.close()

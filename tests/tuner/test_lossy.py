@@ -16,7 +16,7 @@ from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec.testing.heads import attach_tiny_heads
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.options import chosen_strategies
+from adaptspec_tuner.options import TuneOptions, chosen_strategies
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.reporting.tables import print_result
 from adaptspec_tuner.tune import tune
@@ -38,11 +38,13 @@ def tuned(
     result = tune(
         model,
         workload=Workload("mine", prompts),
+        options=TuneOptions(
+            budget_trials=1,
+            trials=1,
+            strategies=["medusa_typical"],
+            allow_lossy=True,
+        ),
         db=str(db),
-        budget_trials=1,
-        trials=1,
-        strategies=["medusa_typical"],
-        allow_lossy=True,
         host=host,
     )
     return result, db

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptspec_tuner.options import TuneOptions
     from adaptspec_tuner.reporting.result import TuneResult
     from adaptspec_tuner.tune import tune
 
-__all__ = ["TuneResult", "tune"]
+__all__ = ["TuneOptions", "TuneResult", "tune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from adaptspec_tuner.tune import tune
 
         return tune
+    if name == "TuneOptions":
+        from adaptspec_tuner.options import TuneOptions
+
+        return TuneOptions
     if name == "TuneResult":
         from adaptspec_tuner.reporting.result import TuneResult
 

@@ -6,8 +6,18 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import click
 
@@ -17,12 +27,15 @@ from adaptspec.cli.output import (
     stdout_console,
     without_loading_bars,
 )
-from adaptspec.cli.quantities import duration, parse_memory
+from adaptspec.cli.quantities import duration
 from adaptspec.errors import AdaptSpecError
+from adaptspec_tuner.options import TuneOptions
 
 if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec_tuner.reporting.result import TuneResult
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def parse_budget(text: str) -> tuple[float, int | None]:
@@ -43,12 +56,36 @@ def parse_budget(text: str) -> tuple[float, int | None]:
     return math.inf, int(found[1])
 
 
+def option_of(name: str, default: Any, hint: Any) -> Decorator | None:
+    """The command's option for a field of :class:`TuneOptions`; None without one."""
+    if get_origin(hint) is not Annotated:
+        return None
+    known, asked = get_args(hint)
+    how: dict[str, Any] = {"help": asked.help, "default": default, **asked.how}
+    if known is bool:
+        how["is_flag"] = True
+    elif get_origin(known) is Literal:
+        how |= {"type": click.Choice(get_args(known)), "show_default": True}
+    elif asked.least is not None:
+        how |= {"type": click.IntRange(min=asked.least), "show_default": True}
+    elif isinstance(default, int | str):
+        how |= {"type": type(default), "show_default": True}
+    flags = asked.flags or (f"--{name.replace('_', '-')}",)
+    return click.option(*flags, name, **how)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for each field of :class:`TuneOptions`."""
+    hints = get_type_hints(TuneOptions, include_extras=True)
+    for field in reversed(fields(TuneOptions)):
+        if option := option_of(field.name, field.default, hints[field.name]):
+            command = option(command)
+    return command
+
+
 @click.command()
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder, best of the same vocabulary.")
-@click.option(
-    "--heads", multiple=True, metavar="DIR", help="Heads trained for the model."
-)
 @click.option("--workload", type=Path, help="JSON lines; default: the examples.")
 @click.option(
     "--budget",
@@ -56,121 +93,29 @@ def parse_budget(text: str) -> tuple[float, int | None]:
     show_default=True,
     help="90s, 10m, 1h..., or '60 trials' in all.",
 )
-@click.option(
-    "--objective",
-    type=click.Choice(["speed", "latency"]),
-    default="speed",
-    show_default=True,
-    help="Tokens per second, or the 95th percentile of the time per token.",
-)
-@click.option(
-    "--classes",
-    type=click.Choice(["declared", "auto"]),
-    default="declared",
-    show_default=True,
-    help="As the workload says, or discovered from the prompts.",
-)
-@click.option("--max-memory", help="Refuse settings that take more: 6GiB, 800MiB...")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
-@click.option("--strategies", help="Only these, separated by commas.")
-@click.option(
-    "--allow-lossy",
-    is_flag=True,
-    help="Measure, never choose, strategies that change sampled output.",
-)
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Most trials per class and strategy.",
-)
-@click.option(
-    "-n",
-    "--max-new-tokens",
-    type=click.IntRange(min=2),
-    default=64,
-    show_default=True,
-    help="For prompts that don't say.",
-)
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="auto: as the weights are stored.",
-)
-@click.option("--device", help="Default: CUDA if there is one, else the CPU.")
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run code that comes with a model. Only for models you trust.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="Most prompts per class. A strategy needs 4, 2 of them held out, to win.",
-)
-@click.option(
-    "--skip-bad",
-    is_flag=True,
-    help="Leave out prompts that can't be read or decoded; they are counted.",
-)
+@with_options
 @click.option("--raw", is_flag=True, help="Don't apply the chat template to texts.")
-@click.option("--baselines/--no-baselines", help="Measure other engines beside.")
-@click.option("--fresh", is_flag=True, help="Forget an earlier run like this.")
-@click.option(
-    "--worker",
-    is_flag=True,
-    help="Run trials of an equal tune, started elsewhere on the same --db, or on what "
-    "`profiles serve` serves (grpc://HOST:PORT).",
-)
-@click.option(
-    "--ray",
-    metavar="[ADDRESS]",
-    is_flag=False,
-    flag_value="auto",
-    help="Run trials on a Ray cluster's nodes of this machine's kind.",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def tune(
     host: Host,
+    /,
     model: str | None,
     draft_model: str | None,
-    heads: tuple[str, ...],
     workload: Path | None,
     budget: str,
-    objective: str,
-    classes: str,
-    max_memory: str | None,
     db: str | None,
-    strategies: str | None,
-    allow_lossy: bool,
-    trials: int,
-    max_new_tokens: int,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    threads: int | None,
-    seed: int,
-    limit: int | None,
-    skip_bad: bool,
     raw: bool,
-    baselines: bool,
-    fresh: bool,
-    worker: bool,
-    ray: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Find the fastest lossless strategy for each class of your prompts.
 
     Stopped with Ctrl-C or cut off, the same command continues.
     """
-    seconds, trials_in_all = parse_budget(budget)
-    most_memory = None if max_memory is None else parse_memory(max_memory)
-    names = [n.strip() for n in strategies.split(",")] if strategies else None
+    seconds, trials = parse_budget(budget)
+    options = TuneOptions(budget=seconds, budget_trials=trials, **asked)
     from adaptspec.cli.progress import Progress
     from adaptspec.workloads import example_workload, read_workload
     from adaptspec_tuner.tune import tune as run_tune
@@ -178,7 +123,9 @@ def tune(
 
     # A bad line is told before a model is fetched.
     prompts = (
-        example_workload() if workload is None else read_workload(workload, skip_bad)
+        example_workload()
+        if workload is None
+        else read_workload(workload, options.skip_bad)
     )
     if raw:
         prompts = prompts.as_raw()
@@ -193,28 +140,8 @@ def tune(
                 model,
                 draft_model,
                 prompts,
+                options,
                 db=db,
-                budget=seconds,
-                budget_trials=trials_in_all,
-                objective=objective,
-                max_memory=most_memory,
-                classes=classes,
-                strategies=names,
-                heads=heads,
-                allow_lossy=allow_lossy,
-                trials=trials,
-                max_new_tokens=max_new_tokens,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                threads=threads,
-                seed=seed,
-                limit=limit,
-                skip_bad=skip_bad,
-                baselines=baselines,
-                fresh=fresh,
-                worker=worker,
-                ray=ray,
                 host=host,
                 progress=Progress(errors, time.monotonic),
             )
@@ -264,7 +191,7 @@ def report(
 
     Without options a table; with -o a page with plots, which needs no network.
     """
-    from adaptspec_tuner.reporting.data import build
+    from adaptspec_tuner.reporting.stored import build
 
     store = host.open_store(db)
     try:
@@ -286,6 +213,6 @@ def report(
     if as_json:
         print_json(found.as_json())
     elif output is None:
-        from adaptspec_tuner.reporting.tables import print_report
+        from adaptspec_tuner.reporting.tables import print_result
 
-        print_report(found, stdout_console())
+        print_result(found, stdout_console())

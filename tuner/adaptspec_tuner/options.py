@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+from adaptspec.cli.quantities import parse_memory
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
-from adaptspec.profile import LATENCY, PLAIN, SPEED, ProfileStore
+from adaptspec.profile import PLAIN, SPEED, ProfileStore
 from adaptspec.workloads import Workload, example_workload, read_workload
 from adaptspec_tuner.distributed.grpc_store import SCHEME, RemoteStore, open_remote
 
@@ -17,29 +27,156 @@ if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec.strategy import Strategy
 
-DECLARED, AUTO = "declared", "auto"  # where prompts' classes come from
+AUTO = "auto"  # classes are discovered
 EXAMPLE_TOKENS = 48
 
 
-def check_options(
-    objective: str, classes: str, baselines: bool, limit: int | None
-) -> None:
-    """Refuse what is unknown or doesn't go together."""
-    if objective not in (SPEED, LATENCY):
-        raise AdaptSpecError(
-            f"objective must be {SPEED!r} or {LATENCY!r}, got {objective!r}"
-        )
-    if classes not in (DECLARED, AUTO):
-        raise AdaptSpecError(
-            f"classes must be {DECLARED!r} or {AUTO!r}, got {classes!r}"
-        )
-    if limit is not None and limit < 1:
-        raise AdaptSpecError(f"limit must be 1 prompt per class or more, got {limit}")
-    if baselines and objective != SPEED:
-        raise AdaptSpecError(
-            "baselines tell tokens per second only; leave --baselines out or take "
-            f"--objective {SPEED}"
-        )
+def names_in(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+class Asked:
+    """How the command asks for a field of :class:`TuneOptions`.
+
+    Args:
+        flags: In place of ``--`` and the field's name.
+        least: The smallest number that is allowed.
+        how: More keywords of ``click.option``.
+    """
+
+    def __init__(
+        self, help: str, *flags: str, least: int | None = None, **how: Any
+    ) -> None:
+        self.help, self.flags, self.least, self.how = help, flags, least, how
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a tune is asked; the command's options and the run's id are made of it.
+
+    Args:
+        budget: Seconds, loading included.
+        budget_trials: Measured trials in all, in place of ``budget``.
+        max_memory: Bytes.
+
+    Raises:
+        AdaptSpecError: for values that aren't known or don't go together.
+    """
+
+    budget: float = 480.0
+    budget_trials: int | None = None
+    heads: Annotated[
+        Sequence[Path | str],
+        Asked("Heads trained for the model.", multiple=True, metavar="DIR"),
+    ] = ()
+    objective: Annotated[
+        Literal["speed", "latency"],
+        Asked("Tokens per second, or the 95th percentile of the time per token."),
+    ] = "speed"
+    classes: Annotated[
+        Literal["declared", "auto"],
+        Asked("As the workload says, or discovered from the prompts."),
+    ] = "declared"
+    max_memory: Annotated[
+        int | None,
+        Asked(
+            "Refuse settings that take more: 6GiB, 800MiB...",
+            type=parse_memory,
+            metavar="TEXT",
+        ),
+    ] = None
+    strategies: Annotated[
+        Sequence[str] | None,
+        Asked("Only these, separated by commas.", type=names_in, metavar="TEXT"),
+    ] = None
+    allow_lossy: Annotated[
+        bool, Asked("Measure, never choose, strategies that change sampled output.")
+    ] = False
+    trials: Annotated[int, Asked("Most trials per class and strategy.", least=1)] = 40
+    max_new_tokens: Annotated[
+        int,
+        Asked("For prompts that don't say.", "-n", "--max-new-tokens", least=2),
+    ] = 64
+    dtype: Annotated[str, Asked("auto: as the weights are stored.")] = "auto"
+    device: Annotated[
+        str | None, Asked("Default: CUDA if there is one, else the CPU.")
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        Asked("Run code that comes with a model. Only for models you trust."),
+    ] = False
+    threads: Annotated[int | None, Asked("Threads of torch.", least=1)] = None
+    seed: Annotated[int, Asked("Of the search.")] = 0
+    limit: Annotated[
+        int | None,
+        Asked(
+            "Most prompts per class. A strategy needs 4, 2 of them held out, to win.",
+            least=1,
+        ),
+    ] = None
+    skip_bad: Annotated[
+        bool,
+        Asked("Leave out prompts that can't be read or decoded; they are counted."),
+    ] = False
+    baselines: Annotated[
+        bool, Asked("Measure other engines beside.", "--baselines/--no-baselines")
+    ] = False
+    fresh: Annotated[bool, Asked("Forget an earlier run like this.")] = False
+    worker: Annotated[
+        bool,
+        Asked(
+            "Run trials of an equal tune, started elsewhere on the same --db, or on "
+            "what `profiles serve` serves (grpc://HOST:PORT)."
+        ),
+    ] = False
+    ray: Annotated[
+        str | None,
+        Asked(
+            "Run trials on a Ray cluster's nodes of this machine's kind.",
+            is_flag=False,
+            flag_value="auto",
+            metavar="[ADDRESS]",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(TuneOptions, include_extras=True)
+        for name, hint in hints.items():
+            value = getattr(self, name)
+            known, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            if get_origin(known) is Literal and value not in get_args(known):
+                choices = " or ".join(map(repr, get_args(known)))
+                raise AdaptSpecError(f"{name} must be {choices}, got {value!r}")
+            least = notes[0].least if notes else None
+            if least is not None and value is not None and value < least:
+                raise AdaptSpecError(f"{name} must be {least} or more, got {value}")
+        if self.baselines and self.objective != SPEED:
+            raise AdaptSpecError(
+                "baselines tell tokens per second only; leave --baselines out or take "
+                f"--objective {SPEED}"
+            )
+        if self.ray is not None and self.worker:
+            raise AdaptSpecError("ray and worker share trials in two ways; take one")
+
+    @property
+    def seconds(self) -> float:
+        """The budget in time: infinite where it is a number of trials."""
+        return self.budget if self.budget_trials is None else math.inf
+
+    @property
+    def discovers(self) -> bool:
+        """Whether classes are discovered; those declared are left aside."""
+        return self.classes == AUTO
+
+    def shared(self) -> dict[str, Any]:
+        """What must be equal for the trials of two runs to be mixed."""
+        told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        usual = {f.name: f.default for f in fields(self)}
+        for name in ("objective", "max_memory", "classes"):
+            if (value := getattr(self, name)) != usual[name]:
+                told[name] = value
+        return {**told, "seed": self.seed}
 
 
 def chosen_strategies(

@@ -17,15 +17,13 @@ from adaptspec_tuner.measuring.profiler import Sample, in_a_line
 from adaptspec_tuner.replaying.presearch import as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.search import Arm
-from adaptspec_tuner.tuning_run import Interrupted, Run, Stopped
+from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuningRun
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
-FIRST_TRIALS_SHARE = 0.6  # of the search, for one trial of every strategy
 
-
-def tune_with(run: Run) -> TuneResult:
+def tune_with(run: TuningRun) -> TuneResult:
     """Find the fastest strategy for each class.
 
     Raises:
@@ -34,24 +32,22 @@ def tune_with(run: Run) -> TuneResult:
     """
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
-    workload = _unclassed(run.workload) if run.discovered else run.workload
+    workload = _unclassed(run.workload) if run.options.discovers else run.workload
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(workload)
     try:
         with run.progress:
             plain = _decode_plainly(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
-            run.keep_back(least_confirmation(run, tuning, held_out, plain))
+            run.time.keep_back(least_confirmation(run, tuning, held_out, plain))
             predictor = _predictor(run, tuning, plain)
-            if run.discovered:
+            if run.options.discovers:
                 tuning, held_out = discover_classes(
                     run, predictor, set(plain), tuning, held_out
                 )
             _search(run, predictor, tuning, plain)
             confirm_classes(run, tuning, held_out, plain)
-            if said := told_errors(
-                e for found in run.result.classes for e in found.prediction_errors
-            ):
+            if said := told_errors(run.result.prediction_errors):
                 run.warn(f"replay: {said}")
     except BaseException as error:
         if stopped_by_user(error):
@@ -115,14 +111,14 @@ def _unclassed(workload: Workload) -> Workload:
     return replace(workload, prompts=prompts)
 
 
-def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
+def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     """Plain decoding of the tuning prompts by their ids, the classes in turn."""
     run.begin("plain")
     measured: dict[str, Sample] = {}
     failed: Exception | None = None
     prompts = tuning.limit(len(tuning.prompts)).prompts
     for index, prompt in enumerate(prompts):
-        if index >= len(tuning.classes) and run.clock() >= run.plain_end:
+        if index >= len(tuning.classes) and not run.time.decoding_plainly:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
             break
         try:
@@ -144,9 +140,9 @@ def _decode_plainly(run: Run, tuning: Workload) -> dict[str, Sample]:
 
 
 def _predictor(
-    run: Run, tuning: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> Replayer | None:
-    if run.replayer is None or not run.replaying or run.clock() >= run.search_end:
+    if run.replayer is None or not run.replaying or not run.time.searching:
         return None
     run.begin("costs")
     recorded = [(p, plain[p.id]) for p in tuning.prompts if p.id in plain]
@@ -163,7 +159,7 @@ def _predictor(
 
 
 def _search(
-    run: Run,
+    run: TuningRun,
     predictor: Replayer | None,
     tuning: Workload,
     plain: Mapping[str, Sample],
@@ -174,7 +170,7 @@ def _search(
         recorded,
         {key: sample.seconds for key, sample in plain.items()},
         len(run.strategies),
-        (run.search_end - run.clock()) * FIRST_TRIALS_SHARE,
+        run.time.for_first_trials(),
     )
     tried = None
     if predictor is not None:
@@ -184,10 +180,10 @@ def _search(
             predictor,
             run.replaying,
             {name: [p for p in recorded if p.prompt_class == name] for name in usable},
-            in_time=run.in_replay_time(),
+            in_time=run.time.replaying(len(run.replaying) / len(run.strategies)),
             clock=run.clock,
             warn=run.warn,
-            seed=run.seed,
+            seed=run.options.seed,
         )
         for key, record in as_records(tried).items():
             run.store.put_record(run.id, key, record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-KEY = "spent"
+from adaptspec_tuner.records import SPENT
 
 
 class Records(Protocol):
@@ -29,7 +29,7 @@ class Spending:
         self, store: Records, run: str, clock: Callable[[], float], started: float
     ) -> None:
         self._store, self._run, self._clock = store, run, clock
-        earlier = (store.record(run, KEY) or {}).get("parts")
+        earlier = (store.record(run, SPENT) or {}).get("parts")
         self.parts: dict[str, float] = {
             str(name): float(seconds)
             for name, seconds in (earlier if isinstance(earlier, dict) else {}).items()
@@ -49,7 +49,7 @@ class Spending:
         self.parts[self._part] = self.parts.get(self._part, 0.0) + taken
         self._part, self._since = part, now
         value = {"seconds": self.seconds, "parts": dict(self.parts)}
-        self._store.put_record(self._run, KEY, value)
+        self._store.put_record(self._run, SPENT, value)
 
     def end(self) -> None:
         """End the current part; nothing counts until another begins."""

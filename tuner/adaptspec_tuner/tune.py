@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,24 +16,23 @@ from adaptspec.model.hardware_costs import (
     stored_costs,
     use_costs,
 )
-from adaptspec.profile import SPEED, Environment, ProfileStore
+from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.distributed.workers import KeepsStudies, work
+from adaptspec_tuner.distributed.workers import work
 from adaptspec_tuner.measuring.models import Models
 from adaptspec_tuner.measuring.profiler import Profiler, Sample, Setting
 from adaptspec_tuner.measuring.prompts import check_model, measurable
 from adaptspec_tuner.options import (
-    AUTO,
-    DECLARED,
+    TuneOptions,
     asked_prompts,
-    check_options,
     check_store,
     chosen_strategies,
     opened_store,
 )
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import MakesReplayer, Run, run_id
+from adaptspec_tuner.time_budget import for_costs
+from adaptspec_tuner.tuning_run import MakesReplayer, TuningRun, run_id
 
 if TYPE_CHECKING:
     from adaptspec.decoding.engine import Engine
@@ -43,39 +41,14 @@ if TYPE_CHECKING:
     from adaptspec_tuner.distributed.ray_pool import RayPool
     from adaptspec_tuner.replaying.replayer import Replayer
 
-DEFAULT_BUDGET = 480.0  # seconds
-DEFAULT_NEW_TOKENS = 64
-COSTS_SHARE = 0.05  # of the budget, for measuring forwards (once per environment)
-LONGEST_COSTS = 30.0  # seconds, whatever the budget
-
 
 def tune(
     model: Any,
     draft_model: Any = None,
     workload: Workload | Path | str | None = None,
+    options: TuneOptions | None = None,
     *,
     db: str | ProfileStore | None = None,
-    budget: float = DEFAULT_BUDGET,
-    budget_trials: int | None = None,
-    objective: str = SPEED,
-    max_memory: int | None = None,
-    classes: str = DECLARED,
-    strategies: Sequence[str] | None = None,
-    heads: Sequence[Path | str] = (),
-    allow_lossy: bool = False,
-    trials: int = 40,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    dtype: str = "auto",
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    threads: int | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    baselines: bool = False,
-    fresh: bool = False,
-    worker: bool = False,
-    ray: str | None = None,
     host: Host | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -84,24 +57,8 @@ def tune(
 
     Args:
         model: A folder, hub name, loaded model or ``LanguageModel``.
-        budget: Seconds, loading included.
-        budget_trials: Measured trials in all, instead of ``budget``.
-        objective: ``speed`` (tokens per second) or ``latency`` (p95 per token).
-        max_memory: Bytes; settings that take more are refused.
-        classes: ``declared`` in the workload, or ``auto``: discovered from the prompts.
-        strategies: Only these; default: every lossless one that can run.
-        heads: Folders of heads trained for the model.
-        allow_lossy: Measure strategies that change the distribution of sampled output,
-            too. Their results say so, and they are never the choice here.
-        trials: Most trials per class and strategy.
-        trust_remote_code: Whether code that comes with the models may run.
-        limit: Most prompts per class.
-        skip_bad: Leave out prompts that can't be read or decoded, and say how many.
-        baselines: Measure other engines beside, on untouched copies of the models.
-        fresh: Forget what an earlier run with these options measured.
-        worker: Only run trials of another process's equal tune, which leads.
-        ray: Address of a Ray cluster (``auto``: this machine's) whose nodes of this
-            one's kind run the trials; the models must be paths that they have, too.
+        workload: Prompts, or a file of them; default: the examples.
+        options: Budget, strategies, ...; those of ``adaptspec tune``.
 
     Raises:
         AdaptSpecError: for bad options, a bad workload, a database that can't be
@@ -115,16 +72,23 @@ def tune(
     from adaptspec.environment import environment_of
     from adaptspec.host import Host
 
-    check_options(objective, classes, baselines, limit)
-    if budget_trials is not None:
-        budget = math.inf
+    options = options or TuneOptions()
     host = host or Host.installed()
-    chosen = chosen_strategies(host, strategies, allow_lossy)
-    workload = asked_prompts(workload, skip_bad)
-    check_store(host, db, worker)  # before a model is loaded
-    if threads is not None:
-        torch.set_num_threads(threads)
-    models = Models(model, draft_model, heads, dtype, device, trust_remote_code)
+    chosen = chosen_strategies(host, options.strategies, options.allow_lossy)
+    workload = asked_prompts(workload, options.skip_bad)
+    check_store(host, db, options.worker)  # before a model is loaded
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    models = Models(
+        model,
+        draft_model,
+        options.heads,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+    )
+    if options.ray is not None and not models.are_paths:
+        raise AdaptSpecError("ray takes models by path, which every node loads")
     engine = models.engine(host)
     target, draft = engine.model, engine.draft
     unavailable = {
@@ -134,50 +98,43 @@ def tune(
     }
     chosen = [cls for cls in chosen if cls.name not in unavailable]
     # Other engines run on untouched copies, ours on the accelerated models.
-    theirs, their_draft = models.untouched() if baselines else (target, draft)
-    compared, missing = _compared(host, theirs, their_draft) if baselines else ([], {})
-    unavailable |= missing
-    if ray is not None and (worker or not models.are_paths):
-        raise AdaptSpecError(
-            "ray takes models by path, which every node loads, and no --worker, which "
-            "is another way to share trials"
-        )
+    theirs, their_draft = models.untouched() if options.baselines else (target, draft)
+    compared: list[Setting] = []
+    if options.baselines:
+        compared, missing = _compared(host, theirs, their_draft)
+        unavailable |= missing
     environment = environment_of(target, draft)
-    profiler = Profiler(engine, host, max_new_tokens, theirs, their_draft, max_memory)
+    profiler = Profiler(
+        engine,
+        host,
+        options.max_new_tokens,
+        theirs,
+        their_draft,
+        options.max_memory,
+    )
     progress = progress or Progress(None, clock)
     notes: list[str] = []
     workload = measurable(
         workload,
         profiler,
-        limit=limit,
-        one_class=classes == AUTO,
-        skip_bad=skip_bad,
+        limit=options.limit,
+        one_class=options.discovers,
+        skip_bad=options.skip_bad,
         warn=notes.append,
     )
     check_model(target, profiler.ids(workload.prompts[0]))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if objective != SPEED:
-        options["objective"] = objective
-    if max_memory is not None:
-        options["max_memory"] = max_memory
-    if classes != DECLARED:
-        options["classes"] = classes
-    store = opened_store(host, db, worker)
-    deadline = started + budget
+    store = opened_store(host, db, options.worker)
+    deadline = started + options.seconds
 
     def doing(text: str) -> None:
         progress.doing(text, deadline - clock())
 
     pool = None
     try:
-        if worker:
-            if not isinstance(store, KeepsStudies):
-                raise AdaptSpecError(
-                    f"workers need a database to meet in, not {store.url}"
-                )
-            run = run_id(environment, workload, {**options, "seed": seed})
+        if options.worker:
             for note in notes:
                 progress.say(note)
+            run = run_id(environment, workload, options)
             with progress:
                 count = work(
                     profiler,
@@ -185,49 +142,35 @@ def tune(
                     workload,
                     store,
                     run,
-                    storage=store.studies(),
+                    options,
                     deadline=deadline,
-                    patience=DEFAULT_BUDGET,
-                    budget_trials=budget_trials,
                     clock=clock,
                     warn=progress.say,
                     doing=doing,
-                    most=trials,
-                    seed=seed,
-                    objective=objective,
                 )
             return TuneResult(
                 *(run, environment, workload.name, store.url, [], [], unavailable),
                 worked=count,
             )
-        if ray is not None:
+        if options.ray is not None:
             doing("starting workers")
-            pool = _pool(
-                ray, models, max_new_tokens, max_memory, environment, progress.say
-            )
+            pool = _pool(options, models, environment, progress.say)
         return tune_with(
-            Run(
+            TuningRun(
                 profiler,
                 chosen,
                 workload,
                 store,
                 environment,
-                deadline=deadline,
+                options,
                 clock=clock,
                 progress=progress,
-                trials=trials,
-                seed=seed,
-                options=options,
-                objective=objective,
-                budget_trials=budget_trials,
-                discovered=classes == AUTO,
                 started=started,
                 baselines=compared,
                 unavailable=unavailable,
-                fresh=fresh,
                 replayer=_replayer(
                     *(engine, host, profiler, store, environment),
-                    longest=min(LONGEST_COSTS, budget * COSTS_SHARE),
+                    longest=for_costs(options.seconds),
                     doing=doing,
                 ),
                 pool=pool,
@@ -289,16 +232,18 @@ def _replayer(
 
 
 def _pool(
-    address: str,
+    options: TuneOptions,
     models: Models,
-    max_new_tokens: int,
-    max_memory: int | None,
     environment: Environment,
     warn: Callable[[str], None],
 ) -> RayPool:
     from adaptspec_tuner.distributed.ray_pool import RayPool, bench, place_of
 
     build = functools.partial(
-        bench, models.as_text(), max_new_tokens, max_memory, environment.threads
+        bench,
+        models.as_text(),
+        options.max_new_tokens,
+        options.max_memory,
+        environment.threads,
     )
-    return RayPool(address, build, place_of(environment), warn)
+    return RayPool(str(options.ray), build, place_of(environment), warn)

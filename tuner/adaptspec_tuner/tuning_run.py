@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
-from adaptspec.profile import SPEED, Environment, ProfileStore
+from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import KeepsStudies
 from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool
+from adaptspec_tuner.time_budget import TimeBudget
 from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.replaying.replayer import Replayer
-
-PLAIN_SHARE = 0.25  # of the budget, at most
-CONFIRM_SHARE = 0.45  # of the budget, kept back for the confirmation
-LEAST_SEARCH = 0.25  # of what is left after plain decoding, whatever confirming takes
-REPLAY_SHARE = 0.5  # of the search, if all strategies replay, for trials of that kind
-CLASSES_SHARE = 0.15  # of the search, for replays that discovered classes are told by
 
 # From plain decoding of prompts to what predicts from it, where anything can.
 MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
@@ -55,18 +50,14 @@ class Interrupted(Stopped):
 
 
 @dataclass
-class Run:
+class TuningRun:
     """One tune; everything that touches a model, clock or disk is passed in.
 
     What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten
-    where this one is ``fresh``.
+    where ``options.fresh``.
 
     Args:
-        deadline: Infinite where ``budget_trials`` is the budget.
-        trials: Most per class and strategy.
-        options: What else must be equal for trials to be mixed.
         unavailable: Strategy or baseline -> why it can't run.
-        discovered: Whether classes are discovered; those declared are left aside.
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
@@ -77,37 +68,30 @@ class Run:
     workload: Workload
     store: ProfileStore
     environment: Environment
+    options: TuneOptions
     _: KW_ONLY
-    deadline: float
     clock: Callable[[], float]
     progress: Progress
-    trials: int = 40
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
     baselines: Sequence[Setting] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    fresh: bool = False
-    objective: str = SPEED
-    budget_trials: int | None = None
-    discovered: bool = False
     started: float | None = None
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)
     spending: Spending = field(init=False)
     result: TuneResult = field(init=False)
     search: Search = field(init=False)
-    plain_end: float = field(init=False)  # of plain decoding, on the clock
-    search_end: float = field(init=False)
 
     def __post_init__(self) -> None:
         store, place, now = self.store, self.environment, self.clock()
-        self.id = run_id(place, self.workload, {**self.options, "seed": self.seed})
-        if self.fresh:
+        self.id = run_id(place, self.workload, self.options)
+        if self.options.fresh:
             store.delete_run(self.id)
         started = now if self.started is None else self.started
+        self.time = TimeBudget(self.clock, started + self.options.seconds)
         self.spending = Spending(store, self.id, self.clock, started)
         self.result = TuneResult(
             run=self.id,
@@ -120,11 +104,6 @@ class Run:
         )
         for note in self.notes:
             self.warn(note)
-        left = max(0.0, self.deadline - now)
-        self.plain_end = self.search_end = self.deadline
-        if math.isfinite(left):
-            self.plain_end -= left * (1 - PLAIN_SHARE)
-            self.search_end -= left * CONFIRM_SHARE
         self.search = Search(
             self.measurer,
             store,
@@ -132,9 +111,9 @@ class Run:
             in_time=self._may_try,
             warn=self.warn,
             doing=self.doing,
-            seed=self.seed,
-            most=self.trials,
-            objective=self.objective,
+            seed=self.options.seed,
+            most=self.options.trials,
+            objective=self.options.objective,
             storage=store.studies() if isinstance(store, KeepsStudies) else None,
             labels={"model": place.model_name, "workload": self.workload.name},
             pool=self.pool,
@@ -152,7 +131,7 @@ class Run:
 
     def doing(self, text: str) -> None:
         """Say what is being done now."""
-        self.progress.doing(text, self.deadline - self.clock())
+        self.progress.doing(text, self.time.left)
 
     def begin(self, part: str) -> None:
         """Account for what is done from here on."""
@@ -168,39 +147,19 @@ class Run:
         except ProfileStoreError as error:
             self.unstored = self.unstored or error
 
-    def keep_back(self, seconds: float) -> None:
-        """End the search so early that ``seconds`` are left for confirming."""
-        most = (1 - LEAST_SEARCH) * max(0.0, self.deadline - self.clock())
-        self.search_end = min(self.search_end, self.deadline - min(seconds, most))
-
-    def in_replay_time(self) -> Callable[[], bool]:
-        """Whether trials that begin now, without the target, may go on."""
-        return self._within(REPLAY_SHARE * len(self.replaying) / len(self.strategies))
-
-    def in_classes_time(self) -> Callable[[], bool]:
-        """Whether replays that classes are discovered by may go on."""
-        return self._within(CLASSES_SHARE)
-
-    def _within(self, share: float) -> Callable[[], bool]:
-        """Whether no more than ``share`` of the search has passed from now on."""
-        end = self.clock() + share * max(0.0, self.search_end - self.clock())
-        return lambda: self.clock() < end
-
     def _may_try(self) -> bool:
-        most = self.budget_trials
+        most = self.options.budget_trials
         in_budget = most is None or self.search.tried < most
-        return in_budget and self.clock() < self.search_end
+        return in_budget and self.time.searching
 
 
-def run_id(
-    environment: Environment, workload: Workload, options: Mapping[str, Any]
-) -> str:
+def run_id(environment: Environment, workload: Workload, options: TuneOptions) -> str:
     """Equal for runs whose trials may be mixed: one is continued by the other."""
     parts = [
         list(environment.place()),
         dict(environment.versions),
         workload.digest,
-        dict(options),
+        options.shared(),
     ]
     if environment.heads is not None:
         parts.append(environment.heads)

@@ -189,7 +189,7 @@ class SuffixIndex:
         return [Match(base + end, length) for end, length in longest_first]
 
     def _link_all(self) -> None:
-        """Link all tokens anew, in tables that are large enough."""
+        """Link all tokens again, in tables that are large enough."""
         tokens = np.frombuffer(self._tokens, dtype=np.int32).astype(np.int64)
         places = np.arange(len(tokens))
         separators = np.where(tokens == SEPARATOR, places, -1)

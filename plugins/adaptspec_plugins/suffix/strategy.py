@@ -107,12 +107,16 @@ class PastOutputs:
     """
 
     def __init__(self, most: int) -> None:
-        self.index = SuffixIndex()
         self._most = most
+        self._checked = 0  # vocabulary the tokens were held against
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, without any output."""
+        self.index = SuffixIndex()
         self._outputs: deque[tuple[int, array[int]]] = deque()  # (id, tokens)
         self._known: set[int] = set()
         self._fresh: set[int] = set()  # not in any file yet
-        self._checked = 0  # vocabulary the tokens were held against
 
     def __len__(self) -> int:
         return len(self._outputs)
@@ -135,7 +139,7 @@ class PastOutputs:
                 KnowledgeWarning,
                 stacklevel=2,
             )
-            self.__init__(self._most)  # type: ignore[misc]
+            self.forget()
         self._checked = vocab_size
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:

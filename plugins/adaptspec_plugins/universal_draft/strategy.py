@@ -27,7 +27,7 @@ from adaptspec.strategy import (
 )
 from adaptspec_plugins.universal_draft.vocabularies import (
     LOOKBEHIND,
-    Reading,
+    DraftTokens,
     complete,
     pair,
 )
@@ -115,7 +115,7 @@ class _OtherDrafter(Drafter):
         self._sampling = target.sampling
         self._pairing = pairing = pair(target.model, target.draft)
         direct = pairing.special_to_draft if self.lookbehind else pairing.to_draft
-        self._reading = Reading(pairing, direct, self.lookbehind)
+        self._reading = DraftTokens(pairing, direct, self.lookbehind)
         self._sequence = _Sequence(target.draft)
         self._full = False  # the text is longer than the draft's positions
 

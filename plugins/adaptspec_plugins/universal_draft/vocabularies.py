@@ -157,7 +157,7 @@ class Pairing:
         self.special_to_target = {d: t for t, d in self.special_to_draft.items()}
 
 
-class Reading:
+class DraftTokens:
     """The committed text in the draft's tokens, kept up with step by step.
 
     A step re-encodes what was committed since the last boundary that both tokenizers

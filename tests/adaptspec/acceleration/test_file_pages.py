@@ -13,7 +13,7 @@ from torch import nn
 
 from adaptspec.acceleration import linear as subject
 from adaptspec.acceleration.file_pages import FilePages
-from adaptspec.acceleration.linear import Plan, accelerate_linears
+from adaptspec.acceleration.linear import ProductChoice, accelerate_linears
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps of Linux")
 
@@ -24,8 +24,8 @@ BYTES = SIZE * SIZE * 4
 @pytest.fixture
 def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
     """Layers whose weights lie in a mapped file, all of them read once."""
-    plan = Plan(cast(Any, "packed"), 1 << 30, "chosen by the test")
-    monkeypatch.setattr(subject, "choose", lambda *_: plan)
+    choice = ProductChoice(cast(Any, "packed"), 1 << 30, "chosen by the test")
+    monkeypatch.setattr(subject, "choose", lambda *_: choice)
     path = tmp_path / "model.safetensors"
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(LAYERS)))

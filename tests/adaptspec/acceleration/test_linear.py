@@ -26,7 +26,7 @@ from adaptspec import cache_folder, default_model
 from adaptspec.acceleration import linear as subject
 from adaptspec.acceleration import native
 from adaptspec.acceleration.argmax import argmax_rows
-from adaptspec.acceleration.linear import Plan, accelerate_linears
+from adaptspec.acceleration.linear import ProductChoice, accelerate_linears
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.errors import ModelLoadError
@@ -61,8 +61,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """Make the measured choice come out as told."""
 
     def choose(kind: str) -> None:
-        plan = Plan(cast(Any, kind), 1 << 30, "chosen by the test")
-        monkeypatch.setattr(subject, "choose", lambda *_: plan)
+        choice = ProductChoice(cast(Any, kind), 1 << 30, "chosen by the test")
+        monkeypatch.setattr(subject, "choose", lambda *_: choice)
 
     return choose
 
@@ -628,9 +628,12 @@ def test_the_native_product_reaches_as_far_as_it_is_faster_on_both_shapes(
 
 
 def test_callers_weights_are_never_packed() -> None:
-    plan = subject.choose(torch.float32, False)
-    assert plan.kind in ("native", "none")  # packing would change the caller's weights
-    assert subject.choose(torch.float32, False) is plan
+    choice = subject.choose(torch.float32, False)
+    assert choice.kind in (
+        "native",
+        "none",
+    )  # packing would change the caller's weights
+    assert subject.choose(torch.float32, False) is choice
 
 
 @needs_compiler
@@ -662,9 +665,10 @@ def test_verifying_a_chain_gives_the_bits_of_decoding_one_by_one(
     model.prefill(prompt, one_by_one)
     model.prefill(prompt, at_once)
     sequential = [
-        model.verify(TokenTree.root_only(token), one_by_one).logits for token in chain
+        model.forward_tree(TokenTree.root_only(token), one_by_one).logits
+        for token in chain
     ]
-    together = model.verify(TokenTree.chain(chain[0], chain[1:]), at_once).logits
+    together = model.forward_tree(TokenTree.chain(chain[0], chain[1:]), at_once).logits
     if attention_keeps_its_bits(dtype):
         assert torch.equal(together, torch.cat(sequential))
     else:

@@ -194,7 +194,7 @@ def test_probes_are_evaluated_and_never_accepted() -> None:
         assert outcome.tree is not None
         outcomes.append(len(outcome.tree) == 1 or 1 in outcome.rows)
     second = strategy.outcomes[1]
-    assert int(second.logits_at(1).argmax()) == expected[2]
+    assert int(second.logits[second.rows[1]].argmax()) == expected[2]
     assert all(outcomes)
 
 

@@ -38,7 +38,7 @@ def test_after_a_path_is_kept_the_cache_is_that_of_a_fresh_prefill(
     model = target_and_draft(architecture)[0]
     cache = model.new_cache(64)
     model.prefill(PROMPT, cache)
-    model.verify(TREE, cache)
+    model.forward_tree(TREE, cache)
     cache.keep(len(PROMPT), path)
     fresh = model.new_cache(64)
     accepted = [*PROMPT, *(TREE.tokens[node] for node in path)]
@@ -50,8 +50,8 @@ def test_after_a_path_is_kept_the_cache_is_that_of_a_fresh_prefill(
     # What decoding goes on with is the same too.
     following = TokenTree.root_only(7)
     torch.testing.assert_close(
-        model.verify(following, cache).logits,
-        model.verify(following, fresh).logits,
+        model.forward_tree(following, cache).logits,
+        model.forward_tree(following, fresh).logits,
         rtol=1e-3,
         atol=1e-3,
     )

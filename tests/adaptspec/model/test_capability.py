@@ -137,7 +137,7 @@ def test_a_model_whose_cache_is_swallowed_reads_its_text_anew(
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=SPREAD)
     model = LanguageModel(module.to(dtype))
-    assert (model.capability.level, model.capability.anew) == ("plain", True)
+    assert (model.capability.level, model.capability.uncached) == ("plain", True)
     for prompt in ([5, 9, 33, 7], random_ids(30)):
         run = Engine(model).generate(plain_strategy(), prompt, Controls.greedy(16))
         assert run.token_ids == hf_greedy(model, prompt, 16)

@@ -170,6 +170,12 @@ def test_a_damaged_folder_is_told_in_one_line(kind: str, folder: Path) -> None:
     assert str(folder) in told
 
 
+@pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "~/no-such"])
+def test_a_folder_that_is_not_there_is_named_as_one(path: str) -> None:
+    with pytest.raises(ModelLoadError, match=f"there is no folder '{path}'"):
+        load_model(path)
+
+
 def test_a_file_in_place_of_a_folder_is_told(folder: Path) -> None:
     assert "is a file" in refusal(folder / "model.safetensors")
 

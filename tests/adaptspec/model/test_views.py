@@ -465,7 +465,7 @@ def test_trees_are_verified_behind_a_patched_forward() -> None:
     model = LanguageModel(patched(lambda old: lambda *a, **k: old(*a, **k)))
     cache = model.new_cache()
     model.prefill(PROMPT, cache)
-    forward = model.verify(TokenTree((3, 4, 5, 6), (-1, 0, 0, 1)), cache)
+    forward = model.forward_tree(TokenTree((3, 4, 5, 6), (-1, 0, 0, 1)), cache)
     source: Any = tiny_module("qwen3")
     with torch.no_grad():
         wanted = source(torch.tensor([[*PROMPT, 3, 5]])).logits[0, -1]

@@ -47,15 +47,15 @@ def paths(tree: TokenTree) -> set[Path]:
 
 def naive_tree(
     probs: Callable[[Path], torch.Tensor],
-    nodes: int,
-    depth: int,
+    draft_length: int,
+    speculation_depth: int,
     top_k: int,
     stop: float,
 ) -> set[Path]:
     """EAGLE-2: expand the best top_k of each level, rank everything at the end."""
     values: dict[Path, float] = {}
     frontier: list[Path] = [()]
-    for _ in range(depth):
+    for _ in range(speculation_depth):
         fresh = []
         for path in frontier:
             before = values.get(path, 0.0)
@@ -66,7 +66,7 @@ def naive_tree(
                     values[fresh[-1]] = before + math.log(p)
         alive = [path for path in fresh if math.exp(values[path]) >= stop]
         frontier = sorted(alive, key=lambda path: -values[path])[:top_k]
-    return set(sorted(values, key=lambda path: -values[path])[:nodes])
+    return set(sorted(values, key=lambda path: -values[path])[:draft_length])
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,13 @@ ROOT = 7
 @pytest.fixture(autouse=True)
 def only_verification_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth more for each row: runs on models repeat exactly."""
-    clock, verify = Clock(), LanguageModel.verify
+    clock, verify = Clock(), LanguageModel.forward_tree
 
     def timed(model: LanguageModel, tree: TokenTree, *args: Any, **more: Any) -> Any:
         clock.now += 1 + len(tree) / 100
         return verify(model, tree, *args, **more)
 
-    monkeypatch.setattr(LanguageModel, "verify", timed)
+    monkeypatch.setattr(LanguageModel, "forward_tree", timed)
     for module in ("decoding.engine", "model.forward_times"):
         monkeypatch.setattr(f"adaptspec.{module}.perf_counter", clock)
 
@@ -512,7 +512,7 @@ def test_a_step_without_a_proposal_changes_no_counts() -> None:
 def test_a_drafter_that_is_never_right_leaves_the_tree_and_a_good_one_stays() -> None:
     simulated = world(1500)
     hybrid = hybrid_of(
-        simulated.member("liar", 0.0), simulated.member("good", 0.8), max_nodes=24
+        simulated.member("liar", 0.0), simulated.member("good", 0.8), draft_length=24
     )
     late = simulated.decode(hybrid)[150:]
     # Each proposes a chain: nothing forks where only one of them is believed.

@@ -27,12 +27,13 @@ from adaptspec_tuner.classes.discover import (
     known_only,
     probed,
 )
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.tuning_run import TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 RANDOM = random.Random(5)
 WORDS = [f"word{i}" for i in range(300)]
@@ -139,17 +140,15 @@ def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:
     clock = FakeClock()
     fast: Any = Trace(clock, 0.0)
     return tune_with(
-        Run(
+        TuningRun(
             Trace(clock, 1.0),
             [Drafts],
             Workload("w", tuple(prompts)),
             store,
             PLACE,
-            deadline=2000.0,
+            TuneOptions(budget=2000.0, trials=6, classes="auto"),
             clock=clock,
             progress=Progress(None, clock),
-            trials=6,
-            discovered=True,
             replayer=lambda plain: fast,
         )
     )
@@ -222,11 +221,13 @@ def test_a_model_tuned_with_discovered_classes_chooses_by_them_in_use() -> None:
     result = tune(
         model,
         workload=Workload("w", prompts),
+        options=TuneOptions(
+            budget_trials=1,
+            classes="auto",
+            strategies=["prompt_lookup"],
+            max_new_tokens=6,
+        ),
         db=store,
-        budget_trials=1,
-        classes="auto",
-        strategies=["prompt_lookup"],
-        max_new_tokens=6,
         host=Host({"bundled": adaptspec_plugins}),
     )
     assert result.classes

@@ -21,12 +21,12 @@ from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import as_record, confirm
-from adaptspec_tuner.fakes import FakeMeasurer
 from adaptspec_tuner.measuring.bootstrap import interval, overall
 from adaptspec_tuner.measuring.peak_memory import PeakMemory
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, Setting
 from adaptspec_tuner.reporting.result import ClassResult, break_even
 from adaptspec_tuner.time_spent import Spending
+from tuner_fakes import FakeMeasurer
 
 PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(4)]
 FAST = Setting("fast")
@@ -243,7 +243,7 @@ def test_tuning_is_repaid_by_the_time_that_the_classes_save() -> None:
 
 PEAK = """
 import mmap, torch
-from adaptspec_tuner.memory import PeakMemory
+from adaptspec_tuner.measuring.peak_memory import PeakMemory
 peak = PeakMemory(torch.device("cpu"))
 peak.reset()
 before = peak.bytes()

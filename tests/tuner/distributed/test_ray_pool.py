@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
+import tuner_fakes
 from adaptspec.errors import AdaptSpecError
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.distributed.ray_pool import Bench, RayPool
-from adaptspec_tuner.fakes import FakeMeasurer, Knob
 from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.searching.search import Search
+from tuner_fakes import FakeMeasurer, Knob
 
 ray = pytest.importorskip("ray", reason="needs adaptspec[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
@@ -60,7 +61,8 @@ def build(grave: str | None = None) -> Bench:
 def address() -> Iterator[str]:
     cloudpickle: Any = importlib.import_module("ray.cloudpickle")
     utils: Any = importlib.import_module("ray.cluster_utils")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for module in (sys.modules[__name__], tuner_fakes):  # nodes can't import them
+        cloudpickle.register_pickle_by_value(module)
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = utils.Cluster(initialize_head=True, head_node_args=small)
     cluster.add_node(**small)

@@ -17,6 +17,7 @@ from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.distributed.grpc_store import open_remote
 from adaptspec_tuner.distributed.workers import close_search, open_search, work
+from adaptspec_tuner.options import TuneOptions
 
 
 @pytest.fixture
@@ -128,12 +129,11 @@ def test_a_worker_joins_no_other_run_and_says_what_must_be_equal(
                 Workload("w", tuple(prompts)),
                 store,
                 run,
-                storage=store.studies(),
+                TuneOptions(),
                 deadline=5.0,
                 clock=clock,
                 warn=pytest.fail,
                 doing=lambda text: None,
-                most=1,
                 wait=clock.advance,
             )
         close_search(store, "another")  # its leader is done

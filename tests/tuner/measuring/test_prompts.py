@@ -21,6 +21,7 @@ from adaptspec.workloads import Message, Prompt, Workload, read_workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.measuring.profiler import Profiler
 from adaptspec_tuner.measuring.prompts import measurable
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.tune import tune
 
 
@@ -223,10 +224,8 @@ def test_a_prompt_eight_times_is_one_prompt_and_chooses_nothing(host: Host) -> N
     result = tune(
         model,
         workload=Workload("w", prompts),
+        options=TuneOptions(budget=3.0, strategies=["prompt_lookup"], max_new_tokens=8),
         db=MemoryStore(),
-        budget=3.0,
-        strategies=["prompt_lookup"],
-        max_new_tokens=8,
         host=host,
     )
     (found,) = result.classes
@@ -260,8 +259,8 @@ def test_a_model_whose_logits_are_not_numbers_is_refused_by_name(
         tune(
             model,
             workload=Workload("w", texts("w2 w3", "w4 w5")),
+            options=TuneOptions(budget=3.0),
             db=MemoryStore(),
-            budget=3.0,
             host=host,
         )
 

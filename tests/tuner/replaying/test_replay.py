@@ -209,7 +209,7 @@ def test_logits_are_the_targets_after_committed_tokens_and_of_no_others(
     check_distributions(model, prefilled, text, expected)
     right, wrong = text[count + 1], (text[count + 1] + 1) % model.vocab_size
     tree = TokenTree([text[count], right, wrong, 0], [-1, 0, 0, 2])
-    forward = target.verify(tree, cache)
+    forward = target.forward_tree(tree, cache)
     check_distributions(model, forward, text, {0: count + 1, 1: count + 2})
     assert [forward.best[forward.rows[node]] for node in (0, 1)] == [
         right,
@@ -441,13 +441,13 @@ def test_on_a_fake_clock_what_is_predicted_is_what_is_measured(
     second, which falls on all parts of a step."""
     model, clock, prompt = tiny_model("llama"), FakeClock(), Prompt("p", text="")
     assert model.capability.level == "tree"  # probed before the clock runs
-    real = LanguageModel.verify
+    real = LanguageModel.forward_tree
 
     def slow(self: LanguageModel, tree: Any, cache: Any, **named: Any) -> Any:
         clock.advance(1.7 * TIMED.curve(cache.length)(len(tree)))
         return real(self, tree, cache, **named)
 
-    monkeypatch.setattr(LanguageModel, "verify", slow)
+    monkeypatch.setattr(LanguageModel, "forward_tree", slow)
     engine = Engine(model, clock=clock)
     bare = recorded(model)
     clock.tick = 0.2

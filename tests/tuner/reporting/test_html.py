@@ -24,10 +24,10 @@ from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.measuring.profiler import Setting
-from adaptspec_tuner.replaying.presearch import replayed_key
-from adaptspec_tuner.reporting.data import build
+from adaptspec_tuner.records import confirmed_key, predicted_key, replayed_key
 from adaptspec_tuner.reporting.html import render
 from adaptspec_tuner.reporting.result import told_errors
+from adaptspec_tuner.reporting.stored import build
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'> [bold] {{ 7*7 }}"
 PLACE = example_profile().environment
@@ -78,10 +78,10 @@ def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
             ]
         },
     )
-    store.put_record("r1", f"predicted/{name}", {key("a"): 2.2, key("b"): 1.2})
+    store.put_record("r1", predicted_key(name), {key("a"): 2.2, key("b"): 1.2})
     store.put_record(
         "r1",
-        f"confirm/{name}",
+        confirmed_key(name),
         {
             "prompts": {
                 "p1": {key(PLAIN): [10.0], key("a"): [40.0], key("b"): [20.0, 10.0]},
@@ -105,8 +105,12 @@ def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
 def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     report = build(filled(MemoryStore()))
     chat, maths = report.classes
-    assert (chat.name, chat.winner, maths.winner) == ("chat", "a", PLAIN)
-    assert "2.00x plain decoding" in chat.reason
+    assert (chat.name, chat.choice.strategy, maths.choice.strategy) == (
+        "chat",
+        "a",
+        PLAIN,
+    )
+    assert "2.00x plain decoding" in chat.choice.reason
     # 50 ms a token saved in chat, nothing in maths.
     assert chat.saved == pytest.approx(0.05)
     assert maths.saved == 0
@@ -126,16 +130,16 @@ def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     assert rows["a"].positions == [0.8, 0.5]
     assert rows["a"].interval == pytest.approx((1.8, 2.2))
     assert report.costs["target"]["milliseconds"] == [[10.0, 20.0]]
-    measured = [t for t in chat.trials if not t.replayed]
+    measured = [t for t in chat.tried if not t.replayed]
     assert [t.error for t in measured] == [None, "chat"]
-    replayed = [t for t in chat.trials if t.replayed]
+    replayed = [t for t in chat.tried if t.replayed]
     assert [(t.strategy, t.number, t.state, t.ratio) for t in replayed] == [
         ("a", 0, "complete", 2.5),
         ("a", 1, "pruned", 0.5),
     ]
     # 30 s are chat's part, at 50 ms a token.
-    assert chat.break_even == pytest.approx(600)
-    assert maths.break_even is None
+    assert report.own_break_even(chat) == pytest.approx(600)
+    assert report.own_break_even(maths) is None
     said = render(report)
     assert "2.20 (+10.0%)" in said
     assert "1.20 (-20.0%)" in said
@@ -197,13 +201,13 @@ def test_lossy_results_and_other_engines_are_labelled_in_every_form() -> None:
         ]
     )
     report = build(store)
-    assert report.classes[0].winner == "a"
+    assert report.classes[0].choice.strategy == "a"
     page = render(report)
     assert "wrong (NOT LOSSLESS)" in page
     assert "hf (baseline)" in page
     named = re.findall(r'"name":"(wrong|hf)( [^"]*)?"', page)
     assert set(named) == {("wrong", " (NOT LOSSLESS)"), ("hf", " (baseline)")}
-    data = {row["strategy"]: row for row in report.as_json()["classes"][0]["rows"]}
+    data = {row["strategy"]: row for row in report.as_json()["classes"][0]["results"]}
     assert data["wrong"]["lossless"] is False
     assert data["hf"]["baseline"] is True
 
@@ -230,8 +234,8 @@ def test_the_command_prints_a_table_json_or_writes_a_page(
     assert "[bold]" in table.stdout
     assert "-20.0%" in table.stdout
     data = json.loads(run("--json").stdout)
-    assert data["classes"][0]["name"] == HOSTILE
-    assert data["classes"][0]["rows"][0]["prediction_error"] == pytest.approx(0.1)
+    assert data["classes"][0]["class"] == HOSTILE
+    assert data["classes"][0]["results"][0]["prediction_error"] == pytest.approx(0.1)
     assert data["classes"][0]["oracle"]["gap"] == pytest.approx(6**0.5 / 2 - 1)
     page = tmp_path / "r.html"
     assert run("-o", str(page)).exit_code == 0

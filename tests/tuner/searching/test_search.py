@@ -14,12 +14,13 @@ from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.fakes import PLACE, FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting, near_tie
+from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
-from adaptspec_tuner.tuning_run import Interrupted, Run
+from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 
 class SeveralParams(KnobParams):
@@ -63,16 +64,15 @@ def run(
     trace: Trace, store: MemoryStore, budget: float = 100.0, **options: Any
 ) -> TuneResult:
     return tune_with(
-        Run(
+        TuningRun(
             trace,
             [Several],
             WORKLOAD,
             store,
             PLACE,
-            deadline=trace.clock.now + budget,
+            TuneOptions(**{"budget": budget, "trials": 12, **options}),
             clock=trace.clock,
             progress=Progress(None, trace.clock),
-            **{"trials": 12, **options},
         )
     )
 
@@ -117,7 +117,7 @@ def test_plain_decoding_wins_when_nothing_is_faster() -> None:
     store, trace = MemoryStore(), Trace(FakeClock(), factor=0.12)
     found = run(trace, store).classes[0]
     assert found.choice.strategy == PLAIN
-    assert found.ranked[0].strategy == PLAIN
+    assert found.rows[0].strategy == PLAIN
 
 
 def test_an_interrupted_run_continues_without_measuring_again() -> None:

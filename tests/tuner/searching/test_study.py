@@ -16,7 +16,6 @@ from adaptspec.params import Params, Scalar
 from adaptspec.profile import Trial
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.sql import SqlStore
-from adaptspec_tuner.fakes import FakeMeasurer, Knob, KnobParams
 from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.searching.search import Search
 from adaptspec_tuner.searching.space import suggest
@@ -27,6 +26,7 @@ from adaptspec_tuner.searching.study import (
     alive,
     this_process,
 )
+from tuner_fakes import FakeMeasurer, Knob, KnobParams
 
 PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(2)]
 PLAIN = {p.id: Sample((1, 2), 10.0, 1.0) for p in PROMPTS}

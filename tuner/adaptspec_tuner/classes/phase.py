@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import Classifier
 from adaptspec.errors import AdaptSpecError
 from adaptspec.workloads import Prompt, Workload
@@ -16,14 +15,15 @@ from adaptspec_tuner.classes.discover import (
     probed,
     replayed_gains,
 )
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.records import CLASSIFIER
+from adaptspec_tuner.tuning_run import TuningRun
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
 
 def discover_classes(
-    run: Run,
+    run: TuningRun,
     predictor: Replayer | None,
     recorded: Collection[str],
     tuning: Workload,
@@ -55,7 +55,7 @@ def discover_classes(
 
 
 def _classifier(
-    run: Run, predictor: Replayer | None, prompts: Sequence[Prompt]
+    run: TuningRun, predictor: Replayer | None, prompts: Sequence[Prompt]
 ) -> Classifier:
     """The run's, or one learnt from what replays say of each prompt; stored."""
     if (record := run.store.record(run.id, CLASSIFIER)) is not None:
@@ -70,7 +70,7 @@ def _classifier(
     gains: dict[str, dict[str, float]] = {}
     if predictor is not None:
         settings = [setting for cls in run.replaying for setting in probed(cls)]
-        gains = replayed_gains(predictor, settings, prompts, run.in_classes_time())
-    found = discover(prompts, gains, run.seed)
+        gains = replayed_gains(predictor, settings, prompts, run.time.discovering())
+    found = discover(prompts, gains, run.options.seed)
     run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())
     return found.classifier

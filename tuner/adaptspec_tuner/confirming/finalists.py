@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 
@@ -21,17 +21,17 @@ from adaptspec_tuner.measuring.profiler import (
     in_a_line,
     typical,
 )
-from adaptspec_tuner.reporting.result import ClassResult
+from adaptspec_tuner.records import confirmed_key, predicted_key
+from adaptspec_tuner.reporting.result import ClassResult, Tried
 from adaptspec_tuner.searching.search import HOPELESS, Arm
-from adaptspec_tuner.tuning_run import Run
+from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
-LATE_PREDICTION = 1.0  # seconds of drafting that a prediction may take past the budget
 
 
 def confirm_classes(
-    run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
 ) -> None:
     """Add a result for each class of ``held_out`` that there is time for.
 
@@ -43,7 +43,7 @@ def confirm_classes(
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
-        share = (run.deadline - run.clock()) / (len(names) - index)
+        share = run.time.left / (len(names) - index)
         others = 1 + len(run.baselines)
         ranked = _finalists(
             [arm for arm in run.search.arms if arm.prompt_class == name],
@@ -51,7 +51,7 @@ def confirm_classes(
         )
         finalists = [setting for _, setting in ranked]
         expected = once * (others + sum(_share(ratio) for ratio, _ in ranked))
-        if index and run.clock() + FEWEST_PROMPTS * expected > run.deadline:
+        if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
@@ -62,9 +62,9 @@ def confirm_classes(
             [*finalists, *run.baselines],
             _of_class(held_out, name),
             repeats=REPEATS,
-            in_time=_until(run.clock, run.clock() + share, run.deadline),
+            in_time=run.time.confirming(share, FEWEST_PROMPTS),
             warn=run.warn,
-            objective=run.objective,
+            objective=run.options.objective,
             clock=run.clock,
             expected=expected,
         )
@@ -82,7 +82,7 @@ def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
 
 
 def least_confirmation(
-    run: Run, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
 ) -> float:
     """Seconds in which one setting and plain decoding of every class are confirmed.
 
@@ -139,19 +139,8 @@ def _share(ratio: float) -> float:
     return 1 / min(1.0, max(ratio, HOPELESS))
 
 
-def _until(
-    clock: Callable[[], float], share: float, deadline: float
-) -> Callable[[float, int], bool]:
-    """Whether a prompt may begin; as many as a choice takes may use others' time."""
-
-    def in_time(seconds: float, prompts: int) -> bool:
-        return clock() + seconds <= (share if prompts >= FEWEST_PROMPTS else deadline)
-
-    return in_time
-
-
 def _keep(
-    run: Run, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
+    run: TuningRun, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
 ) -> None:
     """Store what was confirmed of a class, what was predicted of it, and the choice."""
     predicted: Mapping[str, float] = {}
@@ -164,7 +153,7 @@ def _keep(
             if stopped_by_user(error):
                 raise
             run.warn(f"{name}: nothing is predicted: {in_a_line(error)}")
-        run.keep(lambda: run.store.put_record(run.id, f"predicted/{name}", predicted))
+        run.keep(lambda: run.store.put_record(run.id, predicted_key(name), predicted))
     lossy = {cls.name for cls in run.strategies if not cls.lossless}
     now = datetime.now(timezone.utc)
     profiles = [
@@ -184,7 +173,7 @@ def _keep(
         for found in confirmed.values()
     ]
     record = as_record(confirmed)
-    run.keep(lambda: run.store.put_record(run.id, f"confirm/{name}", record))
+    run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
     arms = [arm for arm in run.search.arms if arm.prompt_class == name]
     run.result.classes.append(
@@ -192,7 +181,7 @@ def _keep(
             name,
             select(profiles, run.environment, name),
             tuple(profiles),
-            trials={arm.name: len(arm.trials) for arm in arms},
+            tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
             reused=name in held_out.reused,
             predicted=predicted,
         )
@@ -200,7 +189,7 @@ def _keep(
 
 
 def _predict(
-    run: Run, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
+    run: TuningRun, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
 ) -> dict[str, float]:
     """Predict what was just confirmed, on the same prompts, while there is time.
 
@@ -228,7 +217,7 @@ def _predict(
     for found in told:
         repeats = max(1, max(map(len, found.samples.values()), default=1))
         drafting = found.measurement.seconds_draft / repeats
-        if drafting > max(LATE_PREDICTION, run.deadline - run.clock()):
+        if not run.time.predicting(drafting):
             break
         predictor.forget()
         gains = [

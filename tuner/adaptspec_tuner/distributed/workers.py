@@ -7,26 +7,25 @@ threads, versions, prompts and options: so trials run on identical hardware only
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptspec.errors import AdaptSpecError
-from adaptspec.profile import SPEED, ProfileStore
+from adaptspec.profile import ProfileStore
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
 from adaptspec_tuner.distributed.grpc_store import publish
 from adaptspec_tuner.measuring.profiler import Measurer, Sample
-from adaptspec_tuner.searching.search import Search, plain_key
+from adaptspec_tuner.options import TuneOptions
+from adaptspec_tuner.records import SEARCH, plain_key
+from adaptspec_tuner.searching.search import Search
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
     from adaptspec.strategy import Strategy
 
-KEY = "search"
 POLL_SECONDS = 0.5
+PATIENCE = TuneOptions.budget  # seconds
 
 
 @runtime_checkable
@@ -60,15 +59,15 @@ def open_search(
 
 def close_search(store: ProfileStore, run: str) -> None:
     """Let workers end after the trial at hand."""
-    record = store.record(run, KEY)
+    record = store.record(run, SEARCH)
     if record is not None and record["open"]:
         _put(store, run, {**record, "open": False})
 
 
 def _put(store: ProfileStore, run: str, record: Mapping[str, Any]) -> None:
-    store.put_record(run, KEY, record)
+    store.put_record(run, SEARCH, record)
     if isinstance(store, KeepsStudies):
-        publish(store.studies(), run, {KEY: record})
+        publish(store.studies(), run, {SEARCH: record})
 
 
 def work(
@@ -77,32 +76,30 @@ def work(
     workload: Workload,
     store: ProfileStore,
     run: str,
+    options: TuneOptions,
     *,
-    storage: BaseStorage,
     deadline: float,
     clock: Callable[[], float],
     warn: Callable[[str], None],
     doing: Callable[[str], None],
-    most: int,
-    patience: float = math.inf,
-    budget_trials: int | None = None,
-    seed: int = 0,
-    objective: str = SPEED,
+    patience: float = PATIENCE,
     wait: Callable[[float], None] = time.sleep,
 ) -> int:
     """Run trials of ``run`` until its leader closes the search or the budget is spent.
 
     Args:
         deadline: Infinite where ``budget_trials`` is the budget.
+        options: The leader's; a budget of trials includes others' that are known.
         patience: Seconds that it waits for a leader, if the deadline is later.
-        budget_trials: Trials in all, others' that are known among them.
 
     Returns:
         How many were run.
 
     Raises:
-        AdaptSpecError: if no leader opened it in time.
+        AdaptSpecError: if no leader opened it in time, or none can in this store.
     """
+    if not isinstance(store, KeepsStudies):
+        raise AdaptSpecError(f"workers need a database to meet in, not {store.url}")
     doing("waiting for a tune of the same options")
     waited = min(deadline, clock() + patience)
     while not _open(store, run):
@@ -115,7 +112,8 @@ def work(
         wait(POLL_SECONDS)
 
     def in_budget() -> bool:
-        return budget_trials is None or search.tried < budget_trials
+        most = options.budget_trials
+        return most is None or search.tried < most
 
     search = Search(
         measurer,
@@ -124,13 +122,13 @@ def work(
         in_time=lambda: clock() < deadline and in_budget() and _open(store, run),
         warn=warn,
         doing=doing,
-        seed=seed,
-        most=most,
-        objective=objective,
-        storage=storage,
+        seed=options.seed,
+        most=options.trials,
+        objective=options.objective,
+        storage=store.studies(),
     )
     known = {prompt.id: prompt for prompt in workload.prompts}
-    record = store.record(run, KEY) or {"classes": {}}
+    record = store.record(run, SEARCH) or {"classes": {}}
     for name, ids in record["classes"].items():
         prompts = [replace(known[key], prompt_class=name) for key in ids]
         plain = {key: _plain(store, run, known[key]) for key in ids}
@@ -141,7 +139,7 @@ def work(
 
 
 def _open(store: ProfileStore, run: str) -> bool:
-    record = store.record(run, KEY)
+    record = store.record(run, SEARCH)
     return record is not None and bool(record["open"])
 
 

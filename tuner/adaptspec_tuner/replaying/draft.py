@@ -125,7 +125,7 @@ class RememberedDraft(LanguageModel):
         self._clock.replace(started, self._read[at] if many else known)
         return forward
 
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: Any, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """As the model's."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING
+from adaptspec_tuner.records import replayed_key
 from adaptspec_tuner.searching.search import Search
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ class Presearch:
         self.trials = sum(map(len, tried.values()))
         # The most promising, best first.
         self.best = {key: _best(trials) for key, trials in tried.items()}
-
-
-def replayed_key(prompt_class: str, strategy: str) -> str:
-    """Under which a run keeps its replayed trials: ``{"trials": [...]}``."""
-    return f"replayed/{prompt_class}/{strategy}"
 
 
 def as_records(tried: Presearch) -> dict[str, dict[str, Any]]:

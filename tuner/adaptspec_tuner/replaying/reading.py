@@ -15,7 +15,7 @@ from adaptspec_tuner.measuring.profiler import Recording
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordedOutputs:
     """States and likeliest tokens at the positions from ``first`` on.
 
     Args:
@@ -58,7 +58,7 @@ def read(
     hidden_layers: Sequence[int] = (),
     prompt_positions: int = 1,
     tops: int = 0,
-) -> Reading:
+) -> RecordedOutputs:
     """Run ``model`` over prompt and tokens, once.
 
     Args:
@@ -76,6 +76,6 @@ def read(
     )
     hidden = {layer: h[first:].clone() for layer, h in forward.hidden.items()}
     if not tops:
-        return Reading(first, hidden)
+        return RecordedOutputs(first, hidden)
     logits, tokens = forward.logits.topk(min(tops, model.vocab_size))
-    return Reading(first, hidden, tokens, logits)
+    return RecordedOutputs(first, hidden, tokens, logits)

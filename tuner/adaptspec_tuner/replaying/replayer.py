@@ -20,7 +20,7 @@ from adaptspec_tuner.measuring.profiler import (
     sample_of,
 )
 from adaptspec_tuner.replaying.draft import RememberedDraft
-from adaptspec_tuner.replaying.reading import Reading, read
+from adaptspec_tuner.replaying.reading import RecordedOutputs, read
 from adaptspec_tuner.replaying.target import RecordedTarget
 from adaptspec_tuner.replaying.virtual_clock import VirtualClock
 
@@ -59,7 +59,7 @@ class Replayer:
     ) -> None:
         self._host = host
         self._real, self._tops, self._observes = engine.model, tops, observes
-        self._readings: dict[str, tuple[Observes, Reading]] = {}
+        self._readings: dict[str, tuple[Observes, RecordedOutputs]] = {}
         self._clock = VirtualClock()
         self._target = RecordedTarget(engine.model, costs, self._clock)
         draft, remembered = engine.draft, None
@@ -125,7 +125,7 @@ class Replayer:
             )
         )
 
-    def _read(self, prompt: str, strategy: Strategy) -> Reading | None:
+    def _read(self, prompt: str, strategy: Strategy) -> RecordedOutputs | None:
         """What ``strategy`` reads of the target, which runs for it once at most."""
         observes = strategy.observes(self._real)
         if not observes.hidden_layers and not self._tops:

@@ -27,7 +27,7 @@ from adaptspec.model.language_model import LanguageModel
 from adaptspec_tuner.measuring.profiler import (
     Recording,
 )
-from adaptspec_tuner.replaying.reading import Reading
+from adaptspec_tuner.replaying.reading import RecordedOutputs
 from adaptspec_tuner.replaying.virtual_clock import VirtualClock
 
 if TYPE_CHECKING:
@@ -90,15 +90,17 @@ class RecordedTarget(LanguageModel):
         self.__dict__["rereads"] = frozenset()
         self._costs = costs
         self._clock = clock
-        self._recording, self._reading = Recording((), (), 0), Reading(0)
+        self._recording, self._reading = Recording((), (), 0), RecordedOutputs(0)
         self._curves: dict[int, LatencyCurve] = {}
         self._nothing = torch.zeros(1, 1, dtype=model.dtype)
         self.scale = 1.0  # of what the costs say, where the record was taken
         self.extra = 0.0  # seconds of a step beside its forward, those of replay apart
 
-    def play(self, recording: Recording, reading: Reading | None = None) -> None:
+    def play(
+        self, recording: Recording, reading: RecordedOutputs | None = None
+    ) -> None:
         """Answer from ``recording``, and what was read of it, from here on."""
-        self._recording, self._reading = recording, reading or Reading(0)
+        self._recording, self._reading = recording, reading or RecordedOutputs(0)
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
@@ -138,7 +140,7 @@ class RecordedTarget(LanguageModel):
         self._clock.replace(started, 0.0)
         return forward
 
-    def verify(
+    def forward_tree(
         self, tree: TokenTree, cache: Any, *, hidden_layers: Sequence[int] = ()
     ) -> Forward:
         """Every node on the path of the recorded tokens is answered by the next."""

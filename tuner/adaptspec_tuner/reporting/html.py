@@ -10,7 +10,7 @@ from adaptspec.profile import PLAIN
 from adaptspec_tuner.reporting import tables as words
 
 if TYPE_CHECKING:
-    from adaptspec_tuner.reporting.data import ClassReport, Report, Row
+    from adaptspec_tuner.reporting.result import ClassResult, Row, TuneResult
 
 INK, GRID = "#7d8590", "rgba(125,133,144,0.25)"
 COLOURS = (
@@ -19,7 +19,7 @@ COLOURS = (
 )
 
 
-def render(report: Report) -> str:
+def render(result: TuneResult) -> str:
     """The page: tables and plots, Plotly's code included."""
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
@@ -30,32 +30,32 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    strategies = sorted({row.strategy for c in report.classes for row in c.rows})
+    strategies = sorted({row.strategy for c in result.classes for row in c.rows})
     colours = {
         name: COLOURS[index % len(COLOURS)]
         for index, name in enumerate(s for s in strategies if s != PLAIN)
     }
     colours[PLAIN] = INK
     return pages.get_template("report.html").render(
-        report=report,
+        result=result,
         words=words,
         plotly=get_plotlyjs(),
-        speed=_html(_speed(report, colours)),
-        latency=_html(_latency(report)) if report.costs else "",
+        speed=_html(_speed(result, colours)),
+        latency=_html(_latency(result)) if result.costs else "",
         classes=[
             {
                 "found": found,
                 "acceptance": _html(_acceptance(found, colours)),
                 "history": _html(_history(found, colours)),
-                "failed": [trial for trial in found.trials if trial.state == "failed"],
+                "failed": [trial for trial in found.tried if trial.state == "failed"],
             }
-            for found in report.classes
+            for found in result.classes
         ],
-        predicted=_html(_predicted(report, colours)),
+        predicted=_html(_predicted(result, colours)),
     )
 
 
-def _speed(report: Report, colours: dict[str, str]) -> Any:
+def _speed(result: TuneResult, colours: dict[str, str]) -> Any:
     """Bars by class and strategy, with intervals."""
     import plotly.graph_objects as go
 
@@ -63,27 +63,31 @@ def _speed(report: Report, colours: dict[str, str]) -> Any:
     for name in colours:
         bars = [
             (found, row)
-            for found in report.classes
+            for found in result.classes
             for row in found.rows
             if row.strategy == name and (name != PLAIN or len(found.rows) == 1)
         ]
         if not bars:
             continue
-        spans = [row.interval or (row.ratio, row.ratio) for _, row in bars]
+        ratios = [row.measurement.ratio for _, row in bars]
+        spans = [
+            row.interval or (ratio, ratio)
+            for (_, row), ratio in zip(bars, ratios, strict=True)
+        ]
         figure.add_bar(
             name=_labelled([row for _, row in bars]),
             x=[_safe(found.name) for found, _ in bars],
-            y=[row.ratio for _, row in bars],
+            y=ratios,
             error_y={
                 "type": "data",
                 "symmetric": False,
                 "array": [
-                    max(0.0, high - row.ratio)
-                    for (_, row), (_, high) in zip(bars, spans, strict=True)
+                    max(0.0, high - ratio)
+                    for ratio, (_, high) in zip(ratios, spans, strict=True)
                 ],
                 "arrayminus": [
-                    max(0.0, row.ratio - low)
-                    for (_, row), (low, _) in zip(bars, spans, strict=True)
+                    max(0.0, ratio - low)
+                    for ratio, (low, _) in zip(ratios, spans, strict=True)
                 ],
             },
             marker_color=colours[name],
@@ -91,15 +95,15 @@ def _speed(report: Report, colours: dict[str, str]) -> Any:
         )
     figure.add_hline(y=1, line={"color": INK, "dash": "dot"})
     figure.update_xaxes(type="category")  # a class may be called 2024
-    return _styled(figure, "", words.COLUMN[report.objective].split(" [")[0])
+    return _styled(figure, "", words.COLUMN[result.objective].split(" [")[0])
 
 
-def _latency(report: Report) -> Any:
+def _latency(result: TuneResult) -> Any:
     """Milliseconds of a forward by its tokens, a line per context."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for who, table in report.costs.items():
+    for who, table in result.costs.items():
         for number, context in enumerate(table["contexts"]):
             figure.add_scatter(
                 name=f"{who}, {context} cached",
@@ -112,13 +116,13 @@ def _latency(report: Report) -> Any:
     return _styled(figure, "tokens in one forward", "ms")
 
 
-def _acceptance(found: ClassReport, colours: dict[str, str]) -> Any:
+def _acceptance(found: ClassResult, colours: dict[str, str]) -> Any:
     """Share of candidates accepted by depth; None where nothing was recorded."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
     for row in found.rows:
-        if row.positions and not row.baseline:
+        if row.positions and not row.profile.baseline:
             figure.add_scatter(
                 name=_labelled([row]),
                 x=list(range(1, len(row.positions) + 1)),
@@ -132,16 +136,16 @@ def _acceptance(found: ClassReport, colours: dict[str, str]) -> Any:
     return _styled(figure, "position drafted", "accepted")
 
 
-def _history(found: ClassReport, colours: dict[str, str]) -> Any:
+def _history(found: ClassResult, colours: dict[str, str]) -> Any:
     """Trials in their order; None without any."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    kinds = dict.fromkeys((t.strategy, t.replayed) for t in found.trials)
+    kinds = dict.fromkeys((t.strategy, t.replayed) for t in found.tried)
     for name, replayed in kinds:
         trials = [
             t
-            for t in found.trials
+            for t in found.tried
             if (t.strategy, t.replayed) == (name, replayed) and t.ratio is not None
         ]
         if trials:
@@ -160,7 +164,7 @@ def _history(found: ClassReport, colours: dict[str, str]) -> Any:
                     ],
                 },
                 line={"width": 1},
-                hovertext=[_safe(_parameters(t.params)) for t in trials],
+                hovertext=[_safe(words.parameters(t.params)) for t in trials],
             )
     if not figure.data:
         return None
@@ -168,7 +172,7 @@ def _history(found: ClassReport, colours: dict[str, str]) -> Any:
     return _styled(figure, "trial", "x plain, tuning prompts")
 
 
-def _predicted(report: Report, colours: dict[str, str]) -> Any:
+def _predicted(result: TuneResult, colours: dict[str, str]) -> Any:
     """Measured against predicted ratios; None without predictions."""
     import plotly.graph_objects as go
 
@@ -176,7 +180,7 @@ def _predicted(report: Report, colours: dict[str, str]) -> Any:
     for name in colours:
         rows = [
             (found, row)
-            for found in report.classes
+            for found in result.classes
             for row in found.rows
             if row.strategy == name and row.predicted is not None
         ]
@@ -184,7 +188,7 @@ def _predicted(report: Report, colours: dict[str, str]) -> Any:
             figure.add_scatter(
                 name=_labelled([row for _, row in rows]),
                 x=[row.predicted for _, row in rows],
-                y=[row.ratio for _, row in rows],
+                y=[row.measurement.ratio for _, row in rows],
                 mode="markers",
                 marker={"color": colours[name], "size": 9},
                 hovertext=[_safe(found.name) for found, _ in rows],
@@ -240,12 +244,8 @@ def _labelled(rows: Sequence[Row]) -> str:
 
 
 def _about(row: Row) -> str:
-    parameters = _safe(_parameters(row.params))
+    parameters = _safe(words.parameters(row.profile.params))
     return f"{_safe(words.label(row))}: {words.ratio(row)}<br>{parameters}"
-
-
-def _parameters(params: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in params.items())
 
 
 def _safe(text: str) -> str:

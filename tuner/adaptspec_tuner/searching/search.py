@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import SPEED, Trial
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Measurer, Sample, Setting
+from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.searching.space import distributions
 from adaptspec_tuner.searching.study import Study
 from adaptspec_tuner.searching.trials import Job, run_trial
@@ -338,8 +339,3 @@ class Search:
                 self._warn(text)
             arm, asked = busy.pop(job)
             self._finish(arm, asked, trial)
-
-
-def plain_key(prompt_class: str, prompt_id: str) -> str:
-    """Under which a run's plain decoding of a prompt is kept."""
-    return f"plain/{prompt_class}/{prompt_id}"

@@ -1,4 +1,4 @@
-"""Stand-ins for tests of searches: a strategy and measurers that need no model."""
+"""Stand-ins for tests of tuning: a strategy and measurers that need no model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+"""What a tune may be asked, from Python and from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from adaptspec.errors import AdaptSpecError
+from adaptspec_tuner.commands import tune
+from adaptspec_tuner.options import TuneOptions
+
+
+def test_the_command_has_an_option_for_every_field_with_the_same_default() -> None:
+    asked = {option.name: option for option in tune.params}
+    for field in fields(TuneOptions):
+        if field.name not in ("budget", "budget_trials"):  # one text holds both
+            default = asked[field.name].default
+            assert (default or None) == (field.default or None), field.name
+
+
+@pytest.mark.parametrize(
+    ("changed", "mixed"),
+    [
+        ({"budget": 9.0}, True),
+        ({"trials": 3}, True),
+        ({"strategies": ["suffix"]}, True),
+        ({"seed": 1}, False),
+        ({"max_new_tokens": 9}, False),
+        ({"objective": "latency"}, False),
+        ({"max_memory": 2**30}, False),
+        ({"classes": "auto"}, False),
+    ],
+)
+def test_trials_are_mixed_where_what_decides_their_figures_is_equal(
+    changed: dict[str, Any], mixed: bool
+) -> None:
+    usual = TuneOptions()
+    assert (replace(usual, **changed).shared() == usual.shared()) is mixed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"objective": "joy"}, "objective must be 'speed' or 'latency', got 'joy'"),
+        ({"limit": 0}, "limit must be 1 or more, got 0"),
+        ({"max_new_tokens": 1}, "max_new_tokens must be 2 or more, got 1"),
+        ({"baselines": True, "objective": "latency"}, "leave --baselines out"),
+        ({"ray": "auto", "worker": True}, "take one"),
+    ],
+)
+def test_what_is_unknown_or_does_not_go_together_is_refused(
+    asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AdaptSpecError, match=said):
+        TuneOptions(**asked)

@@ -1,0 +1,40 @@
+"""Under which keys a run keeps its JSON records in the profile store.
+
+``spent``                      seconds by part (time_spent.py)
+``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (searching/search.py)
+``classifier``                 what tells the classes, where they were discovered
+``classified``                 prompt id -> class, where telling it took a forward
+``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
+``search``                     what workers join (distributed/workers.py)
+``confirm/CLASS``              speeds on held-out prompts (confirming/confirm.py)
+``predicted/CLASS``            setting key -> the ratio that the replay promised there
+"""
+
+from __future__ import annotations
+
+from adaptspec.classes.classifier import KEY
+
+CLASSIFIER = KEY  # read where the profiles are used
+SPENT = "spent"
+CLASSIFIED = "classified"
+SEARCH = "search"
+
+
+def plain_key(prompt_class: str, prompt_id: str) -> str:
+    """Of a prompt's plain decoding."""
+    return f"plain/{prompt_class}/{prompt_id}"
+
+
+def replayed_key(prompt_class: str, strategy: str) -> str:
+    """Of the replayed trials: ``{"trials": [...]}``."""
+    return f"replayed/{prompt_class}/{strategy}"
+
+
+def confirmed_key(prompt_class: str) -> str:
+    """Of the speeds and acceptance of what was confirmed."""
+    return f"confirm/{prompt_class}"
+
+
+def predicted_key(prompt_class: str) -> str:
+    """Of the predictions of what was confirmed."""
+    return f"predicted/{prompt_class}"

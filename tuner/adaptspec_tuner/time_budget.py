@@ -1,0 +1,120 @@
+"""How a tune's time is shared out among its phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+class TimeBudget:
+    """The time until a deadline, and which phase may use how much of it.
+
+    Where the budget is a number of trials, the deadline is infinite and so is every
+    share. Each share is of what is left when it is asked for.
+
+    Args:
+        clock: Seconds; the budget begins now.
+        deadline: On the clock.
+        plain: Most of the budget that goes to plain decoding.
+        confirming: Of the budget, kept back for the confirmation.
+        least_search: Of what is left after plain decoding, for the search at least,
+            whatever confirming takes.
+        first_trials: Of the search, for one trial of every strategy.
+        replays: Of the search, for trials without the target, if all strategies replay.
+        classes: Of the search, for the replays that classes are discovered by.
+        late: Seconds past the deadline that a last prediction may take.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        deadline: float,
+        *,
+        plain: float = 0.25,
+        confirming: float = 0.45,
+        least_search: float = 0.25,
+        first_trials: float = 0.6,
+        replays: float = 0.5,
+        classes: float = 0.15,
+        late: float = 1.0,
+    ) -> None:
+        self.clock, self.deadline = clock, deadline
+        self._least_search, self._first_trials = least_search, first_trials
+        self._replays, self._classes, self._late = replays, classes, late
+        left = max(0.0, self.left)
+        self._plain_end = self._search_end = deadline
+        if math.isfinite(left):
+            self._plain_end -= left * (1 - plain)
+            self._search_end -= left * confirming
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline; negative behind it."""
+        return self.deadline - self.clock()
+
+    @property
+    def searching(self) -> bool:
+        """Whether the search may go on."""
+        return self.clock() < self._search_end
+
+    @property
+    def decoding_plainly(self) -> bool:
+        """Whether another prompt may be decoded plainly."""
+        return self.clock() < self._plain_end
+
+    def keep_back(self, seconds: float) -> None:
+        """End the search so early that ``seconds`` are left for confirming."""
+        most = (1 - self._least_search) * max(0.0, self.left)
+        self._search_end = min(self._search_end, self.deadline - min(seconds, most))
+
+    def for_first_trials(self) -> float:
+        """Seconds in which every strategy gets one trial."""
+        return (self._search_end - self.clock()) * self._first_trials
+
+    def replaying(self, part: float) -> Callable[[], bool]:
+        """Whether trials that begin now, without the target, may go on.
+
+        Args:
+            part: Of the strategies, those that replay.
+        """
+        return self._within(self._replays * part)
+
+    def discovering(self) -> Callable[[], bool]:
+        """Whether replays that classes are discovered by may go on."""
+        return self._within(self._classes)
+
+    def confirming(self, share: float, enough: int) -> Callable[[float, int], bool]:
+        """Whether another prompt of a class may begin, given the seconds that it takes
+        and how many are finished.
+
+        Args:
+            share: Seconds of this class; until ``enough`` prompts are finished, those
+                of others may be used.
+        """
+        end = self.clock() + share
+
+        def in_time(seconds: float, prompts: int) -> bool:
+            last = end if prompts >= enough else self.deadline
+            return self.clock() + seconds <= last
+
+        return in_time
+
+    def predicting(self, seconds: float) -> bool:
+        """Whether a prediction that takes ``seconds`` may begin."""
+        return seconds <= max(self._late, self.left)
+
+    def _within(self, share: float) -> Callable[[], bool]:
+        """Whether no more than ``share`` of the search has passed from now on."""
+        end = self.clock() + share * max(0.0, self._search_end - self.clock())
+        return lambda: self.clock() < end
+
+
+def for_costs(budget: float, share: float = 0.05, longest: float = 30.0) -> float:
+    """Seconds in which forwards are measured, once an environment.
+
+    Args:
+        budget: Of the tune, in seconds.
+        share: Of the budget.
+        longest: Whatever the budget.
+    """
+    return min(longest, share * budget)
