@@ -85,7 +85,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
-@click.option("--draft-model", help="Draft model folder, best of the same vocabulary.")
+@click.option(
+    "--draft-model", help="Draft model folder; best with the same vocabulary."
+)
 @click.option("--workload", type=Path, help="JSON lines; default: the examples.")
 @click.option(
     "--budget",

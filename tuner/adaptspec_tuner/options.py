@@ -76,7 +76,7 @@ class TuneOptions:
     ] = "speed"
     classes: Annotated[
         Literal["declared", "auto"],
-        Asked("As the workload says, or discovered from the prompts."),
+        Asked("Classes of the workload, or discovered from the prompts."),
     ] = "declared"
     max_memory: Annotated[
         int | None,
@@ -96,7 +96,12 @@ class TuneOptions:
     trials: Annotated[int, Asked("Most trials per class and strategy.", least=1)] = 40
     max_new_tokens: Annotated[
         int,
-        Asked("For prompts that don't say.", "-n", "--max-new-tokens", least=2),
+        Asked(
+            "Most new tokens where a prompt doesn't say.",
+            "-n",
+            "--max-new-tokens",
+            least=2,
+        ),
     ] = 64
     dtype: Annotated[str, Asked("auto: as the weights are stored.")] = "auto"
     device: Annotated[
@@ -107,7 +112,7 @@ class TuneOptions:
         Asked("Run code that comes with a model. Only for models you trust."),
     ] = False
     threads: Annotated[int | None, Asked("Threads of torch.", least=1)] = None
-    seed: Annotated[int, Asked("Of the search.")] = 0
+    seed: Annotated[int, Asked("Seed of the search.")] = 0
     limit: Annotated[
         int | None,
         Asked(
@@ -120,9 +125,11 @@ class TuneOptions:
         Asked("Leave out prompts that can't be read or decoded; they are counted."),
     ] = False
     baselines: Annotated[
-        bool, Asked("Measure other engines beside.", "--baselines/--no-baselines")
+        bool, Asked("Also measure other engines.", "--baselines/--no-baselines")
     ] = False
-    fresh: Annotated[bool, Asked("Forget an earlier run like this.")] = False
+    fresh: Annotated[bool, Asked("Begin anew instead of continuing an equal run.")] = (
+        False
+    )
     worker: Annotated[
         bool,
         Asked(
