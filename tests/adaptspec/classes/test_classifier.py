@@ -282,6 +282,7 @@ def test_a_damaged_classifier_is_told_and_does_without() -> None:
     assert run.classify("x") is None
 
 
+@pytest.mark.slow
 def test_running_needs_no_scikit_learn() -> None:
     code = "import sys, adaptspec.decoder; assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
