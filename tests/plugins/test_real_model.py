@@ -24,7 +24,7 @@ PROMPT = [
 ]
 NEW_TOKENS = 24
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ class TestSqlStore(ProfileStoreContract):
         return open_store(str(tmp_path / "new folder" / "profiles.db"))
 
 
+@pytest.mark.slow
 def test_profiles_after_a_killed_import_are_those_of_whole_files(
     tmp_path: Path,
 ) -> None:

@@ -33,6 +33,8 @@ from adaptspec_training.conversations import Example
 from adaptspec_training.options import Options
 from adaptspec_training.pipeline import _split, train_medusa
 
+pytestmark = pytest.mark.slow
+
 QUICK = Options(
     heads=2,
     draft_vocab=0,

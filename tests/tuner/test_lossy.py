@@ -61,6 +61,7 @@ def test_lossy_strategies_are_left_out_unless_allowed(host: Host) -> None:
         chosen_strategies(host, ["medusa_typical"], False)
 
 
+@pytest.mark.slow
 def test_a_lossy_result_is_labelled_and_notchosen_strategies(
     tuned: tuple[TuneResult, Path], host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from adaptspec.errors import stopped_by_user
 
+pytestmark = pytest.mark.slow
+
 Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 
 POLL_SECONDS = 0.05

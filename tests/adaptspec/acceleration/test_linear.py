@@ -636,6 +636,7 @@ def test_callers_weights_are_never_packed() -> None:
     assert subject.choose(torch.float32, False) is choice
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     script = (

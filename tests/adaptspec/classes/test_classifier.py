@@ -290,6 +290,7 @@ def test_an_unusable_classifier_is_told_and_does_without(
     assert run.classify("x") is None
 
 
+@pytest.mark.slow
 def test_running_needs_no_scikit_learn() -> None:
     code = "import sys, adaptspec.decoder; assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

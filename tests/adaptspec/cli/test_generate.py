@@ -375,6 +375,7 @@ def test_a_full_disk_is_one_line(
     assert "can't write to standard output: No space left" in line
 
 
+@pytest.mark.slow
 def test_the_c_locale_reads_and_prints_every_character() -> None:
     script = (
         "import sys\n"

@@ -17,6 +17,8 @@ from adaptspec.cli import build_cli
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 
+pytestmark = pytest.mark.slow
+
 PRESSED = "raise KeyboardInterrupt\n"
 # Compiled modules, whose importing was cut short, say so with an error of their own.
 MADE_OF_IT = (

@@ -256,6 +256,7 @@ print(before, high, peak.bytes())
 """
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_is_counted_from_the_reset() -> None:
     """In a process of its own: others' freed memory would be taken again unseen."""
     ran = subprocess.run(

@@ -273,7 +273,7 @@ def test_a_model_that_the_probe_refuses_is_not_tuned(
     def refuse(model: LanguageModel) -> None:
         raise ModelLoadError(f"{model.name} isn't a causal language model; take one")
 
-    monkeypatch.setattr("adaptspec.model.capability.probe", refuse)
+    monkeypatch.setattr("adaptspec.model.language_model.probe", refuse)
     monkeypatch.setattr(Profiler, "measure", lambda *a: pytest.fail("measured"))
     done = told(host, tmp_path, strict_model)
     assert done.exit_code == 1

@@ -310,6 +310,7 @@ def test_an_answer_that_ended_early_ends_there_again() -> None:
     assert done.token_ids == list(recording.tokens[: at + 1])
 
 
+@pytest.mark.slow
 def test_a_presearch_finds_the_draft_length_that_the_hardware_pays_for() -> None:
     """A text that goes on for ever; rows are free, or from the fifth on dear."""
     model = tiny_model("llama")

@@ -256,6 +256,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_names_stay_text(db: str) -> N
     assert "49" not in re.findall(r"\[bold\] (\S+)", ours)
 
 
+@pytest.mark.slow
 def test_a_browser_draws_every_plot_without_an_error(db: str, tmp_path: Path) -> None:
     browser = shutil.which("chromium")
     if browser is None:

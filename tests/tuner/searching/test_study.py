@@ -104,6 +104,7 @@ def test_optunas_own_tools_find_the_trials_by_the_same_address(
     assert seen.best_trial.user_attrs["setting"] == {"k": seen.best_trial.params["k"]}
 
 
+@pytest.mark.slow
 def test_a_search_that_is_continued_repeats_nothing_and_ends_at_the_best(
     store: SqlStore,
 ) -> None:
