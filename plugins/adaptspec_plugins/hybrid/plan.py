@@ -6,13 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from adaptspec_plugins.hybrid.candidates import (
-    DOUBT,
-    LESSON,
-    LEVEL_DOUBT,
-    Candidates,
-    Chance,
-)
+from adaptspec_plugins.hybrid.candidates import Candidates, Chance
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,35 @@ class Plan:
         return self.tokens - pace * self.seconds
 
 
-def merit(chance: float, depth: int) -> float:
-    """Tokens that a node counts for when nodes are chosen."""
-    return chance * DOUBT * LEVEL_DOUBT**depth + LESSON
+@dataclass(frozen=True)
+class Merit:
+    """Tokens that a node counts for when nodes are chosen.
+
+    Args:
+        trust: What each level of the tree leaves of a chance: of many estimates, those
+            that seem to pay are in part those that are too high.
+        lesson: Tokens that a verified node, right or wrong, brings later: what the
+            model thought after it is what members learn from.
+    """
+
+    trust: float = 0.9
+    lesson: float = 0.02
+
+    def __call__(self, chance: float, depth: int) -> float:
+        """Of a node that is emitted with ``chance``, at that depth."""
+        return chance * self.trust**depth + self.lesson
+
+
+MERIT = Merit()
 
 
 def best_first(
-    candidates: Candidates, chance: Chance, most: int
+    candidates: Candidates, chance: Chance, most: int, merit: Merit = MERIT
 ) -> Iterator[tuple[int, float]]:
     """Up to ``most`` nodes with the chances of their paths, the best to choose first.
 
     A child is never better than its parent, so each prefix is closed under parents
-    and no other closed set of its size has a larger sum of :func:`merit`.
+    and no other closed set of its size has a larger sum of merits.
     """
     waiting = [(-1.0, 0, 1.0)]
     for found in range(most + 1):
@@ -74,6 +85,7 @@ def best_tree(
     spent: float,
     pace: float,
     most: int,
+    merit: Merit = MERIT,
 ) -> Plan:
     """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
@@ -113,6 +125,7 @@ def best_chain(
     seconds: Callable[[int], float],
     spent: float,
     pace: float,
+    merit: Merit = MERIT,
 ) -> Plan:
     """The path that is worth most at ``pace``, perhaps none."""
     best, end = Plan((), 1.0, spent + seconds(1)), 0
