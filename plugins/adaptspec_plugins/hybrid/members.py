@@ -14,7 +14,7 @@ from adaptspec_plugins.hybrid.when_to_ask import CallValue
 if TYPE_CHECKING:
     import torch
 
-    from adaptspec_plugins.hybrid.plan import Plan
+    from adaptspec_plugins.hybrid.plan import TreePlan
 
 
 class Member:
@@ -68,7 +68,7 @@ class Members:
         return held
 
 
-class Run:
+class MemberDrafter:
     """One member's drafter in one sequence.
 
     Args:
@@ -90,7 +90,7 @@ class Run:
         """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
         return self._drafts or self.value.proposal.value > self._costly * plain
 
-    def wants_call(self, plan: Plan, pace: float, prompt: int) -> bool:
+    def wants_call(self, plan: TreePlan, pace: float, prompt: int) -> bool:
         """Whether to ask a costly member; ``plan`` is the step without it.
 
         The first call reads the prompt, and the answer may end at any time: it is made
@@ -115,7 +115,7 @@ class Run:
         else:
             self.value.proposed(seconds, candidates)
 
-    def judged(self, before: Plan, after: Plan, pace: float) -> None:
+    def judged(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """What was just proposed turned one plan into another."""
         if self._calls > 1:  # the first took long for the prompt
             self.value.called(before, after, pace)

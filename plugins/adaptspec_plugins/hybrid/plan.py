@@ -10,7 +10,7 @@ from adaptspec_plugins.hybrid.candidates import Candidates, Chance
 
 
 @dataclass(frozen=True)
-class Plan:
+class TreePlan:
     """The part of the candidates to verify.
 
     Args:
@@ -86,7 +86,7 @@ def best_tree(
     pace: float,
     most: int,
     merit: Merit = MERIT,
-) -> Plan:
+) -> TreePlan:
     """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
     Args:
@@ -115,7 +115,7 @@ def best_tree(
             for more in range(1, most - taken + 1)
         ):
             break
-    return Plan(kept[:size], tokens, spent + seconds(1 + size))
+    return TreePlan(kept[:size], tokens, spent + seconds(1 + size))
 
 
 def best_chain(
@@ -126,9 +126,9 @@ def best_chain(
     spent: float,
     pace: float,
     merit: Merit = MERIT,
-) -> Plan:
+) -> TreePlan:
     """The path that is worth most at ``pace``, perhaps none."""
-    best, end = Plan((), 1.0, spent + seconds(1)), 0
+    best, end = TreePlan((), 1.0, spent + seconds(1)), 0
     worth = best.worth(pace)
     chances, tokens, sure = {0: 1.0}, {0: 1.0}, {0: 1.0}
     for node in range(len(candidates)):
@@ -140,9 +140,9 @@ def best_chain(
         time = spent + seconds(1 + depth)
         if depth <= most and sure[node] - pace * time > worth:
             worth = sure[node] - pace * time
-            best, end = Plan((), tokens[node], time), node
+            best, end = TreePlan((), tokens[node], time), node
     nodes: list[tuple[int, float]] = []
     while end > 0:
         nodes.append((end, chances[end]))
         end = candidates.parents[end]
-    return Plan(nodes[::-1], best.tokens, best.seconds)
+    return TreePlan(nodes[::-1], best.tokens, best.seconds)

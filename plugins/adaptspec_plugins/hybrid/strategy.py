@@ -28,9 +28,9 @@ from adaptspec.strategy import (
 from adaptspec_plugins.hybrid.candidates import Candidates
 from adaptspec_plugins.hybrid.chances import Calibration, Marks
 from adaptspec_plugins.hybrid.forward_cost import ForwardCost
-from adaptspec_plugins.hybrid.members import Member, Members, Run
+from adaptspec_plugins.hybrid.members import Member, MemberDrafter, Members
 from adaptspec_plugins.hybrid.pace import Mean, Pace
-from adaptspec_plugins.hybrid.plan import Plan, best_chain, best_first, best_tree
+from adaptspec_plugins.hybrid.plan import TreePlan, best_chain, best_first, best_tree
 
 if TYPE_CHECKING:
     import torch
@@ -157,12 +157,12 @@ class _HybridDrafter(Drafter):
         self._began = 0.0
         self._observing = Mean()
         self._candidates: Candidates | None = None
-        self._plan: Plan | None = None
+        self._plan: TreePlan | None = None
         self._sent = 0.0
-        self._runs: list[Run] = []
+        self._drafters: list[MemberDrafter] = []
         try:
             for member in members:
-                self._runs.append(Run(member, target))
+                self._drafters.append(MemberDrafter(member, target))
         except BaseException:
             self.close()
             raise
@@ -178,18 +178,18 @@ class _HybridDrafter(Drafter):
         plain = self._forward(1)
         # Not below plain decoding's, which is there for the asking.
         self._rate = max(self._pace.tokens, 1.0) / plain
-        costly = [run for run in self._runs if run.is_costly(plain)]
-        for run in self._runs:
-            if run not in costly:
-                self._ask(run, context)
+        costly = [member for member in self._drafters if member.is_costly(plain)]
+        for member in self._drafters:
+            if member not in costly:
+                self._ask(member, context)
         plan = self._best(most, self._clock() - began)
-        for run in costly:
-            if run.wants_call(plan, self._rate, len(context.ids)):
-                self._ask(run, context)
+        for member in costly:
+            if member.wants_call(plan, self._rate, len(context.ids)):
+                self._ask(member, context)
                 before, plan = plan, self._best(most, self._clock() - began)
-                run.judged(before, plan, self._rate)
-        for run in costly:
-            run.value.passed(plan.seconds)
+                member.judged(before, plan, self._rate)
+        for member in costly:
+            member.value.passed(plan.seconds)
         self._plan = plan
         return self._send(candidates.tree(plan.nodes))
 
@@ -199,8 +199,8 @@ class _HybridDrafter(Drafter):
             self._forward.observe(len(outcome.tree), began - self._sent)
             self._learn(self._candidates, outcome.emitted)
             self._candidates = None  # a gate may pass the next step over
-        for run in self._runs:
-            run.observe(outcome)
+        for member in self._drafters:
+            member.observe(outcome)
         if outcome.tree is not None:
             now = self._clock()
             self._observing.add_seconds(now - began)
@@ -210,19 +210,19 @@ class _HybridDrafter(Drafter):
                     pace.add(len(outcome.emitted), steps)
 
     def close(self) -> None:
-        for run in self._runs:
-            run.drafter.close()
+        for member in self._drafters:
+            member.drafter.close()
 
-    def _ask(self, run: Run, context: Context) -> None:
+    def _ask(self, member: MemberDrafter, context: Context) -> None:
         """Merge a member's proposal."""
         assert self._candidates is not None
-        least = self._rate * run.value.candidate.value
+        least = self._rate * member.value.candidate.value
         began = self._clock()
-        tree = run.drafter.propose(dataclasses.replace(context, least=least))
-        run.proposed(self._clock() - began, tree.proposed, len(context.ids))
-        self._candidates.add(tree, run.index, run.name)
+        tree = member.drafter.propose(dataclasses.replace(context, least=least))
+        member.proposed(self._clock() - began, tree.proposed, len(context.ids))
+        self._candidates.add(tree, member.index, member.name)
 
-    def _best(self, most: int, spent: float) -> Plan:
+    def _best(self, most: int, spent: float) -> TreePlan:
         assert self._candidates is not None
         spent += self._observing.value
         if not self._trees:

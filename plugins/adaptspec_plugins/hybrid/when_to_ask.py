@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptspec_plugins.hybrid.pace import Mean
-from adaptspec_plugins.hybrid.plan import Plan
+from adaptspec_plugins.hybrid.plan import TreePlan
 
 
 class CallValue:
@@ -36,7 +36,7 @@ class CallValue:
         self._trial_share = trial_share
         self._allowance = 0.0  # seconds that calls may lose by now
 
-    def gain(self, plan: Plan, pace: float) -> float:
+    def gain(self, plan: TreePlan, pace: float) -> float:
         """Tokens a call is expected to bring beyond those its time is worth.
 
         Args:
@@ -61,7 +61,7 @@ class CallValue:
         """A step took ``seconds``."""
         self._allowance += self._trial_share * seconds
 
-    def called(self, before: Plan, after: Plan, pace: float) -> None:
+    def called(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """A call turned one plan into another, at that pace."""
         brought = after.tokens - before.tokens
         took = after.seconds - before.seconds
@@ -87,5 +87,5 @@ class CallValue:
     def _lose(self, seconds: float) -> None:
         self._allowance = max(0.0, self._allowance - max(0.0, seconds))
 
-    def _kind(self, plan: Plan) -> int:
+    def _kind(self, plan: TreePlan) -> int:
         return min(int(2 * (plan.tokens - 1.0)), len(self._by_kind) - 1)
