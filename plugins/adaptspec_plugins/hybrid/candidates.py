@@ -12,18 +12,10 @@ from adaptspec.errors import InvalidTreeError
 from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins.hybrid.chances import BUCKETS, Marks
 
-Chance = Callable[[Marks, Marks], float]
+Chance = Callable[[Marks], float]
 
 # Some chance stays for a token nobody proposed.
 MOST_TOGETHER = 0.99
-# What a candidate's chance counts for in the choice of nodes, and what each level above
-# it leaves of that: those that seem worth their time are in part those whose chance is
-# overrated (of 35 recorded answers' candidates at 0.14, 0.35 and 0.44, 0.11, 0.29 and
-# 0.36 were right).
-DOUBT, LEVEL_DOUBT = 0.85, 0.93
-# Future value of verifying a node, right or wrong, in tokens: token recycling learns
-# from its logits. See docs/strategies/hybrid.md.
-LESSON = 0.02
 # Evidence of drafters that give none: their own order, this deep and wide.
 PLACES = 16
 
@@ -80,24 +72,6 @@ class Candidates:
                 marks.append((member, min(max(evidence[node], 0), BUCKETS - 1)))
                 marks.sort()
 
-    def rivalled(self, node: int) -> list[tuple[int, Marks]]:
-        """The children of ``node``, each with the marks of its strongest rival.
-
-        That is the sibling with most members that don't propose the child itself; only
-        their marks are given, none where every member proposes the child.
-        """
-        children = list(self.children[node].values())
-        if len(children) == 1:
-            return [(children[0], ())]
-        masks = [sum(1 << member for member, _ in self.marks[c]) for c in children]
-        found: list[tuple[int, Marks]] = []
-        for child, mask in zip(children, masks, strict=True):
-            others = [(other & ~mask).bit_count() for other in masks]
-            strongest = max(others)
-            rival = self.marks[children[others.index(strongest)]] if strongest else ()
-            found.append((child, [m for m in rival if not mask >> m[0] & 1]))
-        return found
-
     def shares(self, node: int, chance: Chance) -> list[tuple[int, float]]:
         """The children of ``node`` with their chances if ``node`` is accepted.
 
@@ -105,8 +79,7 @@ class Candidates:
         likeliest keeps its own and the others share what is left.
         """
         found = [
-            (child, chance(self.marks[child], rival))
-            for child, rival in self.rivalled(node)
+            (child, chance(self.marks[child])) for child in self.children[node].values()
         ]
         if len(found) < 2 or sum(share for _, share in found) <= MOST_TOGETHER:
             return found

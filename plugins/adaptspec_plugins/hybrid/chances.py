@@ -1,8 +1,8 @@
-"""How often a drafter's nodes are accepted, learnt while decoding.
+"""How likely a drafter's nodes are accepted, learnt while decoding.
 
-Three stages, each the cure for the last one's fault: counts per drafter and evidence;
-a logistic mixture of the drafters that name one token (they are not independent, so no
-fixed rule combines them); a table of what was predicted against what came.
+Counts for each drafter and evidence, and for each sequence how much better or worse
+than those a drafter does in it. A node that several name has the chance of the one
+that is surest of it: what they agree on is mostly what each would say alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from math import exp, log
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.knowledge import KnowledgeWarning
@@ -23,38 +23,33 @@ if TYPE_CHECKING:
 # (member's index, its evidence) for each member that proposes a node.
 Marks = Sequence[tuple[int, int]]
 
-BUCKETS = 1024
-# Counts halve in about 350 observations: a few answers, so a table follows the kind of
-# text and never outgrows 1 / (1 - KEPT).
-KEPT = 0.998
-MOST_SEEN = 1 / (1 - KEPT)
-# A bucket counts for itself once it was seen this often; before, for its member.
-THIN = 4.0
-# Before anything is known, as if seen thrice: right once, or twice if it is a model. A
-# timid start costs a free drafter nothing, since it learns unverified; a model that
-# promises little isn't asked.
-PRIOR, MODEL_PRIOR, PRIOR_SEEN = 1.0, 2.0, 3.0
-# A sequence shifts a member's log-odds: how far, as a variance over sequences; how fast
-# the shift is still followed late in a sequence, as the least variance.
-SPREAD, LEAST_SPREAD = 1.0, 0.15
-OFFSET_BOUND = 3.0
-# Steps along the gradient of the log loss, which every sequence shares.
-# At the n-th observation of a set of weights 2 / (n + 10), never less than this.
-WEIGHT_STEP, WEIGHT_BOUND = 0.005, 4.0
-MOST_RIVALS = 2  # told apart in the choice of weights
-BINS, BIN_BOUND = 20, 6.0
-# Pseudo-observations without error in each bin of the last stage.
-BIN_PRIOR = 10.0
-LEAST, MOST = 0.002, 0.995
+BUCKETS = 1024  # values of evidence that are told apart
+LEAST, MOST = 0.002, 0.995  # no chance is taken to be lower, or higher
 
 
 class Counts:
-    """One member's accepted and seen nodes per evidence, old ones fading."""
+    """One member's accepted and seen nodes per evidence, old ones fading.
+
+    Args:
+        prior: Chance of a node before anything is known.
+        prior_seen: As if so many nodes had been seen with it.
+        known: Evidence -> accepted and seen, to begin with.
+        own_from: A bucket counts for itself once it was seen so often; before, for its
+            member.
+        kept: What a new observation leaves of the older ones: they halve in about 350,
+            a few answers, so the counts follow the kind of text.
+    """
 
     def __init__(
-        self, prior: float = PRIOR, known: Mapping[int, Sequence[float]] | None = None
+        self,
+        prior: float = 1 / 3,
+        prior_seen: float = 3.0,
+        known: Mapping[int, Sequence[float]] | None = None,
+        own_from: float = 4.0,
+        kept: float = 0.998,
     ) -> None:
-        self._prior = prior
+        self._prior, self._prior_seen = prior, prior_seen
+        self._own_from, self._kept = own_from, kept
         self.accepted = [0.0] * BUCKETS
         self.seen = [0.0] * BUCKETS
         for evidence, (accepted, seen) in (known or {}).items():
@@ -67,17 +62,23 @@ class Counts:
             else None
         )
 
+    @property
+    def most_seen(self) -> float:
+        """What a bucket's fading observations add up to at most."""
+        return 1 / (1 - self._kept)
+
     def chance(self, evidence: int) -> float:
         """Mean of the bucket's posterior, shrunk to the member's mean while thin."""
-        mean = (self._all_accepted + self._prior) / (self._all_seen + PRIOR_SEEN)
-        return (self.accepted[evidence] + THIN * mean) / (self.seen[evidence] + THIN)
+        few, thin = self._prior_seen, self._own_from
+        mean = (self._all_accepted + self._prior * few) / (self._all_seen + few)
+        return (self.accepted[evidence] + thin * mean) / (self.seen[evidence] + thin)
 
     def learn(self, evidence: int, right: bool) -> None:
         """Count one node whose parent was accepted."""
-        self.accepted[evidence] = self.accepted[evidence] * KEPT + right
-        self.seen[evidence] = self.seen[evidence] * KEPT + 1.0
-        self._all_accepted = self._all_accepted * KEPT + right
-        self._all_seen = self._all_seen * KEPT + 1.0
+        self.accepted[evidence] = self.accepted[evidence] * self._kept + right
+        self.seen[evidence] = self.seen[evidence] * self._kept + 1.0
+        self._all_accepted = self._all_accepted * self._kept + right
+        self._all_seen = self._all_seen * self._kept + 1.0
 
     def sync(self, stored: torch.Tensor | None) -> torch.Tensor:
         """Add what others stored since the last call; ``[1024, 2]`` to be stored.
@@ -93,13 +94,13 @@ class Counts:
                 base = torch.tensor(base)
             others = stored if base is None else stored - base
             known = known + others
-            seen = known[:, 1].clamp(0.0, MOST_SEEN)
+            seen = known[:, 1].clamp(0.0, self.most_seen)
             share = (known[:, 0] / known[:, 1].clamp_min(1e-6)).clamp(0.0, 1.0)
             known = torch.stack([share * seen, seen], 1)
         self._base = known.clone()
         self.accepted, self.seen = known.T.tolist()
         accepted, seen = known.sum(0).tolist()
-        fade = min(1.0, MOST_SEEN / max(seen, 1e-6))
+        fade = min(1.0, self.most_seen / max(seen, 1e-6))
         self._all_accepted, self._all_seen = accepted * fade, seen * fade
         return known
 
@@ -109,18 +110,37 @@ class Shifts:
 
     A Kalman filter of a constant, seen through a logistic: it leaps at first and
     settles.
+
+    Args:
+        members: How many.
+        spread: Variance of a member's shift over sequences.
+        least_spread: What is left of it late in a sequence, which may change its kind.
+        most: A shift is no larger.
     """
 
-    def __init__(self, members: int) -> None:
-        self.offsets = [0.0] * members
-        self._precisions = [1 / SPREAD] * members
+    def __init__(
+        self,
+        members: int,
+        spread: float = 1.0,
+        least_spread: float = 0.15,
+        most: float = 3.0,
+    ) -> None:
+        self._offsets = [0.0] * members
+        self._precisions = [1 / spread] * members
+        self._most_precision, self._most = 1 / least_spread, most
 
-    def learn(self, member: int, weight: float, chance: float, error: float) -> None:
-        """Move one member's, whose log-odds entered a prediction with ``weight``."""
-        precision = self._precisions[member] + weight * weight * chance * (1 - chance)
-        self._precisions[member] = min(precision, 1 / LEAST_SPREAD)
-        moved = self.offsets[member] + weight * error / precision
-        self.offsets[member] = _clip(moved, OFFSET_BOUND)
+    def moved(self, member: int, chance: float) -> float:
+        """A member's chance as it is in this sequence."""
+        chance = min(max(chance, LEAST), MOST)
+        odds = chance / (1.0 - chance) * exp(self._offsets[member])
+        return min(max(odds / (1.0 + odds), LEAST), MOST)
+
+    def learn(self, member: int, chance: float, right: bool) -> None:
+        """Move one member's, who gave this (moved) chance to a node."""
+        precision = self._precisions[member] + chance * (1 - chance)
+        self._precisions[member] = min(precision, self._most_precision)
+        offset = self._offsets[member] + (right - chance) / precision
+        self._offsets[member] = min(max(offset, -self._most), self._most)
 
 
 class Calibration:
@@ -130,6 +150,9 @@ class Calibration:
         names: The members; marks carry their indices.
         models: Those of them that draft with a model.
         prior: Member -> evidence -> accepted and seen, to begin with.
+        chance: Of a node before anything is known. Low, as a free drafter's nodes are
+            learnt from unverified.
+        models_chance: The same of a node of a model's, which must be asked to be seen.
     """
 
     def __init__(
@@ -137,55 +160,40 @@ class Calibration:
         names: Sequence[str],
         models: Sequence[str] = (),
         prior: Mapping[str, Mapping[int, Sequence[float]]] | None = None,
+        chance: float = 1 / 3,
+        models_chance: float = 2 / 3,
     ) -> None:
         prior = prior or {}
         self.counts = {
-            name: Counts(MODEL_PRIOR if name in models else PRIOR, prior.get(name))
+            name: Counts(
+                models_chance if name in models else chance, known=prior.get(name)
+            )
             for name in names
         }
         self._by_index = list(self.counts.values())
-        # Who names the token, and how many at most name another -> bias, weights of
-        # the members and, last, of the rival.
-        self._weights: dict[tuple[int, int], list[float]] = {}
-        self._updates: dict[tuple[int, int], int] = {}
-        self._surplus = [0.0] * (BINS * (MOST_RIVALS + 1))  # right less predicted
-        self._binned = [0.0] * (BINS * (MOST_RIVALS + 1))
 
     def fresh(self) -> Shifts:
         """The shifts of a sequence that begins."""
         return Shifts(len(self._by_index))
 
-    def chance(self, marks: Marks, rival: Marks, shifts: Shifts) -> float:
+    def chance(self, marks: Marks, shifts: Shifts) -> float:
         """How likely the node is right, given that its parent is.
 
         Args:
-            marks: Who proposes it on which evidence; sorted by member.
-            rival: The strongest sibling's marks of members that don't propose the node.
+            marks: Who proposes it on which evidence.
             shifts: The sequence's.
         """
-        mixed = self._mixed(marks, rival, shifts)[0]
-        at = _bin(mixed, rival)
-        chance = _squash(mixed) + self._surplus[at] / (self._binned[at] + BIN_PRIOR)
-        return min(max(chance, LEAST), MOST)
+        return max(
+            shifts.moved(member, self._by_index[member].chance(evidence))
+            for member, evidence in marks
+        )
 
-    def learn(self, marks: Marks, rival: Marks, shifts: Shifts, right: bool) -> None:
+    def learn(self, marks: Marks, shifts: Shifts, right: bool) -> None:
         """Learn from a node whose parent was accepted; moves ``shifts``."""
-        mixed, weights, inputs = self._mixed(marks, rival, shifts)
-        at, chance = _bin(mixed, rival), _squash(mixed)
-        error = right - chance
-        self._surplus[at] = self._surplus[at] * KEPT + error
-        self._binned[at] = self._binned[at] * KEPT + 1.0
-        key = _key(marks, rival)
-        count = self._updates.get(key, 0)
-        self._updates[key] = count + 1
-        rate = max(WEIGHT_STEP, 2 / (count + 10)) * error
-        weights[0] = _clip(weights[0] + rate, 2 * WEIGHT_BOUND)
-        for i, (member, evidence) in enumerate(marks):
-            self._by_index[member].learn(evidence, right)
-            shifts.learn(member, weights[i + 1], chance, error)
-        for i, value in enumerate(inputs, 1):
-            moved = weights[i] + rate * value
-            weights[i] = _clip(moved, WEIGHT_BOUND)
+        for member, evidence in marks:
+            counts = self._by_index[member]
+            shifts.learn(member, shifts.moved(member, counts.chance(evidence)), right)
+            counts.learn(evidence, right)
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
         """Merge the counts of every member; names nobody has here are left out."""
@@ -203,27 +211,6 @@ class Calibration:
             held[key] = counts.sync(found)
         return held
 
-    def _mixed(
-        self, marks: Marks, rival: Marks, shifts: Shifts
-    ) -> tuple[float, list[float], list[float]]:
-        """Log-odds of the mixture, its weights (bias first) and inputs."""
-        key = _key(marks, rival)
-        weights = self._weights.get(key)
-        if weights is None:
-            # Between the mean of the log-odds (all say the same) and their sum.
-            weights = [0.0] + [1 / len(marks) ** 0.6] * len(marks) + [0.0]
-            self._weights[key] = weights
-        inputs = [
-            _stretch(self._by_index[member].chance(evidence)) + shifts.offsets[member]
-            for member, evidence in marks
-        ]
-        against = [self._by_index[other].chance(evidence) for other, evidence in rival]
-        inputs.append(_stretch(max(against)) if against else 0.0)
-        mixed = weights[0]
-        for weight, value in zip(weights[1:], inputs, strict=True):
-            mixed += weight * value
-        return mixed, weights, inputs
-
 
 def _problem(tensor: torch.Tensor) -> str | None:
     """Why stored counts can't be used, or None."""
@@ -239,31 +226,6 @@ def _problem(tensor: torch.Tensor) -> str | None:
     if bool((tensor[:, 0] > tensor[:, 1] + 1e-3).any()):
         return "accepted <= seen must hold"
     return None
-
-
-def _stretch(chance: float) -> float:
-    chance = min(max(chance, LEAST), MOST)
-    return log(chance / (1.0 - chance))
-
-
-def _squash(log_odds: float) -> float:
-    return 1.0 / (1.0 + exp(-_clip(log_odds, 30.0)))
-
-
-def _clip(value: float, bound: float) -> float:
-    return min(max(value, -bound), bound)
-
-
-def _bin(log_odds: float, rival: Marks) -> int:
-    share = (_clip(log_odds, BIN_BOUND) + BIN_BOUND) / (2 * BIN_BOUND)
-    return min(int(share * BINS), BINS - 1) + BINS * min(len(rival), MOST_RIVALS)
-
-
-def _key(marks: Marks, rival: Marks) -> tuple[int, int]:
-    members = 0
-    for member, _ in marks:
-        members |= 1 << member
-    return members, min(len(rival), MOST_RIVALS)
 
 
 @functools.cache

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.strategy import Outcome, Strategy, Target
 from adaptspec_plugins.hybrid.chances import Calibration, shipped
 from adaptspec_plugins.hybrid.pace import Pace
-from adaptspec_plugins.hybrid.when_to_ask import (
-    Exploration,
-    MemberCost,
-    SequenceExploration,
-    Turns,
-)
+from adaptspec_plugins.hybrid.when_to_ask import CallValue
 
 if TYPE_CHECKING:
     import torch
+
+    from adaptspec_plugins.hybrid.plan import TreePlan
 
 
 class Member:
@@ -26,7 +23,7 @@ class Member:
     def __init__(self, index: int, strategy: Strategy) -> None:
         self.index = index
         self.strategy = strategy
-        self.cost = MemberCost(strategy.requires.draft is not None)
+        self.value = CallValue()
 
 
 class Members:
@@ -46,7 +43,6 @@ class Members:
             [cls.name for cls in joining if cls.requires.draft is not None],
             shipped(),
         )
-        self.exploration = Exploration()
         self.pace = Pace()
 
     def __iter__(self) -> Iterator[Member]:
@@ -72,18 +68,58 @@ class Members:
         return held
 
 
-class Run:
-    """One member's drafter in one sequence."""
+class MemberDrafter:
+    """One member's drafter in one sequence.
 
-    def __init__(
-        self, member: Member, target: Target, exploration: SequenceExploration
-    ) -> None:
+    Args:
+        costly: A proposal that takes more than this share of a plain forward is asked
+            for only where it pays; a draft model's is so always.
+    """
+
+    def __init__(self, member: Member, target: Target, costly: float = 0.02) -> None:
         self.index = member.index
         self.name = member.strategy.name
-        self.cost = member.cost
+        self.value = member.value
         self.drafter = member.strategy.start(target)
         self.observes = member.strategy.observes(target.model)
-        self.turns = Turns(member.cost, exploration)
+        self._costly = costly
+        self._drafts = member.strategy.requires.draft is not None
+        self._calls = 0
+        self._missed = 0.0  # tokens that calls would have gained before the first
+
+    def is_costly(self, plain: float) -> bool:
+        """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
+        return self._drafts or self.value.proposal.value > self._costly * plain
+
+    def wants_call(self, plan: TreePlan, pace: float, prompt: int) -> bool:
+        """Whether to ask a costly member; ``plan`` is the step without it.
+
+        The first call reads the prompt, and the answer may end at any time: it is made
+        once the calls left out would have been worth as much as that reading.
+
+        Args:
+            pace: Tokens per second of the steps around.
+            prompt: Tokens that a first call reads.
+        """
+        gain = self.value.gain(plan, pace)
+        reading = 0.0 if self._calls else self.value.reading(prompt)
+        self._missed += max(0.0, gain)
+        if gain > 0 and self._missed >= pace * reading:
+            return True
+        return self.value.affords(reading - gain / pace)
+
+    def proposed(self, seconds: float, candidates: int, prompt: int) -> None:
+        """A proposal of so many candidates took ``seconds``."""
+        self._calls += 1
+        if self._calls == 1:
+            self.value.read(seconds, prompt)
+        else:
+            self.value.proposed(seconds, candidates)
+
+    def judged(self, before: TreePlan, after: TreePlan, pace: float) -> None:
+        """What was just proposed turned one plan into another."""
+        if self._calls > 1:  # the first took long for the prompt
+            self.value.called(before, after, pace)
 
     def observe(self, outcome: Outcome) -> None:
         """Hand on the outcome with the hidden states that the member asked for."""

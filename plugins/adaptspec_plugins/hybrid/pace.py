@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-# Weight of a new observation in running means.
-NEW = 1 / 16
-
-
-# Averaging windows in steps: of one sequence; of all sequences, long, so that one
-# answer doesn't decide the next one's pace; and the weight of the pace of all at the
-# start of a sequence.
-STEPS_KEPT, STEPS_OF_ALL, STEPS_BEFORE = 40, 1000, 4
-
 
 class Mean:
     """A mean that follows: of all observations at first, then a running one.
@@ -18,19 +9,23 @@ class Mean:
     Args:
         value: What it begins with.
         count: As of so many observations.
+        newest: Least weight of a new observation.
     """
 
-    def __init__(self, value: float = 0.0, count: int = 0) -> None:
+    def __init__(
+        self, value: float = 0.0, count: int = 0, newest: float = 1 / 16
+    ) -> None:
         self.value = value
         self.count = count
+        self._newest = newest
 
     def add(self, value: float) -> None:
         """Take in one observation."""
         self.count += 1
-        self.value += (value - self.value) * max(NEW, 1 / self.count)
+        self.value += (value - self.value) * max(self._newest, 1 / self.count)
 
     def add_seconds(self, value: float) -> None:
-        """Take in a duration; a stray pause counts as four times the mean at most."""
+        """Take in a duration; a pause counts as four times the mean at most."""
         self.add(min(value, 4 * self.value) if self.count >= 3 else value)
 
 
@@ -40,20 +35,32 @@ class Pace:
     Args:
         tokens: In the time of a step without drafts, to begin with.
         steps: As if seen in so many.
-        kept: Steps it remembers.
+        kept: Steps it remembers. That of all sequences remembers many, so that the last
+            answer, perhaps of another kind, isn't the measure of the next.
+        longest: A step counts as so many plain ones at most: pauses and first calls.
     """
 
     def __init__(
-        self, tokens: float = 1.0, steps: float = 0.0, kept: float = STEPS_OF_ALL
+        self,
+        tokens: float = 1.0,
+        steps: float = 0.0,
+        kept: float = 1000.0,
+        longest: float = 6.0,
     ) -> None:
         self.tokens = tokens
-        self._steps, self._kept = steps, kept
+        self._steps, self._kept, self._longest = steps, kept, longest
 
     def add(self, tokens: float, plain_steps: float) -> None:
         """A step emitted ``tokens`` in the time of ``plain_steps``."""
-        self._steps = min(self._steps, self._kept) + plain_steps
-        self.tokens += (tokens - self.tokens * plain_steps) / max(self._steps, 1.0)
+        passed = min(plain_steps, self._longest)
+        self._steps = min(self._steps, self._kept) + passed
+        self.tokens += (tokens - self.tokens * passed) / max(self._steps, 1.0)
 
-    def fresh(self) -> Pace:
-        """A new sequence's."""
-        return Pace(self.tokens, min(self._steps, STEPS_BEFORE), STEPS_KEPT)
+    def fresh(self, begins_with: float = 4.0, kept: float = 40.0) -> Pace:
+        """A new sequence's.
+
+        Args:
+            begins_with: Steps of this pace that count in it.
+            kept: Steps it remembers.
+        """
+        return Pace(self.tokens, min(self._steps, begins_with), kept)

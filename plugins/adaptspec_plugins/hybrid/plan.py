@@ -6,17 +6,11 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from adaptspec_plugins.hybrid.candidates import (
-    DOUBT,
-    LESSON,
-    LEVEL_DOUBT,
-    Candidates,
-    Chance,
-)
+from adaptspec_plugins.hybrid.candidates import Candidates, Chance
 
 
 @dataclass(frozen=True)
-class Plan:
+class TreePlan:
     """The part of the candidates to verify.
 
     Args:
@@ -39,18 +33,35 @@ class Plan:
         return self.tokens - pace * self.seconds
 
 
-def merit(chance: float, depth: int) -> float:
-    """Tokens that a node counts for when nodes are chosen."""
-    return chance * DOUBT * LEVEL_DOUBT**depth + LESSON
+@dataclass(frozen=True)
+class Merit:
+    """Tokens that a node counts for when nodes are chosen.
+
+    Args:
+        trust: What each level of the tree leaves of a chance: of many estimates, those
+            that seem to pay are in part those that are too high.
+        lesson: Tokens that a verified node, right or wrong, brings later: what the
+            model thought after it is what members learn from.
+    """
+
+    trust: float = 0.9
+    lesson: float = 0.02
+
+    def __call__(self, chance: float, depth: int) -> float:
+        """Of a node that is emitted with ``chance``, at that depth."""
+        return chance * self.trust**depth + self.lesson
+
+
+MERIT = Merit()
 
 
 def best_first(
-    candidates: Candidates, chance: Chance, most: int
+    candidates: Candidates, chance: Chance, most: int, merit: Merit = MERIT
 ) -> Iterator[tuple[int, float]]:
     """Up to ``most`` nodes with the chances of their paths, the best to choose first.
 
     A child is never better than its parent, so each prefix is closed under parents
-    and no other closed set of its size has a larger sum of :func:`merit`.
+    and no other closed set of its size has a larger sum of merits.
     """
     waiting = [(-1.0, 0, 1.0)]
     for found in range(most + 1):
@@ -74,7 +85,8 @@ def best_tree(
     spent: float,
     pace: float,
     most: int,
-) -> Plan:
+    merit: Merit = MERIT,
+) -> TreePlan:
     """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
     Args:
@@ -103,7 +115,7 @@ def best_tree(
             for more in range(1, most - taken + 1)
         ):
             break
-    return Plan(kept[:size], tokens, spent + seconds(1 + size))
+    return TreePlan(kept[:size], tokens, spent + seconds(1 + size))
 
 
 def best_chain(
@@ -113,9 +125,10 @@ def best_chain(
     seconds: Callable[[int], float],
     spent: float,
     pace: float,
-) -> Plan:
+    merit: Merit = MERIT,
+) -> TreePlan:
     """The path that is worth most at ``pace``, perhaps none."""
-    best, end = Plan((), 1.0, spent + seconds(1)), 0
+    best, end = TreePlan((), 1.0, spent + seconds(1)), 0
     worth = best.worth(pace)
     chances, tokens, sure = {0: 1.0}, {0: 1.0}, {0: 1.0}
     for node in range(len(candidates)):
@@ -127,9 +140,9 @@ def best_chain(
         time = spent + seconds(1 + depth)
         if depth <= most and sure[node] - pace * time > worth:
             worth = sure[node] - pace * time
-            best, end = Plan((), tokens[node], time), node
+            best, end = TreePlan((), tokens[node], time), node
     nodes: list[tuple[int, float]] = []
     while end > 0:
         nodes.append((end, chances[end]))
         end = candidates.parents[end]
-    return Plan(nodes[::-1], best.tokens, best.seconds)
+    return TreePlan(nodes[::-1], best.tokens, best.seconds)

@@ -28,23 +28,14 @@ from adaptspec.strategy import (
 from adaptspec_plugins.hybrid.candidates import Candidates
 from adaptspec_plugins.hybrid.chances import Calibration, Marks
 from adaptspec_plugins.hybrid.forward_cost import ForwardCost
-from adaptspec_plugins.hybrid.members import Member, Members, Run
+from adaptspec_plugins.hybrid.members import Member, MemberDrafter, Members
 from adaptspec_plugins.hybrid.pace import Mean, Pace
-from adaptspec_plugins.hybrid.plan import Plan, best_chain, best_first, best_tree
-from adaptspec_plugins.hybrid.when_to_ask import Exploration
+from adaptspec_plugins.hybrid.plan import TreePlan, best_chain, best_first, best_tree
 
 if TYPE_CHECKING:
     import torch
 
     from adaptspec.model.language_model import LanguageModel
-
-
-# Tokens of a prompt that are read at about the speed of so many in one forward.
-BLOCK = 64
-
-
-# A step counts for the pace as so many plain ones at most: strays and first calls.
-MOST_STEPS = 6.0
 
 
 class HybridParams(DraftingParams):
@@ -112,7 +103,6 @@ class Hybrid(Strategy):
             target,
             members,
             self._members.calibration,
-            self._members.exploration,
             self._members.pace,
             self._forward[1],
             self.params.draft_length,
@@ -152,7 +142,6 @@ class _HybridDrafter(Drafter):
         target: Target,
         members: Sequence[Member],
         calibration: Calibration,
-        exploration: Exploration,
         pace: Pace,
         forward: ForwardCost,
         max_nodes: int,
@@ -160,7 +149,6 @@ class _HybridDrafter(Drafter):
         self._clock = target.clock
         self._trees = target.trees
         self._calibration = calibration
-        self._exploration = exploration.fresh()
         self._forward = forward
         self._max_nodes = max_nodes
         self._shifts = calibration.fresh()
@@ -169,13 +157,12 @@ class _HybridDrafter(Drafter):
         self._began = 0.0
         self._observing = Mean()
         self._candidates: Candidates | None = None
-        self._plan: Plan | None = None
-        self._asked: list[Run] = []
+        self._plan: TreePlan | None = None
         self._sent = 0.0
-        self._runs: list[Run] = []
+        self._drafters: list[MemberDrafter] = []
         try:
             for member in members:
-                self._runs.append(Run(member, target, self._exploration))
+                self._drafters.append(MemberDrafter(member, target))
         except BaseException:
             self.close()
             raise
@@ -183,7 +170,7 @@ class _HybridDrafter(Drafter):
     def propose(self, context: Context) -> TokenTree:
         began = self._began = self._clock()
         candidates = Candidates(context.ids[-1], context.room - 1)
-        self._candidates, self._asked = candidates, []
+        self._candidates = candidates
         most = min(self._max_nodes, context.max_nodes)
         self._plan = None
         if most < 1 or context.room < 2:
@@ -191,26 +178,19 @@ class _HybridDrafter(Drafter):
         plain = self._forward(1)
         # Not below plain decoding's, which is there for the asking.
         self._rate = max(self._pace.tokens, 1.0) / plain
-        costly = []
-        for run in self._runs:
-            if run.cost.is_costly(plain):
-                costly.append(run)
-            elif run.turns.is_resting(plain):
-                run.turns.skipped()
-            else:
-                self._ask(run, context)
+        costly = [member for member in self._drafters if member.is_costly(plain)]
+        for member in self._drafters:
+            if member not in costly:
+                self._ask(member, context)
         plan = self._best(most, self._clock() - began)
-        for run in costly:
-            length = len(context.ids)
-            unread = length * self._forward(BLOCK) / BLOCK
-            if not run.turns.wants_call(plan, self._rate, context.room, length, unread):
-                run.turns.skipped()
-                continue
-            spent = self._ask(run, context)
-            before, plan = plan, self._best(most, self._clock() - began)
-            run.turns.judged(before, plan, spent, self._rate)
+        for member in costly:
+            if member.wants_call(plan, self._rate, len(context.ids)):
+                self._ask(member, context)
+                before, plan = plan, self._best(most, self._clock() - began)
+                member.judged(before, plan, self._rate)
+        for member in costly:
+            member.value.passed(plan.seconds)
         self._plan = plan
-        self._exploration.passed(plan.seconds)
         return self._send(candidates.tree(plan.nodes))
 
     def observe(self, outcome: Outcome) -> None:
@@ -219,34 +199,30 @@ class _HybridDrafter(Drafter):
             self._forward.observe(len(outcome.tree), began - self._sent)
             self._learn(self._candidates, outcome.emitted)
             self._candidates = None  # a gate may pass the next step over
-        for run in self._runs:
-            run.observe(outcome)
+        for member in self._drafters:
+            member.observe(outcome)
         if outcome.tree is not None:
             now = self._clock()
             self._observing.add_seconds(now - began)
             if self._plan is not None:
                 steps = (now - self._began) / self._forward(1)
                 for pace in (self._all, self._pace):
-                    pace.add(len(outcome.emitted), min(steps, MOST_STEPS))
+                    pace.add(len(outcome.emitted), steps)
 
     def close(self) -> None:
-        self._exploration.ended()
-        for run in self._runs:
-            run.drafter.close()
+        for member in self._drafters:
+            member.drafter.close()
 
-    def _ask(self, run: Run, context: Context) -> float:
-        """Merge a member's proposal; seconds it took."""
+    def _ask(self, member: MemberDrafter, context: Context) -> None:
+        """Merge a member's proposal."""
         assert self._candidates is not None
-        least = self._rate * run.cost.forward.value
+        least = self._rate * member.value.candidate.value
         began = self._clock()
-        tree = run.drafter.propose(dataclasses.replace(context, least=least))
-        seconds = self._clock() - began
-        self._candidates.add(tree, run.index, run.name)
-        run.turns.called(seconds, len(context.ids), tree.proposed)
-        self._asked.append(run)
-        return seconds
+        tree = member.drafter.propose(dataclasses.replace(context, least=least))
+        member.proposed(self._clock() - began, tree.proposed, len(context.ids))
+        self._candidates.add(tree, member.index, member.name)
 
-    def _best(self, most: int, spent: float) -> Plan:
+    def _best(self, most: int, spent: float) -> TreePlan:
         assert self._candidates is not None
         spent += self._observing.value
         if not self._trees:
@@ -257,8 +233,8 @@ class _HybridDrafter(Drafter):
         depths = self._candidates.depths
         return best_tree(nodes, depths, self._forward, spent, self._rate, most)
 
-    def _chance(self, marks: Marks, rival: Marks) -> float:
-        return self._calibration.chance(marks, rival, self._shifts)
+    def _chance(self, marks: Marks) -> float:
+        return self._calibration.chance(marks, self._shifts)
 
     def _send(self, tree: TokenTree) -> TokenTree:
         self._sent = self._clock()
@@ -271,22 +247,6 @@ class _HybridDrafter(Drafter):
         """
         path = candidates.walk(emitted)
         for at, node in enumerate(path[: len(emitted)]):
-            for child, rival in candidates.rivalled(node):
-                right = candidates.tokens[child] == emitted[at]
-                self._calibration.learn(
-                    candidates.marks[child], rival, self._shifts, right
-                )
-        if self._plan is None:
-            return
-        taken = {node for node, _ in self._plan.nodes}
-        accepted = [node for node in path[1:] if node in taken]
-        for run in self._asked:
-            alone = next(
-                (
-                    depth
-                    for depth, node in enumerate(accepted)
-                    if [member for member, _ in candidates.marks[node]] == [run.index]
-                ),
-                len(accepted),
-            )
-            run.cost.gain.add(len(accepted) - alone)
+            for token, child in candidates.children[node].items():
+                marks, right = candidates.marks[child], token == emitted[at]
+                self._calibration.learn(marks, self._shifts, right)

@@ -33,15 +33,9 @@ from adaptspec.testing import StrategyContract
 from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec_plugins import register_strategies
 from adaptspec_plugins.autoregressive import Autoregressive
-from adaptspec_plugins.hybrid.candidates import (
-    DOUBT,
-    LESSON,
-    LEVEL_DOUBT,
-    MOST_TOGETHER,
-    Candidates,
-)
-from adaptspec_plugins.hybrid.chances import BUCKETS, MOST_SEEN, Calibration, shipped
-from adaptspec_plugins.hybrid.plan import best_chain, best_first, best_tree
+from adaptspec_plugins.hybrid.candidates import MOST_TOGETHER, Candidates
+from adaptspec_plugins.hybrid.chances import BUCKETS, Calibration, shipped
+from adaptspec_plugins.hybrid.plan import MERIT, best_chain, best_first, best_tree
 from adaptspec_plugins.hybrid.strategy import Hybrid, HybridParams
 
 Paths = st.lists(
@@ -126,17 +120,6 @@ def test_a_sampled_proposal_is_refused_by_the_members_name() -> None:
         Candidates(ROOT, 5).add(tree, 0, "gambler")
 
 
-def test_a_nodes_rival_is_the_sibling_that_most_members_prefer() -> None:
-    def rivals(*proposals: list[list[int]]) -> dict[int, list[int]]:
-        found = merged(proposals)
-        return {found.tokens[n]: [m for m, _ in r] for n, r in found.rivalled(0)}
-
-    assert rivals([[1]], [[1], [2]], [[2]]) == {1: [2], 2: [0]}
-    assert rivals([[1]], [[1], [2]]) == {1: [], 2: [0]}
-    assert rivals([[1]], [[2]], [[3]], [[3]]) == {1: [2, 3], 2: [2, 3], 3: [0]}
-    assert rivals([[1]], [[1]]) == {1: []}
-
-
 @dataclass
 class Chances:
     """A chance for each path, drawn once; three siblings never reach certainty."""
@@ -147,11 +130,11 @@ class Chances:
     def of(self, node: int) -> float:
         return Random(f"{self.seed}{spelled(self.candidates, node)}").random() * 0.32
 
-    def given_marks(self) -> Callable[[Any, Any], float]:
+    def given_marks(self) -> Callable[[Any], float]:
         by_marks = {
             id(self.candidates.marks[n]): n for n in range(len(self.candidates))
         }
-        return lambda marks, rival: self.of(by_marks[id(marks)])
+        return lambda marks: self.of(by_marks[id(marks)])
 
     def of_path(self, node: int) -> float:
         product = 1.0
@@ -161,11 +144,8 @@ class Chances:
         return product
 
     def counting(self, node: int) -> float:
-        """What it counts for in the choice: of its path's chance a part for each level,
-        and what it teaches.
-        """
-        deep = len(spelled(self.candidates, node))
-        return self.of_path(node) * DOUBT * LEVEL_DOUBT**deep + LESSON
+        """What it counts for in the choice."""
+        return MERIT(self.of_path(node), len(spelled(self.candidates, node)))
 
 
 def closed_subsets(candidates: Candidates) -> list[tuple[int, ...]]:
@@ -285,7 +265,7 @@ def test_siblings_together_stay_below_certainty_and_the_likeliest_keeps_its_chan
 ) -> None:
     candidates = merged([[[token] for token in range(len(chances))]])
     drawn = iter(chances)
-    shares = dict(candidates.shares(0, lambda marks, rival: next(drawn)))
+    shares = dict(candidates.shares(0, lambda marks: next(drawn)))
     found = [shares[node] for node in range(1, len(candidates))]
     assert sum(found) <= MOST_TOGETHER + 1e-9
     assert max(found) == pytest.approx(min(max(chances), MOST_TOGETHER))
@@ -454,9 +434,9 @@ def test_chances_become_those_of_each_drafter_and_evidence() -> None:
 
 
 @pytest.mark.parametrize(
-    "sources", [("a", "b", "c"), ("a", "a", "b"), ("a", "a", "a")], ids="".join
+    "sources", [("a",), ("a", "a", "b"), ("a", "a", "a")], ids="".join
 )
-def test_expected_tokens_match_emitted_ones_also_when_drafters_are_dependent(
+def test_as_many_tokens_come_as_were_expected_where_drafters_draw_on_one_text(
     sources: tuple[str, ...],
 ) -> None:
     simulated = world(2500)
@@ -577,7 +557,7 @@ def test_a_slow_drafter_that_is_seldom_right_costs_almost_nothing(
 
 
 def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
-    simulated = world(2000)
+    simulated = world(6000)
     free = sure_then_unsure(simulated)
     simulated.decode(hybrid_of(free))
     alone = simulated.clock.now
@@ -589,31 +569,18 @@ def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
 
 
 @pytest.mark.parametrize(("length", "again"), [(14, False), (400, True)])
-def test_short_answers_pay_little_for_exploration(length: int, again: bool) -> None:
+def test_a_model_known_not_to_pay_is_tried_again_in_long_answers_only(
+    length: int, again: bool
+) -> None:
     simulated = world(length)
     hybrid = hybrid_of(simulated.member("model", 0.05, takes=0.4, needs_draft=True))
-    simulated.decode(hybrid)
+    for _ in range(5):
+        simulated.decode(hybrid)
     first = len(simulated.asked["model"])
     assert first
     for _ in range(5):
         simulated.decode(hybrid)
     assert (len(simulated.asked["model"]) > first) is again
-
-
-def test_the_draft_model_is_not_asked_for_tokens_that_are_free_a_step_later() -> None:
-    simulated = world(2000)
-    free = simulated.member(
-        "free",
-        lambda at: float(at % 6 >= 2),
-        evidence=lambda at, depth: 16 * (at % 6) + depth,
-    )
-    # Alone, free makes 6 tokens in two steps of 2.1 seconds. A call where it has none
-    # makes 2 tokens in 1.3 seconds, but leaves the next step 4 of its 5.
-    model = simulated.member("model", 1.0, takes=0.3, length=1, needs_draft=True)
-    steps = simulated.decode(hybrid_of(free, model))
-    late = [step for step in steps if step.at > 500]
-    asked = set(simulated.asked["model"])
-    assert sum(step.at in asked for step in late) <= 0.1 * len(late)
 
 
 def test_the_draft_model_reads_no_long_prompt_for_a_few_tokens() -> None:
@@ -627,16 +594,6 @@ def test_the_draft_model_reads_no_long_prompt_for_a_few_tokens() -> None:
     before = len(long.asked["model"])
     long.decode(hybrid, begin=980)
     assert len(long.asked["model"]) == before
-
-
-def test_a_cheap_drafter_that_brings_nothing_rests_most_of_the_time() -> None:
-    simulated = world(2000)
-    hybrid = hybrid_of(
-        simulated.member("useless", 0.0, takes=0.02), simulated.member("good", 0.7)
-    )
-    steps = simulated.decode(hybrid)
-    assert len(simulated.asked["useless"]) < 0.3 * len(steps)
-    assert len(simulated.asked["good"]) == len(steps)
 
 
 def test_forwards_slower_than_the_curve_correct_it() -> None:
@@ -658,7 +615,7 @@ def learnt(seed: int, right: int, wrong: int) -> Calibration:
     outcomes = [True] * right + [False] * wrong
     Random(seed).shuffle(outcomes)
     for outcome in outcomes:
-        found.learn([(0, 9)], (), found.fresh(), outcome)
+        found.learn([(0, 9)], found.fresh(), outcome)
     return found
 
 
@@ -680,7 +637,7 @@ def test_counts_stay_bounded_however_often_they_are_merged() -> None:
         stored = learnt(seed, 60, 40).sync(stored)
     assert stored is not None
     accepted, seen = stored["calibration/one"][9].tolist()
-    assert seen <= MOST_SEEN * 1.001
+    assert seen <= 501
     assert accepted / seen == pytest.approx(0.6, abs=0.1)
 
 
@@ -835,16 +792,16 @@ def test_prior_counts_are_shipped_for_each_bundled_member() -> None:
 def test_a_calibration_begins_with_the_prior_and_soon_follows_what_it_sees() -> None:
     found = Calibration(["one"], (), {"one": {3: (18.0, 20.0)}})
     marks, shifts = [(0, 3)], found.fresh()
-    assert found.chance(marks, (), shifts) > 0.7
+    assert found.chance(marks, shifts) > 0.7
     for _ in range(200):
-        found.learn(marks, (), shifts, right=False)
-    assert found.chance(marks, (), found.fresh()) < 0.2
+        found.learn(marks, shifts, right=False)
+    assert found.chance(marks, found.fresh()) < 0.2
 
 
 def test_prior_counts_are_not_added_twice_by_processes_that_share_counts() -> None:
     known = {"one": {3: (18.0, 20.0)}}
     first, second = (Calibration(["one"], (), known) for _ in range(2))
-    second.learn([(0, 3)], (), second.fresh(), right=False)
+    second.learn([(0, 3)], second.fresh(), right=False)
     stored = second.sync(first.sync(None))
     accepted, seen = stored["calibration/one"][3].tolist()
     assert (accepted, seen) == pytest.approx((18.0, 21.0), abs=0.1)
