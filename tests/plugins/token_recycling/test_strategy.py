@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptspec.acceleration import top_tokens
 from adaptspec.acceleration.top_tokens import likeliest
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
@@ -27,7 +28,6 @@ from adaptspec.strategy import Context, Drafter, Outcome, Target
 from adaptspec.testing.strategies import StrategyContract
 from adaptspec.token_tree import TokenTree
 from adaptspec_plugins.token_recycling import commonest as _commonest
-from adaptspec_plugins.token_recycling import successors as _successors
 from adaptspec_plugins.token_recycling.commonest import Commonest
 from adaptspec_plugins.token_recycling.strategy import (
     CHANCES,
@@ -169,7 +169,7 @@ def test_the_likeliest_are_torchs_topk(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocab, generator=generator).to(dtype)
     with pytest.MonkeyPatch.context() as patch:  # test_argmax.py is of the kernel's
-        patch.setattr(_successors, "largest", lambda x, count: None)
+        patch.setattr(top_tokens, "largest", lambda x, count: None)
         found = likeliest(logits, count)
     expected = logits.topk(min(count, vocab)).values
     assert torch.equal(logits.gather(1, found), expected)
