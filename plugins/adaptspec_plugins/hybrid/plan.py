@@ -23,15 +23,6 @@ class TreePlan:
     tokens: float
     seconds: float
 
-    def worth(self, pace: float) -> float:
-        """Expected tokens beyond those that its time brings at ``pace``.
-
-        A step's own tokens per second would be the wrong measure: tokens that are dear
-        now may come cheaply with the next step. At the pace of all steps together, the
-        plans of most worth make the most tokens per second in the long run.
-        """
-        return self.tokens - pace * self.seconds
-
 
 @dataclass(frozen=True)
 class Merit:
@@ -78,6 +69,20 @@ def best_first(
             heapq.heappush(waiting, (-merit(reached, depth), child, reached))
 
 
+def likeliest_path(
+    candidates: Candidates, chance: Chance, most: int
+) -> Iterator[tuple[int, float]]:
+    """Up to ``most`` nodes, each the likeliest child of the one before."""
+    node, path = 0, 1.0
+    for _ in range(most):
+        shares = candidates.shares(node, chance)
+        if not shares:
+            return
+        node, share = max(shares, key=lambda pair: pair[1])
+        path *= share
+        yield node, path
+
+
 def best_tree(
     nodes: Iterable[tuple[int, float]],
     depths: Sequence[int],
@@ -89,8 +94,13 @@ def best_tree(
 ) -> TreePlan:
     """As many of ``nodes`` as are worth most at ``pace``, perhaps none.
 
+    They are worth their expected tokens less those that their time brings at the pace.
+    A step's own tokens per second would be the wrong measure: tokens that are dear now
+    may come cheaply with the next step.
+
     Args:
-        nodes: From :func:`best_first`; taken while more of them can be worth more.
+        nodes: Best first, such as from :func:`best_first`; taken while more of them can
+            be worth more.
         depths: Of each node.
         seconds: Of a forward over so many rows, the root's included.
         spent: Seconds of the step outside the forward.
@@ -116,33 +126,3 @@ def best_tree(
         ):
             break
     return TreePlan(kept[:size], tokens, spent + seconds(1 + size))
-
-
-def best_chain(
-    candidates: Candidates,
-    chance: Chance,
-    most: int,
-    seconds: Callable[[int], float],
-    spent: float,
-    pace: float,
-    merit: Merit = MERIT,
-) -> TreePlan:
-    """The path that is worth most at ``pace``, perhaps none."""
-    best, end = TreePlan((), 1.0, spent + seconds(1)), 0
-    worth = best.worth(pace)
-    chances, tokens, sure = {0: 1.0}, {0: 1.0}, {0: 1.0}
-    for node in range(len(candidates)):
-        depth = candidates.depths[node]
-        for child, share in candidates.shares(node, chance):
-            chances[child] = chances[node] * share
-            tokens[child] = tokens[node] + chances[child]
-            sure[child] = sure[node] + merit(chances[child], depth + 1)
-        time = spent + seconds(1 + depth)
-        if depth <= most and sure[node] - pace * time > worth:
-            worth = sure[node] - pace * time
-            best, end = TreePlan((), tokens[node], time), node
-    nodes: list[tuple[int, float]] = []
-    while end > 0:
-        nodes.append((end, chances[end]))
-        end = candidates.parents[end]
-    return TreePlan(nodes[::-1], best.tokens, best.seconds)

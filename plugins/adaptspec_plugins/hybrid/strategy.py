@@ -29,8 +29,13 @@ from adaptspec_plugins.hybrid.candidates import Candidates
 from adaptspec_plugins.hybrid.chances import Calibration, Marks
 from adaptspec_plugins.hybrid.forward_cost import ForwardCost
 from adaptspec_plugins.hybrid.members import Member, MemberDrafter, Members
-from adaptspec_plugins.hybrid.pace import Mean, Pace
-from adaptspec_plugins.hybrid.plan import TreePlan, best_chain, best_first, best_tree
+from adaptspec_plugins.hybrid.pace import Pace
+from adaptspec_plugins.hybrid.plan import (
+    TreePlan,
+    best_first,
+    best_tree,
+    likeliest_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +160,6 @@ class _HybridDrafter(Drafter):
         self._all, self._pace = pace, pace.fresh()
         self._rate = 0.0
         self._began = 0.0
-        self._observing = Mean()
         self._candidates: Candidates | None = None
         self._plan: TreePlan | None = None
         self._sent = 0.0
@@ -201,13 +205,10 @@ class _HybridDrafter(Drafter):
             self._candidates = None  # a gate may pass the next step over
         for member in self._drafters:
             member.observe(outcome)
-        if outcome.tree is not None:
-            now = self._clock()
-            self._observing.add_seconds(now - began)
-            if self._plan is not None:
-                steps = (now - self._began) / self._forward(1)
-                for pace in (self._all, self._pace):
-                    pace.add(len(outcome.emitted), steps)
+        if outcome.tree is not None and self._plan is not None:
+            steps = (self._clock() - self._began) / self._forward(1)
+            for pace in (self._all, self._pace):
+                pace.add(len(outcome.emitted), steps)
 
     def close(self) -> None:
         for member in self._drafters:
@@ -224,12 +225,8 @@ class _HybridDrafter(Drafter):
 
     def _best(self, most: int, spent: float) -> TreePlan:
         assert self._candidates is not None
-        spent += self._observing.value
-        if not self._trees:
-            return best_chain(
-                self._candidates, self._chance, most, self._forward, spent, self._rate
-            )
-        nodes = best_first(self._candidates, self._chance, most)
+        grow = best_first if self._trees else likeliest_path
+        nodes = grow(self._candidates, self._chance, most)
         depths = self._candidates.depths
         return best_tree(nodes, depths, self._forward, spent, self._rate, most)
 

@@ -35,7 +35,7 @@ from adaptspec_plugins import register_strategies
 from adaptspec_plugins.autoregressive import Autoregressive
 from adaptspec_plugins.hybrid.candidates import MOST_TOGETHER, Candidates
 from adaptspec_plugins.hybrid.chances import BUCKETS, Calibration, shipped
-from adaptspec_plugins.hybrid.plan import MERIT, best_chain, best_first, best_tree
+from adaptspec_plugins.hybrid.plan import MERIT, best_first, best_tree, likeliest_path
 from adaptspec_plugins.hybrid.strategy import Hybrid, HybridParams
 
 Paths = st.lists(
@@ -215,30 +215,21 @@ def test_a_node_that_does_not_pay_alone_is_taken_if_the_next_one_is_free() -> No
     assert plan.tokens == 2.0
 
 
-@given(Small, st.integers(0, 99), Curve, st.integers(0, 4), st.floats(0.5, 4))
-def test_no_path_is_worth_more_at_the_pace_than_the_chain_chosen(
-    paths: list[list[int]], seed: int, rises: list[float], most: int, pace: float
+@given(Small, st.integers(0, 99), st.integers(0, 4))
+def test_a_chain_follows_the_likeliest_child_of_each_node(
+    paths: list[list[int]], seed: int, most: int
 ) -> None:
     candidates = merged([paths])
-    chances, seconds = Chances(candidates, seed), costs(rises)
-    plan = best_chain(candidates, chances.given_marks(), most, seconds, 0.1, pace)
-    chosen = [node for node, _ in plan.nodes]
-    assert [candidates.parents[n] for n in chosen] == [0, *chosen][: len(chosen)]
-
-    def worth(path: Sequence[int]) -> float:
-        tokens = 1 + sum(map(chances.counting, path))
-        return tokens - pace * (0.1 + seconds(1 + len(path)))
-
-    worths = []
-    for end in range(len(candidates)):
-        path = []
-        while end:
-            path.append(end)
-            end = candidates.parents[end]
-        if len(path) <= most:
-            worths.append(worth(path))
-    assert worth(chosen) == pytest.approx(max(worths))
-    assert plan.tokens == pytest.approx(1 + sum(c for _, c in plan.nodes))
+    chances = Chances(candidates, seed)
+    found = list(likeliest_path(candidates, chances.given_marks(), most))
+    end = 0
+    for node, chance in found:
+        siblings = candidates.children[end].values()
+        assert chances.of(node) == max(map(chances.of, siblings))
+        assert node in siblings
+        assert chance == pytest.approx(chances.of_path(node))
+        end = node
+    assert len(found) == most or not candidates.children[end]
 
 
 @given(Small, st.integers(0, 99), st.integers(0, 9))
