@@ -118,7 +118,7 @@ class Reference:
         return min(max(moved, 2 * unit), MOST_ROUNDING * unit)
 
     def _shaken(self, ids: tuple[int, ...], tokens: tuple[int, ...]) -> float:
-        """The same where rounding decides on an expert, or is amplified.
+        """The same where rounding decides on an expert or a key, or is amplified.
 
         Weights are moved by a unit of precision, at random, in the next wider type.
         """
@@ -149,8 +149,7 @@ class Reference:
         """Whether rounding can move a logit of this output so far."""
         if moved <= self.noise(ids, tokens):
             return True
-        # In the wider types a tie of experts is too rare to look for.
-        return self.dtype not in EXACT and moved <= self.shaken(ids, tokens)
+        return moved <= self.shaken(ids, tokens)
 
     def _forced(
         self, module: Any, ids: tuple[int, ...], tokens: tuple[int, ...]
