@@ -79,6 +79,7 @@ def test_every_command_and_option_is_documented(host: Host) -> None:
 def test_every_family_of_its_transformers_is_in_the_table_of_families() -> None:
     page = (DOCS / "families.md").read_text()
     assert "python benchmarks/families.py" in page
+    assert "WRONG" not in page
     if f"transformers {transformers.__version__}," in page:
         for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             assert f"| {name} |" in page
