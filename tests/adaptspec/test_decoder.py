@@ -187,7 +187,7 @@ def test_an_empty_stop_string_is_refused(decoder: Decoder) -> None:
 
 
 def test_what_isnt_a_model_is_refused() -> None:
-    with pytest.raises(ModelLoadError, match="can't load the model"):
+    with pytest.raises(ModelLoadError, match="there is no folder"):
         adaptspec.load("./no/such/folder", db=MemoryStore())
 
 

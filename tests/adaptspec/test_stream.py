@@ -118,7 +118,7 @@ def test_what_was_learnt_is_kept_however_a_stream_ends(
     )
     monkeypatch.setattr(MemoryStore, "folder", tmp_path)
     decoder = adaptspec.load(
-        tiny_module("llama"), db=MemoryStore(), tokenizer=tiny_tokenizer()
+        tiny_module("llama"), db=MemoryStore(), tokenizer=tiny_tokenizer(), learn=True
     )
     stream: Any = decoder.stream(PROMPT, **ASKED)
     if end != "never started":

@@ -340,7 +340,7 @@ def test_with_a_file_in_place_of_the_cache_folder_it_goes_on_without_the_kernel(
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         pytest.skip("no compiler here")
     script = (
-        "import sys; from adaptspec.model.language_model import load_model\n"
+        "import sys; from adaptspec.model.loading import load_model\n"
         "print(load_model(sys.argv[1]).linear.kind)"
     )
     done = subprocess.run(
