@@ -640,7 +640,8 @@ def test_callers_weights_are_never_packed() -> None:
 @needs_compiler
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from adaptspec.acceleration import native\n"
+        "import sys; from pathlib import Path\n"
+        "from adaptspec.acceleration import native\n"
         "import os, torch; os.environ['ADAPTSPEC_CACHE'] = sys.argv[1]\n"
         "kernel = native.kernel().linear\n"
         "print(kernel(torch.ones(2, 3), torch.ones(4, 3), None).sum().item())"
