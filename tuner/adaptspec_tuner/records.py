@@ -16,7 +16,6 @@ from adaptspec.classes.classifier import KEY
 
 CLASSIFIER = KEY  # read where the profiles are used
 SPENT = "spent"
-CLASSIFIED = "classified"
 SEARCH = "search"
 
 
