@@ -453,7 +453,7 @@ def _short(model: ForwardModel) -> int:
 def _room(model: ForwardModel) -> int:
     """Positions there are, up to the first at which a rotation switches."""
     switches = switching_lengths(model.config)
-    return min([miniature.context_length(model.config) or 1 << 30, *switches])
+    return min([miniature.configured_length(model.config) or 1 << 30, *switches])
 
 
 def _tokens(model: ForwardModel, count: int) -> list[int]:

@@ -61,7 +61,7 @@ def boundaries(config: Any) -> dict[str, int]:
     Whole numbers and lists of them; fields that are off (``use_<name>`` is false) and
     those as long as the whole context are left out.
     """
-    longest = context_length(config)
+    longest = configured_length(config)
     found: dict[str, int] = {}
     for name, value in _fields(config).items():
         if not LENGTHS.search(name) or NO_LENGTHS.search(name):
@@ -84,8 +84,8 @@ def has_experts(config: Any) -> bool:
     return any(fields.get(name) for name in EXPERT_COUNTS)
 
 
-def context_length(config: Any) -> int | None:
-    """Positions the configuration names, None if it names none."""
+def configured_length(config: Any) -> int | None:
+    """Positions the configuration names, before any scaling; None if it names none."""
     for name in POSITION_FIELDS:
         value = getattr(config, name, None)
         if type(value) is int and value > 0:
