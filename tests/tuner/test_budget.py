@@ -21,7 +21,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from adaptspec_tuner.tuning_run import Interrupted, TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 CLASSES = ("chat", "code", "maths")
@@ -71,7 +71,7 @@ def run(
     **more: Any,
 ) -> TuneResult:
     return tune_with(
-        TuningRun(
+        TuneInputs(
             trace,
             [Wide, Slower],
             WORKLOAD,

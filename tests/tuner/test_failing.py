@@ -32,7 +32,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Stopped, TuningRun
+from adaptspec_tuner.tuning_run import Stopped, TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob
 
 CLASSES = ("chat", "code")
@@ -70,7 +70,7 @@ class Trace(FakeMeasurer):
 
 def run(trace: Trace, store: ProfileStore, **options: Any) -> TuneResult:
     return tune_with(
-        TuningRun(
+        TuneInputs(
             trace,
             [Knob],
             WORKLOAD,

@@ -1,7 +1,7 @@
 """Under which keys a run keeps its JSON records in the profile store.
 
 ``spent``                      seconds by part (time_spent.py)
-``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (searching/search.py)
+``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (phases.py)
 ``classifier``                 what tells the classes, where they were discovered
 ``classified``                 prompt id -> class, where telling it took a forward
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)

@@ -32,7 +32,7 @@ from adaptspec_tuner.options import (
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.time_budget import for_costs
-from adaptspec_tuner.tuning_run import MakesReplayer, TuningRun, run_id
+from adaptspec_tuner.tuning_run import MakesReplayer, TuneInputs, run_id
 
 if TYPE_CHECKING:
     from adaptspec.decoding.engine import Engine
@@ -156,7 +156,7 @@ def tune(
             doing("starting workers")
             pool = _pool(options, models, environment, progress.say)
         return tune_with(
-            TuningRun(
+            TuneInputs(
                 profiler,
                 chosen,
                 workload,

@@ -19,7 +19,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
-from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from adaptspec_tuner.tuning_run import Interrupted, TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 
@@ -64,7 +64,7 @@ def run(
     trace: Trace, store: MemoryStore, budget: float = 100.0, **options: Any
 ) -> TuneResult:
     return tune_with(
-        TuningRun(
+        TuneInputs(
             trace,
             [Several],
             WORKLOAD,

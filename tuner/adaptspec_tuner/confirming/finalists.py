@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 
@@ -31,22 +31,28 @@ REPEATS = 3
 
 
 def confirm_classes(
-    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
-) -> None:
-    """Add a result for each class of ``held_out`` that there is time for.
+    run: TuningRun,
+    arms: Sequence[Arm],
+    tuning: Workload,
+    held_out: Workload,
+    plain: Mapping[str, Sample],
+) -> Iterator[tuple[str, dict[str, Confirmed]]]:
+    """Each class of ``held_out`` that there is time for, with what was confirmed.
 
     Args:
+        arms: What the search found.
         plain: Tuning prompt id -> its plain decoding.
     """
+    baselines = run.given.baselines
     # A run that is continued begins with the classes it has no result of.
     done = {p.prompt_class for p in run.store.profiles(run=run.id)}
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
         share = run.time.left / (len(names) - index)
-        others = 1 + len(run.baselines)
+        others = 1 + len(baselines)
         ranked = _finalists(
-            [arm for arm in run.search.arms if arm.prompt_class == name],
+            [arm for arm in arms if arm.prompt_class == name],
             _plain_times(share, once) - others,
         )
         finalists = [setting for _, setting in ranked]
@@ -58,8 +64,8 @@ def confirm_classes(
         run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")
         confirmed = confirm(
-            run.measurer,
-            [*finalists, *run.baselines],
+            run.given.measurer,
+            [*finalists, *baselines],
             _of_class(held_out, name),
             repeats=REPEATS,
             in_time=run.time.confirming(share, FEWEST_PROMPTS),
@@ -73,8 +79,7 @@ def confirm_classes(
                 f"{name}: plain decoding fails or ends at once; nothing to compare"
             )
             continue
-        _keep(run, held_out, name, confirmed)
-    run.result.classes.sort(key=lambda found: held_out.classes.index(found.name))
+        yield name, confirmed
 
 
 def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
@@ -93,7 +98,8 @@ def least_confirmation(
         for name in held_out.classes
     ]
     once = sum(_once(tuning, name, plain) for name in held_out.classes)
-    return FEWEST_PROMPTS * (2 + len(run.baselines)) * once + max(whole, default=0.0)
+    others = 2 + len(run.given.baselines)
+    return FEWEST_PROMPTS * others * once + max(whole, default=0.0)
 
 
 def _once(tuning: Workload, name: str, plain: Mapping[str, Sample]) -> float:
@@ -139,12 +145,17 @@ def _share(ratio: float) -> float:
     return 1 / min(1.0, max(ratio, HOPELESS))
 
 
-def _keep(
-    run: TuningRun, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
-) -> None:
+def decided_class(
+    run: TuningRun,
+    arms: Sequence[Arm],
+    held_out: Workload,
+    name: str,
+    confirmed: Mapping[str, Confirmed],
+) -> ClassResult:
     """Store what was confirmed of a class, what was predicted of it, and the choice."""
+    given = run.given
     predicted: Mapping[str, float] = {}
-    if run.replayer is not None:
+    if given.replayer is not None:
         run.begin("replay")
         try:
             predicted = _predict(run, _of_class(held_out, name), confirmed)
@@ -154,13 +165,13 @@ def _keep(
                 raise
             run.warn(f"{name}: nothing is predicted: {in_a_line(error)}")
         run.keep(lambda: run.store.put_record(run.id, predicted_key(name), predicted))
-    lossy = {cls.name for cls in run.strategies if not cls.lossless}
+    lossy = {cls.name for cls in given.strategies if not cls.lossless}
     now = datetime.now(timezone.utc)
     profiles = [
         Profile(
             run.environment,
-            run.workload.digest,
-            run.workload.name,
+            given.workload.digest,
+            given.workload.name,
             name,
             found.setting.strategy,
             dict(found.setting.params),
@@ -175,16 +186,14 @@ def _keep(
     record = as_record(confirmed)
     run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
-    arms = [arm for arm in run.search.arms if arm.prompt_class == name]
-    run.result.classes.append(
-        ClassResult(
-            name,
-            select(profiles, run.environment, name),
-            tuple(profiles),
-            tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
-            reused=name in held_out.reused,
-            predicted=predicted,
-        )
+    ours = [arm for arm in arms if arm.prompt_class == name]
+    return ClassResult(
+        name,
+        select(profiles, run.environment, name),
+        tuple(profiles),
+        tried=[Tried.of(trial) for arm in ours for trial in arm.trials],
+        reused=name in held_out.reused,
+        predicted=predicted,
     )
 
 
@@ -196,7 +205,7 @@ def _predict(
     Returns:
         Setting key -> how much better than plain decoding in the objective.
     """
-    names = {cls.name for cls in run.replaying}
+    names = {cls.name for cls in run.given.replaying}
     plain = confirmed[PLAIN_SETTING.key].samples
     prompts = [p for p in held_out if plain.get(p.id)]
     told = sorted(
@@ -207,9 +216,10 @@ def _predict(
         ),
         key=lambda f: f.measurement.seconds_draft,
     )
-    if run.replayer is None or not told:
+    make = run.given.replayer
+    if make is None or not told:
         return {}
-    predictor = run.replayer([(p, typical(plain[p.id])) for p in prompts])
+    predictor = make([(p, typical(plain[p.id])) for p in prompts])
     if predictor is None:
         return {}
     bare = {p.id: predictor.measure(PLAIN_SETTING, p) for p in prompts}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import SPEED, Trial
-from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Measurer, Sample, Setting
-from adaptspec_tuner.records import plain_key
+from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
 from adaptspec_tuner.searching.space import distributions
 from adaptspec_tuner.searching.study import Study
 from adaptspec_tuner.searching.trials import Job, run_trial
@@ -152,18 +150,6 @@ class Search:
     def tried(self) -> int:
         """Trials finished, by whomever, and those that this process is at."""
         return sum(len(arm.trials) + len(arm.running) for arm in self.arms)
-
-    def plain(self, prompt: Prompt) -> Sample:
-        """Plain decoding of ``prompt``, measured once per run."""
-        key = plain_key(prompt.prompt_class, prompt.id)
-        if (record := self._store.record(self._run, key)) is not None:
-            # A damaged record is measured again.
-            with suppress(KeyError, TypeError, ValueError):
-                return Sample.from_json(record)
-        self._doing(f"{prompt.prompt_class}: plain decoding")
-        sample = self._measurer.measure(PLAIN_SETTING, prompt)
-        self._store.put_record(self._run, key, sample.as_json())
-        return sample
 
     def add(
         self,
