@@ -8,20 +8,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
-from adaptspec.profile import Environment, ProfileStore
+from adaptspec.params import Scalar
+from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
 from adaptspec_tuner.classes.phase import discover_classes
 from adaptspec_tuner.confirming.finalists import (
     confirm_classes,
     decided_class,
+    finalists_of,
     least_confirmation,
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
 from adaptspec_tuner.records import plain_key
-from adaptspec_tuner.replaying.presearch import Presearch, as_records, presearch
+from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
+from adaptspec_tuner.searching.entrants import (
+    common_settings,
+    earlier_settings,
+    entrants,
+)
 from adaptspec_tuner.searching.search import Arm, Search
 from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
@@ -61,12 +68,18 @@ def tune_with(given: TuneInputs) -> TuneResult:
                 tuning, held_out = discover_classes(
                     run, replayer, set(plain), tuning, held_out
                 )
+            recorded = [p for p in tuning.prompts if p.id in plain]
+            over_all = replayed_over_all(run, replayer, recorded)
+            common = common_settings(given.strategies, over_all)
+            replayed = replayed_by_class(run, replayer, recorded, common)
             usable = usable_prompts(run, tuning, plain)
-            replayed = replays(run, replayer, usable)
-            arms = searched(run, usable, plain, replayed)
-            for name, confirmed in confirm_classes(run, arms, tuning, held_out, plain):
+            search = raced(run, usable, common, replayed)
+            finalists = finalists_of(run, search, common)
+            for name, confirmed in confirm_classes(
+                run, finalists, tuning, held_out, plain
+            ):
                 result.classes.append(
-                    decided_class(run, arms, held_out, name, confirmed)
+                    decided_class(run, search.arms, held_out, name, confirmed)
                 )
             if said := told_errors(result.prediction_errors):
                 run.warn(f"replay: {said}")
@@ -198,19 +211,44 @@ def replayer_of(
 def usable_prompts(
     run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> dict[str, list[Prompt]]:
-    """The prompts of each class that trials run on."""
+    """The prompts of each class that its race runs on."""
     return affordable(
         [p for p in tuning.prompts if p.id in plain],
         {key: sample.seconds for key, sample in plain.items()},
-        len(run.given.strategies),
+        1 + len(run.given.strategies),
         run.time.for_first_trials(),
     )
 
 
-def replays(
-    run: TuningRun, replayer: Replayer | None, prompts: Mapping[str, Sequence[Prompt]]
+def replayed_over_all(
+    run: TuningRun, replayer: Replayer | None, recorded: Sequence[Prompt]
 ) -> Presearch | None:
-    """Trials without the target of every class and strategy that replays."""
+    """Trials without the target of every strategy that replays, over all classes."""
+    return _replayed(run, replayer, {EVERY_CLASS: recorded}, {}, part=0.4, trials=30)
+
+
+def replayed_by_class(
+    run: TuningRun,
+    replayer: Replayer | None,
+    recorded: Sequence[Prompt],
+    common: Mapping[str, Mapping[str, Scalar]],
+) -> Presearch | None:
+    """The same of each class, beginning with the settings for all classes."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in recorded:
+        groups.setdefault(prompt.prompt_class, []).append(prompt)
+    first = {name: [params] for name, params in common.items()}
+    return _replayed(run, replayer, groups, first, part=1.0, trials=TRIALS)
+
+
+def _replayed(
+    run: TuningRun,
+    replayer: Replayer | None,
+    groups: Mapping[str, Sequence[Prompt]],
+    first: Mapping[str, Sequence[Mapping[str, Scalar]]],
+    part: float,
+    trials: int,
+) -> Presearch | None:
     if replayer is None:
         return None
     run.begin("replay")
@@ -219,28 +257,29 @@ def replays(
     tried = presearch(
         replayer,
         strategies,
-        prompts,
-        in_time=run.time.replaying(len(strategies) / len(run.given.strategies)),
+        groups,
+        in_time=run.time.replaying(part * len(strategies) / len(run.given.strategies)),
         clock=run.clock,
         warn=run.warn,
         seed=run.options.seed,
+        first=first,
+        trials=trials,
     )
     for key, record in as_records(tried).items():
         run.store.put_record(run.id, key, record)
-    run.warn(
-        f"replay: {tried.trials} settings tried without the target in "
-        f"{tried.seconds:.0f} s"
-    )
     return tried
 
 
-def searched(
+def raced(
     run: TuningRun,
     prompts: Mapping[str, Sequence[Prompt]],
-    plain: Mapping[str, Sample],
+    common: Mapping[str, Mapping[str, Scalar]],
     replayed: Presearch | None,
-) -> list[Arm]:
-    """Trials of every strategy for every class; workers may join."""
+) -> Search:
+    """The race of every class's strategies, and the search of the leaders' parameters.
+
+    Workers may join.
+    """
     given, options, store = run.given, run.options, run.store
 
     def may_try() -> bool:
@@ -264,17 +303,24 @@ def searched(
         },
         pool=given.pool,
     )
+    profiles = [p for p in store.profiles() if p.run != run.id]
+    earlier = earlier_settings(profiles, run.environment, given.strategies)
     for cls in given.strategies:
         for name, group in prompts.items():
-            best = replayed.best.get((name, cls.name), []) if replayed else []
-            search.add(name, cls, group, plain, best)
-    run.begin("trials")
+            opening = entrants(
+                *(cls, name, common[cls.name], replayed),
+                earlier.get((name, cls.name), ()),
+            )
+            search.add(
+                *(name, cls, group, opening.settings, opening.predicted, opening.count)
+            )
+    run.begin("race")
     open_search(store, run.id, prompts)
-    untried = search.search()
+    untried = search.race()
     close_search(store, run.id)
     for line in untried_lines(untried):
         run.warn(line)
-    return search.arms
+    return search
 
 
 def affordable(

@@ -5,6 +5,8 @@
 ``classifier``                 what tells the classes, where they were discovered
 ``classified``                 prompt id -> class, where telling it took a forward
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
+``raced/CLASS``                setting key -> prompt id -> ratios of leaders measured
+                               again (searching/search.py)
 ``search``                     what workers join (distributed/workers.py)
 ``confirm/CLASS``              speeds on held-out prompts (confirming/confirm.py)
 ``predicted/CLASS``            setting key -> the ratio that the replay promised there
@@ -27,6 +29,11 @@ def plain_key(prompt_class: str, prompt_id: str) -> str:
 def replayed_key(prompt_class: str, strategy: str) -> str:
     """Of the replayed trials: ``{"trials": [...]}``."""
     return f"replayed/{prompt_class}/{strategy}"
+
+
+def raced_key(prompt_class: str) -> str:
+    """Of the leaders' further measurements."""
+    return f"raced/{prompt_class}"
 
 
 def confirmed_key(prompt_class: str) -> str:

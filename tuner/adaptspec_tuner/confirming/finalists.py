@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from statistics import median
+from statistics import fmean, median
 
 from adaptspec.errors import stopped_by_user
+from adaptspec.params import Scalar
 from adaptspec.profile import Profile
 from adaptspec.selector import FEWEST_PROMPTS, select
 from adaptspec.workloads import Prompt, Workload
@@ -23,16 +25,25 @@ from adaptspec_tuner.measuring.profiler import (
 )
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import ClassResult, Tried
-from adaptspec_tuner.searching.search import HOPELESS, Arm
+from adaptspec_tuner.searching.search import HOPELESS, Arm, Search
+from adaptspec_tuner.searching.standings import Standings
 from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
 
 
+@dataclass(frozen=True)
+class Finalist:
+    """A setting to be confirmed, with the ratio to plain decoding to expect of it."""
+
+    ratio: float
+    setting: Setting
+
+
 def confirm_classes(
     run: TuningRun,
-    arms: Sequence[Arm],
+    finalists: Mapping[str, Sequence[Finalist]],
     tuning: Workload,
     held_out: Workload,
     plain: Mapping[str, Sample],
@@ -40,7 +51,7 @@ def confirm_classes(
     """Each class of ``held_out`` that there is time for, with what was confirmed.
 
     Args:
-        arms: What the search found.
+        finalists: By class, the most important first; there may be time for fewer.
         plain: Tuning prompt id -> its plain decoding.
     """
     baselines = run.given.baselines
@@ -51,12 +62,8 @@ def confirm_classes(
         once = _once(tuning, name, plain)
         share = run.time.left / (len(names) - index)
         others = 1 + len(baselines)
-        ranked = _finalists(
-            [arm for arm in arms if arm.prompt_class == name],
-            _plain_times(share, once) - others,
-        )
-        finalists = [setting for _, setting in ranked]
-        expected = once * (others + sum(_share(ratio) for ratio, _ in ranked))
+        chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - others)
+        expected = once * (others + sum(_share(found.ratio) for found in chosen))
         if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
@@ -65,7 +72,7 @@ def confirm_classes(
         run.doing(f"{name}: confirming on held-out prompts")
         confirmed = confirm(
             run.given.measurer,
-            [*finalists, *baselines],
+            [*(found.setting for found in chosen), *baselines],
             _of_class(held_out, name),
             repeats=REPEATS,
             in_time=run.time.confirming(share, FEWEST_PROMPTS),
@@ -114,30 +121,118 @@ def _plain_times(seconds: float, once: float) -> float:
     return seconds / (FEWEST_PROMPTS * once) if once > 0 else math.inf
 
 
-def _finalists(
-    arms: Sequence[Arm], times: float = math.inf
-) -> list[tuple[float, Setting]]:
-    """The best setting of the best strategies, and what they are to plain decoding;
-    hopeless ones only for want of any.
+def finalists_of(
+    run: TuningRun, search: Search, common: Mapping[str, Mapping[str, Scalar]]
+) -> dict[str, list[Finalist]]:
+    """What is confirmed of each class, the most important first.
 
-    Of a strategy that there was no time to try, what the replay promises most of.
+    The class's best setting; of every strategy for prompts of any kind its setting for
+    all classes; its best rivals of other strategies; and the setting for all classes of
+    the strategy that leads over all.
 
     Args:
-        times: They take no longer than plain decoding so many times; one is taken
-            anyway.
+        common: Strategy -> its setting for all classes.
     """
-    found: list[tuple[float, Setting]] = []
-    for arm in arms:
-        if arm.best is not None:
-            found.append((arm.ratio, Setting(arm.name, dict(arm.best.params))))
-        elif not arm.trials and arm.predicted:
-            key = max(arm.predicted, key=lambda key: arm.predicted[key])
-            found.append((arm.predicted[key], Setting.from_key(key)))
-    ranked = sorted(found, key=lambda pair: -pair[0])
-    worth = [pair for pair in ranked if pair[0] >= HOPELESS][:FINALISTS] or ranked[:1]
-    taken = itertools.accumulate(_share(ratio) for ratio, _ in worth)
+    arms: dict[str, list[Arm]] = {}
+    for arm in search.arms:
+        arms.setdefault(arm.prompt_class, []).append(arm)
+    standings = {name: search.standings(name) for name in arms}
+    shared = {
+        cls.name: Setting(cls.name, dict(common[cls.name]))
+        for cls in run.given.strategies
+    }
+    everywhere: list[Setting] = []
+    if len(arms) > 1:  # of one class all is its own
+        everywhere = [shared[c.name] for c in run.given.strategies if c.general]
+        everywhere += overall_leader(shared.values(), standings)
+    return {
+        name: finalists(
+            [best for arm in group if (best := _best_of(arm, standings[name]))],
+            [
+                Finalist(_expected(setting, arm, standings[name]), setting)
+                for setting in {s.key: s for s in everywhere}.values()
+                for arm in group
+                if arm.name == setting.strategy and not _failed(arm, setting)
+            ],
+        )
+        for name, group in arms.items()
+    }
+
+
+def finalists(
+    best: Sequence[Finalist],
+    common: Sequence[Finalist],
+    *,
+    rivals: int = FINALISTS,
+    worth: float = 1.02,
+) -> list[Finalist]:
+    """Who is confirmed of a class, the most important first.
+
+    Args:
+        best: The best setting of each strategy.
+        common: Settings that are confirmed in every class, whatever they do in this.
+        rivals: Of the best, as many strategies; hopeless ones only for want of any.
+        worth: How much better a strategy's own setting must be than its common one.
+    """
+    shared = {found.setting.strategy: found for found in common}
+    ranked: list[Finalist] = []
+    for found in sorted(best, key=lambda f: -f.ratio):
+        same = shared.get(found.setting.strategy)
+        # Close settings of one strategy are one candidate: the common one.
+        if same is not None and found.ratio < worth * same.ratio:
+            found = same
+        ranked.append(found)
+    hopeful = [f for f in ranked if f.ratio >= HOPELESS] or ranked[:1]
+    chosen = [*hopeful[:1], *common, *hopeful[1:rivals]]
+    return list({found.setting.key: found for found in chosen}.values())
+
+
+def overall_leader(
+    settings: Iterable[Setting], standings: Mapping[str, Standings]
+) -> list[Setting]:
+    """The setting with the best mean over all classes, of those raced in all."""
+    known = [
+        setting
+        for setting in settings
+        if standings and all(setting.key in found for found in standings.values())
+    ]
+
+    def mean(setting: Setting) -> float:
+        return fmean(math.log(f.estimate(setting.key)) for f in standings.values())
+
+    return [max(known, key=mean)] if known else []
+
+
+def _best_of(arm: Arm, standings: Standings) -> Finalist | None:
+    """The best setting of a strategy; one that was never tried by what is promised."""
+    keys = [Setting(arm.name, dict(trial.params)).key for trial in arm.trials]
+    if ranked := standings.ranked(dict.fromkeys(keys)):
+        return Finalist(standings.estimate(ranked[0]), Setting.from_key(ranked[0]))
+    if not arm.trials and arm.predicted:
+        key = max(arm.predicted, key=lambda key: arm.predicted[key])
+        return Finalist(arm.predicted[key], Setting.from_key(key))
+    return None
+
+
+def _expected(setting: Setting, arm: Arm, standings: Standings) -> float:
+    """The ratio to expect of a setting: raced, else promised, else plain decoding's."""
+    if setting.key in standings:
+        return standings.estimate(setting.key)
+    return arm.predicted.get(setting.key, 1.0)
+
+
+def _failed(arm: Arm, setting: Setting) -> bool:
+    return any(
+        trial.state == "failed" and dict(trial.params) == dict(setting.params)
+        for trial in arm.trials
+    )
+
+
+def _fitting(ranked: Sequence[Finalist], times: float) -> list[Finalist]:
+    """As many as take no longer than plain decoding ``times`` times; one anyway."""
+    taken = itertools.accumulate(_share(found.ratio) for found in ranked)
     fitting = sum(total <= times for total in taken)
-    return worth[: max(1, fitting)]
+    return list(ranked[: max(1, fitting)])
 
 
 def _share(ratio: float) -> float:

@@ -1,17 +1,28 @@
-"""Searches each class and strategy with Optuna, every finished trial stored at once."""
+"""Races each class's strategies, then searches the leaders' parameters with Optuna.
+
+Every finished trial is stored at once.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import SPEED, Trial
-from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Measurer, Setting
+from adaptspec_tuner.records import raced_key
 from adaptspec_tuner.searching.space import distributions
+from adaptspec_tuner.searching.standings import Standings
 from adaptspec_tuner.searching.study import Study
-from adaptspec_tuner.searching.trials import Job, run_trial
+from adaptspec_tuner.searching.trials import (
+    Job,
+    geometric_mean,
+    run_together,
+    run_trial,
+)
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -60,12 +71,13 @@ Say = Callable[[str], None]
 Doing = Callable[[str], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Arm:
     """One strategy for one class: its study and its finished trials.
 
     Args:
         predicted: Setting key -> the ratio to plain decoding that a replay promised.
+        entrants: How many of its first settings open the race.
         running: Number -> setting of the trials that this process began.
     """
 
@@ -73,10 +85,10 @@ class Arm:
     name: str
     params: type[Params]
     prompts: Sequence[Prompt]
-    plain: Mapping[str, Sample]
     study: Study
     trials: list[Trial] = field(default_factory=list)
     predicted: Mapping[str, float] = field(default_factory=dict)
+    entrants: int = 1
     exhausted: bool = False
     running: dict[int, dict[str, Scalar]] = field(default_factory=dict)
 
@@ -104,10 +116,10 @@ class Arm:
 
 
 class Search:
-    """Gives each arm its default trial first, then time to the promising ones.
+    """Races the arms of each class, or searches each arm by itself.
 
     Args:
-        in_time: Whether another trial may start.
+        in_time: Whether another prompt may be measured.
         warn: Told of every mismatch and failed trial.
         doing: Told what is being measured.
         seed: Of the samplers.
@@ -117,6 +129,9 @@ class Search:
         storage: Optuna's, where the studies are kept; None keeps them in memory.
         labels: Shown by Optuna's tools with each study.
         pool: Runs trials in place of ``measurer``, several at a time.
+        challengers: New settings that join a class's leaders in a round.
+        rivals: Most leaders of a class that a round measures again.
+        repeats: Most measurements of one setting on one prompt.
     """
 
     def __init__(
@@ -135,6 +150,9 @@ class Search:
         storage: BaseStorage | None = None,
         labels: Mapping[str, str] | None = None,
         pool: TrialPool | None = None,
+        challengers: int = 2,
+        rivals: int = 2,
+        repeats: int = 3,
     ) -> None:
         self._pool = pool
         self._objective, self._storage = objective, storage
@@ -143,6 +161,8 @@ class Search:
         self._measurer, self._store, self._run = measurer, store, run
         self._in_time, self._warn, self._doing = in_time, warn, doing
         self._seed, self._most = seed, most
+        self._challengers, self._rivals = challengers, rivals
+        self._repeats = repeats
         self.arms: list[Arm] = []
         self.finished = 0  # trials, by this process
 
@@ -156,20 +176,23 @@ class Search:
         prompt_class: str,
         strategy: type[Strategy],
         prompts: Sequence[Prompt],
-        plain: Mapping[str, Sample],
-        promising: Sequence[Trial] = (),
+        first: Sequence[Mapping[str, Scalar]] = (),
+        predicted: Mapping[str, float] | None = None,
+        entrants: int = 1,
     ) -> None:
         """Search ``strategy`` on ``prompts``; what an earlier run finished counts.
 
         Args:
-            promising: Replayed trials whose settings are to be tried first.
+            first: Settings that are tried first; the defaults come after them.
+            predicted: Setting key -> the ratio that a replay promised.
+            entrants: How many of the first settings open the race.
         """
         trials = self._trials(prompt_class, strategy.name)
         study = Study(
             strategy.Params,
             trials,
             seed=self._seed,
-            first=[dict(trial.params) for trial in promising],
+            first=first,
             storage=self._storage,
             name=f"{self._run}/{prompt_class}/{strategy.name}",
             labels={
@@ -184,41 +207,187 @@ class Search:
                 strategy.name,
                 strategy.Params,
                 prompts,
-                plain,
                 study,
                 trials,
-                {
-                    Setting(strategy.name, trial.params).key: trial.detail["ratio"]
-                    for trial in promising
-                },
+                predicted or {},
+                entrants,
                 exhausted=bool(trials) and not distributions(strategy.Params),
             )
         )
 
-    def search(self) -> list[Arm]:
-        """Try settings until time or ideas run out; the arms that got no trial."""
+    def race(self) -> list[Arm]:
+        """Race the strategies of each class until time or ideas run out.
+
+        A class begins with the first settings of every strategy, measured together,
+        prompt by prompt, and drops those that are far behind. Then its leaders run
+        together with new settings of the promising strategies, the classes in turn.
+
+        Returns:
+            The arms that got no trial.
+        """
         if self._pool is not None:
             self._search_on(self._pool)
+        classes = list(dict.fromkeys(arm.prompt_class for arm in self.arms))
+        for name in classes:
+            self._open(name)
+        going = classes
+        while going and self._in_time():
+            going = [name for name in going if self._in_time() and self._round(name)]
+        self._refresh()
+        return [arm for arm in self.arms if not arm.trials]
+
+    def search_alone(self) -> None:
+        """Try every arm's first settings, then the promising arms', one by one."""
         for arm in self.arms:
             if not arm.trials and self._in_time():
                 self._try(arm)
-        while self._in_time() and (promising := self._next()) is not None:
-            self._try(promising)
+        while self._in_time() and (open_arm := self._next(self.arms)) is not None:
+            self._try(open_arm)
+        self._refresh()
+
+    def standings(self, prompt_class: str) -> Standings:
+        """What the settings of a class reached, by whomever they were measured."""
+        found = Standings()
+        for arm in self._arms(prompt_class):
+            for trial in arm.trials:
+                if trial.state == "failed":
+                    continue
+                found.add(
+                    Setting(arm.name, dict(trial.params)).key,
+                    trial.detail["prompts"],
+                    trial.detail["ratios"],
+                    dropped=trial.state == "pruned",
+                )
+        record = self._store.record(self._run, raced_key(prompt_class)) or {}
+        for key, prompts in record.items():
+            for prompt, ratios in prompts.items():
+                found.add(key, [prompt] * len(ratios), ratios)
+        return found
+
+    def _arms(self, prompt_class: str) -> list[Arm]:
+        return [arm for arm in self.arms if arm.prompt_class == prompt_class]
+
+    def _refresh(self) -> None:
+        """Learn of trials that other processes finished."""
         if self._storage is not None:
             for arm in self.arms:
                 arm.trials = self._stored(arm)
-        return [arm for arm in self.arms if not arm.trials]
 
-    def _next(self) -> Arm | None:
-        """The open arm with the fewest trials for its promise."""
+    def _open(self, prompt_class: str) -> None:
+        """Measure the first settings of all strategies of a class together."""
+        entrants = [
+            arm
+            for arm in self._arms(prompt_class)
+            if not arm.trials
+            for _ in range(arm.entrants)
+        ]
+        self._together(prompt_class, entrants, [])
+
+    def _round(self, prompt_class: str) -> bool:
+        """Measure a class's leaders with new settings; whether there was anything."""
+        arms = self._arms(prompt_class)
+        standings = self.standings(prompt_class)
+        rivals = standings.rivals(self._rivals)
+        challengers: list[Arm] = []
+        for _ in range(self._challengers):
+            if (arm := self._next(arms, challengers)) is not None:
+                challengers.append(arm)
+        prompts = arms[0].prompts
+        seen = min(
+            (standings.repeats(key, p.id) for key in rivals for p in prompts),
+            default=self._repeats,
+        )
+        # A leader without a rival is measured only beside new settings.
+        if seen >= self._repeats or (len(rivals) < 2 and not challengers):
+            rivals = []
+        if not (challengers or rivals):
+            return False
+        return self._together(prompt_class, challengers, rivals)
+
+    def _together(
+        self, prompt_class: str, arms: Sequence[Arm], rivals: Sequence[str]
+    ) -> bool:
+        """A round of new settings of ``arms`` and of known ones.
+
+        Returns:
+            Whether anything was measured.
+        """
+        begun: dict[Job, tuple[Arm, Asked]] = {}
+        for arm in arms:
+            if self._in_time() and (found := self._begin(arm)) is not None:
+                begun[found[1]] = arm, found[0]
+        known = (
+            [self._known(prompt_class, key) for key in rivals]
+            if begun or (not arms)
+            else []
+        )
+        jobs = [*known, *begun]
+        if not jobs or not (begun or self._in_time()):
+            return False
+        names = dict.fromkeys(job.strategy for job in jobs)
+        self._doing(f"{prompt_class}: racing {', '.join(names)}")
+        rule = Standings()
+
+        def given_up(ratios: Mapping[Job, Sequence[float]]) -> list[Job]:
+            best = max(ratios, key=lambda job: geometric_mean(ratios[job]))
+            return [
+                job
+                for job, found in ratios.items()
+                if job in begun
+                and rule.shown_slower(
+                    [
+                        math.log(ours / theirs)
+                        for ours, theirs in zip(found, ratios[best], strict=True)
+                    ]
+                )
+            ]
+
+        trials = run_together(
+            self._measurer, jobs, given_up, self._warn, in_time=self._in_time
+        )
+        for job, trial in zip(jobs, trials, strict=True):
+            if job in begun:
+                arm, asked = begun[job]
+                for step, ratio in enumerate(trial.detail["running"]):
+                    arm.study.report(asked, step, ratio)
+                self._finish(arm, asked, trial)
+            else:
+                self._keep_again(prompt_class, job, trial)
+        return True
+
+    def _known(self, prompt_class: str, key: str) -> Job:
+        """A setting that was tried before, to be measured once more."""
+        setting = Setting.from_key(key)
+        arm = next(a for a in self._arms(prompt_class) if a.name == setting.strategy)
+        return self._job(arm, -1, dict(setting.params))
+
+    def _keep_again(self, prompt_class: str, job: Job, trial: Trial) -> None:
+        """Add to what is known of a setting whose trial is stored already."""
+        key = raced_key(prompt_class)
+        record = dict(self._store.record(self._run, key) or {})
+        found = {p: list(r) for p, r in record.get(job.setting.key, {}).items()}
+        for prompt, ratio in zip(
+            trial.detail["prompts"], trial.detail["ratios"], strict=True
+        ):
+            found.setdefault(prompt, []).append(ratio)
+        record[job.setting.key] = found
+        self._store.put_record(self._run, key, record)
+
+    def _next(self, arms: Sequence[Arm], taken: Sequence[Arm] = ()) -> Arm | None:
+        """The open arm with the fewest trials for its promise.
+
+        Args:
+            taken: Arms of which one more is about to begin.
+        """
         lead: dict[str, float] = {}
         for arm in self.arms:
             lead[arm.prompt_class] = max(lead.get(arm.prompt_class, 0.0), arm.ratio)
-        opened = [arm for arm in self.arms if not arm.done(self._most, self._hopeless)]
+        opened = [arm for arm in arms if not arm.done(self._most, self._hopeless)]
 
         def spent(arm: Arm) -> float:
             share = arm.ratio / lead[arm.prompt_class] if arm.ratio else 0.1
-            return (len(arm.trials) + len(arm.running)) / max(0.01, share**4)
+            begun = len(arm.trials) + len(arm.running) + taken.count(arm)
+            return begun / max(0.01, share**4)
 
         return min(opened, key=spent, default=None)
 
@@ -280,18 +449,19 @@ class Search:
             arm.exhausted = True
             return None
         arm.running[asked.number] = params
-        key = Setting(arm.name, params).key
-        return asked, Job(
+        return asked, self._job(arm, asked.number, params)
+
+    def _job(self, arm: Arm, number: int, params: Mapping[str, Scalar]) -> Job:
+        return Job(
             self._run,
             arm.prompt_class,
             arm.name,
-            asked.number,
+            number,
             arm.params,
             params,
             arm.prompts,
-            arm.plain,
             self._objective,
-            arm.predicted.get(key),
+            arm.predicted.get(Setting(arm.name, params).key),
         )
 
     def _finish(self, arm: Arm, asked: Asked, trial: Trial) -> None:
@@ -310,7 +480,9 @@ class Search:
         busy: dict[Job, tuple[Arm, Asked]] = {}
         while True:
             while len(busy) < pool.size and self._in_time():
-                arm = next((a for a in self.arms if a.untouched), None) or self._next()
+                arm = next((a for a in self.arms if a.untouched), None) or self._next(
+                    self.arms
+                )
                 if arm is None:
                     break
                 if (begun := self._begin(arm)) is not None:

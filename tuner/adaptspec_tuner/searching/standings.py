@@ -1,0 +1,122 @@
+"""Who leads a class's race, and who is so far behind that it is dropped.
+
+A race measures all candidates on the same prompts and drops one as soon as its paired
+differences to the leader show it slower, so that time goes to close rivals (Maron and
+Moore 1994; F-race, Birattari et al. 2002; irace's t-test, López-Ibáñez et al. 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+from adaptspec_tuner.measuring.profiler import Setting
+
+
+class Standings:
+    """What the settings of a class reached so far: log ratios to plain decoding.
+
+    Args:
+        spread: Standard deviation of the log of two settings' ratio from prompt to
+            prompt, as expected before any was seen.
+        strength: As many observations that expectation counts.
+        level: How sure it must be that a setting is slower.
+    """
+
+    def __init__(
+        self, *, spread: float = 0.15, strength: float = 3.0, level: float = 0.9
+    ) -> None:
+        self._spread, self._strength, self._level = spread, strength, level
+        # setting key -> prompt id -> a log ratio per repeat
+        self._logs: dict[str, dict[str, list[float]]] = {}
+        self._dropped: set[str] = set()
+
+    def add(
+        self,
+        key: str,
+        prompts: Sequence[str],
+        ratios: Sequence[float],
+        dropped: bool = False,
+    ) -> None:
+        """Take in what a setting reached, each ratio measured beside plain decoding."""
+        found = self._logs.setdefault(key, {})
+        for prompt, ratio in zip(prompts, ratios, strict=True):
+            found.setdefault(prompt, []).append(math.log(ratio))
+        if dropped:
+            self._dropped.add(key)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether anything is known of a setting."""
+        return bool(self._logs.get(key))
+
+    def repeats(self, key: str, prompt: str) -> int:
+        """How often a setting was measured on a prompt."""
+        return len(self._logs.get(key, {}).get(prompt, ()))
+
+    def estimate(self, key: str, doubt: float = 1.0) -> float:
+        """The ratio to expect of a setting: what it reached, less its likely luck.
+
+        Of many settings of a strategy the best measured was lucky, too, and the more
+        so the fewer prompts it saw. So it is drawn towards the strategy's median
+        setting.
+
+        Args:
+            doubt: As many prompts that the median counts.
+        """
+        logs = self._means(key)
+        family = sorted(
+            fmean(self._means(other).values())
+            for other in self._logs
+            if self._logs[other] and _strategy(other) == _strategy(key)
+        )
+        middle = family[len(family) // 2]
+        return math.exp((sum(logs.values()) + doubt * middle) / (len(logs) + doubt))
+
+    def ranked(self, keys: Iterable[str] | None = None) -> list[str]:
+        """Setting keys, best first; those that were dropped behind all others."""
+        known = [key for key in (self._logs if keys is None else keys) if key in self]
+        return sorted(
+            known, key=lambda key: (key in self._dropped, -self.estimate(key))
+        )
+
+    def rivals(self, most: int) -> list[str]:
+        """The leader and those that may yet be faster, best first."""
+        ranked = [key for key in self.ranked() if key not in self._dropped]
+        return [
+            key for key in ranked if key == ranked[0] or not self.behind(key, ranked[0])
+        ][:most]
+
+    def behind(self, key: str, leader: str) -> bool:
+        """Whether the prompts that both saw show ``key`` slower than ``leader``."""
+        ours, theirs = self._means(key), self._means(leader)
+        return self.shown_slower([ours[p] - theirs[p] for p in ours if p in theirs])
+
+    def shown_slower(self, differences: Sequence[float]) -> bool:
+        """Whether paired log ratios, one a prompt, are below zero beyond chance.
+
+        The upper end of a t interval, whose variance begins at what is expected: after
+        one prompt there is none of one's own.
+        """
+        from scipy.stats import t
+
+        count = len(differences)
+        if not count:
+            return False
+        centre = fmean(differences)
+        squares = sum((value - centre) ** 2 for value in differences)
+        freedom = self._strength + count - 1
+        variance = (self._strength * self._spread**2 + squares) / freedom
+        error = math.sqrt(variance / count)
+        return centre + float(t.ppf(self._level, freedom)) * error < 0
+
+    def as_json(self) -> Mapping[str, Mapping[str, Sequence[float]]]:
+        """Setting key -> prompt id -> log ratios."""
+        return self._logs
+
+    def _means(self, key: str) -> dict[str, float]:
+        return {prompt: fmean(logs) for prompt, logs in self._logs[key].items()}
+
+
+def _strategy(key: str) -> str:
+    return Setting.from_key(key).strategy
