@@ -1,15 +1,15 @@
-"""A tune of measurements whose truth is known: noise, pauses, a clock that is counted."""
+"""A tune on measurements whose truth is known, with noise, pauses and a fake clock."""
 
 from __future__ import annotations
 
 import math
 import random
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
 from adaptspec.cli.progress import Progress
-from adaptspec.params import Params, Tunable
+from adaptspec.params import Tunable
 from adaptspec.profile import PLAIN
 from adaptspec.strategy import Strategy
 from adaptspec.testing.fakes import FakeClock
@@ -20,18 +20,18 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import TuneInputs
-from tuner_fakes import PLACE, FakeMeasurer, Knob
+from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 TOKENS = 48
 
 
-class TreeParams(Params):
+class TreeParams(KnobParams):
     size: Annotated[int, Tunable(1, 32, log=True)] = Field(default=8)
-    depth: Annotated[int, Tunable(1, 8)] = Field(default=4)
+    k: Annotated[int, Tunable(1, 8)] = Field(default=4)
 
 
 class One(Knob):
-    name, Params, replays = "one", TreeParams, False
+    name, Params = "one", TreeParams
 
 
 class Two(One):
@@ -61,6 +61,7 @@ class World(FakeMeasurer):
         runs: The same of one generation to the next.
         pauses: Share of generations that the machine interrupts for two seconds.
         token: Seconds of a plainly decoded token.
+        replay: Standard deviation of the log error of a strategy's predictions.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class World(FakeMeasurer):
         pauses: float = 0.01,
         token: float = 0.033,
         classes: int = 8,
+        replay: float = 0.1,
     ) -> None:
         draw = random.Random(seed)
         self.clock = FakeClock()
         self._luck = random.Random(seed + 1)
         self._runs, self._pauses, self._token = runs, pauses, token
-        self._seed, self._prompts = seed, prompts
+        self._seed, self._prompts, self._replay = seed, prompts, replay
         names = [f"class{number}" for number in range(classes)]
         # Of each class and strategy: the best ratio, and the setting that has it.
         self._best = {
@@ -104,15 +106,12 @@ class World(FakeMeasurer):
             return 1.0
         best, size, depth = self._best[prompt_class, setting.strategy]
         wrong_size = math.log(float(setting.params["size"])) - size
-        wrong_depth = float(setting.params["depth"]) - depth
+        wrong_depth = float(setting.params["k"]) - depth
         return math.exp(best - 0.05 * wrong_size**2 - 0.005 * wrong_depth**2)
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation, with the luck of prompt and moment."""
-        seconds = TOKENS * self._token / self.ratio(prompt.prompt_class, setting)
-        if setting.strategy != PLAIN:
-            draw = random.Random(f"{self._seed}/{setting.strategy}/{prompt.id}")
-            seconds *= math.exp(draw.gauss(0.0, self._prompts))
+        seconds = self._expected(setting, prompt)
         seconds *= math.exp(self._luck.gauss(0.0, self._runs))
         if self._luck.random() < self._pauses:
             seconds += 2.0
@@ -120,6 +119,23 @@ class World(FakeMeasurer):
         return Sample(
             tuple(range(TOKENS)), (TOKENS - 1) / seconds, seconds + 0.1, TOKENS
         )
+
+    def _expected(self, setting: Setting, prompt: Prompt) -> float:
+        """Seconds of decoding, but for the luck of the moment."""
+        seconds = TOKENS * self._token / self.ratio(prompt.prompt_class, setting)
+        if setting.strategy != PLAIN:
+            draw = random.Random(f"{self._seed}/{setting.strategy}/{prompt.id}")
+            seconds *= math.exp(draw.gauss(0.0, self._prompts))
+        return seconds
+
+    def predicted(self, setting: Setting, prompt: Prompt) -> Sample:
+        """What a replay says of it: wrong by as much for all of a strategy."""
+        self.clock.advance(0.01)
+        seconds = self._expected(setting, prompt)
+        if setting.strategy != PLAIN:
+            draw = random.Random(f"{self._seed}/replay/{setting.strategy}")
+            seconds *= math.exp(draw.gauss(0.0, self._replay))
+        return Sample(tuple(range(TOKENS)), (TOKENS - 1) / seconds, seconds, TOKENS)
 
     def tune(self, budget: float) -> TuneResult:
         """A whole tune in its time."""
@@ -134,6 +150,7 @@ class World(FakeMeasurer):
                 TuneOptions(budget),
                 clock=self.clock,
                 progress=Progress(None, self.clock),
+                replayer=lambda _: cast("Any", Predictor(self)),
             )
         )
         self.took = self.clock.now - began
@@ -154,3 +171,14 @@ class World(FakeMeasurer):
             max(self._best[name, cls.name][0] for cls in STRATEGIES) for name in names
         ]
         return math.exp(sum(max(0.0, top) for top in tops) / len(tops))
+
+
+class Predictor(FakeMeasurer):
+    """The replayer of a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        """What it predicts."""
+        return self._world.predicted(setting, prompt)

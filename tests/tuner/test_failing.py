@@ -201,7 +201,8 @@ def test_whenever_the_disk_is_full_it_is_one_line_and_nothing_stored_is_repeated
         assert len(run(Trace(), store).classes) == 2
         assert len(store._trials) == len(whole._trials)
         assert list(store._trials)[: len(kept)] == kept
-        settings = {(t.prompt_class, t.strategy, t.params["k"]) for t in store._trials}
+        trials = store._trials.values()
+        settings = {(t.prompt_class, t.strategy, t.params["k"]) for t in trials}
         assert len(settings) == len(store._trials)
 
 

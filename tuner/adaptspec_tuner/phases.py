@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
@@ -15,9 +16,9 @@ from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
 from adaptspec_tuner.classes.phase import discover_classes
 from adaptspec_tuner.confirming.finalists import (
     confirm_classes,
+    confirming_takes,
     decided_class,
     finalists_of,
-    least_confirmation,
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
@@ -62,7 +63,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
         with run.progress:
             plain = plain_decodings(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
-            run.time.keep_back(least_confirmation(run, tuning, held_out, plain))
+            run.time.keep_back(*confirming_takes(run, tuning, held_out, plain))
             replayer = replayer_of(run, tuning, plain)
             if run.options.discovers:
                 tuning, held_out = discover_classes(
@@ -72,8 +73,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
-            usable = usable_prompts(run, tuning, plain)
-            search = raced(run, usable, common, replayed)
+            search = raced(run, recorded, plain, common, replayed)
             finalists = finalists_of(run, search, common)
             for name, confirmed in confirm_classes(
                 run, finalists, tuning, held_out, plain
@@ -208,18 +208,6 @@ def replayer_of(
         return None
 
 
-def usable_prompts(
-    run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
-) -> dict[str, list[Prompt]]:
-    """The prompts of each class that its race runs on."""
-    return affordable(
-        [p for p in tuning.prompts if p.id in plain],
-        {key: sample.seconds for key, sample in plain.items()},
-        1 + len(run.given.strategies),
-        run.time.for_first_trials(),
-    )
-
-
 def replayed_over_all(
     run: TuningRun, replayer: Replayer | None, recorded: Sequence[Prompt]
 ) -> Presearch | None:
@@ -234,9 +222,7 @@ def replayed_by_class(
     common: Mapping[str, Mapping[str, Scalar]],
 ) -> Presearch | None:
     """The same of each class, beginning with the settings for all classes."""
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in recorded:
-        groups.setdefault(prompt.prompt_class, []).append(prompt)
+    groups = _by_class(recorded)
     first = {name: [params] for name, params in common.items()}
     return _replayed(run, replayer, groups, first, part=1.0, trials=TRIALS)
 
@@ -270,9 +256,17 @@ def _replayed(
     return tried
 
 
+def _by_class(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.prompt_class, []).append(prompt)
+    return groups
+
+
 def raced(
     run: TuningRun,
-    prompts: Mapping[str, Sequence[Prompt]],
+    recorded: Sequence[Prompt],
+    plain: Mapping[str, Sample],
     common: Mapping[str, Mapping[str, Scalar]],
     replayed: Presearch | None,
 ) -> Search:
@@ -281,6 +275,7 @@ def raced(
     Workers may join.
     """
     given, options, store = run.given, run.options, run.store
+    prompts = _by_class(recorded)
 
     def may_try() -> bool:
         most = options.budget_trials
@@ -302,6 +297,14 @@ def raced(
             "workload": given.workload.name,
         },
         pool=given.pool,
+        first=opening_prompts(
+            {
+                name: [plain[p.id].seconds for p in group]
+                for name, group in prompts.items()
+            },
+            1 + len(given.strategies),
+            run.time.for_opening(),
+        ),
     )
     profiles = [p for p in store.profiles() if p.run != run.id]
     earlier = earlier_settings(profiles, run.environment, given.strategies)
@@ -323,30 +326,20 @@ def raced(
     return search
 
 
-def affordable(
-    prompts: Sequence[Prompt],
-    seconds: Mapping[str, float],
-    strategies: int,
-    budget: float,
-) -> dict[str, list[Prompt]]:
-    """The prompts of each class that trials run on: all, or as many as time allows.
+def opening_prompts(
+    seconds: Mapping[str, Sequence[float]], settings: int, budget: float, most: int = 2
+) -> int:
+    """On how many prompts of each class new settings are measured: at least one.
 
-    One trial of every strategy on them takes about ``budget`` seconds at most; a class
-    keeps one prompt at least. A strategy seen on one prompt may still be confirmed, one
-    never tried can't.
+    Those that open the race of all classes take no longer than ``budget``, if that can
+    be; what is left goes to the close ones.
 
     Args:
-        seconds: Prompt id -> what plain decoding took.
+        seconds: Class -> what plain decoding of its prompts took.
+        settings: That open the race of a class, plain decoding counted.
     """
-    classes: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        classes.setdefault(prompt.prompt_class, []).append(prompt)
-    whole = strategies * sum(seconds[prompt.id] for prompt in prompts)
-    share = min(1.0, max(0.0, budget) / whole) if whole > 0 else 1.0
-    return {
-        name: found[: max(1, int(len(found) * share))]
-        for name, found in classes.items()
-    }
+    once = settings * sum(median(found) for found in seconds.values() if found)
+    return most if once <= 0 else max(1, int(min(most, budget / once)))
 
 
 def untried_lines(arms: Sequence[Arm]) -> list[str]:

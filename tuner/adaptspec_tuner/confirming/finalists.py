@@ -93,20 +93,30 @@ def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
     return workload.by_class().get(name, ())
 
 
-def least_confirmation(
+def confirming_takes(
     run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
-) -> float:
-    """Seconds in which one setting and plain decoding of every class are confirmed.
+) -> tuple[float, float]:
+    """Seconds that confirming every class takes, at least and with all repeats.
 
-    On as many prompts as a choice takes; a trial that ends late is made up for.
+    At least: one setting and plain decoding on as many prompts as a choice takes; a
+    round of the race that ends late is made up for. With all repeats: all finalists, as
+    slow as plain decoding.
     """
-    whole = [
+    late = [
         sum(plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain)
         for name in held_out.classes
     ]
-    once = sum(_once(tuning, name, plain) for name in held_out.classes)
-    others = 2 + len(run.given.baselines)
-    return FEWEST_PROMPTS * others * once + max(whole, default=0.0)
+    once = {name: _once(tuning, name, plain) for name in held_out.classes}
+    others = 1 + len(run.given.baselines)
+    least = FEWEST_PROMPTS * (others + 1) * sum(once.values())
+    whole = (
+        REPEATS
+        * (others + FINALISTS + 1)
+        * sum(
+            len(_of_class(held_out, name)) * seconds for name, seconds in once.items()
+        )
+    )
+    return least + max(late, default=0.0), whole
 
 
 def _once(tuning: Workload, name: str, plain: Mapping[str, Sample]) -> float:
@@ -208,9 +218,10 @@ def _best_of(arm: Arm, standings: Standings) -> Finalist | None:
     keys = [Setting(arm.name, dict(trial.params)).key for trial in arm.trials]
     if ranked := standings.ranked(dict.fromkeys(keys)):
         return Finalist(standings.estimate(ranked[0]), Setting.from_key(ranked[0]))
-    if not arm.trials and arm.predicted:
-        key = max(arm.predicted, key=lambda key: arm.predicted[key])
-        return Finalist(arm.predicted[key], Setting.from_key(key))
+    promised = {key: arm.promised(key) or 0.0 for key in arm.predicted}
+    if not arm.trials and promised:
+        key = max(promised, key=lambda key: promised[key])
+        return Finalist(promised[key], Setting.from_key(key))
     return None
 
 
@@ -218,7 +229,7 @@ def _expected(setting: Setting, arm: Arm, standings: Standings) -> float:
     """The ratio to expect of a setting: raced, else promised, else plain decoding's."""
     if setting.key in standings:
         return standings.estimate(setting.key)
-    return arm.predicted.get(setting.key, 1.0)
+    return arm.promised(setting.key) or 1.0
 
 
 def _failed(arm: Arm, setting: Setting) -> bool:
@@ -253,7 +264,9 @@ def decided_class(
     if given.replayer is not None:
         run.begin("replay")
         try:
-            predicted = _predict(run, _of_class(held_out, name), confirmed)
+            predicted = _predict(
+                run, _of_class(held_out, name), confirmed, corrections(arms)
+            )
         # A third party's strategy may raise anything; what was measured counts.
         except Exception as error:
             if stopped_by_user(error):
@@ -293,9 +306,15 @@ def decided_class(
 
 
 def _predict(
-    run: TuningRun, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
+    run: TuningRun,
+    held_out: Sequence[Prompt],
+    confirmed: Mapping[str, Confirmed],
+    factors: Mapping[str, float],
 ) -> dict[str, float]:
     """Predict what was just confirmed, on the same prompts, while there is time.
+
+    Args:
+        factors: Strategy -> what its predictions are multiplied with.
 
     Returns:
         Setting key -> how much better than plain decoding in the objective.
@@ -336,5 +355,28 @@ def _predict(
             ]
             for p in prompts
         ]
-        predicted[found.setting.key] = overall(gains)
+        factor = factors.get(found.setting.strategy, 1.0)
+        predicted[found.setting.key] = factor * overall(gains)
     return predicted
+
+
+def corrections(arms: Sequence[Arm], doubt: float = 1.0) -> dict[str, float]:
+    """Strategy -> how much more the race measured than was predicted of it.
+
+    Geometric means over settings of what a replay can't see: drafting beside a busy
+    target, reading more rows of the prompt, tokens learnt from rejected candidates.
+
+    Args:
+        doubt: As many settings that were predicted right count, too.
+    """
+    off: dict[str, list[float]] = {}
+    for arm in arms:
+        for trial in arm.trials:
+            promised = trial.detail.get("predicted")
+            if trial.state == "complete" and promised:
+                error = math.log(float(trial.detail["ratio"]) / float(promised))
+                off.setdefault(arm.name, []).append(error)
+    return {
+        name: math.exp(sum(errors) / (len(errors) + doubt))
+        for name, errors in off.items()
+    }

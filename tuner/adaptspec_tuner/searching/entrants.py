@@ -26,12 +26,13 @@ class Entrants:
     Args:
         settings: All that are to be tried before the search has ideas of its own.
         count: How many of them open the race.
-        predicted: Setting key -> the ratio to plain decoding that the replay promised.
+        predicted: Setting key -> prompt id -> the ratio to plain decoding that the
+            replay promised.
     """
 
     settings: Sequence[Params]
     count: int
-    predicted: Mapping[str, float]
+    predicted: Mapping[str, Mapping[str, float]]
 
 
 def common_settings(
@@ -72,14 +73,12 @@ def entrants(
         held: Settings of the replay that are tried early in any case.
     """
     ranked = replayed.ranked(prompt_class, cls.name) if replayed else []
-    predicted = {
-        Setting(cls.name, dict(t.params)).key: float(t.detail["ratio"]) for t in ranked
+    promised = {
+        Setting(cls.name, t.params).key: float(t.detail["ratio"]) for t in ranked
     }
-    promised = predicted.get(Setting(cls.name, dict(common)).key, 0.0)
     own = [dict(t.params) for t in ranked[:held] if dict(t.params) != dict(common)]
-    better = bool(own) and (
-        predicted[Setting(cls.name, own[0]).key] >= worth * max(promised, 1e-6)
-    )
+    least = worth * promised.get(Setting(cls.name, common).key, 0.0)
+    better = bool(own) and promised[Setting(cls.name, own[0]).key] >= least
     known = [p for p in map(dict, earlier[:1]) if p != dict(common)]
     order = [dict(common), *(own[:1] if better else []), *known]
     opening: list[Params] = []
@@ -87,6 +86,12 @@ def entrants(
         if params not in opening:
             opening.append(params)
     rest = [params for params in own if params not in opening]
+    predicted = {
+        Setting(cls.name, t.params).key: dict(
+            zip(t.detail["prompts"], t.detail["ratios"], strict=True)
+        )
+        for t in ranked
+    }
     return Entrants([*opening, *rest], len(opening), predicted)
 
 

@@ -6,8 +6,9 @@ Every finished trial is stored at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.params import Params, Scalar
@@ -76,7 +77,8 @@ class Arm:
     """One strategy for one class: its study and its finished trials.
 
     Args:
-        predicted: Setting key -> the ratio to plain decoding that a replay promised.
+        predicted: Setting key -> prompt id -> the ratio to plain decoding that a replay
+            promised.
         entrants: How many of its first settings open the race.
         running: Number -> setting of the trials that this process began.
     """
@@ -87,7 +89,7 @@ class Arm:
     prompts: Sequence[Prompt]
     study: Study
     trials: list[Trial] = field(default_factory=list)
-    predicted: Mapping[str, float] = field(default_factory=dict)
+    predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     entrants: int = 1
     exhausted: bool = False
     running: dict[int, dict[str, Scalar]] = field(default_factory=dict)
@@ -107,6 +109,20 @@ class Arm:
     def ratio(self) -> float:
         """The best ratio to plain decoding so far, 0 before any."""
         return float(self.best.detail["ratio"]) if self.best else 0.0
+
+    def promised(
+        self, key: str, prompts: Sequence[Prompt] | None = None
+    ) -> float | None:
+        """The ratio that a replay promised of a setting, None if it said nothing.
+
+        Args:
+            prompts: On these; default: on all that were replayed.
+        """
+        known = self.predicted.get(key, {})
+        wanted = list(known) if prompts is None else [p.id for p in prompts]
+        if not wanted or any(name not in known for name in wanted):
+            return None
+        return geometric_mean([known[name] for name in wanted])
 
     def done(self, most: int, hopeless: int = HOPELESS_TRIALS) -> bool:
         """Whether it needs no more trials; of a slow arm ``hopeless`` are enough."""
@@ -131,7 +147,9 @@ class Search:
         pool: Runs trials in place of ``measurer``, several at a time.
         challengers: New settings that join a class's leaders in a round.
         rivals: Most leaders of a class that a round measures again.
-        repeats: Most measurements of one setting on one prompt.
+        repeats: Most measurements of one of them on one prompt.
+        first: Prompts on which new settings are measured.
+        rest: Rounds of new settings for each repeat of the rivals.
     """
 
     def __init__(
@@ -150,9 +168,11 @@ class Search:
         storage: BaseStorage | None = None,
         labels: Mapping[str, str] | None = None,
         pool: TrialPool | None = None,
-        challengers: int = 2,
-        rivals: int = 2,
+        challengers: int = 3,
+        rivals: int = 3,
         repeats: int = 3,
+        first: int = 2,
+        rest: int = 4,
     ) -> None:
         self._pool = pool
         self._objective, self._storage = objective, storage
@@ -162,7 +182,8 @@ class Search:
         self._in_time, self._warn, self._doing = in_time, warn, doing
         self._seed, self._most = seed, most
         self._challengers, self._rivals = challengers, rivals
-        self._repeats = repeats
+        self._repeats, self._first, self._rest = repeats, first, rest
+        self._rounds: Counter[str] = Counter()  # of new settings, by class
         self.arms: list[Arm] = []
         self.finished = 0  # trials, by this process
 
@@ -177,14 +198,14 @@ class Search:
         strategy: type[Strategy],
         prompts: Sequence[Prompt],
         first: Sequence[Mapping[str, Scalar]] = (),
-        predicted: Mapping[str, float] | None = None,
+        predicted: Mapping[str, Mapping[str, float]] | None = None,
         entrants: int = 1,
     ) -> None:
         """Search ``strategy`` on ``prompts``; what an earlier run finished counts.
 
         Args:
             first: Settings that are tried first; the defaults come after them.
-            predicted: Setting key -> the ratio that a replay promised.
+            predicted: Setting key -> prompt id -> the ratio that a replay promised.
             entrants: How many of the first settings open the race.
         """
         trials = self._trials(prompt_class, strategy.name)
@@ -281,33 +302,42 @@ class Search:
             if not arm.trials
             for _ in range(arm.entrants)
         ]
-        self._together(prompt_class, entrants, [])
+        self._try_together(prompt_class, entrants)
 
     def _round(self, prompt_class: str) -> bool:
-        """Measure a class's leaders with new settings; whether there was anything."""
+        """One round of a class: close rivals on what they haven't seen, new settings.
+
+        New settings run on the class's first prompts, those of one strategy on the
+        same; only what isn't far behind there is measured on the others.
+
+        Returns:
+            Whether there was anything to measure.
+        """
         arms = self._arms(prompt_class)
         standings = self.standings(prompt_class)
         rivals = standings.rivals(self._rivals)
+        rounds, prompts = self._rounds[prompt_class], arms[0].prompts
+        seen = {
+            p.id: min((standings.repeats(key, p.id) for key in rivals), default=0)
+            for p in prompts
+        }
+        least = min(seen.values())
+        again = len(rivals) > 1 and least < self._repeats
         challengers: list[Arm] = []
-        for _ in range(self._challengers):
-            if (arm := self._next(arms, challengers)) is not None:
-                challengers.append(arm)
-        prompts = arms[0].prompts
-        seen = min(
-            (standings.repeats(key, p.id) for key in rivals for p in prompts),
-            default=self._repeats,
-        )
-        # A leader without a rival is measured only beside new settings.
-        if seen >= self._repeats or (len(rivals) < 2 and not challengers):
-            rivals = []
-        if not (challengers or rivals):
+        if not again or least > rounds // self._rest:
+            for _ in range(self._challengers):
+                if (arm := self._next(arms, challengers)) is not None:
+                    challengers.append(arm)
+        if challengers:
+            self._rounds[prompt_class] += 1
+            return self._try_together(prompt_class, challengers) or again
+        if not again:
             return False
-        return self._together(prompt_class, challengers, rivals)
+        unseen = [p for p in prompts if seen[p.id] == least]
+        return self._measure_again(prompt_class, rivals, unseen[: self._first])
 
-    def _together(
-        self, prompt_class: str, arms: Sequence[Arm], rivals: Sequence[str]
-    ) -> bool:
-        """A round of new settings of ``arms`` and of known ones.
+    def _try_together(self, prompt_class: str, arms: Sequence[Arm]) -> bool:
+        """A new setting of each of ``arms`` on the class's first prompts.
 
         Returns:
             Whether anything was measured.
@@ -315,45 +345,57 @@ class Search:
         begun: dict[Job, tuple[Arm, Asked]] = {}
         for arm in arms:
             if self._in_time() and (found := self._begin(arm)) is not None:
-                begun[found[1]] = arm, found[0]
-        known = (
-            [self._known(prompt_class, key) for key in rivals]
-            if begun or (not arms)
-            else []
-        )
-        jobs = [*known, *begun]
-        if not jobs or not (begun or self._in_time()):
+                asked, job = found
+                prompts = arm.prompts[: self._first]
+                promised = arm.promised(job.setting.key, prompts)
+                job = replace(job, prompts=prompts, predicted=promised)
+                begun[job] = arm, asked
+        if not begun:
             return False
-        names = dict.fromkeys(job.strategy for job in jobs)
-        self._doing(f"{prompt_class}: racing {', '.join(names)}")
-        rule = Standings()
+        self._tell_race(prompt_class, begun)
+        standings = self.standings(prompt_class)
+        ranked = standings.ranked()
 
-        def given_up(ratios: Mapping[Job, Sequence[float]]) -> list[Job]:
-            best = max(ratios, key=lambda job: geometric_mean(ratios[job]))
+        def given_up(ratios: Mapping[Job, Mapping[str, float]]) -> list[Job]:
+            best = max(
+                ratios.values(), key=lambda found: geometric_mean(found.values())
+            )
             return [
                 job
                 for job, found in ratios.items()
-                if job in begun
-                and rule.shown_slower(
-                    [
-                        math.log(ours / theirs)
-                        for ours, theirs in zip(found, ratios[best], strict=True)
-                    ]
+                if standings.shown_slower(
+                    [math.log(found[prompt] / best[prompt]) for prompt in found]
                 )
+                or (ranked and standings.slower_than(ranked[0], found))
             ]
 
         trials = run_together(
-            self._measurer, jobs, given_up, self._warn, in_time=self._in_time
+            self._measurer, list(begun), given_up, self._warn, in_time=self._in_time
+        )
+        for (arm, asked), trial in zip(begun.values(), trials, strict=True):
+            for step, ratio in enumerate(trial.detail["running"]):
+                arm.study.report(asked, step, ratio)
+            self._finish(arm, asked, trial)
+        return True
+
+    def _measure_again(
+        self, prompt_class: str, keys: Sequence[str], prompts: Sequence[Prompt]
+    ) -> bool:
+        """Close rivals together on prompts that they have seen least."""
+        jobs = [
+            replace(self._known(prompt_class, key), prompts=prompts) for key in keys
+        ]
+        self._tell_race(prompt_class, jobs)
+        trials = run_together(
+            self._measurer, jobs, lambda _: (), self._warn, in_time=self._in_time
         )
         for job, trial in zip(jobs, trials, strict=True):
-            if job in begun:
-                arm, asked = begun[job]
-                for step, ratio in enumerate(trial.detail["running"]):
-                    arm.study.report(asked, step, ratio)
-                self._finish(arm, asked, trial)
-            else:
-                self._keep_again(prompt_class, job, trial)
+            self._keep_again(prompt_class, job, trial)
         return True
+
+    def _tell_race(self, prompt_class: str, jobs: Iterable[Job]) -> None:
+        names = dict.fromkeys(job.strategy for job in jobs)
+        self._doing(f"{prompt_class}: racing {', '.join(names)}")
 
     def _known(self, prompt_class: str, key: str) -> Job:
         """A setting that was tried before, to be measured once more."""
@@ -461,7 +503,7 @@ class Search:
             params,
             arm.prompts,
             self._objective,
-            arm.predicted.get(Setting(arm.name, params).key),
+            arm.promised(Setting(arm.name, params).key, arm.prompts),
         )
 
     def _finish(self, arm: Arm, asked: Asked, trial: Trial) -> None:

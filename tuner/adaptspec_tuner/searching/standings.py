@@ -92,6 +92,17 @@ class Standings:
         ours, theirs = self._means(key), self._means(leader)
         return self.shown_slower([ours[p] - theirs[p] for p in ours if p in theirs])
 
+    def slower_than(self, leader: str, ratios: Mapping[str, float]) -> bool:
+        """The same of ratios by prompt id that aren't in here."""
+        theirs = self._means(leader)
+        return self.shown_slower(
+            [
+                math.log(ratio) - theirs[prompt]
+                for prompt, ratio in ratios.items()
+                if prompt in theirs
+            ]
+        )
+
     def shown_slower(self, differences: Sequence[float]) -> bool:
         """Whether paired log ratios, one a prompt, are below zero beyond chance.
 

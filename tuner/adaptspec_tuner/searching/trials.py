@@ -61,9 +61,10 @@ def run_trial(
         report: Told the running ratio after each prompt; whether to give it up.
     """
 
-    def given_up(ratios: Mapping[Job, Sequence[float]]) -> Collection[Job]:
+    def given_up(ratios: Mapping[Job, Mapping[str, float]]) -> Collection[Job]:
         ended = [
-            report(len(found) - 1, geometric_mean(found)) for found in ratios.values()
+            report(len(found) - 1, geometric_mean(found.values()))
+            for found in ratios.values()
         ]
         return [job] if any(ended) else []
 
@@ -74,7 +75,7 @@ def run_trial(
 def run_together(
     measurer: Measurer,
     jobs: Sequence[Job],
-    given_up: Callable[[Mapping[Job, Sequence[float]]], Collection[Job]],
+    given_up: Callable[[Mapping[Job, Mapping[str, float]]], Collection[Job]],
     warn: Callable[[str], None],
     *,
     in_time: Callable[[], bool] = lambda: True,
@@ -86,8 +87,8 @@ def run_together(
 
     Args:
         jobs: All with the same prompts.
-        given_up: Told the ratios so far of those still running, after each prompt but
-            the last; which of them end here.
+        given_up: Told the ratios by prompt id of those still running, after each prompt
+            but the last; which of them end here.
         in_time: Whether another prompt may begin; the first is measured anyway.
 
     Returns:
@@ -147,13 +148,12 @@ class _Running:
     """A trial on its way.
 
     Args:
-        ratios: To plain decoding, of the prompts so far.
+        ratios: Prompt id -> ratio to plain decoding.
         state: How it ended; None while it goes on.
     """
 
     job: Job
-    prompts: list[str] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
+    ratios: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     near_ties: int = 0
     state: str | None = None
@@ -190,21 +190,21 @@ class _Running:
             )
             return
         self.near_ties += agreement == "near_tie"
-        self.prompts.append(prompt.id)
         self.speeds.append(sample.speed)
-        self.ratios.append(max(sample.gain(plain, job.objective), LEAST_RATIO))
+        gain = sample.gain(plain, job.objective)
+        self.ratios[prompt.id] = max(gain, LEAST_RATIO)
 
     def trial(self) -> Trial:
         """What is stored of it; without any prompt it failed."""
         job, state = self.job, self.state or "complete"
         if not self.ratios and state != "failed":
             state, self.error = "failed", "no prompt could be decoded plainly"
+        ratios = list(self.ratios.values())
         detail: dict[str, Any] = {
-            "prompts": self.prompts,
-            "ratios": self.ratios,
+            "prompts": list(self.ratios),
+            "ratios": ratios,
             "running": [
-                geometric_mean(self.ratios[:count])
-                for count in range(1, len(self.ratios) + 1)
+                geometric_mean(ratios[:count]) for count in range(1, len(ratios) + 1)
             ],
             "near_ties": self.near_ties,
         }
@@ -213,7 +213,7 @@ class _Running:
         if self.error is not None:
             detail["error"] = self.error
         if self.ratios:
-            detail["ratio"] = geometric_mean(self.ratios)
+            detail["ratio"] = geometric_mean(ratios)
         return Trial(
             job.run,
             job.prompt_class,
@@ -226,6 +226,6 @@ class _Running:
         )
 
 
-def geometric_mean(ratios: Sequence[float]) -> float:
+def geometric_mean(ratios: Collection[float]) -> float:
     """Of one ratio or more, all above zero."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
