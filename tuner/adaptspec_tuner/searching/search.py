@@ -183,7 +183,9 @@ class Search:
         self._seed, self._most = seed, most
         self._challengers, self._rivals = challengers, rivals
         self._repeats, self._first, self._rest = repeats, first, rest
-        self._rounds: Counter[str] = Counter()  # of new settings, by class
+        # By class: rounds of new settings, and of known ones.
+        self._rounds, self._reruns = Counter[str](), Counter[str]()
+        self._gave_way: set[tuple[str, str]] = set()  # leaders that failed later
         self.arms: list[Arm] = []
         self.finished = 0  # trials, by this process
 
@@ -251,6 +253,7 @@ class Search:
         classes = list(dict.fromkeys(arm.prompt_class for arm in self.arms))
         for name in classes:
             self._open(name)
+            self._rounds[name] += 1
         going = classes
         while going and self._in_time():
             going = [name for name in going if self._in_time() and self._round(name)]
@@ -283,6 +286,9 @@ class Search:
         for key, prompts in record.items():
             for prompt, ratios in prompts.items():
                 found.add(key, [prompt] * len(ratios), ratios)
+        for name, key in self._gave_way:
+            if name == prompt_class:
+                found.drop(key)
         return found
 
     def _arms(self, prompt_class: str) -> list[Arm]:
@@ -316,23 +322,32 @@ class Search:
         arms = self._arms(prompt_class)
         standings = self.standings(prompt_class)
         rivals = standings.rivals(self._rivals)
-        rounds, prompts = self._rounds[prompt_class], arms[0].prompts
+        prompts, rounds = arms[0].prompts, self._rounds[prompt_class]
         seen = {
             p.id: min((standings.repeats(key, p.id) for key in rivals), default=0)
             for p in prompts
         }
         least = min(seen.values())
-        again = len(rivals) > 1 and least < self._repeats
-        challengers: list[Arm] = []
-        if not again or least > rounds // self._rest:
+        close = len(rivals) > 1 and least < self._repeats
+        # Through the prompts in turns with new settings, then once more now and then.
+        due = (
+            rounds > self._reruns[prompt_class]
+            if least == 0
+            else (least <= (rounds - self._reruns[prompt_class]) // self._rest)
+        )
+        if not (close and due):
+            challengers: list[Arm] = []
             for _ in range(self._challengers):
                 if (arm := self._next(arms, challengers)) is not None:
                     challengers.append(arm)
-        if challengers:
             self._rounds[prompt_class] += 1
-            return self._try_together(prompt_class, challengers) or again
-        if not again:
+            if challengers and self._try_together(prompt_class, challengers):
+                return True
+            if self._next(arms) is not None:
+                return True
+        if not close:
             return False
+        self._reruns[prompt_class] += 1
         unseen = [p for p in prompts if seen[p.id] == least]
         return self._measure_again(prompt_class, rivals, unseen[: self._first])
 
@@ -390,8 +405,10 @@ class Search:
             self._measurer, jobs, lambda _: (), self._warn, in_time=self._in_time
         )
         for job, trial in zip(jobs, trials, strict=True):
+            if trial.state == "failed":
+                self._gave_way.add((prompt_class, job.setting.key))
             self._keep_again(prompt_class, job, trial)
-        return True
+        return any(trial.detail["ratios"] for trial in trials)
 
     def _tell_race(self, prompt_class: str, jobs: Iterable[Job]) -> None:
         names = dict.fromkeys(job.strategy for job in jobs)

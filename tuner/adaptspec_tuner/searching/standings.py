@@ -7,6 +7,7 @@ Moore 1994; F-race, Birattari et al. 2002; irace's t-test, López-Ibáñez et al
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -31,6 +32,8 @@ class Standings:
         # setting key -> prompt id -> a log ratio per repeat
         self._logs: dict[str, dict[str, list[float]]] = {}
         self._dropped: set[str] = set()
+        self._strategies: dict[str, str] = {}  # setting key -> strategy
+        self._middles: dict[str, float] = {}  # strategy -> its median setting's mean
 
     def add(
         self,
@@ -41,10 +44,16 @@ class Standings:
     ) -> None:
         """Take in what a setting reached, each ratio measured beside plain decoding."""
         found = self._logs.setdefault(key, {})
+        self._strategies[key] = name = Setting.from_key(key).strategy
+        self._middles.pop(name, None)
         for prompt, ratio in zip(prompts, ratios, strict=True):
             found.setdefault(prompt, []).append(math.log(ratio))
         if dropped:
-            self._dropped.add(key)
+            self.drop(key)
+
+    def drop(self, key: str) -> None:
+        """Leave a setting behind all others."""
+        self._dropped.add(key)
 
     def __contains__(self, key: str) -> bool:
         """Whether anything is known of a setting."""
@@ -65,13 +74,18 @@ class Standings:
             doubt: As many prompts that the median counts.
         """
         logs = self._means(key)
-        family = sorted(
-            fmean(self._means(other).values())
-            for other in self._logs
-            if self._logs[other] and _strategy(other) == _strategy(key)
-        )
-        middle = family[len(family) // 2]
+        middle = self._middle(self._strategies[key])
         return math.exp((sum(logs.values()) + doubt * middle) / (len(logs) + doubt))
+
+    def _middle(self, strategy: str) -> float:
+        if strategy not in self._middles:
+            means = sorted(
+                fmean(self._means(key).values())
+                for key, name in self._strategies.items()
+                if name == strategy and self._logs[key]
+            )
+            self._middles[strategy] = means[len(means) // 2]
+        return self._middles[strategy]
 
     def ranked(self, keys: Iterable[str] | None = None) -> list[str]:
         """Setting keys, best first; those that were dropped behind all others."""
@@ -109,8 +123,6 @@ class Standings:
         The upper end of a t interval, whose variance begins at what is expected: after
         one prompt there is none of one's own.
         """
-        from scipy.stats import t
-
         count = len(differences)
         if not count:
             return False
@@ -119,15 +131,15 @@ class Standings:
         freedom = self._strength + count - 1
         variance = (self._strength * self._spread**2 + squares) / freedom
         error = math.sqrt(variance / count)
-        return centre + float(t.ppf(self._level, freedom)) * error < 0
-
-    def as_json(self) -> Mapping[str, Mapping[str, Sequence[float]]]:
-        """Setting key -> prompt id -> log ratios."""
-        return self._logs
+        return centre + _quantile(self._level, freedom) * error < 0
 
     def _means(self, key: str) -> dict[str, float]:
         return {prompt: fmean(logs) for prompt, logs in self._logs[key].items()}
 
 
-def _strategy(key: str) -> str:
-    return Setting.from_key(key).strategy
+@functools.cache
+def _quantile(level: float, freedom: float) -> float:
+    """Of Student's t distribution."""
+    from scipy.stats import t
+
+    return float(t.ppf(level, freedom))
