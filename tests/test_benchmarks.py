@@ -174,30 +174,6 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(
-    "name", ["autoregressive", "prompt_lookup", "token_recycling", "draft_model"]
-)
-def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
-    contenders = benchmark("contenders")
-    model = tiny_model("llama")
-    ours = contenders.Ours(
-        Engine(model, tiny_model("llama")), Host.installed(), name, {}
-    )
-    prompt, free = [1, 2, 3], ours([1, 2, 3], 12)[0]
-    script = contenders.Script(model)
-    assert ours(prompt, 12)[0] == free
-    held = [free[0], *([7, 8, 9] * 4)[:10]]  # soon drafted by looking it up
-    script.text = [*prompt, *held]
-    assert ours(prompt, 11)[0] == held
-    told = ours(prompt, 14)[0]
-    assert told[:11] == held
-    script.text = None
-    model = tiny_model("llama")
-    plain = contenders.Ours(Engine(model), Host.installed(), "autoregressive", {})
-    assert told[11:] == plain([*prompt, *held], 3)[0]
-    assert ours(prompt, 12)[0] == free
-
-
 def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
     engine, host = Engine(tiny_model("llama")), Host.installed()
 
@@ -210,28 +186,6 @@ def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
         return found
 
     assert forwards("warm_up") == forwards("") < forwards("__call__")
-
-
-def test_the_one_with_the_fewest_tokens_steps_next() -> None:
-    told: list[str] = []
-
-    def steps(name: str, *lengths: int) -> Any:
-        for length in lengths:
-            told.append(name)
-            yield [0] * length
-
-    benchmark("contenders").in_step(
-        {
-            "one": steps("one", 1, 1, 1, 1, 1, 1),
-            "four": steps("four", 1, 4, 1),
-            "two": steps("two", 1, 2, 2, 1),
-        }
-    )
-    assert told == [
-        *("one", "four", "two", "one", "four", "two"),  # 2, 5, 3 tokens
-        *("one", "two", "one", "one"),  # 5, 5, 5
-        *("four", "two", "one"),
-    ]
 
 
 @pytest.mark.slow

@@ -46,7 +46,10 @@ def test_trials_are_mixed_where_what_decides_their_figures_is_equal(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"objective": "joy"}, "objective must be 'answer' or 'speed' or 'latency', got 'joy'"),
+        (
+            {"objective": "joy"},
+            "must be 'answer' or 'speed' or 'latency', got 'joy'",
+        ),
         ({"limit": 0}, "limit must be 1 or more, got 0"),
         ({"max_new_tokens": 1}, "max_new_tokens must be 2 or more, got 1"),
         ({"baselines": True, "objective": "latency"}, "leave --baselines out"),

@@ -13,7 +13,7 @@ from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import KeepsStudies
-from adaptspec_tuner.measuring.profiler import TurnMeasurer, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool

@@ -25,9 +25,9 @@ from adaptspec_tuner.measuring.in_turns import SharedAnswer, Timed, decode_in_tu
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
-    TurnMeasurer,
     Sample,
     Setting,
+    TurnMeasurer,
     in_a_line,
     sample_of,
     sample_of_whole,

@@ -166,26 +166,33 @@ def _parts(at: int, run: TimedRun) -> list[_Part]:
 def _without_standstill(parts: Sequence[_Part], limits: Limits) -> None:
     """Take away the time in which the process did nothing, where that isn't usual.
 
-    On a GPU it may wait for each forward without processor time.
+    It is usual where others work on the same processors, for all parts at that time,
+    and on a GPU, whose forwards may be waited for without processor time.
     """
-    groups: dict[tuple[str, bool], list[Piece]] = defaultdict(list)
-    for part in parts:
-        groups[part.group].append(part.piece)
+    parts = sorted((p for p in parts if p.piece.seconds > 0), key=_when)
+    shares = [_idle(part.piece) / part.piece.seconds for part in parts]
+    around = _running_median(shares, limits.window)
+    groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for at, part in enumerate(parts):
+        groups[part.group].append(at)
     # Disturbances only ever lengthen, and of few parts half may have met one.
-    idle = {key: _quantile(map(_idle, found), 0.25) for key, found in groups.items()}
-    # How many threads work at a time.
-    threads = {
-        key: _quantile((p.processor / max(p.seconds, 1e-9) for p in found), 0.75)
+    usual = {
+        key: _quantile((shares[at] for at in found), 0.25)
         for key, found in groups.items()
     }
-    for part in parts:
-        piece = part.piece
-        excess = _idle(piece) - idle[part.group]
-        if excess > max(limits.still, limits.still_share * (piece.seconds - excess)):
+    # How many threads work at a time.
+    threads = {
+        key: _quantile((_threads(parts[at].piece) for at in found), 0.75)
+        for key, found in groups.items()
+    }
+    for part, share, here in zip(parts, shares, around, strict=True):
+        seconds = part.piece.seconds
+        excess = (share - max(here, usual[part.group])) * seconds
+        if excess > max(limits.still, limits.still_share * (seconds - excess)):
             part.held_up = True
-            beside = piece.processor / max(1.0, threads[part.group])
+            beside = part.piece.processor / max(1.0, threads[part.group])
             longest = max(range(3), key=part.seconds.__getitem__)
-            kept = part.seconds[longest] - max(excess, piece.seconds - beside)
+            kept = part.seconds[longest] - max(excess, seconds - beside)
             part.seconds[longest] = max(0.0, kept)
 
 
@@ -195,7 +202,7 @@ def _without_slow_steps(steps: Sequence[_Part], limits: Limits) -> dict[int, flo
     Returns:
         Kind of tree size -> typical seconds of a forward, never falling.
     """
-    steps = sorted((s for s in steps if s.seconds[0] > 0), key=lambda s: s.piece.when)
+    steps = sorted((step for step in steps if step.seconds[0] > 0), key=_when)
     if len(steps) < limits.fewest:
         return {}
     logs = [math.log(step.seconds[0]) for step in steps]
@@ -290,8 +297,16 @@ def kind_of(rows: int) -> int:
     return (rows - 1).bit_length()
 
 
+def _when(part: _Part) -> int:
+    return part.piece.when
+
+
 def _idle(piece: Piece) -> float:
     return max(0.0, piece.seconds - piece.processor)
+
+
+def _threads(piece: Piece) -> float:
+    return piece.processor / piece.seconds
 
 
 def _seconds(generation: Generation) -> float:
