@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
 from adaptspec.decoding.engine import Engine
@@ -327,3 +328,51 @@ def test_held_out_prompts_gain_by_what_was_best_for_their_class_when_tuning() ->
     assert gained(tuning, held_out, logs, "x") == pytest.approx(
         (3.0 * 0.8 * 1.0 * 1.1) ** (1 / 4)
     )
+
+
+def tuned(winner: str, ratios: dict[str, float]) -> dict[str, Any]:
+    rows = [
+        {"strategy": name, "params": {"k": 1}, "ratio": ratio}
+        for name, ratio in {"autoregressive": 1.0, **ratios}.items()
+    ]
+    found = {"class": "chat", "winner": winner, "params": {"k": 1}, "results": rows}
+    return {"classes": [found]}
+
+
+def test_ratios_of_a_disturbed_tune_are_set_beside_the_quiet_ones() -> None:
+    disturbed = benchmark("disturbed")
+    found = disturbed.compared(
+        tuned("a", {"a": 2.0, "b": 1.5}), tuned("b", {"a": 2.2, "b": 1.5, "c": 3.0})
+    )
+    assert found["same"] == 0
+    assert found["classes"]["chat"]["ratios"] == {
+        'a {"k": 1}': [2.0, 2.2],
+        'b {"k": 1}': [1.5, 1.5],
+    }
+    assert found["mean"] == pytest.approx(0.05)
+    assert found["most"] == pytest.approx(0.1)
+    same = disturbed.compared(tuned("a", {"a": 2.0}), tuned("a", {"b": 2.0}))
+    assert (same["same"], same["mean"]) == (1, None)
+
+
+STANDS_STILL = """
+import json, time
+before = time.monotonic()
+longest = 0
+for _ in range(100):
+    time.sleep(0.01)
+    now = time.monotonic()
+    before, longest = now, max(longest, now - before)
+print(json.dumps({"longest": longest}))
+"""
+
+
+@pytest.mark.slow
+def test_a_disturbed_command_is_stopped_and_goes_on() -> None:
+    disturbed = benchmark("disturbed")
+    command = [sys.executable, "-c", STANDS_STILL]
+    found = disturbed.tune(command, load=(0.1, 0.2), pauses=[0.5], pause=1.5)
+    assert found["longest"] > 1.4
+    assert found["seconds"] > 2.0
+    with pytest.raises(ClickException, match="no such thing"):
+        disturbed.tune([sys.executable, "-c", "raise SystemExit('no such thing')"])

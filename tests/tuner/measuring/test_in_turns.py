@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,8 +84,8 @@ def test_who_writes_one_answer_writes_what_generate_does(more: dict[str, Any]) -
     engine, answer = Engine(model, tiny_model("llama")), SharedAnswer()
     runs = decode_in_turns(
         {
-            name: lambda name=name: generation(  # type: ignore[misc]
-                engine, name, answer.follow(name), **more
+            name: functools.partial(
+                generation, engine, name, answer.follow(name), **more
             )
             for name in NAMES
         }
@@ -112,9 +113,7 @@ def test_a_text_is_followed_to_its_end_and_what_was_chosen_instead_is_known(
     answer = SharedAnswer()
     answer.tokens += text
     runs = {
-        who: lambda who=who: generation(  # type: ignore[misc]
-            engine, who, answer.follow(who)
-        )
+        who: functools.partial(generation, engine, who, answer.follow(who))
         for who in dict.fromkeys((name, "autoregressive"))
     }
     done = decode_in_turns(runs, needed="autoregressive")
@@ -177,9 +176,7 @@ def test_who_raises_ends_and_the_others_go_on_unless_they_need_it() -> None:
         kinds = {"good": FakeGeneration, "bad": Failing}
         return decode_in_turns(
             {
-                name: lambda kind=kind: kind(  # type: ignore[misc]
-                    machine, 0.1, plan, lambda rows: 0.1
-                )
+                name: functools.partial(kind, machine, 0.1, plan, lambda rows: 0.1)
                 for name, kind in kinds.items()
             },
             needed=needed,
