@@ -250,6 +250,7 @@ def _replayed(
         seed=run.options.seed,
         first=first,
         trials=trials,
+        objective=run.options.objective,
     )
     for key, record in as_records(tried).items():
         run.store.put_record(run.id, key, record)

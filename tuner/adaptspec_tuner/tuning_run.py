@@ -12,7 +12,7 @@ from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import TrialPool
@@ -21,6 +21,7 @@ from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
+    from adaptspec_tuner.measuring.other_programs import OtherPrograms
     from adaptspec_tuner.replaying.replayer import Replayer
 
 # From plain decoding of prompts to what predicts from it, where anything can.
@@ -60,9 +61,12 @@ class TuneInputs:
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
+        processor: Seconds of processor time of this process; without it, that it stood
+            still isn't seen.
+        others: Watches what other programs take of the processors, from its making on.
     """
 
-    measurer: Measurer
+    measurer: TurnMeasurer
     strategies: Sequence[type[Strategy]]
     workload: Workload
     store: ProfileStore
@@ -77,6 +81,8 @@ class TuneInputs:
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    processor: Callable[[], float] | None = None
+    others: Callable[[], OtherPrograms] | None = None
 
     @property
     def replaying(self) -> list[type[Strategy]]:

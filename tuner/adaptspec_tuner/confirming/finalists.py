@@ -31,6 +31,7 @@ from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
+BUSY = 0.1  # of the processors, worth telling
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,17 @@ def confirm_classes(
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
         share = run.time.left / (len(names) - index)
-        others = 1 + len(baselines)
-        chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - others)
-        expected = once * (others + sum(_share(found.ratio) for found in chosen))
+        always = 1 + len(baselines)
+        chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)
+        expected = once * (always + sum(_share(found.ratio) for found in chosen))
         if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
         run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")
+        watch = run.given.others
+        others = None if watch is None else watch()
         confirmed = confirm(
             run.given.measurer,
             [*(found.setting for found in chosen), *baselines],
@@ -79,8 +82,16 @@ def confirm_classes(
             warn=run.warn,
             objective=run.options.objective,
             clock=run.clock,
+            processor=run.given.processor,
             expected=expected,
+            seed=run.options.seed,
         )
+        taken = None if others is None else others.share()
+        if taken is not None and taken > BUSY:
+            run.warn(
+                f"{name}: other programs took {taken:.0%} of the processors while it "
+                "was confirmed; settings took turns, so it fell on all alike"
+            )
         if not confirmed:
             run.warn(
                 f"{name}: plain decoding fails or ends at once; nothing to compare"

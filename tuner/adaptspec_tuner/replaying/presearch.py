@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.profile import ANSWER
 from adaptspec_tuner.records import replayed_key
 from adaptspec_tuner.searching.search import Search
 
@@ -69,6 +70,7 @@ def presearch(
     seed: int = 0,
     first: Mapping[str, Sequence[Mapping[str, Scalar]]] | None = None,
     trials: int = TRIALS,
+    objective: str = ANSWER,
 ) -> Presearch:
     """Search as with the model, by the same code, on predicted times.
 
@@ -88,6 +90,7 @@ def presearch(
         seed=seed,
         most=trials,
         hopeless=trials,  # a trial here costs next to nothing
+        objective=objective,
     )
     for cls in strategies:
         for name, group in prompts.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adaptspec.cli.progress import minutes
-from adaptspec.profile import LATENCY, PLAIN
+from adaptspec.profile import ANSWER, LATENCY, PLAIN, SPEED
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec_tuner.reporting.result import told_errors
 
@@ -79,7 +79,8 @@ def said(result: TuneResult) -> list[str]:
 
 
 COLUMN = {
-    "speed": "x plain [95% interval]",
+    ANSWER: "x plain in time per answer [95% interval]",
+    SPEED: "x plain in tokens/s [95% interval]",
     LATENCY: "x plain in p95 latency [95% interval]",
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.params import Params, Scalar
-from adaptspec.profile import SPEED, Trial
+from adaptspec.profile import ANSWER, Trial
 from adaptspec_tuner.measuring.profiler import Measurer, Setting
 from adaptspec_tuner.records import raced_key
 from adaptspec_tuner.searching.space import distributions
@@ -164,7 +164,7 @@ class Search:
         seed: int = 0,
         most: int = 40,
         hopeless: int = HOPELESS_TRIALS,
-        objective: str = SPEED,
+        objective: str = ANSWER,
         storage: BaseStorage | None = None,
         labels: Mapping[str, str] | None = None,
         pool: TrialPool | None = None,

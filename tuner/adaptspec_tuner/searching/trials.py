@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.errors import AdaptSpecError, stopped_by_user
 from adaptspec.params import Params, Scalar
-from adaptspec.profile import SPEED, Trial
+from adaptspec.profile import ANSWER, Trial
+from adaptspec_tuner.measuring.in_turns import decode_in_turns
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Measurer,
     Sample,
     Setting,
+    TurnMeasurer,
     in_a_line,
+    sample_of,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ class Job:
     """What a trial measures; can be sent to another machine.
 
     Args:
+        number: Of the trial; -1 for a setting that is measured once more.
         predicted: The ratio that a replay promised, if it was replayed.
     """
 
@@ -40,7 +45,7 @@ class Job:
     space: type[Params]
     params: Mapping[str, Scalar]
     prompts: Sequence[Prompt]
-    objective: str = SPEED
+    objective: str = ANSWER
     predicted: float | None = None
 
     @property
@@ -96,6 +101,8 @@ def run_together(
     """
     measurer.forget()
     runs = {job: _Running(job) for job in jobs}
+    for run in runs.values():
+        run.prepare(measurer, warn)
     prompts = jobs[0].prompts if jobs else ()
     for place, prompt in enumerate(prompts):
         going = [run for run in runs.values() if run.state is None]
@@ -124,6 +131,8 @@ def measured(
 ) -> dict[str, Sample | Exception]:
     """One generation of each setting on a prompt; of what fails the error.
 
+    Step by step in turns, where that can be.
+
     Args:
         turn: Where the order begins: no setting is always the first.
 
@@ -131,8 +140,19 @@ def measured(
         By setting key.
     """
     start = turn % len(settings)
+    order = [*settings[start:], *settings[:start]]
+    if isinstance(measurer, TurnMeasurer):
+        runs = decode_in_turns(
+            {s.key: functools.partial(measurer.begin, s, prompt) for s in order},
+            together=measurer.fits(order, prompt),
+            needed=PLAIN_SETTING.key,
+        )
+        return {
+            key: sample_of(run.result) if run.error is None else run.error
+            for key, run in runs.items()
+        }
     found: dict[str, Sample | Exception] = {}
-    for setting in [*settings[start:], *settings[:start]]:
+    for setting in order:
         try:
             found[setting.key] = measurer.measure(setting, prompt)
         # A third party's strategy may raise anything, and so may a model.
@@ -159,6 +179,16 @@ class _Running:
     state: str | None = None
     error: str | None = None
 
+    def prepare(self, measurer: Measurer, warn: Callable[[str], None]) -> None:
+        """Decode a little with a new setting: the first prompt must not be slow."""
+        try:
+            self.job.space.parse(dict(self.job.params), self.job.strategy)
+            if isinstance(measurer, TurnMeasurer) and self.job.number >= 0:
+                measurer.warm_up(self.job.setting, self.job.prompts)
+        # A third party's strategy may raise anything, and so may a model.
+        except Exception as error:
+            self._fail(error, warn)
+
     def take(
         self,
         measurer: Measurer,
@@ -172,15 +202,10 @@ class _Running:
         try:
             if isinstance(sample, Exception):
                 raise sample
-            job.space.parse(dict(job.params), job.strategy)
             agreement = measurer.agreement(prompt, plain.tokens, sample.tokens)
         # A forward tells near ties, for which there may be no memory left.
         except Exception as error:
-            if stopped_by_user(error):
-                raise
-            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
-            if not isinstance(error, AdaptSpecError):
-                warn(f"{job.strategy} {dict(job.params)} failed: {self.error}")
+            self._fail(error, warn)
             return
         if agreement == "mismatch":
             self.state, self.error = "failed", f"mismatch: prompt {prompt.id!r}"
@@ -193,6 +218,13 @@ class _Running:
         self.speeds.append(sample.speed)
         gain = sample.gain(plain, job.objective)
         self.ratios[prompt.id] = max(gain, LEAST_RATIO)
+
+    def _fail(self, error: Exception, warn: Callable[[str], None]) -> None:
+        if stopped_by_user(error):
+            raise error
+        self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+        if not isinstance(error, AdaptSpecError):
+            warn(f"{self.job.strategy} {dict(self.job.params)} failed: {self.error}")
 
     def trial(self) -> Trial:
         """What is stored of it; without any prompt it failed."""
