@@ -147,7 +147,7 @@ class World(FakeMeasurer):
                 self.workload,
                 MemoryStore(),
                 PLACE,
-                TuneOptions(budget),
+                TuneOptions(budget, objective="speed"),
                 clock=self.clock,
                 progress=Progress(None, self.clock),
                 replayer=lambda _: cast("Any", Predictor(self)),
