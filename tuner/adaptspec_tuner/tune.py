@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import (
+    CONTEXTS,
     HardwareCosts,
     explained,
     measure_costs,
@@ -240,7 +241,14 @@ def _replayer(
             )
         doing("measuring forwards")
         text = [t for one in recordings for t in (*one.prompt, *one.tokens)]
-        costs = measure_costs(engine.model, engine.draft, longest=longest, text=text)
+        most = max(len(one.prompt) + one.most for one in recordings)
+        costs = measure_costs(
+            engine.model,
+            engine.draft,
+            contexts=contexts_for(most),
+            longest=longest,
+            text=text,
+        )
         store_costs(store, environment, costs)
         return costs
 
@@ -255,6 +263,18 @@ def _replayer(
         return Replayer(engine, host, costs.target, recordings, costs.draft)
 
     return make
+
+
+def contexts_for(most: int, least: int = 2) -> list[int]:
+    """Numbers of cached tokens that forwards are timed behind.
+
+    Args:
+        most: Tokens of the longest prompt with its answer; the last slope goes on a
+            little, so up to twice the largest number.
+        least: How many numbers there are at least, for a slope.
+    """
+    needed = sum(2 * context < most for context in CONTEXTS) + 1
+    return list(CONTEXTS[: max(least, needed)])
 
 
 def forwards_of(recordings: Iterable[Recording]) -> list[tuple[int, float]]:
