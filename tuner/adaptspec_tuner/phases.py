@@ -69,7 +69,9 @@ def tune_with(given: TuneInputs) -> TuneResult:
                 tuning, held_out = discover_classes(
                     run, replayer, set(plain), tuning, held_out
                 )
-            recorded = [p for p in tuning.prompts if p.id in plain]
+            # The classes in turn, so that any first prompts are of all kinds.
+            mixed = tuning.limit(len(tuning.prompts)).prompts
+            recorded = [p for p in mixed if p.id in plain]
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)

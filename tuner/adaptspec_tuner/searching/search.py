@@ -242,8 +242,9 @@ class Search:
         """Race the strategies of each class until time or ideas run out.
 
         A class begins with the first settings of every strategy, measured together,
-        prompt by prompt, and drops those that are far behind. Then its leaders run
-        together with new settings of the promising strategies, the classes in turn.
+        prompt by prompt, and drops those that are far behind. Then, the classes in
+        turn, its close rivals go on to other prompts, and new settings of the promising
+        strategies join.
 
         Returns:
             The arms that got no trial.
