@@ -14,7 +14,6 @@ was taken, in plain decoding's steps, and hold for every other step, too.
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -92,7 +91,6 @@ class RecordedTarget(LanguageModel):
         self._costs = costs
         self._clock = clock
         self._recording, self._reading = Recording((), (), 0), RecordedOutputs(0)
-        self._places: dict[int, list[int]] | None = None  # token -> where it stands
         self._curves: dict[int, LatencyCurve] = {}
         self._nothing = torch.zeros(1, 1, dtype=model.dtype)
         self.scale = 1.0  # of what the costs say, where the record was taken
@@ -103,7 +101,6 @@ class RecordedTarget(LanguageModel):
     ) -> None:
         """Answer from ``recording``, and what was read of it, from here on."""
         self._recording, self._reading = recording, reading or RecordedOutputs(0)
-        self._places = None
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
@@ -174,16 +171,10 @@ class RecordedTarget(LanguageModel):
         rows, logits = {node: node for node in range(nodes)}, self._empty(nodes)
         if len(self._reading.tops):
             # What the target thinks after tokens it didn't choose isn't on record.
-            known = [
-                place
-                if place is not None or true[node]
-                else self._elsewhere(tree.tokens[node], cached)
-                for node, place in enumerate(places)
-            ]
-            seen = [node for node in range(nodes) if known[node] is not None]
+            seen = [node for node in range(nodes) if places[node] is not None]
             ends = [node for node in range(nodes) if true[node] and node not in seen]
             rows = {node: row for row, node in enumerate([*seen, *ends])}
-            found = [place for place in known if place is not None]
+            found = [place for place in places if place is not None]
             logits = self._reading.logits_of(found, self.vocab_size)
             logits = torch.cat([logits, logits.new_zeros(len(ends), self.vocab_size)])
             best = [best[node] for node in rows]
@@ -191,21 +182,6 @@ class RecordedTarget(LanguageModel):
         seconds = self.scale * self._curve(cached)(nodes) + self.extra
         self._clock.replace(started, seconds)
         return forward
-
-    def _elsewhere(self, token: int, after: int) -> int | None:
-        """The next place of ``token`` in the recorded text, None if there is none.
-
-        What the target thinks after a token that it rejected is most like what it
-        thinks after the same token elsewhere.
-        """
-        if self._places is None:
-            text = [*self._recording.prompt, *self._recording.tokens[:-1]]
-            self._places = {}
-            for place in range(self._reading.first, len(text)):
-                self._places.setdefault(text[place], []).append(place)
-        found = self._places.get(token, [])
-        at = bisect_right(found, after)
-        return found[at] if at < len(found) else None
 
     def _curve(self, cached: int) -> LatencyCurve:
         place = cached // CONTEXT_STEP
