@@ -110,48 +110,52 @@ def compared(quiet: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 
     Returns:
         ``classes``: class -> ``choices`` (of the quiet run and the other) and
-        ``ratios``: setting -> both ratios to plain decoding. ``same``: in how many
-        classes the strategy is the same; ``mean`` and ``most``: differences of ratios,
-        0.05 for 5%, None where no setting was confirmed in both.
+        ``ratios``: strategy -> both ratios to plain decoding, and whether parameters
+        were the same. ``missing``: classes of one run only. ``same``: in how many
+        classes the chosen strategy is the same. ``settings`` and ``strategies``: how
+        far ratios of the same settings, and of the same strategies, are from each
+        other: 0.05 for 5%.
     """
     classes: dict[str, Any] = {}
-    differences = []
+    differences: dict[str, list[float]] = {"settings": [], "strategies": []}
     ours, theirs = (
         {found["class"]: found for found in one["classes"]} for one in (quiet, other)
     )
     for name in [name for name in ours if name in theirs]:
-        choices = [[one[name]["winner"], one[name]["params"]] for one in (ours, theirs)]
         rows = [
-            {
-                f"{row['strategy']} {json.dumps(row['params'], sort_keys=True)}": row
-                for row in one[name]["results"]
-            }
+            {row["strategy"]: row for row in one[name]["results"]}
             for one in (ours, theirs)
         ]
-        ratios = {
-            key: [rows[0][key]["ratio"], rows[1][key]["ratio"]]
-            for key in rows[0]
-            if key in rows[1] and not key.startswith("autoregressive ")
-        }
-        differences += [abs(b / a - 1) for a, b in ratios.values()]
+        ratios = {}
+        for strategy, row in rows[0].items():
+            if strategy in rows[1] and strategy != "autoregressive":
+                after = rows[1][strategy]
+                same = row["params"] == after["params"]
+                ratios[strategy] = [row["ratio"], after["ratio"], same]
+                difference = abs(after["ratio"] / row["ratio"] - 1)
+                differences["strategies"].append(difference)
+                if same:
+                    differences["settings"].append(difference)
+        choices = [one[name]["winner"] for one in (ours, theirs)]
         classes[name] = {"choices": choices, "ratios": ratios}
     return {
         "classes": classes,
         "missing": sorted(set(ours) ^ set(theirs)),
-        "same": sum(c["choices"][0][0] == c["choices"][1][0] for c in classes.values()),
-        "mean": fmean(differences) if differences else None,
-        "most": max(differences, default=None),
+        "same": sum(c["choices"][0] == c["choices"][1] for c in classes.values()),
+        **differences,
     }
 
 
 def show(found: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Print them."""
     for name, told in found["classes"].items():
-        (one, _), (other, _) = told["choices"]
+        one, other = told["choices"]
         same = "the same strategy" if one == other else "ANOTHER STRATEGY"
         click.echo(f"{name}: quiet {one}, disturbed {other}: {same}")
-        for key, (before, after) in told["ratios"].items():
-            click.echo(f"    {before:.3f} {after:.3f} {after / before - 1:+.1%}  {key}")
+        for strategy, (before, after, equal) in told["ratios"].items():
+            params = "" if equal else " (other parameters)"
+            change = f"{after / before - 1:+.1%}"
+            click.echo(f"    {before:.3f} {after:.3f} {change}  {strategy}{params}")
     if found["missing"]:
         click.echo(f"confirmed in one run only: {', '.join(found['missing'])}")
     for name, run in runs.items():
@@ -160,14 +164,16 @@ def show(found: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Non
             if "held up" in note or "other programs" in note or "explain" in note:
                 click.echo(f"    {note}")
     click.echo(
-        f"the same strategy in {found['same']} of {len(found['classes'])} classes; "
-        + (
-            "no setting was confirmed in both"
-            if found["mean"] is None
-            else f"ratios differ by {found['mean']:.1%} in the mean, "
-            f"{found['most']:.1%} at most"
-        )
+        f"the same strategy in {found['same']} of {len(found['classes'])} classes"
     )
+    for what in ("settings", "strategies"):
+        if values := found[what]:
+            click.echo(
+                f"ratios of the same {what} ({len(values)}) differ by "
+                f"{fmean(values):.1%} in the mean, {max(values):.1%} at most"
+            )
+        else:
+            click.echo(f"the same {what}: none was confirmed in both")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -330,29 +330,31 @@ def test_held_out_prompts_gain_by_what_was_best_for_their_class_when_tuning() ->
     )
 
 
-def tuned(winner: str, ratios: dict[str, float]) -> dict[str, Any]:
+def tuned(winner: str, **ratios: tuple[float, int]) -> dict[str, Any]:
     rows = [
-        {"strategy": name, "params": {"k": 1}, "ratio": ratio}
-        for name, ratio in {"autoregressive": 1.0, **ratios}.items()
+        {"strategy": name, "params": {"k": k}, "ratio": ratio}
+        for name, (ratio, k) in {"autoregressive": (1.0, 0), **ratios}.items()
     ]
-    found = {"class": "chat", "winner": winner, "params": {"k": 1}, "results": rows}
+    found = {"class": "chat", "winner": winner, "params": {}, "results": rows}
     return {"classes": [found]}
 
 
 def test_ratios_of_a_disturbed_tune_are_set_beside_the_quiet_ones() -> None:
     disturbed = benchmark("disturbed")
     found = disturbed.compared(
-        tuned("a", {"a": 2.0, "b": 1.5}), tuned("b", {"a": 2.2, "b": 1.5, "c": 3.0})
+        tuned("a", a=(2.0, 1), b=(1.5, 1)),
+        tuned("b", a=(2.2, 1), b=(1.2, 2), c=(3.0, 1)),
     )
     assert found["same"] == 0
     assert found["classes"]["chat"]["ratios"] == {
-        'a {"k": 1}': [2.0, 2.2],
-        'b {"k": 1}': [1.5, 1.5],
+        "a": [2.0, 2.2, True],
+        "b": [1.5, 1.2, False],
     }
-    assert found["mean"] == pytest.approx(0.05)
-    assert found["most"] == pytest.approx(0.1)
-    same = disturbed.compared(tuned("a", {"a": 2.0}), tuned("a", {"b": 2.0}))
-    assert (same["same"], same["mean"]) == (1, None)
+    assert found["settings"] == pytest.approx([0.1])
+    assert found["strategies"] == pytest.approx([0.1, 0.2])
+    same = disturbed.compared(tuned("a", a=(2.0, 1)), tuned("a", b=(2.0, 1)))
+    assert (same["same"], same["strategies"]) == (1, [])
+    assert disturbed.compared(tuned("a"), {"classes": []})["missing"] == ["chat"]
 
 
 STANDS_STILL = """

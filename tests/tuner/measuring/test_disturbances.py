@@ -212,3 +212,31 @@ def test_another_engines_run_is_freed_of_a_standstill() -> None:
     took = [generation.stats.seconds_decode for generation in found.generations]
     assert took == pytest.approx([0.8] * 3)
     assert found.held_up == [1, 0, 0]
+
+
+def test_a_pause_while_a_prompt_is_read_is_seen_without_processor_time() -> None:
+    quiet = decoded(FakeMachine())
+    machine = FakeMachine({0.7: 2.0}, sees_processor_time=False)
+    runs = decoded(machine)
+    held = [at for at, one in enumerate(undisturbed(runs).held_up) if one]
+    (at,) = [
+        at for at, run in enumerate(runs) if run.generation.stats.seconds_prefill > 2.0
+    ]
+    assert held == [at]
+    cleared = undisturbed(runs).generations[at].stats.seconds_prefill
+    expected = quiet[at].generation.stats.seconds_prefill
+    assert cleared == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_five_times_the_load_for_a_while_holds_up_few_and_spoils_nothing(
+    seen: bool,
+) -> None:
+    """Only steps at its ends are unlike those around them."""
+
+    def slow(now: float) -> float:
+        return 5.0 if 8.0 < now < 28.0 else 1.0
+
+    runs = decoded(FakeMachine(slow=slow, sees_processor_time=seen))
+    assert sum(undisturbed(runs).held_up) <= 8
+    assert max(errors(FakeMachine(slow=slow, sees_processor_time=seen))) < 0.1

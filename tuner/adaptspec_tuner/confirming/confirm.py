@@ -363,15 +363,14 @@ def _doubts(turns: _Turns, cleared: Undisturbed, objective: str) -> list[Doubt]:
     """Ratios of prompts that their tokens and forwards don't explain."""
     found = []
     compared = [s for s in turns.settings if s != PLAIN_SETTING and not s.baseline]
-    for turn, setting in itertools.product(turns.kept, compared):
-        doubt = doubtful(
-            turn.prompt.id,
-            setting.strategy,
-            turn.cleared[setting.key],
-            turn.cleared[PLAIN_KEY],
-            cleared,
-            objective,
-        )
+    prompts = dict.fromkeys(turn.prompt.id for turn in turns.kept)
+    for prompt, setting in itertools.product(prompts, compared):
+        repeats = [
+            (turn.cleared[setting.key], turn.cleared[PLAIN_KEY])
+            for turn in turns.kept
+            if turn.prompt.id == prompt
+        ]
+        doubt = doubtful(prompt, setting.strategy, repeats, cleared, objective)
         if doubt is not None:
             found.append(doubt)
     return found

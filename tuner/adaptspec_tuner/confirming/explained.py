@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from adaptspec.profile import LATENCY, SPEED
@@ -40,42 +42,53 @@ class Doubt:
 def doubtful(
     prompt: str,
     strategy: str,
-    run: Generation,
-    plain: Generation,
+    repeats: Sequence[tuple[Generation, Generation]],
     typical: Undisturbed,
     objective: str,
     *,
-    generous: float = 1.3,
+    generous: float = 1.5,
 ) -> Doubt | None:
-    """The doubt about a ratio, None where it is explained or nothing can be said.
+    """The doubt about a prompt's ratio, None where it is explained or can't be told.
 
     Args:
-        run: With the strategy.
-        plain: Plain decoding that took turns with it.
+        repeats: With the strategy, and plain decoding that took turns with it.
         typical: Knows what forwards take.
         generous: By what factor measured and expected ratio may differ.
     """
-    ours, theirs = _expected(run, typical), _expected(plain, typical)
-    if objective == LATENCY or ours is None or theirs is None:
+    if objective == LATENCY:
         return None
-    measured = [one.stats.seconds_decode for one in (run, plain)]
-    expected = [ours, theirs]
-    # Ratios are of the same tokens: where answers differ in length, per token.
-    counts = [max(1, one.stats.new_tokens - 1) for one in (run, plain)]
-    if objective != SPEED:
-        scale = counts[1] / counts[0]
-        first = [one.stats.seconds_prefill for one in (run, plain)]
-        measured = [first[0] + scale * measured[0], first[1] + measured[1]]
-        expected = [first[0] + scale * expected[0], first[1] + expected[1]]
-        counts = [1, 1]
-    if min(*measured, *expected) <= 0:
+    pairs = [_ratios(run, plain, typical, objective) for run, plain in repeats]
+    known = [pair for pair in pairs if pair is not None]
+    if not known:
         return None
-    ratio = (measured[1] / counts[1]) / (measured[0] / counts[0])
-    explained = (expected[1] / counts[1]) / (expected[0] / counts[0])
+    ratio, explained = (median(values) for values in zip(*known, strict=True))
     if 1 / generous <= ratio / explained <= generous:
         return None
-    per_forward = run.stats.tokens_per_forward
+    per_forward = median(run.stats.tokens_per_forward for run, _ in repeats)
     return Doubt(prompt, strategy, ratio, explained, per_forward)
+
+
+def _ratios(
+    run: Generation, plain: Generation, typical: Undisturbed, objective: str
+) -> tuple[float, float] | None:
+    """As measured and as explained; None where a part isn't known."""
+    ours, theirs = _expected(run, typical), _expected(plain, typical)
+    if ours is None or theirs is None:
+        return None
+    # Where answers differ in length: over as many tokens as plain decoding's has.
+    counts = [max(1, one.stats.new_tokens - 1) for one in (run, plain)]
+    scale = counts[1] / counts[0]
+    first = [one.stats.seconds_prefill for one in (run, plain)]
+    if objective == SPEED:
+        first = [0.0, 0.0]
+    measured = first[0] + scale * run.stats.seconds_decode
+    expected = first[0] + scale * ours
+    if measured <= 0 or expected <= 0:
+        return None
+    return (
+        (first[1] + plain.stats.seconds_decode) / measured,
+        (first[1] + theirs) / expected,
+    )
 
 
 def _expected(run: Generation, typical: Undisturbed) -> float | None:

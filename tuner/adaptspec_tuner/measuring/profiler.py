@@ -285,7 +285,7 @@ class Profiler:
             return True
         rows = len(self._encoded(prompt)) + self._length(prompt)
         needed = len(ours) * rows * bytes_of_row(model)
-        if draft is not None:
+        if draft is not None and draft.capability.level != "plain":
             asking = sum(self._strategy(s).uses_draft(model, draft) for s in ours)
             needed += asking * rows * bytes_of_row(draft)
         return needed < free_bytes(model.device)
