@@ -40,7 +40,8 @@ def few_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_race_chooses_almost_what_ten_times_its_budget_chooses() -> None:
-    short, long = [], []
+    short: list[float] = []
+    long: list[float] = []
     for seed in range(2):
         for budget, found in ((180.0, short), (1800.0, long)):
             world = World(seed, classes=3)
