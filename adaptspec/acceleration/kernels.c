@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -32,6 +35,12 @@ typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
 
 static inline vfloat load_float(const float *p) {
     vfloat v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline vword load_words(const void *p) {
+    vword v;
     memcpy(&v, p, sizeof v);
     return v;
 }
@@ -91,19 +100,32 @@ static inline void totals(const vfloat *v, int count, float *out) {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 
-/* bfloat16 comes two to a word: even elements, then odd ones, as in widen_rows. */
+/* bfloat16 comes two to a word. Where the processor multiplies pairs of them, x is read as
+ * it is; otherwise even elements come first, then odd ones, as in widen_rows. */
 #define BF16_STEP (2 * LANES)
+#if defined(__AVX512BF16__)
+#define BF16_X uint16_t
+#define BF16_HALVES 1
+#define BF16_HALF(word, h) (word)
+#define BF16_ADD(acc, x, word)                                                          \
+    (vfloat) _mm512_dpbf16_ps((__m512)(acc), (__m512bh)load_words(x), (__m512bh)(word))
+#else
+#define BF16_X float
 #define BF16_HALVES 2
-#define BF16_HALF(word, h) ((vfloat)((h) ? (word) & 0xffff0000u : (word) << 16))
+#define BF16_HALF(word, h) ((h) ? (word) & 0xffff0000u : (word) << 16)
+#define BF16_ADD(acc, x, word) ((acc) + load_float(x) * (vfloat)(word))
+#endif
+#define F32_X float
 #define F32_STEP LANES
 #define F32_HALVES 1
-#define F32_HALF(word, h) ((vfloat)(word))
+#define F32_HALF(word, h) (word)
+#define F32_ADD(acc, x, word) ((acc) + load_float(x) * (vfloat)(word))
 
 #define FEW(n) ((n) < ROWS ? (n) : ROWS)
 
 #define TILE(KIND, NAME, TYPE)                                                          \
     static inline __attribute__((always_inline)) void NAME(                             \
-        const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
+        const KIND##_X *x, long stride, const TYPE *const *w, const char *const *ahead, \
         long count, int rows, float *out, long out_stride) {                            \
         vfloat acc[ROWS * COLS];                                                        \
         float sums[ROWS * COLS < 16 ? 16 : ROWS * COLS];                                \
@@ -115,14 +137,14 @@ static inline void totals(const vfloat *v, int count, float *out) {
                 if (ahead) __builtin_prefetch(ahead[c] + k * sizeof(TYPE));             \
             }                                                                           \
             UNROLLED for (int h = 0; h < KIND##_HALVES; h++) {                          \
-                vfloat wide[COLS];                                                      \
+                vword wide[COLS];                                                       \
                 UNROLLED for (int c = 0; c < COLS; c++)                                 \
                     wide[c] = KIND##_HALF(word[c], h);                                  \
-                UNROLLED for (int r = 0; r < rows; r++) {                               \
-                    vfloat row = load_float(x + r * stride + k + h * LANES);            \
+                UNROLLED for (int r = 0; r < rows; r++)                                 \
                     UNROLLED for (int c = 0; c < COLS; c++)                             \
-                        acc[r * COLS + c] += row * wide[c];                             \
-                }                                                                       \
+                        acc[r * COLS + c] =                                             \
+                            KIND##_ADD(acc[r * COLS + c],                               \
+                                       x + r * stride + k + h * LANES, wide[c]);        \
             }                                                                           \
         }                                                                               \
         totals(acc, rows * COLS, sums);                                                 \
@@ -131,7 +153,7 @@ static inline void totals(const vfloat *v, int count, float *out) {
                 out[r * out_stride + c] += sums[r * COLS + c];                          \
     }                                                                                   \
     static __attribute__((noinline)) void NAME##_rows(                                  \
-        const float *x, long stride, const TYPE *const *w, const char *const *ahead,    \
+        const KIND##_X *x, long stride, const TYPE *const *w, const char *const *ahead, \
         long count, int rows, float *out, long out_stride) {                            \
         switch (rows * 2 + (ahead != 0)) {                                              \
         case 2: NAME(x, stride, w, 0, count, FEW(1), out, out_stride); break;           \
@@ -153,7 +175,7 @@ TILE(BF16, tile_bf16, uint16_t)
 TILE(F32, tile_f32, float)
 
 #define LINEAR(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
-    void NAME(const float *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y,    \
+    void NAME(const KIND##_X *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y, \
               long t_count, long n_count, long k_count, int threads) {                  \
         long full = k_count / KIND##_STEP * KIND##_STEP;                                \
         long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
@@ -296,7 +318,6 @@ DEFINE_LARGEST(largest_32, int32_t, 31, INT32_MIN)
  * up to sixteen rows of x, as pairs of neighbours in k, are the other. Both operands have
  * room for 32 of k. So sixteen rows cost what one does: reading the weights. As above,
  * the order of every sum depends on k alone. */
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
