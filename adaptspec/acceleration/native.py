@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,14 @@ from torch.nn import functional
 
 from adaptspec.cache_folder import cache_root
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("kernels", "packed"))
+FOLDER = Path(__file__).with_name("kernels")
+SOURCES = tuple(sorted(FOLDER.glob("*.c")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 SECONDS = 120
-TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in kernels.c
+TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in the kernels
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -46,6 +49,19 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and (tensor.data_ptr() != 0 or not tensor.numel())
     )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which keys each row attends to.
+
+    Args:
+        keys: ``[rows, keys]`` of int32: their numbers in order, then nothing of use.
+        counts: ``[rows]`` of int32: how many.
+    """
+
+    keys: torch.Tensor
+    counts: torch.Tensor
 
 
 class Kernel:
@@ -98,6 +114,25 @@ class Kernel:
         self._large_pages = library.large_pages
         self._large_pages.argtypes = [_POINTER, _LONG]
         self._large_pages.restype = None
+        self._seen = {
+            torch.bfloat16: library.seen_bf16,
+            torch.float32: library.seen_f32,
+            torch.bool: library.seen_bool,
+        }
+        for function in self._seen.values():
+            function.argtypes = [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER]
+            function.restype = _INT
+        self._attend = {
+            torch.bfloat16: library.attend_bf16,
+            torch.float32: library.attend_f32,
+        }
+        for function in self._attend.values():
+            function.argtypes = [
+                *(_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
+                *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
+                *(_LONG, ctypes.c_float, _INT),
+            ]
+            function.restype = None
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
         self._widen.restype = None
@@ -221,6 +256,85 @@ class Kernel:
         )
         return y
 
+    def seen(self, mask: torch.Tensor) -> Seen | None:
+        """What each row of ``mask [rows, keys]`` lets it see.
+
+        None for masks that weigh keys, and where a row sees none.
+        """
+        rows, length = mask.shape
+        function = self._seen.get(mask.dtype)
+        if function is None or not is_plain(mask) or mask.stride(1) != 1:
+            return None
+        keys = torch.empty((rows, length), dtype=torch.int32)
+        counts = torch.empty(rows, dtype=torch.int32)
+        told = function(
+            mask.data_ptr(),
+            mask.stride(0),
+            rows,
+            length,
+            keys.data_ptr(),
+            counts.data_ptr(),
+        )
+        return Seen(keys, counts) if told else None
+
+    def attends(self, *tensors: torch.Tensor) -> bool:
+        """Whether :meth:`attend` takes these as query, key and value."""
+        return all(
+            x.dtype in self._attend
+            and x.dtype is tensors[0].dtype
+            and is_plain(x)
+            and x.stride(-1) == 1
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            for x in tensors
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: Seen | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of few rows; the bits of each depend on that row and what it sees.
+
+        Args:
+            query: ``[heads, rows, d]``.
+            key: ``[groups, keys, d]``; each is shared by ``heads / groups`` heads.
+            value: ``[groups, keys, v]``.
+            seen: Which keys each row sees; None: all.
+            scale: Of the products before the softmax.
+
+        Returns:
+            ``[rows, heads, v]``.
+        """
+        heads, rows, size = query.shape
+        groups, length, width = value.shape
+        read = self._read(query.transpose(0, 1).reshape(rows * heads, size))
+        out = torch.empty((rows, heads, width), dtype=query.dtype)
+        self._attend[query.dtype](
+            read.data_ptr(),
+            read.shape[1],
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+            out.data_ptr(),
+            None if seen is None else seen.keys.data_ptr(),
+            None if seen is None else seen.counts.data_ptr(),
+            length,
+            rows,
+            heads,
+            heads // groups,
+            size,
+            width,
+            scale,
+            torch.get_num_threads(),
+        )
+        return out
+
     def large_pages(self, room: torch.Tensor) -> None:
         """Wish that ``room``, aligned to a large page, lies in large pages."""
         self._large_pages(room.data_ptr(), room.nbytes)
@@ -329,7 +443,9 @@ def _digest(path: Path) -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Of everything the machine code depends on."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    digest = hashlib.sha256()
+    for file in (*SOURCES, *HEADERS):
+        digest.update(file.read_bytes())
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False
     )

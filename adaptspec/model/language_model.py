@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptspec.acceleration.attention import use_grouped_attention
+from adaptspec.acceleration.attention import use_our_attention
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
 from adaptspec.model.cache import TreeCache
@@ -128,7 +128,7 @@ class LanguageModel:
             if self._own_weights:
                 self.model.eval()
             if self._accelerate:
-                use_grouped_attention(self.model)
+                use_our_attention(self.model)
                 self.linear = accelerate_linears(
                     self.model, own_weights=self._own_weights
                 )

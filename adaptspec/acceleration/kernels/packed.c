@@ -8,70 +8,42 @@
  * Every (t, n) is summed over k in order, in one accumulator, so a row's bits don't depend
  * on how many rows there are.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define ROWS 12 /* rows of x per tile: 2 * ROWS sums are kept in registers */
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 5
 #else
-#define LANES 4
 #define ROWS 5
-#endif
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
 #endif
 
 #define VECTORS 2
 #define COLS (VECTORS * LANES)
 #define AHEAD 4096 /* bytes of the stream that are fetched before their use */
 #define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows */
-#define UNROLLED _Pragma("GCC unroll 16")
 
-typedef float vfloat __attribute__((vector_size(LANES * 4)));
-typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
-
-static inline float widen(uint16_t h) {
-    uint32_t w = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &w, sizeof f);
-    return f;
-}
-
-static inline uint16_t narrow(float f) {
-    uint32_t w;
-    memcpy(&w, &f, sizeof w);
-    if ((w & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((w >> 16) | 0x40u);
-    return (uint16_t)((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
-}
-
-/* One word of x (XTYPE[XSTEP]) times a vector of words of w, added to a vector of sums. */
+/* One word of x (X_STEP of X) times a vector of words of w, added to a vector of sums. */
 #if defined(__AVX512BF16__)
-#define BF16_XTYPE int32_t
-#define BF16_XSTEP 1
-#define BF16_ADD(sum, word, x)                                                          \
+#define X_BF16 int32_t
+#define X_STEP_BF16 1
+#define ADD_BF16(sum, word, x)                                                          \
     (vfloat) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(word),                          \
                               (__m512bh)_mm512_set1_epi32(*(x)))
 #else
-#define BF16_XTYPE float
-#define BF16_XSTEP 2
-#define BF16_ADD(sum, word, x)                                                          \
+#define X_BF16 float
+#define X_STEP_BF16 2
+#define ADD_BF16(sum, word, x)                                                          \
     ((sum) + (vfloat)((word) << 16) * (x)[0] + (vfloat)((word) & 0xffff0000u) * (x)[1])
 #endif
-#define F32_XTYPE float
-#define F32_XSTEP 1
-#define F32_ADD(sum, word, x) ((sum) + (vfloat)(word) * (x)[0])
+#define X_F32 float
+#define X_STEP_F32 1
+#define ADD_F32(sum, word, x) ((sum) + (vfloat)(word) * (x)[0])
 
 #define TILE(KIND, NAME)                                                                \
     static inline __attribute__((always_inline)) void NAME(                             \
-        const uint32_t *w, const KIND##_XTYPE *x, long stride, long words, int rows,    \
+        const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
         int begin, float *sums) {                                                       \
         vfloat sum[ROWS * VECTORS];                                                     \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++) {                             \
@@ -87,14 +59,14 @@ static inline uint16_t narrow(float f) {
             UNROLLED for (int r = 0; r < rows; r++)                                     \
                 UNROLLED for (int c = 0; c < VECTORS; c++)                              \
                     sum[r * VECTORS + c] =                                              \
-                        KIND##_ADD(sum[r * VECTORS + c], word[c],                       \
-                                   x + r * stride + k * KIND##_XSTEP);                  \
+                        ADD_##KIND(sum[r * VECTORS + c], word[c],                       \
+                                   x + r * stride + k * X_STEP_##KIND);                 \
         }                                                                               \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++)                               \
             memcpy(sums + i * LANES, &sum[i], sizeof(vfloat));                          \
     }                                                                                   \
     static __attribute__((noinline)) void NAME##_rows(                                  \
-        const uint32_t *w, const KIND##_XTYPE *x, long stride, long words, int rows,    \
+        const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
         int begin, float *sums) {                                                       \
         switch (rows) {                                                                 \
         case 1: NAME(w, x, stride, words, 1, begin, sums); break;                       \
@@ -122,12 +94,12 @@ static inline uint16_t narrow(float f) {
 TILE(BF16, tile_bf16)
 TILE(F32, tile_f32)
 
-/* `words` of k per row of w; x is [t_count, words * XSTEP], what is beyond k zero. */
+/* `words` of k per row of w; x is [t_count, words * X_STEP], what is beyond k zero. */
 #define PACKED(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
-    void NAME(const KIND##_XTYPE *x, const uint32_t *w, const TYPE *bias, TYPE *y,      \
+    void NAME(const X_##KIND *x, const uint32_t *w, const TYPE *bias, TYPE *y,          \
               long t_count, long n_count, long words, int threads) {                    \
         long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
-        long blocks = (n_count + COLS - 1) / COLS, stride = words * KIND##_XSTEP;       \
+        long blocks = (n_count + COLS - 1) / COLS, stride = words * X_STEP_##KIND;      \
         long step = tiles > 1 ? CHUNK : words;                                          \
         _Pragma("omp parallel num_threads(threads)") {                                  \
             float *sums = malloc(t_count * COLS * sizeof(float));                       \
@@ -139,7 +111,7 @@ TILE(F32, tile_f32)
                     for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
                         rows = (t_count - t + tile - 1) / tile;                         \
                         TILE_OF##_rows(from + k * COLS, x + t * stride +                \
-                                       k * KIND##_XSTEP, stride, count, (int)rows,      \
+                                       k * X_STEP_##KIND, stride, count, (int)rows,     \
                                        k == 0, sums + t * COLS);                        \
                     }                                                                   \
                 }                                                                       \
@@ -200,7 +172,7 @@ REPACK(f32, uint32_t)
 int packed_columns(void) { return COLS; }
 
 /* Whether packed_bf16 takes x as it is; otherwise widened to float. */
-int packed_pairs(void) { return BF16_XSTEP == 1; }
+int packed_pairs(void) { return X_STEP_BF16 == 1; }
 
 /* Ask for large pages, of which a stream's addresses need fewer. Only a wish. */
 void large_pages(void *start, long bytes) {
