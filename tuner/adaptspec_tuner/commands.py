@@ -86,7 +86,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--draft-model", help="Draft model folder; best with the same vocabulary."
 )
-@click.option("--workload", type=Path, help="JSON lines; default: the examples.")
+@click.option(
+    "--workload",
+    type=Path,
+    help="JSON lines or a JSON array; - is standard input. Default: the examples.",
+)
 @click.option(
     "--budget",
     default="8m",
