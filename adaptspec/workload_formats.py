@@ -30,10 +30,10 @@ MESSAGE_SHAPE = '{"messages": [{"role": "user", "content": "..."}]}'
 TURN_SHAPE = '{"conversations": [{"from": "human", "value": "..."}, ...]}'
 BODY_SHAPE = f'{{"custom_id": "1", "body": {MESSAGE_SHAPE}}}'
 
-LAYOUTS = ("prompt", "messages", "body", "conversations", "turns", "instruction")
+LAYOUT_KEYS = ("prompt", "messages", "body", "conversations", "turns", "instruction")
 TEXT_PARTS = ("text", "input_text", "output_text")
 # Speakers of the ShareGPT layout, by the role a chat template knows.
-SPEAKERS = {
+ROLE_OF_SPEAKER = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -151,10 +151,12 @@ def understand(row: object, answers: bool = False) -> Row:
     """
     if not isinstance(row, dict):
         raise BadRow(f"must be a JSON object, got {short(row)}")
-    found = [name for name in LAYOUTS if row.get(name) is not None]
+    found = [name for name in LAYOUT_KEYS if row.get(name) is not None]
     if len(found) != 1:
         got = " and ".join(map(repr, found)) or f"none in {short(list(row))}"
-        raise BadRow(f"one of {', '.join(map(repr, LAYOUTS))} must be given, got {got}")
+        raise BadRow(
+            f"one of {', '.join(map(repr, LAYOUT_KEYS))} must be given, got {got}"
+        )
     (layout,) = found
     fields, unread = _fields(row, layout)
     text: str | None = None
@@ -278,9 +280,10 @@ def _spoken(turns: object) -> list[MessageRow]:
         if not isinstance(speaker, str) or not isinstance(said, str):
             wrong = f"a turn needs 'from' and 'value', both text, got {short(turn)}"
             raise BadRow(wrong, way_out)
-        if (role := SPEAKERS.get(speaker)) is None:
+        if (role := ROLE_OF_SPEAKER.get(speaker)) is None:
             raise BadRow(
-                f"'from' must be one of {', '.join(SPEAKERS)}, got {short(speaker)}",
+                f"'from' must be one of {', '.join(ROLE_OF_SPEAKER)}, got "
+                f"{short(speaker)}",
                 way_out,
             )
         spoken = spoken or role == "user"

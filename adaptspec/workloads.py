@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 DEFAULT_CLASS = "default"
-BOM = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STANDARD_INPUT = "-"
 
 
@@ -259,7 +259,7 @@ def _content(path: Path, name: str) -> bytes:
             f"can't read the workload {name}: {error.strerror or error}; "
             "give a file of JSON lines"
         ) from error
-    return content.removeprefix(BOM)
+    return content.removeprefix(BYTE_ORDER_MARK)
 
 
 def _rows(content: bytes) -> Iterator[tuple[int, str, Any]]:

@@ -45,7 +45,7 @@ FEW_ROUNDS, FEW_SECONDS = 6, 1.5
 FEW_WEIGHTS = 1 << 26  # smaller models are bound by other things
 TRIAL_SHAPE = (1536, 4096)  # out, in
 TRIAL_COPIES = 6  # enough that weights come from memory, not from cache
-ROUNDS = 7
+TIMED_ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def _race(
     """
     x = torch.randn((rows, inner)).to(dtype)
     times: dict[str, list[float]] = {kind: [] for kind in candidates}
-    for turn in range(ROUNDS + 1):
+    for turn in range(TIMED_ROUNDS + 1):
         for kind, product in candidates.items():
             started = perf_counter()
             for i in range(TRIAL_COPIES):

@@ -16,11 +16,11 @@ import torch
 
 from adaptspec.cache_folder import cache_root
 
-SOURCE = Path(__file__).with_name("kernels.c")
+KERNEL_SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-SECONDS = 120
+COMPILER_SECONDS = 120
 TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in kernels.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -219,7 +219,7 @@ def _digest(path: Path) -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Of everything the machine code depends on."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(KERNEL_SOURCE.read_bytes())
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False
     )
@@ -250,7 +250,7 @@ def _compile(compiler: str, folder: Path, name: str) -> Path:
         # Linked without -fopenmp: the OpenMP symbols are then those of the library that
         # torch has loaded, so that no second pool of threads spins beside its own.
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, *FLAGS, "-c", str(KERNEL_SOURCE), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             try:
@@ -258,7 +258,7 @@ def _compile(compiler: str, folder: Path, name: str) -> Path:
                     command,
                     capture_output=True,
                     text=True,
-                    timeout=SECONDS,
+                    timeout=COMPILER_SECONDS,
                     check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -18,7 +18,7 @@ from adaptspec.errors import AdaptSpecError, StoreWarning, stopped_by_user
 from adaptspec.host import Host, PluginWarning
 
 DEBUG_VARIABLE = "ADAPTSPEC_DEBUG"
-INTERRUPTED = 130  # as a shell says of what Ctrl-C ended
+EXIT_CODE_OF_INTERRUPT = 130  # as a shell says of what Ctrl-C ended
 
 
 class _Cli(click.Group):
@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _leave() -> NoReturn:
     """End after Ctrl-C, without a word; a second one ends it at once."""
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    sys.exit(INTERRUPTED)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_CODE_OF_INTERRUPT))
+    sys.exit(EXIT_CODE_OF_INTERRUPT)
 
 
 def _told(error: OSError) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
-from adaptspec.workload_formats import LAYOUTS, BadRow, NoUser, understand
+from adaptspec.workload_formats import LAYOUT_KEYS, BadRow, NoUser, understand
 from adaptspec.workloads import Message, Prompt
 
 USER = {"role": "user", "content": "Hi"}
@@ -157,7 +157,7 @@ OTHERS = (
     "role content from value text type tools id raw class category tool_calls "
     "function arguments max_tokens x"
 )
-keys = st.sampled_from([*LAYOUTS, *OTHERS.split()])
+keys = st.sampled_from([*LAYOUT_KEYS, *OTHERS.split()])
 values: Any = st.recursive(
     scalars,
     lambda inner: (
