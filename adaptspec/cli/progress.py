@@ -103,6 +103,7 @@ def _bar(
                 completed=done or 0.0,
                 width=max(8, min(30, console.width // 4)),
                 pulse=done is None,
+                finished_style="bar.complete",
                 animation_time=task.get_time(),
             )
 
