@@ -284,7 +284,9 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
 
     kinds = {name: kind(name) for name, _ in times}
     runs = [
-        tables.TimedAnswer(name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat)
+        tables.TimedAnswer(
+            name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat
+        )
         for (name, prompt), found in times.items()
         for repeat, ms in enumerate(found)
     ]

@@ -54,6 +54,7 @@ class _Cli(click.Group):
 
 def build_cli(host: Host) -> click.Group:
     """The ``adaptspec`` command with every plugin's commands."""
+    from adaptspec.cli.explain import explain
     from adaptspec.cli.generate import generate
     from adaptspec.cli.strategies import strategies
 
@@ -68,6 +69,7 @@ def build_cli(host: Host) -> click.Group:
             warnings.showwarning = _every_one  # type: ignore[assignment]
 
     cli.add_command(generate)
+    cli.add_command(explain)
     cli.add_command(strategies)
     host.add_commands(cli)
     return cli
