@@ -17,7 +17,7 @@ from adaptspec.colours import distinct_colours
 
 LIGHT, DARK = "#ffffff", "#14181c"  # backgrounds of pages
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 12, 40
 # Paths around the origin, four units to each side.
 MARKS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",  # circle
@@ -142,7 +142,10 @@ def marks() -> str:
         for number, shape in enumerate(MARKS)
     )
     cross = f'<path id="mx" d="{CROSS}" stroke="currentColor" stroke-width="1.5"/>'
-    return f'<svg width="0" height="0" aria-hidden="true">{shapes}{cross}</svg>'
+    return (
+        '<svg width="0" height="0" style="position: absolute" aria-hidden="true">'
+        f"{shapes}{cross}</svg>"
+    )
 
 
 def key(

@@ -155,8 +155,9 @@ def test_the_result_over_all_classes_is_no_class_of_its_own() -> None:
 def test_only_parameters_that_differ_from_the_defaults_are_shown() -> None:
     usual = {"k": 4, "stop": 0.5, "policy": "recent"}
     shown = result(found("json", "hybrid", 2.0), defaults={"hybrid": usual})
-    lines = [line.strip() for line in printed(shown, 120)]
-    assert any(line.startswith("stop=0.25 on=True") for line in lines)
+    lines = printed(shown, 80)
+    at = lines.index("Parameters that differ from the defaults:")
+    assert lines[at + 1] == "  json, hybrid: stop=0.25 on=True"
     (row,) = [row for row in shown.classes[0].rows if row.strategy == "hybrid"]
     assert shown.changed(row.strategy, row.profile.params) == {"stop": 0.25, "on": True}
     data = sentences.as_json(shown)["classes"][0]["results"]

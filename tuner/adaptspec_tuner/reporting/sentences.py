@@ -71,7 +71,8 @@ def heading(result: TuneResult) -> str:
     draft = f" with {beside}" if beside else ""
     return (
         f"{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
-        f"{place.threads} threads, held-out prompts of {result.workload}"
+        f"{place.threads} thread{'' if place.threads == 1 else 's'}, held-out prompts "
+        f"of {result.workload}"
     )
 
 

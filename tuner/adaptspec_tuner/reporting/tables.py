@@ -92,18 +92,26 @@ def known_columns(result: TuneResult) -> list[Column]:
 
 def print_result(result: TuneResult, console: Console) -> None:
     """Print what was gained and chosen, the table, remarks, and how to use it."""
+    from rich.padding import Padding
+    from rich.text import Text
 
     def say(line: str = "", whole: bool = False) -> None:
-        whole = whole or not console.is_terminal
-        console.print(line, markup=False, highlight=False, soft_wrap=whole)
+        if whole or not line or not console.is_terminal:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        indent = len(line) - len(line.lstrip())
+        text = Text(line.lstrip())
+        console.print(Padding(text, (0, 0, 0, indent), expand=False), highlight=False)
 
     for line in words.opening(result):
         say(line)
     if result.named:
-        say("\nWhy:")
+        say()
+        say("Why:")
         for found in result.classes:
             say(f"  {words.shown_class(found.name)}: {found.choice.reason}")
-        say(f"\n{words.heading(result)}")
+        say()
+        say(words.heading(result))
         table, shown = _table(result, console.width)
         console.print(table)
         about = words.ABOUT.get(result.objective)
@@ -114,6 +122,11 @@ def print_result(result: TuneResult, console: Console) -> None:
         if left_out:
             names = ", ".join(" ".join(c.title.split()) for c in left_out)
             say(f"Left out for want of width: {names}.")
+        if changed := _changed(result):
+            say()
+            say("Parameters that differ from the defaults:")
+            for line in changed:
+                say(f"  {line}")
         say()
     for line in (*words.remarks(result), *words.summary(result)):
         say(line)
@@ -168,14 +181,24 @@ def _table(result: TuneResult, width: int) -> tuple[Table, list[Column]]:
             described = ("> " if row.winner else "  ") + words.label(row)
             if row.strategy == PLAIN and not row.profile.baseline:
                 described = ("> " if row.winner else "  ") + "plain decoding"
-            changed = words.parameters(result.changed(row.strategy, row.profile.params))
             table.add_row(
-                Text(described + (f"\n    {changed}" if changed else "")),
+                Text(described),
                 *(Text(column.cell(row)) for column in shown),
                 style="bold" if row.winner else None,
                 end_section=number == len(found_rows) - 1,
             )
     return table, shown
+
+
+def _changed(result: TuneResult) -> list[str]:
+    """Of each setting that isn't its strategy's default, how it differs."""
+    return [
+        f"{words.shown_class(found.name)}, {words.label(row)}: "
+        + words.parameters(changed)
+        for found in result.classes
+        for row in found.rows
+        if (changed := result.changed(row.strategy, row.profile.params))
+    ]
 
 
 def _width(column: Column, rows: Sequence[Row]) -> int:
