@@ -8,6 +8,8 @@ from math import inf, isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.cli.quantities import clock_time
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -83,7 +85,7 @@ class Progress(AbstractContextManager["Progress"]):
         """``3:05 left``; empty where no end is known."""
         if not isfinite(self._deadline):
             return ""
-        return f"{minutes(self._deadline - self._clock())} left"
+        return f"{clock_time(self._deadline - self._clock())} left"
 
 
 def _bar(
@@ -120,9 +122,3 @@ def _bar(
         console=console,
         transient=True,
     )
-
-
-def minutes(seconds: float) -> str:
-    """``3:05``; never negative."""
-    whole = max(0, round(seconds))
-    return f"{whole // 60}:{whole % 60:02d}"

@@ -1,4 +1,4 @@
-"""Durations and memory sizes as people type them: 90s, 1h30m, 6GiB."""
+"""Durations and memory sizes as people type and read them: 1h30m, 3:05, 6GiB."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def duration(text: str) -> float | None:
             if number is not None
         )
     return seconds if 0 < seconds < math.inf else None
+
+
+def clock_time(seconds: float) -> str:
+    """``3:05``, or ``1:03:05`` from an hour on; never negative."""
+    whole = max(0, round(seconds))
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def parse_memory(text: str) -> int:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec.cli.quantities import duration, parse_memory
+from adaptspec.cli.quantities import clock_time, duration, parse_memory
 from adaptspec.errors import AdaptSpecError
 
 
@@ -45,6 +45,11 @@ def test_parts_add_up(hours: int, minutes: int, seconds: int) -> None:
 )
 def test_what_is_no_time_is_none(text: str) -> None:
     assert duration(text) is None
+
+
+def test_a_time_is_shown_as_a_clock_shows_it() -> None:
+    shown = {0.4: "0:00", 65: "1:05", 3599.6: "1:00:00", 5430: "1:30:30", -3: "0:00"}
+    assert {seconds: clock_time(seconds) for seconds in shown} == shown
 
 
 def test_memory_is_read_in_the_usual_units() -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.cli.progress import minutes
+from adaptspec.cli.quantities import clock_time
 from adaptspec.profile import EVERY_CLASS, LATENCY, PLAIN, SPEED
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec_tuner.reporting.result import told_errors
@@ -164,8 +164,8 @@ def summary(result: TuneResult) -> list[str]:
     """Cost, break-even and how good the predictions were."""
     lines = []
     if result.spent:
-        parts = ", ".join(f"{part} {minutes(s)}" for part, s in result.spent.items())
-        lines.append(f"Tuning took {minutes(sum(result.spent.values()))} ({parts}).")
+        parts = ", ".join(f"{part} {clock_time(s)}" for part, s in result.spent.items())
+        lines.append(f"Tuning took {clock_time(sum(result.spent.values()))} ({parts}).")
         lines.append(
             "Nothing was found that repays it."
             if result.break_even is None
