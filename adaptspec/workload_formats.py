@@ -25,6 +25,8 @@ from pydantic import (
     field_validator,
 )
 
+from adaptspec.profile import EVERY_CLASS
+
 TEXT_SHAPE = '{"prompt": "...", "class": "chat"}'
 MESSAGE_SHAPE = '{"messages": [{"role": "user", "content": "..."}]}'
 TURN_SHAPE = '{"conversations": [{"from": "human", "value": "..."}, ...]}'
@@ -219,6 +221,9 @@ def _fields(row: Mapping[str, Any], layout: str) -> tuple[_Fields, list[str]]:
         called = {field: key for field, (key, _) in found.items()}
         called["prompt_class"] = called.get("class", "class")
         raise BadRow(_explain(error, called)) from error
+    if fields.prompt_class == EVERY_CLASS:
+        key, _ = found["class"]
+        raise BadRow(f"{key!r} must not be {EVERY_CLASS!r}, which is all classes")
     return fields, [_short_key(key) for key in given if key not in passed]
 
 

@@ -122,6 +122,10 @@ def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
         ('{"prompt": ""}', "'prompt' .* at least 1 character"),
         ('{"prompt": 7}', "'prompt' should be a valid string, got 7"),
         (r'{"prompt": "\ud800"}', r"'prompt' .* unicode .* got '\\ud800'"),
+        (
+            '{"prompt": "a", "category": "*"}',
+            r"'category' must not be '\*', which is all",
+        ),
         ('{"prompt": "a", "class": ""}', "'class' .* at least 1 character"),
         ('{"prompt": "a", "id": 1.5}', "'id' should be a valid string, got 1.5;"),
         ('{"prompt": "a", "max_new_tokens": 0}', "'max_new_tokens' .* got 0"),
