@@ -22,7 +22,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     Args:
         clock: Tells how much time is left between two calls of :meth:`doing`.
-        plain_every: Seconds between lines where there is no terminal.
+        plain_every: Seconds to each line where there is no terminal.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Progress(AbstractContextManager["Progress"]):
         plain_every: float = 30.0,
     ) -> None:
         self._console, self._clock, self._plain_every = console, clock, plain_every
-        self._next_line = -inf
         self._entered = 0
         self._began: float | None = None
+        self._next_line = inf
         self._bar: Bar | None = None
         if console is not None and console.is_terminal and not console.is_dumb_terminal:
             self._bar = _bar(console, self._share_done, self._time_left)
@@ -60,7 +60,8 @@ class Progress(AbstractContextManager["Progress"]):
     def doing(self, what: str, seconds_left: float) -> None:
         """What is being done now, and when all of it will be done."""
         now = self._clock()
-        self._began = now if self._began is None else self._began
+        if self._began is None:
+            self._began, self._next_line = now, now + self._plain_every
         self._deadline = now + seconds_left
         if self._bar is not None:
             self._bar.update(self._task, description=what)
