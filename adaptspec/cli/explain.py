@@ -106,7 +106,9 @@ def explain(
 
 def explained(decoder: Decoder, choice: Choice) -> dict[str, Any]:
     """A choice with what was measured of it; the speed is None where nothing was."""
-    profile = _measured(decoder.profiles, choice)
+    place = decoder.environment.place()
+    here = [p for p in decoder.profiles if p.environment.place() == place]
+    profile = _measured(here, choice)
     measured = profile and profile.measurement
     return {
         "class": choice.prompt_class,

@@ -109,5 +109,14 @@ def test_a_class_that_was_not_measured_says_why(explain: Any) -> None:
     assert "expected:" in done.stdout
 
 
+def test_a_speed_that_was_measured_elsewhere_is_not_expected_here(
+    explain: Any,
+) -> None:
+    done = explain("--class", "edit", "--threads", "2")
+    assert done.exit_code == 0, done.output
+    assert "threads" in done.stdout
+    assert "expected:   not measured here" in done.stdout
+
+
 def test_its_options_are_those_of_generate() -> None:
     assert set(SHARED) <= {parameter.name for parameter in generate.params}
