@@ -12,6 +12,7 @@ from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
 SPEED, LATENCY = "speed", "latency"
+EVERY_CLASS = "*"  # of results over all classes; no workload names a class so
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from torch.nn import functional
 
 from adaptspec.cache_folder import cache_root
 
-FOLDER = Path(__file__).with_name("kernels")
-SOURCES = tuple(sorted(FOLDER.glob("*.c")))
-HEADERS = tuple(sorted(FOLDER.glob("*.h")))
+KERNEL_FOLDER = Path(__file__).with_name("kernels")
+SOURCES = tuple(sorted(KERNEL_FOLDER.glob("*.c")))
+HEADERS = tuple(sorted(KERNEL_FOLDER.glob("*.h")))
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-SECONDS = 120
+COMPILER_SECONDS = 120
 TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in the kernels
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -488,7 +488,7 @@ def _compile(compiler: str, folder: Path, name: str) -> Path:
                     command,
                     capture_output=True,
                     text=True,
-                    timeout=SECONDS,
+                    timeout=COMPILER_SECONDS,
                     check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -630,6 +630,7 @@ CALLS_THE_KERNEL = (
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kept", [0, 100, 0.5, -1, "zeros", "flipped"])
 def test_a_damaged_library_in_the_cache_is_compiled_again(
