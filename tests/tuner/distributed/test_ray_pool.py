@@ -83,6 +83,7 @@ def search(store: Any, pool: RayPool | None, warn: Any = pytest.fail) -> Search:
         in_time=lambda: True,
         warn=warn,
         doing=lambda text: None,
+        objective="speed",
         most=100,
         storage=store.studies() if isinstance(store, SqlStore) else None,
         pool=pool,

@@ -52,6 +52,7 @@ def search(store: SqlStore, most: int = 100, pause: float = 0.0) -> Search:
         in_time=lambda: True,
         warn=pytest.fail,
         doing=lambda text: None,
+        objective="speed",
         most=most,
         storage=store.studies(),
         labels={"model": "m"},
