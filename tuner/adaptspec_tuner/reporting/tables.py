@@ -136,6 +136,8 @@ def predicted(row: Row) -> str:
 def identical(row: Row) -> str:
     """On how many prompts plain decoding's tokens came out."""
     m = row.measurement
+    if m.sampled:
+        return "sampled: not compared"
     ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
     return f"{m.identical}/{m.prompts}{ties}"
 
