@@ -13,6 +13,7 @@ from adaptspec.params import Scalar
 PLAIN = "autoregressive"
 # What settings are compared by.
 ANSWER, SPEED, LATENCY = "answer", "speed", "latency"
+EVERY_CLASS = "*"  # of results over all classes; no workload names a class so
 
 
 @dataclass(frozen=True)
