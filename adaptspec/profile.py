@@ -125,11 +125,16 @@ class Measurement:
     controls: Mapping[str, Scalar | None] = field(default_factory=dict)
 
     @property
+    def sampled(self) -> bool:
+        """Whether tokens were drawn; outputs then differ without being wrong."""
+        return bool(self.controls.get("temperature"))
+
+    @property
     def measured_how(self) -> str:
         """Under which controls, in words: ``measured greedily``."""
         controls = dict(self.controls)
         temperature = controls.pop("temperature", 0)
-        how = f"at temperature {temperature}" if temperature else "greedily"
+        how = f"at temperature {temperature}" if self.sampled else "greedily"
         others = ", ".join(f"{name} {value}" for name, value in controls.items())
         return f"measured {how}" + (f" with {others}" if others else "")
 

@@ -62,3 +62,24 @@ def test_what_is_unknown_or_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(AdaptSpecError, match=said):
         TuneOptions(**asked)
+
+
+def test_controls_of_generation_are_taken_as_generate_takes_them() -> None:
+    asked = tune.make_context(
+        "tune",
+        [
+            *("-t", "0.7", "--top-k", "20", "--top-p", "0.9", "--seed", "5"),
+            *("-c", "min_p", "0.1", "-c", "cache_implementation", "static"),
+        ],
+    ).params
+    names = ("temperature", "top_k", "top_p", "control", "seed")
+    options = TuneOptions(**{name: asked[name] for name in names})
+    assert options.seed == 5
+    assert options.controls == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "cache_implementation": "static",
+    }
+    assert TuneOptions().controls == {}

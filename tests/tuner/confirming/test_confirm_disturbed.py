@@ -21,6 +21,8 @@ from adaptspec_tuner.measuring.profiler import (
     Sample,
     Setting,
 )
+from adaptspec_tuner.reporting.result import Row
+from adaptspec_tuner.reporting.sentences import identical
 from tuner_fakes import FakeGeneration, FakeMachine, FakeMeasurer, FakeStep
 
 PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(3)]
@@ -255,6 +257,8 @@ def test_sampled_outputs_are_not_compared_and_each_repeat_has_a_seed() -> None:
     assert fast.lossless
     assert (fast.measurement.identical, fast.measurement.near_ties) == (0, 0)
     assert fast.measurement.measured_how == "measured at temperature 0.7 with top_p 0.9"
+    profile = example_profile(measurement=fast.measurement)
+    assert identical(Row(profile, winner=False)) == "sampled"
     greedy = confirmed(OnMachine(FakeMachine()))[FAST.key].measurement
     assert greedy.measured_how == "measured greedily"
 

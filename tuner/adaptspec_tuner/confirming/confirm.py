@@ -180,6 +180,7 @@ class _Turns:
         self.kept: list[_Turn] = []
         self.memory: dict[str, int] = {}
         self._clock, self._processor, self._seed = clock, processor, seed
+        self._baselines = {one.key for one in finalists if one.baseline}
         self._numbers: Iterator[int] = itertools.count()
         self._together = True
 
@@ -235,7 +236,7 @@ class _Turns:
 
     def clear(self) -> Undisturbed:
         """Work out what everything took without disturbances."""
-        baselines = {setting.key for setting in self.settings if setting.baseline}
+        baselines = self._baselines
         runs, where = [], []
         for turn in self.kept:
             for key, one in turn.runs.items():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Objective -> what a ratio is about.
 ABOUT = {
-    ANSWER: "time per answer, prefill and drafting included",
+    ANSWER: "time of the whole answer, the prompt's reading and drafting included",
     SPEED: "decoding speed, without the prefill",
     LATENCY: "95th percentile of the time per token",
 }
@@ -116,6 +116,8 @@ def predicted(row: Row) -> str:
 def identical(row: Row) -> str:
     """On how many prompts plain decoding's tokens came out, near ties added."""
     m = row.measurement
+    if m.sampled:  # what differs isn't wrong, so it wasn't compared
+        return "sampled"
     ties = f" (+{m.near_ties})" if m.near_ties else ""
     return f"{m.identical}/{m.prompts}{ties}"
 
