@@ -12,6 +12,7 @@ from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
 SPEED, LATENCY = "speed", "latency"
+EVERY_CLASS = "*"  # what holds over all classes of a workload; shown as "all classes"
 
 
 @dataclass(frozen=True)
