@@ -175,6 +175,7 @@ def tune(
                 ),
                 pool=pool,
                 notes=notes,
+                needs=profiler.needs,
             )
         )
     finally:

@@ -17,17 +17,30 @@ class Decided:
     """The choice for a class.
 
     Args:
-        chosen: Key of the setting; None for plain decoding.
-        reason: In words, without the class's name in front.
+        picks: Keys of the settings that are reliably faster with the reason to take
+            each, the best first; without any it is plain decoding.
+        plain: Why plain decoding, where none of these can be used.
         found: Setting key -> what it is worth.
-        power: None where a setting was chosen.
+        prompts: On how many it rests.
+        power: What these prompts can show; None where nothing is known of their spread.
     """
 
     prompt_class: str
-    chosen: str | None
-    reason: str
+    picks: Sequence[tuple[str, str]]
+    plain: str
     found: Mapping[str, Found]
+    prompts: int
     power: Power | None = None
+
+    @property
+    def chosen(self) -> str | None:
+        """The best setting; None for plain decoding."""
+        return self.picks[0][0] if self.picks else None
+
+    @property
+    def reason(self) -> str:
+        """Why that."""
+        return self.picks[0][1] if self.picks else self.plain
 
 
 def decide(
@@ -95,22 +108,33 @@ def _decided(
     if best_over_all in found and best_over_all not in faster:
         borrowed = pooled.likely(name, best_over_all) >= rule.sure_of_best
         faster |= {best_over_all} if borrowed else set()
-    if not faster:
-        power = pooled.power(name)
-        reason = words.plain(name, found, others, power)
-        return Decided(name, None, reason, {**found, **others}, power)
-    best = max(faster, key=lambda key: (found[key].ratio, key))
-    tied = [
-        key
-        for key in faster
-        if found[key].ratio >= found[best].ratio * (1 - rule.tie)
-        or pooled.apart(name, best, key) < rule.noise
-    ]
-    chosen = min(tied, key=lambda key: _cheapest_first(key, candidates, found, tied))
-    reason = words.chosen(
-        name, chosen, best, found, others, borrowed and chosen == best_over_all
+    picks: list[tuple[str, str]] = []
+    left = set(faster)
+    while left:
+        best = max(left, key=lambda key: (found[key].ratio, key))
+        tied = [
+            key
+            for key in left
+            if found[key].ratio >= found[best].ratio * (1 - rule.tie)
+            or pooled.apart(name, best, key) < rule.noise
+        ]
+        chosen = min(
+            tied, key=lambda key: _cheapest_first(key, candidates, found, tied)
+        )
+        left.remove(chosen)
+        of_all = borrowed and chosen == best_over_all
+        reason = words.chosen(name, chosen, best, found, others, of_all)
+        picks.append((chosen, reason))
+    power = pooled.power(name)
+    every = {**found, **others}
+    return Decided(
+        prompt_class=name,
+        picks=picks,
+        plain=words.plain(name, found, others, power),
+        found=every,
+        prompts=min((of.prompts for of in every.values()), default=0),
+        power=power,
     )
-    return Decided(name, chosen, reason, {**found, **others})
 
 
 def _cheapest_first(
@@ -178,12 +202,12 @@ class _Words:
     ) -> str:
         own = {k: f for k, f in found.items() if self._candidates[k].choosable}
         if not own:
-            reason = f"plain decoding: nothing else was measured on {self._where(name)}"
+            reason = f"nothing else was measured on {self._where(name)}"
             return reason + self._faster_engine(others, 1.0)
         best = max(own, key=lambda key: (own[key].ratio, key))
         of = own[best]
         reason = (
-            f"plain decoding: nothing is reliably faster{self._measure} on "
+            f"nothing is reliably faster{self._measure} on "
             f"{self._where(name)}; best: {self._candidates[best].name} "
             f"{of.ratio:.2f}x ({_interval(of)})"
         )

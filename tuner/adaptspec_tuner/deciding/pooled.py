@@ -66,10 +66,11 @@ class Pooled:
         mean, deviation, across = self._pooling.with_covariance(evidence.mean)
         self._mean, self._deviation, self._across = mean, deviation, across
         self._choosable = np.array([candidates[key].choosable for _, key in self._rows])
-        # A class of more prompts, which can show more, gets more of what may be wrong.
+        # A class of more prompts, which can show more, gets more of what may be wrong:
+        # by their square a class of twenty sees a gain of 1.15 beside seven of four.
         prompts = (self._weights > 0) @ evidence.prompts.astype(float)
         prompts /= (self._weights > 0).sum(axis=1)
-        self._share = prompts / prompts[self._choosable].sum()
+        self._share = prompts**2 / (prompts[self._choosable] ** 2).sum()
         self._lucky = self._drawn(seed)
         self._bar, self._own_bar = self._bars()
         faster = self._passes(mean[None], deviation[None], self._own[None])[0]

@@ -92,7 +92,7 @@ class Rule:
     wrong: float = 0.05
     own: float = 0.5
     sure: float = 0.95
-    sure_of_best: float = 0.8
+    sure_of_best: float = 0.9
     tie: float = 0.02
     noise: float = 0.5
     gain: float = 1.15
