@@ -422,12 +422,6 @@ def _put(session: Session, profile: Profile) -> int:
     known = _same(session, profile)
     if known is None:
         known = session.scalar(select(func.min(ProfileRow.id)).where(outdated))
-    elif session.scalar(
-        select(ProfileRow.id).where(
-            ProfileRow.id == known, ProfileRow.created > fields["created"]
-        )
-    ):
-        return known
     if known is not None:
         session.execute(delete(ProfileRow).where(outdated, ProfileRow.id != known))
         session.execute(
@@ -441,7 +435,7 @@ def _put(session: Session, profile: Profile) -> int:
 
 
 def _put_choice(session: Session, choice: ClassChoice) -> None:
-    """Store a choice in place of an older one; a pinned run stays pinned."""
+    """Store a choice in place of its class's; a pinned run stays pinned."""
     fields = {
         "environment_id": _environment(session, choice.environment),
         "created": choice.created.replace(tzinfo=None),
@@ -459,8 +453,7 @@ def _put_choice(session: Session, choice: ClassChoice) -> None:
         session.add(ChoiceRow(**own, **fields, pinned=choice.pinned))
         session.flush()
         return
-    older = ChoiceRow.created <= fields["created"]
-    session.execute(update(ChoiceRow).where(here, older).values(**fields))
+    session.execute(update(ChoiceRow).where(here).values(**fields))
 
 
 def _profile_fields(profile: Profile) -> dict[str, Any]:
