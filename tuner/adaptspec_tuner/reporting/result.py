@@ -11,7 +11,15 @@ from statistics import median
 from typing import Any
 
 from adaptspec.params import Scalar
-from adaptspec.profile import PLAIN, SPEED, Environment, Measurement, Profile, Trial
+from adaptspec.profile import (
+    EVERY_CLASS,
+    PLAIN,
+    SPEED,
+    Environment,
+    Measurement,
+    Profile,
+    Trial,
+)
 from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec_tuner.measuring.profiler import Setting
 
@@ -241,6 +249,16 @@ class TuneResult:
     classifier: Mapping[str, Any] | None = None
 
     @property
+    def named(self) -> list[ClassResult]:
+        """The workload's classes, without the result over all of them."""
+        return [found for found in self.classes if found.name != EVERY_CLASS]
+
+    @property
+    def pooled(self) -> ClassResult | None:
+        """The result over all classes, where there is one."""
+        return next((c for c in self.classes if c.name == EVERY_CLASS), None)
+
+    @property
     def objective(self) -> str:
         """What its ratios are about."""
         profiles = [p for found in self.classes for p in found.profiles]
@@ -249,7 +267,7 @@ class TuneResult:
     @property
     def prediction_errors(self) -> list[tuple[float, bool]]:
         """Those of all classes."""
-        return [pair for found in self.classes for pair in found.prediction_errors]
+        return [pair for found in self.named for pair in found.prediction_errors]
 
     @property
     def prediction_error(self) -> float | None:
@@ -260,11 +278,13 @@ class TuneResult:
     @property
     def break_even(self) -> float | None:
         """Tokens of use that repay tuning; None if nothing does."""
-        return break_even(sum(self.spent.values()), self.classes)
+        return break_even(sum(self.spent.values()), self.named)
 
     def own_break_even(self, found: ClassResult) -> float | None:
         """Tokens of one class that repay its equal part of the tuning."""
-        return break_even(sum(self.spent.values()) / len(self.classes), [found])
+        if found.name == EVERY_CLASS:
+            return None
+        return break_even(sum(self.spent.values()) / len(self.named), [found])
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
