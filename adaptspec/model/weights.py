@@ -34,7 +34,10 @@ def weights_digest(model: nn.Module) -> str:
 
 
 # Of a configuration: where it came from, and how weights were read.
-UNTOLD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+UNTOLD = (
+    *("_name_or_path", "architectures", "transformers_version"),
+    *("dtype", "torch_dtype"),
+)
 
 
 def configuration_digest(model: nn.Module) -> str:

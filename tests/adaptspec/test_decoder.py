@@ -108,7 +108,7 @@ def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
     reasons = {
         "draft_model": "draft model",
         "gone": "no strategy",
-        "early_exit": "the profiled early_exit can't run: no strategy 'early_exit'",
+        "early_exit": "early_exit is left out: no strategy 'early_exit'",
     }
     for strategy, said in reasons.items():
         keep(store, [example_profile(environment=here, strategy=strategy, params={})])

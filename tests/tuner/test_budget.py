@@ -181,9 +181,7 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
 
     store, replayed = MemoryStore(), cast("Any", Replayed())
     result = run(Trace(), store, 100.0, replayer=lambda _: replayed)
-    told = [
-        (c, row) for c in result.named for row in c.rows if row.strategy == "knob"
-    ]
+    told = [(c, row) for c in result.named for row in c.rows if row.strategy == "knob"]
     assert told
     for found, row in told:
         assert row.predicted == pytest.approx(1.1 * row.measurement.ratio)

@@ -196,12 +196,11 @@ def test_what_was_not_recorded_is_said_to_be_missing() -> None:
 
 def test_lossy_results_and_other_engines_are_labelled_in_every_form() -> None:
     store = filled(MemoryStore())
-    keep(
-        store,
+    store.add_profiles(
         [
             profile("chat", "wrong", 50.0, lossless=False),
             profile("chat", "hf", 12.0, baseline=True),
-        ],
+        ]
     )
     report = build(store)
     assert report.classes[0].choice.strategy == "a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -66,18 +67,17 @@ def upgrade() -> None:
 def _decide() -> None:
     """A choice for every run and class whose profiles can be read."""
     bind = op.get_bind()
-    tables = sa.MetaData()
-    tables.reflect(bind, only=["environments", "profiles", "choices"])
-    profiles, places = tables.tables["profiles"], tables.tables["environments"]
-    environments = {row.id: row._mapping for row in bind.execute(sa.select(places))}
+    places = {row.id: row._mapping for row in _rows("environments", PLACE)}
     found, place_of = [], {}
-    for row in bind.execute(sa.select(profiles)).all():
+    for row in _rows("profiles", PROFILE):
         try:
-            profile = profile_from_json(_record(row._mapping, environments))
+            profile = profile_from_json(_record(row._mapping, places))
         except (ProfileStoreError, ValueError, KeyError, TypeError):
-            continue
+            continue  # damaged: whoever reads it says so
         found.append(profile)
         place_of[profile.run, profile.prompt_class] = row.environment_id
+    tables = sa.MetaData()
+    tables.reflect(bind, only=["choices"])
     for choice in choices_of(found):
         bind.execute(
             tables.tables["choices"].insert(),
@@ -96,18 +96,34 @@ def _decide() -> None:
         )
 
 
-def _record(row: Any, environments: Any) -> dict[str, Any]:
+PLACE = (
+    *("id", "model", "model_name", "draft", "draft_name", "dtype", "device"),
+    *("device_name", "threads", "versions", "heads", "heads_name", *KEY),
+)
+PROFILE = (
+    *("environment_id", "run", "workload", "workload_name", "prompt_class", "strategy"),
+    *("params", "lossless", "baseline", "created", "measurement"),
+)
+
+
+def _rows(table: str, columns: Sequence[str]) -> Sequence[Any]:
+    """Without types: a value that is no JSON must not stop the step."""
+    asked = sa.select(sa.table(table, *map(sa.column, columns)))
+    return op.get_bind().execute(asked).all()
+
+
+def _record(row: Any, places: Mapping[int, Any]) -> dict[str, Any]:
     """A profile's row as its JSON record."""
-    place = dict(environments[row["environment_id"]])
-    inner = {k: v for k, v in place.items() if k not in ("id", "digest")}
-    skipped = ("id", "environment_id", "setting", "tokens_per_second", "ratio")
-    own = {k: v for k, v in row.items() if k not in skipped}
+    place = {k: v for k, v in places[row["environment_id"]].items() if k != "id"}
+    own = {k: v for k, v in row.items() if k != "environment_id"}
     return {
         **own,
-        "environment": {**inner, "versions": _loaded(inner["versions"])},
+        "environment": {**place, "versions": _loaded(place["versions"])},
         "params": _loaded(own["params"]),
         "measurement": _loaded(own["measurement"]),
-        "created": f"{own['created'].isoformat()}+00:00",
+        "lossless": bool(own["lossless"]),
+        "baseline": bool(own["baseline"]),
+        "created": f"{own['created']}+00:00".replace(" ", "T"),
     }
 
 
