@@ -29,7 +29,7 @@ from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
-from adaptspec.profile import PLAIN, ClassChoice, Pick, ProfileStore
+from adaptspec.profile import PLAIN, ClassChoice, Pick, Profile, ProfileStore
 from adaptspec.selector import Choice, decided_here, select
 from adaptspec.streaming import TextPieces
 
@@ -194,6 +194,7 @@ class Decoder:
         self._allow_lossy, self._run_id = allow_lossy, run
         self.engine = Engine(model, draft)
         self.environment = environment_of(model, draft)
+        self.profiles: list[Profile] = []
         self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
@@ -211,12 +212,13 @@ class Decoder:
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
-        self.choices, self._classifier = [], None
+        self.profiles, self.choices, self._classifier = [], [], None
         self._unprofiled = BAD_STORE
         self._told.add(BAD_STORE)
         warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
 
     def _read_store(self, store: ProfileStore) -> None:
+        self.profiles = store.profiles(model=self.model.digest)
         self.choices = store.choices(model=self.model.digest)
         if not self.choices:
             # Another version of the same model: select says so.

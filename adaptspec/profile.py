@@ -12,7 +12,7 @@ from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
 SPEED, LATENCY = "speed", "latency"
-EVERY_CLASS = "*"  # what holds over all classes of a workload; shown as "all classes"
+EVERY_CLASS = "*"  # of results over all classes; no workload names a class so
 
 
 @dataclass(frozen=True)

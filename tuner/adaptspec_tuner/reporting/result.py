@@ -22,6 +22,7 @@ from adaptspec.profile import (
 )
 from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec_tuner.measuring.profiler import Setting
+from adaptspec_tuner.reporting.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,11 @@ class ClassResult:
         return Row(profile, won, predicted, self.positions.get(key, ()))
 
     @property
+    def winner(self) -> Row | None:
+        """The row of the choice; None where what is chosen wasn't confirmed here."""
+        return next((row for row in self.rows if row.winner), None)
+
+    @property
     def trials(self) -> dict[str, int]:
         """How many settings of each strategy were measured in the search."""
         counts: dict[str, int] = {}
@@ -233,6 +239,8 @@ class TuneResult:
             ``[contexts][rows]``; empty if none were measured.
         classifier: Of discovered classes: ``seconds`` that finding a prompt's class
             takes, ``classes`` in words; None if declared.
+        usage: What was tuned, as it was asked for; None where that isn't known.
+        defaults: Strategy or baseline -> its parameters' defaults, of those at hand.
     """
 
     run: str
@@ -247,6 +255,8 @@ class TuneResult:
     created: str | None = None
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     classifier: Mapping[str, Any] | None = None
+    usage: Usage | None = None
+    defaults: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
 
     @property
     def named(self) -> list[ClassResult]:
@@ -257,6 +267,15 @@ class TuneResult:
     def pooled(self) -> ClassResult | None:
         """The result over all classes, where there is one."""
         return next((c for c in self.classes if c.name == EVERY_CLASS), None)
+
+    def changed(self, strategy: str, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Those of its parameters that aren't the strategy's defaults."""
+        usual = self.defaults.get(strategy, {})
+        return {
+            name: value
+            for name, value in params.items()
+            if name not in usual or usual[name] != value
+        }
 
     @property
     def objective(self) -> str:
@@ -296,7 +315,17 @@ class TuneResult:
             "created": self.created,
             "objective": self.objective,
             "classes": [
-                {**found.as_json(), "break_even": self.own_break_even(found)}
+                {
+                    **found.as_json(),
+                    "results": [
+                        {
+                            **row.as_json(),
+                            "changed": self.changed(row.strategy, row.profile.params),
+                        }
+                        for row in found.rows
+                    ],
+                    "break_even": self.own_break_even(found),
+                }
                 for found in self.classes
             ],
             "unavailable": dict(self.unavailable),
