@@ -26,10 +26,10 @@ def test_equal_models_have_one_key_wherever_they_come_from(tmp_path: Path) -> No
     module.save_pretrained(tmp_path)
     module.config._name_or_path = "somewhere/else"
     assert of(module) == here
-    # As loaded: weights of ours may be packed, which is a kernel of its own.
+    # Weights of ours may be packed and attended to otherwise than a caller's.
     loaded = environment_of(load_model(tmp_path, tokenizer=tiny_tokenizer()), None)
     known = environment_of(LanguageModel(module), None)
-    assert loaded.differences(known, HOLDS) in ([], ["kernel"])
+    assert set(loaded.differences(known, HOLDS)) <= {"kernel", "attention"}
 
 
 def eps(module: Any) -> None:

@@ -44,9 +44,9 @@ def found(name: str, strategy: str, ratio: float, **changes: Any) -> ClassResult
         profile(name, strategy, ratio, **changes),
     ]
     chosen = strategy if ratio > 1 else PLAIN
-    return ClassResult(
-        name, Choice(name, chosen, {}, f"why {chosen}"), tuple(rows[: 2 + (ratio > 1)])
-    )
+    params = next((p.params for p in rows if p.strategy == chosen), {})
+    choice = Choice(name, chosen, params, f"why {chosen}")
+    return ClassResult(name, choice, tuple(rows[: 2 + (ratio > 1)]))
 
 
 def result(*classes: ClassResult, **changes: Any) -> TuneResult:
@@ -119,7 +119,8 @@ def test_it_begins_with_what_was_gained_and_a_sentence_a_class() -> None:
 
 
 def test_one_prompt_is_one_prompt_and_without_an_interval_there_is_none() -> None:
-    (name, choice, rows) = ("a", Choice("a", "b", {}, ""), [])
+    params = profile("a", "b", 1.5).params
+    (name, choice, rows) = ("a", Choice("a", "b", params, ""), [])
     for strategy in (PLAIN, "b"):
         one = profile("a", strategy, 1.5)
         few = replace(one.measurement, prompts=1, interval_low=None, interval_high=None)

@@ -90,7 +90,7 @@ class Rule:
         draws: Tunes without any gain that are drawn to see how far luck goes.
     """
 
-    wrong: float = 0.035
+    wrong: float = 0.04
     own: float = 0.9
     sure: float = 0.95
     sure_of_best: float = 0.9
