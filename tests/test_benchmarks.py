@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
 from adaptspec.decoding.engine import Engine
@@ -174,30 +175,6 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(
-    "name", ["autoregressive", "prompt_lookup", "token_recycling", "draft_model"]
-)
-def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
-    contenders = benchmark("contenders")
-    model = tiny_model("llama")
-    ours = contenders.Ours(
-        Engine(model, tiny_model("llama")), Host.installed(), name, {}
-    )
-    prompt, free = [1, 2, 3], ours([1, 2, 3], 12)[0]
-    script = contenders.Script(model)
-    assert ours(prompt, 12)[0] == free
-    held = [free[0], *([7, 8, 9] * 4)[:10]]  # soon drafted by looking it up
-    script.text = [*prompt, *held]
-    assert ours(prompt, 11)[0] == held
-    told = ours(prompt, 14)[0]
-    assert told[:11] == held
-    script.text = None
-    model = tiny_model("llama")
-    plain = contenders.Ours(Engine(model), Host.installed(), "autoregressive", {})
-    assert told[11:] == plain([*prompt, *held], 3)[0]
-    assert ours(prompt, 12)[0] == free
-
-
 def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
     engine, host = Engine(tiny_model("llama")), Host.installed()
 
@@ -210,28 +187,6 @@ def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
         return found
 
     assert forwards("warm_up") == forwards("") < forwards("__call__")
-
-
-def test_the_one_with_the_fewest_tokens_steps_next() -> None:
-    told: list[str] = []
-
-    def steps(name: str, *lengths: int) -> Any:
-        for length in lengths:
-            told.append(name)
-            yield [0] * length
-
-    benchmark("contenders").in_step(
-        {
-            "one": steps("one", 1, 1, 1, 1, 1, 1),
-            "four": steps("four", 1, 4, 1),
-            "two": steps("two", 1, 2, 2, 1),
-        }
-    )
-    assert told == [
-        *("one", "four", "two", "one", "four", "two"),  # 2, 5, 3 tokens
-        *("one", "two", "one", "one"),  # 5, 5, 5
-        *("four", "two", "one"),
-    ]
 
 
 @pytest.mark.slow
@@ -403,3 +358,53 @@ def test_decisions_are_worth_what_is_said_of_them(
         assert tally.right[gained].mean() / tally.tunes >= asked["found"]
         assert abs(sum(tally.errors) / len(tally.errors)) < 0.03
     assert len(deciding.row(world, tally).split("|")) == 8
+
+
+def tuned(winner: str, **ratios: tuple[float, int]) -> dict[str, Any]:
+    rows = [
+        {"strategy": name, "params": {"k": k}, "ratio": ratio}
+        for name, (ratio, k) in {"autoregressive": (1.0, 0), **ratios}.items()
+    ]
+    found = {"class": "chat", "winner": winner, "params": {}, "results": rows}
+    return {"classes": [found]}
+
+
+def test_ratios_of_a_disturbed_tune_are_set_beside_the_quiet_ones() -> None:
+    disturbed = benchmark("disturbed")
+    found = disturbed.compared(
+        tuned("a", a=(2.0, 1), b=(1.5, 1)),
+        tuned("b", a=(2.2, 1), b=(1.2, 2), c=(3.0, 1)),
+    )
+    assert found["same"] == 0
+    assert found["classes"]["chat"]["ratios"] == {
+        "a": [2.0, 2.2, True],
+        "b": [1.5, 1.2, False],
+    }
+    assert found["settings"] == pytest.approx([0.1])
+    assert found["strategies"] == pytest.approx([0.1, 0.2])
+    same = disturbed.compared(tuned("a", a=(2.0, 1)), tuned("a", b=(2.0, 1)))
+    assert (same["same"], same["strategies"]) == (1, [])
+    assert disturbed.compared(tuned("a"), {"classes": []})["missing"] == ["chat"]
+
+
+STANDS_STILL = """
+import json, time
+before = time.monotonic()
+longest = 0
+for _ in range(100):
+    time.sleep(0.01)
+    now = time.monotonic()
+    before, longest = now, max(longest, now - before)
+print(json.dumps({"longest": longest}))
+"""
+
+
+@pytest.mark.slow
+def test_a_disturbed_command_is_stopped_and_goes_on() -> None:
+    disturbed = benchmark("disturbed")
+    command = [sys.executable, "-c", STANDS_STILL]
+    found = disturbed.tune(command, load=(0.1, 0.2), pauses=[0.5], pause=1.5)
+    assert found["longest"] > 1.4
+    assert found["seconds"] > 2.0
+    with pytest.raises(ClickException, match="no such thing"):
+        disturbed.tune([sys.executable, "-c", "raise SystemExit('no such thing')"])

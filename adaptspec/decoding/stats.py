@@ -16,6 +16,7 @@ class StepStats(NamedTuple):
     seconds_draft: float
     seconds_rest: float
     depth: int = 0  # of the deepest candidate
+    rows: int = 1  # of the verified tree, root and probes included
 
     @property
     def seconds(self) -> float:
@@ -25,7 +26,12 @@ class StepStats(NamedTuple):
 
 @dataclass
 class RunStats:
-    """One generation. The first token comes from the prefill, the rest from steps."""
+    """One generation. The first token comes from the prefill, the rest from steps.
+
+    Args:
+        seconds_prefill: From the beginning to the first token: the drafter's start, the
+            prompt's forward, and what the drafter does with it.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0

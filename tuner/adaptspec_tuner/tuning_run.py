@@ -13,7 +13,7 @@ from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import KeepsStudies
-from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool
@@ -22,6 +22,7 @@ from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
+    from adaptspec_tuner.measuring.other_programs import OtherPrograms
     from adaptspec_tuner.replaying.replayer import Replayer
 
 # From plain decoding of prompts to what predicts from it, where anything can.
@@ -63,9 +64,12 @@ class TuningRun:
         notes: What there was to say before it began; belongs in the result.
         needs: Whether a setting of ours runs the draft model, and whether it asks
             trained heads.
+        processor: Seconds of processor time of this process; without it, that it stood
+            still isn't seen.
+        others: Watches what other programs take of the processors, from its making on.
     """
 
-    measurer: Measurer
+    measurer: TurnMeasurer
     strategies: Sequence[type[Strategy]]
     workload: Workload
     store: ProfileStore
@@ -81,6 +85,8 @@ class TuningRun:
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
     needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
+    processor: Callable[[], float] | None = None
+    others: Callable[[], OtherPrograms] | None = None
     time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
     # Class -> what was confirmed of it, as it is recorded.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaptspec.profile import (
+    ANSWER,
     EVERY_CLASS,
     LATENCY,
     PLAIN,
@@ -20,7 +21,10 @@ from adaptspec_tuner.deciding.rule import Candidate, Found
 from adaptspec_tuner.measuring.profiler import Setting
 
 # Objective -> what a ratio to plain decoding is of, in words.
-MEASURES = {LATENCY: " in p95 latency per token"}
+MEASURES = {
+    ANSWER: " in time per answer",
+    LATENCY: " in p95 latency per token",
+}
 
 # Over all classes: by their geometric means, and added up.
 MEANS = (
@@ -67,6 +71,7 @@ def decide_classes(
             )
             for key in settings
         },
+        how=every[0].measurement.measured_how,
         measure=MEASURES.get(every[0].measurement.objective, ""),
     )
     updated = [

@@ -49,6 +49,7 @@ def decide(
     candidates: Mapping[str, Candidate],
     *,
     rule: Rule | None = None,
+    how: str = "measured",
     measure: str = "",
     seed: int = 0,
 ) -> dict[str, Decided]:
@@ -69,6 +70,7 @@ def decide(
         ratios: Class -> setting key -> prompt id -> ratio per repeat, plain decoding
             left out.
         candidates: Setting key -> what else is known of it.
+        how: Under which controls, as it begins a reason: "measured greedily".
         measure: What the ratios are of, as it follows "2.00x plain decoding".
     """
     rule = rule or Rule()
@@ -76,7 +78,7 @@ def decide(
     theirs = _of(ratios, candidates, baselines=True)
     pooled = Pooled(gathered(ours), candidates, rule, seed)
     alone = Pooled(gathered(theirs), candidates, rule, seed)
-    words = _Words(candidates, measure, rule, list(ratios))
+    words = _Words(candidates, how, measure, rule, list(ratios))
     over_all = _decided(EVERY_CLASS, pooled, alone, candidates, rule, words)
     decided = {
         name: _decided(name, pooled, alone, candidates, rule, words, over_all.picks)
@@ -166,11 +168,13 @@ class _Words:
     def __init__(
         self,
         candidates: Mapping[str, Candidate],
+        how: str,
         measure: str,
         rule: Rule,
         classes: Sequence[str],
     ) -> None:
         self._candidates, self._measure, self._rule = candidates, measure, rule
+        self._how = how
         self._classes = classes
 
     def chosen(
@@ -184,7 +188,7 @@ class _Words:
     ) -> str:
         of = found[chosen]
         reason = (
-            f"measured {of.ratio:.2f}x plain decoding{self._measure} on "
+            f"{self._how}, {of.ratio:.2f}x plain decoding{self._measure} on "
             f"{self._where(name)} ({_interval(of)})"
         )
         if borrowed:

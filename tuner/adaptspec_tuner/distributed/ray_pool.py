@@ -13,6 +13,7 @@ from adaptspec_tuner.measuring.profiler import Measurer
 from adaptspec_tuner.searching.trials import Job, run_trial
 
 if TYPE_CHECKING:
+    from adaptspec.params import Scalar
     from adaptspec.profile import Environment, Trial
     from adaptspec_tuner.measuring.models import Models
 
@@ -215,7 +216,12 @@ class RayPool:
 
 
 def bench(
-    models: Models, max_new_tokens: int, max_memory: int | None, threads: int
+    models: Models,
+    max_new_tokens: int,
+    max_memory: int | None,
+    threads: int,
+    controls: Mapping[str, Scalar | None],
+    seed: int,
 ) -> Bench:
     """Load the models as ``tune`` does."""
     import torch
@@ -227,7 +233,14 @@ def bench(
     torch.set_num_threads(threads)
     host = Host.installed()
     engine = models.engine(host)
-    profiler = Profiler(engine, host, max_new_tokens, max_memory=max_memory)
+    profiler = Profiler(
+        engine,
+        host,
+        max_new_tokens,
+        max_memory=max_memory,
+        controls=controls,
+        seed=seed,
+    )
     return Bench(profiler, place_of(environment_of(engine.model, engine.draft)))
 
 

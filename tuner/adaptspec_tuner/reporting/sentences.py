@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.cli.quantities import clock_time
-from adaptspec.profile import EVERY_CLASS, LATENCY, PLAIN, SPEED
+from adaptspec.profile import ANSWER, EVERY_CLASS, LATENCY, PLAIN, SPEED
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec_tuner.reporting.result import told_errors
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Objective -> what a ratio is about.
 ABOUT = {
+    ANSWER: "time of the whole answer, the prompt's reading and drafting included",
     SPEED: "decoding speed, without the prefill",
     LATENCY: "95th percentile of the time per token",
 }
@@ -115,6 +116,8 @@ def predicted(row: Row) -> str:
 def identical(row: Row) -> str:
     """On how many prompts plain decoding's tokens came out, near ties added."""
     m = row.measurement
+    if m.sampled:  # what differs isn't wrong, so it wasn't compared
+        return "sampled"
     ties = f" (+{m.near_ties})" if m.near_ties else ""
     return f"{m.identical}/{m.prompts}{ties}"
 

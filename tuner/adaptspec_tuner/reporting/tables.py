@@ -50,7 +50,7 @@ COLUMNS = (
     Column(
         "same output",
         words.identical,
-        "prompts with plain decoding's tokens (+ near ties)",
+        "prompts with plain decoding's tokens (+ near ties); not compared if sampled",
     ),
     Column(
         "tokens/ forward",
@@ -66,6 +66,15 @@ COLUMNS = (
             else f"{row.measurement.latency_p95:.1f}"
         ),
         "95% of the tokens took no longer",
+    ),
+    Column(
+        "ms to first",
+        lambda row: (
+            ""
+            if row.measurement.seconds_to_first is None
+            else f"{1e3 * row.measurement.seconds_to_first:.0f}"
+        ),
+        "time to the first token, median over prompts",
     ),
     Column(
         "peak GiB",
