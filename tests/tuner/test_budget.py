@@ -11,7 +11,7 @@ from pydantic import Field
 
 from adaptspec.cli.progress import Progress
 from adaptspec.params import Tunable
-from adaptspec.profile import PLAIN, Environment
+from adaptspec.profile import EVERY_CLASS, PLAIN, Environment
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
