@@ -29,8 +29,8 @@ from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
-from adaptspec.profile import PLAIN, Profile, ProfileStore
-from adaptspec.selector import Choice, measured_here, select
+from adaptspec.profile import PLAIN, ClassChoice, Pick, Profile, ProfileStore
+from adaptspec.selector import Choice, decided_here, select
 from adaptspec.streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ NO_STORE = (
 
 
 BAD_STORE = "plain decoding: the store of profiles can't be used"
-UNLIKE = "plain decoding: the prompt is unlike those that were tuned on"
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,7 @@ class Decoder:
             the profiles, and read it there. It may hold token ids of earlier outputs.
         allow_lossy: Whether a strategy may be chosen that changes the distribution of
             sampled output. Asked for by name, it is used anyway; the result says so.
+        run: Only what this tuning run decided counts; default: the best evidence.
     """
 
     def __init__(
@@ -187,14 +187,15 @@ class Decoder:
         host: Host | None = None,
         learn: bool = False,
         allow_lossy: bool = False,
+        run: str | None = None,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
-        self._allow_lossy = allow_lossy
+        self._allow_lossy, self._run_id = allow_lossy, run
         self.engine = Engine(model, draft)
         self.environment = environment_of(model, draft)
         self.profiles: list[Profile] = []
-        self._classifier_run = ""  # whose classes the classifier's names are
+        self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
         self._told: set[str] = set()
@@ -211,22 +212,23 @@ class Decoder:
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
-        self.profiles, self._classifier = [], None
+        self.profiles, self.choices, self._classifier = [], [], None
         self._unprofiled = BAD_STORE
         self._told.add(BAD_STORE)
         warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
 
     def _read_store(self, store: ProfileStore) -> None:
         self.profiles = store.profiles(model=self.model.digest)
-        if not self.profiles:
+        self.choices = store.choices(model=self.model.digest)
+        if not self.choices:
             # Another version of the same model: select says so.
-            self.profiles = [
-                p
-                for p in store.profiles()
-                if p.environment.model_name == self.environment.model_name
+            self.choices = [
+                choice
+                for choice in store.choices()
+                if choice.environment.model_name == self.environment.model_name
             ]
         self._classifier = self._stored_classifier(store)
-        if self.profiles:
+        if self.choices:
             costs = stored_costs(store, self.environment)
             if costs is not None:
                 use_costs(costs, self.model, self.draft)
@@ -252,15 +254,14 @@ class Decoder:
         if self._unprofiled is not None:
             return Choice(prompt_class, PLAIN, {}, self._unprofiled)
         if prompt_class not in self._choices:
-            chosen = select(
-                self._profiles_of(prompt_class),
+            self._choices[prompt_class] = select(
+                self.choices,
                 self.environment,
-                prompt_class,
+                None if prompt_class == UNKNOWN else prompt_class,
                 self._lossy() if self._allow_lossy else (),
+                run=self._run_id,
+                refused=self._refused,
             )
-            if self._classifier is not None and prompt_class == UNKNOWN:
-                chosen = Choice(prompt_class, PLAIN, {}, UNLIKE)
-            self._choices[prompt_class] = self._runnable(chosen)
         return self._choices[prompt_class]
 
     def generate(
@@ -376,25 +377,15 @@ class Decoder:
             self._keeper = KnowledgeKeeper(folder, self.model.digest)
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
-    def _profiles_of(self, prompt_class: str | None) -> Sequence[Profile]:
-        """Those that may speak for a class: a discovered one is its own run's alone.
-
-        Another run's class of that name is another class.
-        """
-        if self._classifier is None or prompt_class not in self._classifier.names:
-            return self.profiles
-        return [p for p in self.profiles if p.run == self._classifier_run]
-
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
         """The newest run's, if that run discovered its classes."""
-        here = measured_here(self.profiles, self.environment)
+        here = decided_here(self.choices, self.environment)
         if not here:
             return None
-        newest = max(here, key=lambda p: (p.created, p.run))
+        newest = max(here, key=lambda choice: (choice.created, choice.run))
         record = store.record(newest.run, CLASSIFIER)
         if record is None:
             return None
-        self._classifier_run = newest.run
         try:
             return Classifier.from_json(record)
         except AdaptSpecError as error:
@@ -450,18 +441,14 @@ class Decoder:
     def _lossy(self) -> set[str]:
         return {name for name, cls in self.host.strategies.items() if not cls.lossless}
 
-    def _runnable(self, choice: Choice) -> Choice:
-        """The choice, or plain decoding where its strategy is gone or can't run."""
+    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
+        """Why a strategy is gone or can't run here; None if it can."""
         try:
-            cls = self.host.strategy(choice.strategy)
-            cls.Params.parse(choice.params, choice.strategy)
-            problem = cls.unavailable(self.model, self.draft)
+            cls = self.host.strategy(pick.strategy)
+            cls.Params.parse(pick.params, pick.strategy)
+            return cls.unavailable(self.model, self.draft)
         except AdaptSpecError as error:
-            problem = str(error)
-        if problem is None:
-            return choice
-        reason = f"plain decoding: the profiled {choice.strategy} can't run: {problem}"
-        return Choice(choice.prompt_class, PLAIN, {}, reason)
+            return str(error)
 
     def _tell_once(self, reason: str) -> None:
         if reason not in self._told:
@@ -490,6 +477,7 @@ def load(
     heads: str | Path | Sequence[str | Path] = (),
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
+    run: str | None = None,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -505,6 +493,7 @@ def load(
             with them.
         allow_lossy: See :class:`Decoder`.
         trust_remote_code: Whether code that comes with the models may run.
+        run: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -522,21 +511,21 @@ def load(
     )
     opens = _opens_stores(host)
     if db is None and not opens:
-        return Decoder(target, draft, None, host, learn, allow_lossy)
+        return Decoder(target, draft, None, host, learn, allow_lossy, run)
     if db is None or isinstance(db, str | Path):
         try:
             store = host.open_store(None if db is None else str(db))
         except ProfileStoreError as error:
             if not opens:
                 raise
-            decoder = Decoder(target, draft, None, host, learn, allow_lossy)
+            decoder = Decoder(target, draft, None, host, learn, allow_lossy, run)
             decoder.give_up_store(error)
             return decoder
         try:
-            return Decoder(target, draft, store, host, learn, allow_lossy)
+            return Decoder(target, draft, store, host, learn, allow_lossy, run)
         finally:
             store.close()
-    return Decoder(target, draft, db, host, learn, allow_lossy)
+    return Decoder(target, draft, db, host, learn, allow_lossy, run)
 
 
 def _opens_stores(host: Host) -> bool:

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
@@ -33,7 +33,6 @@ from adaptspec.params import Scalar
 from adaptspec.workloads import Prompt, Workload, example_workload, read_workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import confirm
-from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import told_errors
@@ -92,8 +91,9 @@ def measure_block(
     found = {}
     for setting in settings:
         profiler.forget()
-        gains = [[profiler.measure(setting, p).gain(plain[p.id])] for p in prompts]
-        found[setting.key] = overall(gains)
+        found[setting.key] = geometric_mean(
+            profiler.measure(setting, p).gain(plain[p.id]) for p in prompts
+        )
     return found
 
 

@@ -46,6 +46,9 @@ class EnvironmentRow(Base):
     versions: Mapped[dict[str, str]] = mapped_column(JSON)
     heads: Mapped[str | None] = mapped_column(text(64))
     heads_name: Mapped[str | None] = mapped_column(String)
+    configuration: Mapped[str | None] = mapped_column(text(64))
+    kernel: Mapped[str | None] = mapped_column(text(64))
+    attention: Mapped[str | None] = mapped_column(text(64))
 
 
 class ProfileRow(Base):
@@ -54,7 +57,8 @@ class ProfileRow(Base):
     __tablename__ = "profiles"
     __table_args__ = (
         UniqueConstraint(
-            "run", "prompt_class", "strategy", "baseline", name="uq_profiles_setting"
+            *("run", "prompt_class", "strategy", "setting", "baseline"),
+            name="uq_profiles_setting",
         ),
     )
 
@@ -73,6 +77,27 @@ class ProfileRow(Base):
     tokens_per_second: Mapped[float] = mapped_column(Float)
     ratio: Mapped[float] = mapped_column(Float)
     measurement: Mapped[dict[str, Any]] = mapped_column(JSON)
+    setting: Mapped[str] = mapped_column(text(64))  # digest of params
+
+
+class ChoiceRow(Base):
+    """What a tuning run decided for a class of prompts."""
+
+    __tablename__ = "choices"
+    __table_args__ = (UniqueConstraint("run", "prompt_class", name="uq_choices_class"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    environment_id: Mapped[int] = mapped_column(ForeignKey("environments.id"))
+    environment: Mapped[EnvironmentRow] = relationship(lazy="joined")
+    run: Mapped[str] = mapped_column(text(64), index=True)
+    prompt_class: Mapped[str] = mapped_column(String)
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC
+    picks: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    reason: Mapped[str] = mapped_column(String)
+    prompts: Mapped[int] = mapped_column(Integer)
+    tried: Mapped[list[str]] = mapped_column(JSON)
+    objective: Mapped[str] = mapped_column(text(32))
+    pinned: Mapped[bool] = mapped_column(Boolean)
 
 
 class TrialRow(Base):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
 from adaptspec.testing.heads import attach_tiny_heads, tiny_heads
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 PROMPT = random_ids(12)
 
@@ -55,16 +57,38 @@ def test_nothing_profiled_means_plain_decoding_said_once(decoder: Decoder) -> No
         decoder.generate(PROMPT, max_new_tokens=5)
 
 
+def test_one_run_may_be_pinned_by_name(module: Any) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    store = MemoryStore()
+    here = environment_of(model, None)
+    for number, run in enumerate(("old", "new")):
+        profile = example_profile(
+            environment=here,
+            run=run,
+            params={"draft_length": 3 + number},
+            created=example_profile().created + timedelta(days=number),
+        )
+        keep(store, [profile])
+    lengths = [
+        adaptspec.load(model, db=store, run=run).choose("chat").params["draft_length"]
+        for run in (None, "old", "new")
+    ]
+    assert lengths == [4, 3, 4]
+    with pytest.raises(AdaptSpecError, match="run 'gone' decided nothing"):
+        adaptspec.load(model, db=store, run="gone").choose("chat")
+
+
 def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:
     model = LanguageModel(module, tiny_tokenizer())
     store = MemoryStore()
-    store.add_profiles(
+    keep(
+        store,
         [
             example_profile(
                 environment=environment_of(model, None),
                 params={"draft_length": 5},
             )
-        ]
+        ],
     )
     decoder = adaptspec.load(model, db=store)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=12)
@@ -84,12 +108,10 @@ def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
     reasons = {
         "draft_model": "draft model",
         "gone": "no strategy",
-        "early_exit": "the profiled early_exit can't run: no strategy 'early_exit'",
+        "early_exit": "early_exit is left out: no strategy 'early_exit'",
     }
     for strategy, said in reasons.items():
-        store.add_profiles(
-            [example_profile(environment=here, strategy=strategy, params={})]
-        )
+        keep(store, [example_profile(environment=here, strategy=strategy, params={})])
         choice = adaptspec.load(model, db=store).choose("chat")
         assert choice.strategy == PLAIN
         assert said in choice.reason
@@ -226,7 +248,7 @@ def test_a_lossy_winner_is_used_only_where_that_is_allowed(module: Any) -> None:
         environment=here, strategy="medusa_typical", params={}, lossless=False
     )
     store = MemoryStore()
-    store.add_profiles([lossy])
+    keep(store, [lossy])
     decoder = adaptspec.load(model, db=store)
     with pytest.warns(PlainDecodingWarning):
         result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)

@@ -23,11 +23,11 @@ from adaptspec_profiles.engine import make_engine, on_network_file_system
 from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
-NEWEST = GOLDEN.with_name("m003.sql")
+NEWEST = GOLDEN.with_name("m005.sql")
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = 'x2', 'm003'
+revision, down_revision = 'x2', 'm005'
 def upgrade():
     op.add_column('profiles', sa.Column('note', sa.String(), server_default='none'))
 """
@@ -105,12 +105,40 @@ def test_an_older_file_is_switched_with_its_profiles(path: Path) -> None:
     store = open_store(str(path))
     (kept,) = store.profiles()
     # What that release didn't measure isn't compared.
-    known = replace(example_profile().environment, heads=None, heads_name=None)
+    known = replace(
+        example_profile().environment,
+        heads=None,
+        heads_name=None,
+        configuration=None,
+        kernel=None,
+        attention=None,
+    )
     expected = example_profile(environment=known, measurement=kept.measurement)
     assert replace(kept, id=None) == expected
     assert kept.measurement.tokens_per_second == 20.0
+    # That release stored no choice and measured no interval.
+    (choice,) = store.choices()
+    assert (choice.run, choice.prompt_class, list(choice.picks)) == ("r1", "chat", [])
     store.close()
     assert mode(path) == "wal"
+
+
+def test_a_choice_is_made_of_what_an_older_release_measured(path: Path) -> None:
+    with raw(path) as connection:
+        connection.executescript(GOLDEN.with_name("m003.sql").read_text())
+        # A row that can't be read makes no choice and stops nothing.
+        connection.execute(
+            "INSERT INTO profiles SELECT 9, environment_id, 'r9', workload, "
+            "workload_name, prompt_class, strategy, '{', lossless, baseline, created, "
+            "tokens_per_second, ratio, measurement FROM profiles"
+        )
+    store = open_store(str(path))
+    (choice,) = store.choices()
+    (pick,) = choice.picks
+    assert (choice.run, choice.prompt_class, choice.prompts) == ("r1", "chat", 4)
+    assert (pick.strategy, pick.ratio, pick.low) == ("prompt_lookup", 1.5, 1.25)
+    assert choice.environment.kernel is None
+    store.close()
 
 
 def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:
@@ -176,8 +204,10 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     path: Path, one_more: ScriptDirectory
 ) -> None:
     engine = make_engine(str(path))
-    assert migrate(engine, target="m003", script=one_more) == ["m001", "m002", "m003"]
-    assert migrate(engine, target="m003", script=one_more) == []
+    assert migrate(engine, target="m005", script=one_more) == [
+        *("m001", "m002", "m003", "m005")
+    ]
+    assert migrate(engine, target="m005", script=one_more) == []
     engine.dispose()
     store = open_store(str(path))  # a release that doesn't know the last step
     store.add_profiles([example_profile()])
@@ -187,7 +217,7 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     assert "note" not in columns
     assert migrate(engine, script=one_more) == ["x2"]
     assert migrate(engine, script=one_more) == []
-    assert migrate(engine, target="m003", script=one_more) == []  # never back
+    assert migrate(engine, target="m005", script=one_more) == []  # never back
     engine.dispose()
     with raw(path) as connection:
         rows = connection.execute("SELECT run, note FROM profiles").fetchall()
@@ -205,7 +235,7 @@ def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
         found = read(of)
         if not calls:  # between our reading and our writing
             calls.append(found)
-            migrate(of, target="m003", script=one_more)
+            migrate(of, target="m005", script=one_more)
         return found
 
     monkeypatch.setattr(migrations, "_current", late)

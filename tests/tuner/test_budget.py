@@ -11,7 +11,7 @@ from pydantic import Field
 
 from adaptspec.cli.progress import Progress
 from adaptspec.params import Tunable
-from adaptspec.profile import PLAIN, Environment
+from adaptspec.profile import EVERY_CLASS, PLAIN, Environment
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
@@ -98,8 +98,8 @@ def test_classes_that_are_confirmed_are_confirmed_on_enough_prompts(
     budget: float,
 ) -> None:
     result = run(Trace(), MemoryStore(), budget)
-    assert result.classes
-    for found in result.classes:
+    assert result.named
+    for found in result.named:
         assert all(p.measurement.prompts >= FEWEST_PROMPTS for p in found.profiles)
 
 
@@ -109,8 +109,8 @@ def test_a_small_budget_goes_to_confirming_every_class_before_more_trials(
 ) -> None:
     trace = Trace()
     result = run(trace, MemoryStore(), budget)
-    assert {found.name for found in result.classes} == set(CLASSES)
-    assert not any(found.few for found in result.classes)
+    assert {found.name for found in result.named} == set(CLASSES)
+    assert not any(found.few for found in result.named)
     assert trace.clock.now <= 1.05 * budget
 
 
@@ -118,25 +118,25 @@ def test_a_budget_of_trials_is_that_many_in_all() -> None:
     store = MemoryStore()
     result = run(Trace(), store, math.inf, budget_trials=9)
     assert len(store.trials(result.run)) == 9
-    assert {found.name for found in result.classes} == set(CLASSES)
+    assert {found.name for found in result.named} == set(CLASSES)
 
 
 def test_a_continued_run_confirms_first_what_it_has_no_result_of() -> None:
     trace, store = Trace(), MemoryStore()
     run(trace, store, 400.0, trials=1)
-    first = {p.prompt_class for p in store.profiles()}
+    first = {p.prompt_class for p in store.profiles()} - {EVERY_CLASS}
     assert first == set(CLASSES)
     store, trace = MemoryStore(), Trace()
     trace.stop_at = 80.0  # while it confirms
     with pytest.raises(Interrupted):
         run(trace, store, 400.0, trials=1)
-    confirmed = {p.prompt_class for p in store.profiles()}
+    confirmed = {p.prompt_class for p in store.profiles()} - {EVERY_CLASS}
     assert set() < confirmed < set(CLASSES)
     trace.stop_at, before = math.inf, len(trace.measured)
     result = run(trace, store, 400.0, trials=1)
     again = [prompt.rstrip("0123456789") for _, prompt in trace.measured[before:]]
     assert again[0] not in confirmed
-    assert {found.name for found in result.classes} == set(CLASSES)
+    assert {found.name for found in result.named} == set(CLASSES)
 
 
 def test_what_is_repaid_counts_every_run_of_a_continued_one() -> None:
@@ -165,9 +165,9 @@ def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises(
     result = run(
         Trace(), MemoryStore(), math.inf, budget_trials=0, replayer=lambda _: replayed
     )
-    chosen = {found.name: found.choice.strategy for found in result.classes}
+    chosen = {found.name: found.choice.strategy for found in result.named}
     assert chosen == {"chat": "knob", "code": "knob", "maths": PLAIN}
-    assert all(not any(found.trials.values()) for found in result.classes)
+    assert all(not any(found.trials.values()) for found in result.named)
 
 
 def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> None:
@@ -182,9 +182,7 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
 
     store, replayed = MemoryStore(), cast("Any", Replayed())
     result = run(Trace(), store, 100.0, replayer=lambda _: replayed)
-    told = [
-        (c, row) for c in result.classes for row in c.rows if row.strategy == "knob"
-    ]
+    told = [(c, row) for c in result.named for row in c.rows if row.strategy == "knob"]
     assert told
     for found, row in told:
         assert row.predicted is not None

@@ -93,13 +93,13 @@ def test_a_prompt_that_fails_is_named_and_the_others_count(part: Workload) -> No
     store = MemoryStore()
     for _ in range(2):  # a run that is continued gets past it, too
         result = run(trace, store)
-        assert [found.name for found in result.classes] == ["chat", "code"]
-        assert [found.choice.strategy for found in result.classes] == ["knob", "knob"]
+        assert [found.name for found in result.named] == ["chat", "code"]
+        assert [found.choice.strategy for found in result.named] == ["knob", "knob"]
         (said,) = [note for note in result.notes if bad in note]
         assert said == (
             f"prompt {bad!r} is left out: RuntimeError: can't allocate memory"
         )
-    held_out = {f.name: f.profiles[0].measurement.prompts for f in result.classes}
+    held_out = {f.name: f.profiles[0].measurement.prompts for f in result.named}
     assert held_out["code"] == 4
     assert held_out["chat"] == (4 if part is TUNING else 3)
 
@@ -108,7 +108,7 @@ def test_a_class_whose_prompts_all_fail_leaves_the_others() -> None:
     trace = Trace()
     trace.too_large = {p.id for p in HELD_OUT.by_class()["chat"]}
     result = run(trace, MemoryStore())
-    assert [found.name for found in result.classes] == ["code"]
+    assert [found.name for found in result.named] == ["code"]
     assert any(note.startswith("chat: plain decoding fails") for note in result.notes)
 
 
@@ -124,7 +124,7 @@ def test_an_output_that_cannot_be_compared_is_never_chosen() -> None:
     trace = Trace()
     trace.unclear = True
     result = run(trace, MemoryStore())
-    assert {found.choice.strategy for found in result.classes} == {PLAIN}
+    assert {found.choice.strategy for found in result.named} == {PLAIN}
 
 
 def test_a_replay_that_fails_is_left_out() -> None:
@@ -132,7 +132,7 @@ def test_a_replay_that_fails_is_left_out() -> None:
         raise RuntimeError("can't allocate memory")
 
     result = run(Trace(), MemoryStore(), replayer=replayer)
-    assert {found.choice.strategy for found in result.classes} == {"knob"}
+    assert {found.choice.strategy for found in result.named} == {"knob"}
     assert any("replay: left out: RuntimeError" in note for note in result.notes)
 
 
@@ -178,11 +178,11 @@ def test_what_cannot_be_stored_is_still_in_the_result() -> None:
         caught
     ):
         run(Trace(), store)
-    classes = caught.value.result.classes
+    classes = caught.value.result.named
     assert [found.choice.strategy for found in classes] == ["knob", "knob"]
     assert {p.prompt_class for p in store.profiles()} == {"chat"}
     store.full = store.first = False
-    assert len(run(Trace(), store).classes) == 2  # the same command goes on
+    assert len(run(Trace(), store).named) == 2  # the same command goes on
 
 
 def test_whenever_the_disk_is_full_it_is_one_line_and_nothing_stored_is_repeated() -> (
@@ -199,7 +199,7 @@ def test_whenever_the_disk_is_full_it_is_one_line_and_nothing_stored_is_repeated
         assert len(str(caught.value).splitlines()) == 1
         store.until = math.inf
         kept = list(store._trials)
-        assert len(run(Trace(), store).classes) == 2
+        assert len(run(Trace(), store).named) == 2
         assert len(store._trials) == len(whole._trials)
         assert list(store._trials)[: len(kept)] == kept
         trials = store._trials.values()

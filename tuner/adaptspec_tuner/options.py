@@ -236,9 +236,12 @@ class TuneOptions:
             "objective": self.objective,
         }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("max_memory", "classes"):
+        for name in ("max_memory", "classes", "allow_lossy"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
+        # What wasn't tried can't be chosen: a run of other strategies is another one.
+        if self.strategies is not None:
+            told["strategies"] = sorted(set(self.strategies))
         if self.controls:
             told["controls"] = self.controls
         return {**told, "seed": self.seed}

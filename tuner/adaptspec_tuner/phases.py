@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.params import Scalar
@@ -14,11 +14,12 @@ from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
 from adaptspec_tuner.classes.phase import discover_classes
+from adaptspec_tuner.confirming.decided import decided
 from adaptspec_tuner.confirming.finalists import (
     confirm_classes,
     confirming_takes,
-    decided_class,
     finalists_of,
+    stored_class,
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
@@ -77,12 +78,15 @@ def tune_with(given: TuneInputs) -> TuneResult:
             replayed = replayed_by_class(run, replayer, recorded, common)
             search = raced(run, recorded, plain, common, replayed)
             finalists = finalists_of(run, search, common)
+            records: dict[str, dict[str, Any]] = {}
             for name, confirmed in confirm_classes(
                 run, finalists, tuning, held_out, plain
             ):
-                result.classes.append(
-                    decided_class(run, search.arms, held_out, name, confirmed)
+                found, records[name] = stored_class(
+                    run, search.arms, held_out, name, confirmed
                 )
+                # After each class, so that a tune that is stopped keeps its choices.
+                result.classes[:] = decided(run, [*result.classes, found], records)
             if said := told_errors(result.prediction_errors):
                 run.warn(f"replay: {said}")
     except BaseException as error:
@@ -96,7 +100,8 @@ def tune_with(given: TuneInputs) -> TuneResult:
         run.keep(lambda: close_search(run.store, run.id))
         run.keep(run.spending.end)
         result.spent.update(run.spending.parts)
-        result.classes.sort(key=lambda found: held_out.classes.index(found.name))
+        order = [*held_out.classes, EVERY_CLASS]
+        result.classes.sort(key=lambda found: order.index(found.name))
     if run.unstored is not None:
         raise Stopped(
             f"not all of it is stored: {run.unstored}; the same command measures again "

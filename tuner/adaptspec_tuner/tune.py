@@ -182,6 +182,7 @@ def tune(
                 ),
                 pool=pool,
                 notes=notes,
+                needs=profiler.needs,
                 processor=time.process_time,
                 others=OtherPrograms,
             )

@@ -61,6 +61,8 @@ class TuneInputs:
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
+        needs: Whether a setting of ours runs the draft model, and whether it asks
+            trained heads.
         processor: Seconds of processor time of this process; without it, that it stood
             still isn't seen.
         others: Watches what other programs take of the processors, from its making on.
@@ -81,6 +83,7 @@ class TuneInputs:
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     processor: Callable[[], float] | None = None
     others: Callable[[], OtherPrograms] | None = None
 

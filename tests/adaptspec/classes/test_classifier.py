@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -17,12 +16,12 @@ from hypothesis import strategies as st
 from adaptspec.classes.classifier import UNKNOWN, Classifier, Question
 from adaptspec.classes.last_message import last_message
 from adaptspec.classes.text_features import FEATURES, features, prompt_text
-from adaptspec.decoder import UNLIKE, Decoder
+from adaptspec.decoder import Decoder
 from adaptspec.errors import AdaptSpecError
-from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 WIDTH = len(FEATURES)
 ANYTHING = ([-1e9] * WIDTH, [1e9] * WIDTH)
@@ -141,7 +140,8 @@ def decoder(classifier: Classifier | None) -> Decoder:
     store = MemoryStore()
     place = Decoder(model).environment
     measured = replace(example_profile().measurement, interval_low=1.2)
-    store.add_profiles(
+    keep(
+        store,
         [
             example_profile(
                 environment=place,
@@ -151,7 +151,7 @@ def decoder(classifier: Classifier | None) -> Decoder:
                 measurement=measured,
             )
             for name, tokens in (("short", 2), ("long", 9))
-        ]
+        ],
     )
     if classifier is not None:
         store.put_record("r1", "classifier", classifier.as_json())
@@ -168,35 +168,6 @@ def test_without_a_class_the_discovered_one_is_used() -> None:
     assert long.choice.params["draft_length"] == 9
     by_ids = run.generate(run.model.encode("w1 w2"), max_new_tokens=2)
     assert by_ids.choice.prompt_class == "short"
-
-
-def test_another_runs_class_of_the_same_name_is_not_used() -> None:
-    """The newest run found its classes anew, and confirmed one of them only."""
-    run = decoder(TREE)
-    place, measured = run.environment, run.profiles[0].measurement
-    store = MemoryStore()
-    for number, (of_run, name) in enumerate(
-        [("old", "short"), ("old", "long"), ("new", "short")]
-    ):
-        store.add_profiles(
-            [
-                example_profile(
-                    run=of_run,
-                    environment=place,
-                    prompt_class=name,
-                    strategy="prompt_lookup",
-                    params={"draft_length": 3 + number},
-                    measurement=measured,
-                    created=datetime(2026, 1, 1 + number, tzinfo=timezone.utc),
-                )
-            ]
-        )
-    store.put_record("new", "classifier", TREE.as_json())
-    newest = Decoder(run.model, store=store)
-    assert newest.choose("short").params["draft_length"] == 5
-    left = newest.choose("long")
-    assert left.strategy == PLAIN
-    assert "'long' isn't profiled" in left.reason
 
 
 def test_a_stream_tells_its_choice_and_what_classifying_took() -> None:
@@ -262,18 +233,17 @@ def test_a_class_that_is_given_wins_and_asks_no_classifier() -> None:
     assert found.choice.params["draft_length"] == 9
 
 
-def test_a_prompt_unlike_any_is_decoded_plainly_with_the_reason() -> None:
+def test_a_prompt_unlike_any_gets_the_choice_over_all_classes() -> None:
     narrow = replace(TREE, high=[3.0, *[1e9] * (WIDTH - 1)])
-    with pytest.warns(UserWarning, match="unlike those"):
-        found = decoder(narrow).generate("w1 " * 40, max_new_tokens=2)
-    assert (found.choice.strategy, found.choice.reason) == (PLAIN, UNLIKE)
+    found = decoder(narrow).generate("w1 " * 40, max_new_tokens=2)
+    assert found.choice.strategy == "prompt_lookup"
+    assert "no class was told" in found.choice.reason
 
 
 def test_without_discovered_classes_nothing_is_classified() -> None:
     run = decoder(None)
     assert run.classify("w1 w2") is None
-    with pytest.warns(UserWarning, match="no prompt_class given"):
-        assert run.generate("w1", max_new_tokens=2).seconds_classifying == 0
+    assert run.generate("w1", max_new_tokens=2).seconds_classifying == 0
 
 
 @pytest.mark.parametrize("damage", [{"questions": [[0, 1.0]]}, OF_STATES])
@@ -283,7 +253,7 @@ def test_an_unusable_classifier_is_told_and_does_without(
     model = tiny_model("llama")
     store = MemoryStore()
     place = Decoder(model).environment
-    store.add_profiles([example_profile(environment=place)])
+    keep(store, [example_profile(environment=place)])
     store.put_record("r1", "classifier", {**TREE.as_json(), **damage})
     with pytest.warns(UserWarning, match="classes aren't discovered"):
         run = Decoder(model, store=store)

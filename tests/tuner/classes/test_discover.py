@@ -157,14 +157,14 @@ def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:
 def test_tuning_discovers_classes_and_chooses_for_each() -> None:
     store = MemoryStore()
     result = run(store)
-    chosen = {found.name: found.choice.strategy for found in result.classes}
+    chosen = {found.name: found.choice.strategy for found in result.named}
     assert sorted(chosen) == ["auto-1", "auto-2"]
     assert sorted(chosen.values()) == ["autoregressive", "drafts"]
     record = store.record(result.run, KEY)
     assert record is not None
     assert record["names"] == ["auto-1", "auto-2"]
     assert any(note.startswith("class auto-1: ") for note in result.notes)
-    for found in result.classes:
+    for found in result.named:
         assert all(p.measurement.prompts >= 4 for p in found.profiles)
 
 
@@ -188,7 +188,7 @@ def test_a_continued_run_keeps_its_classes() -> None:
     record = store.record(first.run, KEY)
     assert record is not None
     store.put_record(first.run, KEY, {**record, "names": ["mine", "yours"]})
-    assert {found.name for found in run(store).classes} == {"mine", "yours"}
+    assert {found.name for found in run(store).named} == {"mine", "yours"}
 
 
 def test_prompts_unlike_those_tuned_on_are_of_no_class() -> None:
@@ -230,9 +230,9 @@ def test_a_model_tuned_with_discovered_classes_chooses_by_them_in_use() -> None:
         db=store,
         host=Host({"bundled": adaptspec_plugins}),
     )
-    assert result.classes
+    assert result.named
     used = Decoder(model, store=store, host=Host({"bundled": adaptspec_plugins}))
-    names = {found.name for found in result.classes} | {UNKNOWN}
+    names = {found.name for found in result.named} | {UNKNOWN}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that plain decoding is chosen
         found = used.generate("w2 w9 w16 w23 w30", max_new_tokens=4)

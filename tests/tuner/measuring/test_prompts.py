@@ -230,7 +230,7 @@ def test_a_prompt_eight_times_is_one_prompt_and_chooses_nothing(host: Host) -> N
         db=MemoryStore(),
         host=host,
     )
-    (found,) = result.classes
+    (found,) = result.named
     assert found.reused
     assert found.choice.strategy == PLAIN
     assert {p.measurement.prompts for p in found.profiles} == {1}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.errors import stopped_by_user
 from adaptspec.profile import ANSWER, Measurement
 from adaptspec_tuner.confirming.explained import Doubt, doubtful
-from adaptspec_tuner.measuring.bootstrap import interval, overall
 from adaptspec_tuner.measuring.disturbances import (
     TimedRun,
     Undisturbed,
@@ -423,15 +421,14 @@ def _measurement(
     proposed = sum(run.proposed for run in every)
     latencies = [run.latency_p95 for run in every if run.latency_p95]
     low, middle, high = spread(speeds)
-    table = list(ratios.values())
-    ratio_low, _, ratio_high = spread([median(repeats) for repeats in table])
-    interval_low, interval_high = interval(table)
-    known = interval_high < math.inf
+    # It is decided on for all classes together, with an interval.
+    typical = [median(repeats) for repeats in ratios.values()]
+    ratio_low, _, ratio_high = spread(typical)
     return Measurement(
         tokens_per_second=middle,
         tokens_per_second_low=low,
         tokens_per_second_high=high,
-        ratio=overall(table),
+        ratio=geometric_mean(typical),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
         # The first token of each generation is the prefill's.
@@ -444,8 +441,6 @@ def _measurement(
         seconds_target=sum(run.seconds_target for run in every),
         seconds_draft=sum(run.seconds_draft for run in every),
         seconds_rest=sum(run.seconds_rest for run in every),
-        interval_low=interval_low if known else None,
-        interval_high=interval_high if known else None,
         latency_p95=median(latencies) if latencies else None,
         peak_memory=max((run.peak_memory for run in every), default=0) or None,
         objective=objective,

@@ -7,15 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from statistics import fmean, median
+from statistics import fmean, geometric_mean, median
+from typing import Any
 
 from adaptspec.errors import stopped_by_user
 from adaptspec.params import Scalar
-from adaptspec.profile import Profile
-from adaptspec.selector import FEWEST_PROMPTS, select
+from adaptspec.profile import PLAIN, Profile
+from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
-from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Sample,
@@ -262,14 +262,18 @@ def _share(ratio: float) -> float:
     return 1 / min(1.0, max(ratio, HOPELESS))
 
 
-def decided_class(
+def stored_class(
     run: TuningRun,
     arms: Sequence[Arm],
     held_out: Workload,
     name: str,
     confirmed: Mapping[str, Confirmed],
-) -> ClassResult:
-    """Store what was confirmed of a class, what was predicted of it, and the choice."""
+) -> tuple[ClassResult, dict[str, Any]]:
+    """Store what was confirmed of a class, and what was predicted of it.
+
+    Returns:
+        The class, not yet decided on, and the record of what was confirmed.
+    """
     given = run.given
     predicted: Mapping[str, float] = {}
     if given.replayer is not None:
@@ -306,14 +310,15 @@ def decided_class(
     run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
     ours = [arm for arm in arms if arm.prompt_class == name]
-    return ClassResult(
+    found_class = ClassResult(
         name,
-        select(profiles, run.environment, name),
+        Choice(name, PLAIN),
         tuple(profiles),
         tried=[Tried.of(trial) for arm in ours for trial in arm.trials],
         reused=name in held_out.reused,
         predicted=predicted,
     )
+    return found_class, record
 
 
 def _predict(
@@ -355,19 +360,14 @@ def _predict(
         if not run.time.predicting(drafting):
             break
         predictor.forget()
+        objective = found.measurement.objective
         gains = [
-            [
-                max(
-                    predictor.measure(found.setting, p).gain(
-                        bare[p.id], found.measurement.objective
-                    ),
-                    1e-6,
-                )
-            ]
+            predictor.measure(found.setting, p).gain(bare[p.id], objective)
             for p in prompts
         ]
         factor = factors.get(found.setting.strategy, 1.0)
-        predicted[found.setting.key] = factor * overall(gains)
+        mean = geometric_mean([max(gain, 1e-6) for gain in gains])
+        predicted[found.setting.key] = factor * mean
     return predicted
 
 

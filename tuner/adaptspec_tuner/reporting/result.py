@@ -101,7 +101,7 @@ class Row:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% bootstrap interval of the ratio to plain decoding, None if unknown."""
+        """95% interval of the ratio to plain decoding, None if unknown."""
         m = self.measurement
         if m.interval_low is None or m.interval_high is None:
             return None
@@ -286,7 +286,7 @@ class TuneResult:
     @property
     def prediction_errors(self) -> list[tuple[float, bool]]:
         """Those of all classes."""
-        return [pair for found in self.classes for pair in found.prediction_errors]
+        return [pair for found in self.named for pair in found.prediction_errors]
 
     @property
     def prediction_error(self) -> float | None:
