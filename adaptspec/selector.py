@@ -20,6 +20,10 @@ STALE_MARGIN = 1.1
 DECISIVE = ("adaptspec", "torch", "transformers")
 
 
+# What a caller may ask for when a model is loaded.
+ASKED = frozenset({"dtype", "device", "threads"})
+
+
 @dataclass(frozen=True)
 class Choice:
     """What to decode with, and why.
@@ -187,12 +191,22 @@ def _elsewhere(profiles: Sequence[Profile], environment: Environment) -> str:
         (p.environment.key() for p in profiles),
         key=lambda other: sum(a == b for a, b in zip(other, key, strict=True)),
     )
-    differences = [
-        f"{name} {theirs} (here {ours})"
+    different = {
+        name: (theirs, ours)
         for name, theirs, ours in zip(names, nearest, key, strict=True)
         if theirs != ours
-    ]
-    return f"profiled elsewhere, with {', '.join(differences)}; run tune here"
+    }
+    if "dtype" in different:  # and so the weights
+        different.pop("model", None)
+    told = ", ".join(
+        f"{n} {theirs} (here {ours})" for n, (theirs, ours) in different.items()
+    )
+    # What can be asked for when loading; a draft model and heads are served without.
+    ways = [f"{n}={theirs!r}" for n, (theirs, _) in different.items() if n in ASKED]
+    way = "run tune here"
+    if ways and different.keys() <= ASKED:
+        way = f"load with {', '.join(ways)}, or {way}"
+    return f"profiled elsewhere, with {told}; {way}"
 
 
 def _changed(then: Environment, now: Environment) -> str:

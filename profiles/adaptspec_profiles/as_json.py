@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec.profile import Environment, Measurement, Profile, Trial
+from adaptspec.profile import Environment, Measurement, Profile, Trial, Use
 
 FORMAT = "adaptspec-profiles-2"
 FORMAT_1 = "adaptspec-profiles-1"  # with other names of parameters
@@ -48,6 +48,16 @@ def profile_from_json(record: Any) -> Profile:
         if isinstance(record.get(name), Mapping):
             _refuse_unknown(record[name], cls, f"{name}.")
     return _validated(_PROFILE, {**record, "id": None})
+
+
+def use_to_json(use: Use) -> dict[str, Any]:
+    """A JSON-ready record of the sums, and the means that they come to."""
+    return {
+        **asdict(use),
+        "tokens_per_second": use.tokens_per_second,
+        "tokens_per_forward": use.tokens_per_forward,
+        "acceptance": use.acceptance,
+    }
 
 
 def same_profile(profile: Profile) -> Profile:

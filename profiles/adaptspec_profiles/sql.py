@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
-from adaptspec.profile import Environment, Profile, Trial
+from adaptspec.profile import Environment, Profile, Trial, Use
 from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
     environment_digest,
@@ -34,6 +34,7 @@ from adaptspec_profiles.schema import (
     ProfileRow,
     RecordRow,
     TrialRow,
+    UseRow,
 )
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class SqlStore:
                 .where(ProfileRow.run == run)
                 .select_from(ProfileRow)
             )
+            ours = select(ProfileRow.id).where(ProfileRow.run == run)
+            session.execute(delete(UseRow).where(UseRow.profile_id.in_(ours)))
             for table in (ProfileRow, TrialRow, RecordRow):
                 session.execute(delete(table).where(table.run == run))
             return int(count or 0)
@@ -203,6 +206,39 @@ class SqlStore:
         except DAMAGE as error:
             self._warn(RecordRow, {f"{run} {key}": error})
             return None
+
+    def add_uses(self, uses: Sequence[Use]) -> None:
+        """Add to the sums in one transaction."""
+
+        def add(session: Session) -> None:
+            wanted = {use.profile for use in uses}
+            there = select(ProfileRow.id).where(ProfileRow.id.in_(wanted))
+            kept = set(session.scalars(there))
+            for use in uses:
+                if use.profile not in kept:
+                    continue
+                fields = asdict(use)
+                here = (UseRow.profile_id == fields.pop("profile")) & (
+                    UseRow.prompt_class == fields.pop("prompt_class")
+                )
+                # Added by the database, so that no other process's sums are lost.
+                more = {name: getattr(UseRow, name) + fields[name] for name in fields}
+                changed = session.execute(update(UseRow).where(here).values(more))
+                if not getattr(changed, "rowcount", 0):
+                    row = {"profile_id": use.profile, "prompt_class": use.prompt_class}
+                    session.add(UseRow(**row, **fields))
+
+        self._write(add)
+
+    def uses(self) -> list[Use]:
+        """All sums, by profile and class."""
+        names = [field.name for field in dataclasses.fields(Use)][1:]
+        with self._reading() as session:
+            found = [
+                Use(row.profile_id, *(getattr(row, name) for name in names))
+                for row in session.scalars(select(UseRow))
+            ]
+        return sorted(found, key=lambda use: (use.profile, use.prompt_class))
 
     def close(self) -> None:
         """Release connections."""
@@ -349,6 +385,11 @@ def _put(session: Session, profile: Profile) -> int:
     )
     fields = {**_profile_fields(profile), "environment_id": environment}
     if known is not None:
+        # Measured again: what was seen of the older setting in use doesn't count.
+        replaced = select(ProfileRow.id).where(
+            ProfileRow.id == known, ProfileRow.created != fields["created"]
+        )
+        session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
         session.execute(
             update(ProfileRow).where(ProfileRow.id == known).values(**fields)
         )

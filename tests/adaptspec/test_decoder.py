@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import adaptspec
 import adaptspec_plugins
@@ -270,3 +271,120 @@ def test_heads_are_read_from_folders_and_part_of_the_environment(
     assert result.token_ids == plain.token_ids
     with pytest.raises(HeadsLoadError, match="no folder"):
         adaptspec.load(module, db=MemoryStore(), heads=tmp_path / "gone")
+
+
+def with_a_draft(model: LanguageModel, store: MemoryStore, **better: Any) -> None:
+    """Tuned with a draft model: it is the fastest, prompt lookup comes next."""
+    place = replace(environment_of(model, None), draft="d9", draft_name="small")
+    measured = example_profile().measurement
+    first = example_profile(
+        environment=replace(place, **better),
+        strategy="draft_model",
+        params={},
+        measurement=replace(measured, ratio=2.0),
+    )
+    second = replace(first, strategy="prompt_lookup", params={"draft_length": 3})
+    plain = replace(first, strategy=PLAIN, measurement=replace(measured, ratio=1.0))
+    store.add_profiles([first, replace(second, measurement=measured), plain])
+
+
+def test_without_the_draft_model_the_best_that_needs_none_serves(module: Any) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    with_a_draft(model, store)
+    decoder = adaptspec.load(model, db=store)
+    choice = decoder.choose("chat")
+    assert choice.strategy == "prompt_lookup"
+    assert "measured 1.50x" in choice.reason
+    assert (
+        "draft_model was 2.00x here: pass draft_model= (--draft-model) for small"
+        in (choice.reason)
+    )
+    # What it took is added to the profile that was measured with the draft model.
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.save()
+    (use,) = store.uses()
+    profile = store.profile(use.profile)
+    assert profile is not None
+    assert profile.strategy == "prompt_lookup"
+
+
+def test_where_only_the_draft_model_is_faster_it_says_what_to_pass(module: Any) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    with_a_draft(model, store)
+    for profile in store.profiles():
+        if profile.strategy == "prompt_lookup":
+            slow = replace(profile.measurement, ratio=0.9, interval_low=0.8)
+            store.add_profiles([replace(profile, id=None, measurement=slow)])
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.strategy == PLAIN
+    assert "pass draft_model= (--draft-model) for small" in choice.reason
+
+
+def test_without_the_heads_of_the_tuning_others_serve_and_they_are_named(
+    module: Any,
+) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    place = replace(environment_of(model, None), heads="h9", heads_name="mine")
+    heads = example_profile(environment=place, strategy="medusa", params={})
+    lookup = replace(heads, strategy="prompt_lookup", params={"draft_length": 3})
+    less = replace(heads.measurement, ratio=1.3)
+    store.add_profiles([heads, replace(lookup, measurement=less)])
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.strategy == "prompt_lookup"
+    assert "medusa was 1.50x here: pass heads= (--heads) for mine" in choice.reason
+
+
+def test_what_was_measured_here_is_taken_before_what_needs_something_else(
+    module: Any,
+) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    with_a_draft(model, store)
+    here = example_profile(
+        run="r2",
+        environment=environment_of(model, None),
+        params={"draft_length": 7},
+    )
+    store.add_profiles([here])
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.params == {"draft_length": 7}
+    assert "pass" not in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"threads": 99}, "load with threads=99, or run tune here"),
+        ({"dtype": "bfloat16", "model": "other"}, "load with dtype='bfloat16', or"),
+        ({"device_name": "another CPU"}, "; run tune here"),
+        ({"device_name": "another CPU", "threads": 99}, "; run tune here"),
+    ],
+)
+def test_what_was_tuned_otherwise_is_told_with_what_to_pass(
+    module: Any, changes: dict[str, Any], said: str
+) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    place = replace(environment_of(model, None), **changes)
+    store.add_profiles([example_profile(environment=place)])
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.strategy == PLAIN
+    assert said in choice.reason
+
+
+def test_threads_are_set_before_the_environment_is_read(module: Any) -> None:
+    before = torch.get_num_threads()
+    try:
+        decoder = adaptspec.load(module, db=MemoryStore(), threads=before + 1)
+        assert decoder.environment.threads == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_model_the_embedded_one_is_loaded(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "adaptspec.decoder.default_model_path", lambda progress: tmp_path
+    )
+    decoder = adaptspec.load(db=MemoryStore(), tokenizer=tiny_tokenizer())
+    assert decoder.model.digest == LanguageModel(module).digest

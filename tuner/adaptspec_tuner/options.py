@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec.strategy import Strategy
 
-AUTO = "auto"  # classes are discovered
 EXAMPLE_TOKENS = 48
 
 
@@ -74,10 +73,6 @@ class TuneOptions:
         Literal["speed", "latency"],
         Asked("Tokens per second, or the 95th percentile of the time per token."),
     ] = "speed"
-    classes: Annotated[
-        Literal["declared", "auto"],
-        Asked("Classes of the workload, or discovered from the prompts."),
-    ] = "declared"
     max_memory: Annotated[
         int | None,
         Asked(
@@ -171,16 +166,11 @@ class TuneOptions:
         """The budget in time: infinite where it is a number of trials."""
         return self.budget if self.budget_trials is None else math.inf
 
-    @property
-    def discovers(self) -> bool:
-        """Whether classes are discovered; those declared are left aside."""
-        return self.classes == AUTO
-
     def shared(self) -> dict[str, Any]:
         """What must be equal for the trials of two runs to be mixed."""
         told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("objective", "max_memory", "classes"):
+        for name in ("objective", "max_memory"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
         return {**told, "seed": self.seed}

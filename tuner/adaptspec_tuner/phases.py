@@ -1,19 +1,19 @@
-"""A tune's phases in turn: plain decoding, classes, replays, search, confirmation."""
+"""A tune's phases in turn: plain decoding, replays, search, classes, confirmation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.selector import stale_versions
-from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
-from adaptspec_tuner.classes.phase import discover_classes
+from adaptspec.workloads import Prompt, Workload, split
+from adaptspec_tuner.classes.learn import learn
 from adaptspec_tuner.confirming.finalists import confirm_classes, least_confirmation
 from adaptspec_tuner.distributed.workers import close_search, open_search
 from adaptspec_tuner.measuring.profiler import Sample, in_a_line
+from adaptspec_tuner.records import CLASSIFIER
 from adaptspec_tuner.replaying.presearch import as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.search import Arm
@@ -32,20 +32,16 @@ def tune_with(run: TuningRun) -> TuneResult:
     """
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
-    workload = _unclassed(run.workload) if run.options.discovers else run.workload
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
-    tuning, held_out = split(workload)
+    tuning, held_out = split(run.workload)
     try:
         with run.progress:
             plain = _decode_plainly(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
             run.time.keep_back(least_confirmation(run, tuning, held_out, plain))
             predictor = _predictor(run, tuning, plain)
-            if run.options.discovers:
-                tuning, held_out = discover_classes(
-                    run, predictor, set(plain), tuning, held_out
-                )
             _search(run, predictor, tuning, plain)
+            _learn_classes(run)
             confirm_classes(run, tuning, held_out, plain)
             if said := told_errors(run.result.prediction_errors):
                 run.warn(f"replay: {said}")
@@ -104,11 +100,6 @@ def _stale(store: ProfileStore, environment: Environment) -> str:
     if here and (changed := stale_versions(here[0], environment)):
         return f"its profiles are stale ({changed}); measuring again"
     return ""
-
-
-def _unclassed(workload: Workload) -> Workload:
-    prompts = tuple(replace(p, prompt_class=DEFAULT_CLASS) for p in workload.prompts)
-    return replace(workload, prompts=prompts)
 
 
 def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
@@ -201,6 +192,15 @@ def _search(
     close_search(run.store, run.id)
     for line in untried_lines(untried):
         run.warn(line)
+
+
+def _learn_classes(run: TuningRun) -> None:
+    """Learn from all prompts to tell their classes in use, and store that."""
+    run.begin("classes")
+    found = learn(run.workload.prompts)
+    if found is not None:
+        run.keep(lambda: run.store.put_record(run.id, CLASSIFIER, found.as_json()))
+        run.warn(found.evidence.describe())
 
 
 def affordable(

@@ -2,8 +2,7 @@
 
 ``spent``                      seconds by part (time_spent.py)
 ``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (searching/search.py)
-``classifier``                 what tells the classes, where they were discovered
-``classified``                 prompt id -> class, where telling it took a forward
+``classifier``                 what tells a prompt's class (adaptspec/classes)
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
 ``search``                     what workers join (distributed/workers.py)
 ``confirm/CLASS``              speeds on held-out prompts (confirming/confirm.py)

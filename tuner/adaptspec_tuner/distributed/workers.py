@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.profile import ProfileStore
-from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
+from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.grpc_store import publish
 from adaptspec_tuner.measuring.profiler import Measurer, Sample
 from adaptspec_tuner.options import TuneOptions
@@ -48,10 +48,9 @@ def open_search(
     known = {p.id: p for group in prompts.values() for p in group}
     if isinstance(store, KeepsStudies):
         plain = {
-            plain_key(name, key): record
-            for key, prompt in known.items()
-            for name in (prompt.prompt_class, DEFAULT_CLASS)
-            if (record := store.record(run, plain_key(name, key))) is not None
+            at: record
+            for at in (plain_key(p.prompt_class, key) for key, p in known.items())
+            if (record := store.record(run, at)) is not None
         }
         publish(store.studies(), run, plain)
     _put(store, run, {"open": True, "classes": classes})
@@ -144,11 +143,10 @@ def _open(store: ProfileStore, run: str) -> bool:
 
 
 def _plain(store: ProfileStore, run: str, prompt: Prompt) -> Sample:
-    """The leader's plain decoding; where classes were discovered, it had none yet."""
-    for name in (prompt.prompt_class, DEFAULT_CLASS):
-        record = store.record(run, plain_key(name, prompt.id))
-        if record is not None:
-            return Sample.from_json(record)
+    """The leader's plain decoding."""
+    record = store.record(run, plain_key(prompt.prompt_class, prompt.id))
+    if record is not None:
+        return Sample.from_json(record)
     raise AdaptSpecError(
         f"run {run} has no plain decoding of prompt {prompt.id!r}; start its tune anew"
     )

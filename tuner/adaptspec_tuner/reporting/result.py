@@ -219,8 +219,9 @@ class TuneResult:
         created: When it was stored, as ISO 8601.
         costs: ``target`` and ``draft`` -> contexts, rows and milliseconds
             ``[contexts][rows]``; empty if none were measured.
-        classifier: Of discovered classes: ``seconds`` that finding a prompt's class
-            takes, ``classes`` in words; None if declared.
+        classifier: How well a prompt's class is told from its text: the fields of
+            :class:`~adaptspec.classes.classifier.Evidence`, and ``told_in_words``;
+            None without two classes.
     """
 
     run: str
