@@ -21,7 +21,7 @@ DECISIVE = ("adaptspec", "torch", "transformers")
 
 
 # What a caller may ask for when a model is loaded.
-ASKED = frozenset({"dtype", "device", "threads"})
+ASKED = ("dtype", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -185,28 +185,35 @@ def _latest(profiles: Sequence[Profile]) -> list[Profile]:
 
 
 def _elsewhere(profiles: Sequence[Profile], environment: Environment) -> str:
+    """What differs from where profiles were measured, and what to load with."""
     names = ("model", "draft", "dtype", "device", "device_name", "threads", "heads")
     key = environment.key()
     nearest = max(
-        (p.environment.key() for p in profiles),
-        key=lambda other: sum(a == b for a, b in zip(other, key, strict=True)),
+        (p.environment for p in profiles),
+        key=lambda other: sum(a == b for a, b in zip(other.key(), key, strict=True)),
     )
     different = {
         name: (theirs, ours)
-        for name, theirs, ours in zip(names, nearest, key, strict=True)
+        for name, theirs, ours in zip(names, nearest.key(), key, strict=True)
         if theirs != ours
     }
-    if "dtype" in different:  # and so the weights
-        different.pop("model", None)
-    told = ", ".join(
-        f"{n} {theirs} (here {ours})" for n, (theirs, ours) in different.items()
-    )
-    # What can be asked for when loading; a draft model and heads are served without.
-    ways = [f"{n}={theirs!r}" for n, (theirs, _) in different.items() if n in ASKED]
+    if "dtype" in different:  # and so the weights, whose digests then differ
+        for name in ("model", "draft", "heads"):
+            if None not in different.get(name, ()):
+                different.pop(name, None)
+    told = [
+        f"{name} {theirs} (here {ours})" for name, (theirs, ours) in different.items()
+    ]
+    # What can be asked for when a model is loaded.
+    asked = {
+        "draft": f"draft model {nearest.draft_name}" if nearest.draft else "no draft",
+        "heads": f"heads {nearest.heads_name}" if nearest.heads else "no heads",
+        **{name: f"{name}={getattr(nearest, name)!r}" for name in ASKED},
+    }
     way = "run tune here"
-    if ways and different.keys() <= ASKED:
-        way = f"load with {', '.join(ways)}, or {way}"
-    return f"profiled elsewhere, with {told}; {way}"
+    if different.keys() <= asked.keys():
+        way = f"load with {', '.join(asked[name] for name in different)}, or {way}"
+    return f"profiled elsewhere, with {', '.join(told)}; {way}"
 
 
 def _changed(then: Environment, now: Environment) -> str:

@@ -283,9 +283,10 @@ def show_times(workload: Workload, model: LanguageModel | None) -> None:
         line = f"{milliseconds(partial(classifier.tell, given)):.3f}"
         if model is not None and decoder is not None and model.tokenizer is not None:
             ids = model.encode(given)
+            as_text = milliseconds(partial(chosen, decoder, given))
+            as_ids = milliseconds(partial(chosen, decoder, ids))
             line += (
-                f"; all of choosing: {milliseconds(partial(chosen, decoder, given)):.3f}"
-                f" as text, {milliseconds(partial(chosen, decoder, ids)):.3f} as "
+                f"; all of choosing: {as_text:.3f} as text, {as_ids:.3f} as "
                 f"{len(ids)} token ids"
             )
         click.echo(f"ms of processor time, {size} characters: {line}")

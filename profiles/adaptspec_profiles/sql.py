@@ -232,12 +232,17 @@ class SqlStore:
 
     def uses(self) -> list[Use]:
         """All sums, by profile and class."""
-        names = [field.name for field in dataclasses.fields(Use)][1:]
+        names = [field.name for field in dataclasses.fields(Use)][2:]
+        found, damaged = [], {}
         with self._reading() as session:
-            found = [
-                Use(row.profile_id, *(getattr(row, name) for name in names))
-                for row in session.scalars(select(UseRow))
-            ]
+            for row in session.scalars(select(UseRow)):
+                values = [getattr(row, name) for name in names]
+                if all(type(value) in (int, float) for value in values):
+                    found.append(Use(row.profile_id, row.prompt_class, *values))
+                else:
+                    error = TypeError(f"sums must be numbers, got {values!r:.60}")
+                    damaged[row.profile_id] = error
+        self._warn(UseRow, damaged)
         return sorted(found, key=lambda use: (use.profile, use.prompt_class))
 
     def close(self) -> None:
