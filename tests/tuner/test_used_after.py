@@ -1,8 +1,7 @@
-"""From a tune to its use: the lines that it ends with find what it measured."""
+"""From a tune to its use: loaded with the same options, its profiles are found."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import adaptspec_plugins
 import adaptspec_profiles.plugin
 from adaptspec.decoder import Decoder, load
 from adaptspec.host import Host
-from adaptspec.next_lines import next_lines
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.options import TuneOptions
@@ -30,7 +28,7 @@ def threads() -> Any:
 
 
 @pytest.mark.slow
-def test_the_python_lines_find_the_profiles_of_every_option(
+def test_loaded_as_it_was_tuned_a_model_finds_its_profiles(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tiny_module("llama")
@@ -64,11 +62,7 @@ def test_the_python_lines_find_the_profiles_of_every_option(
         return decoder.choose().reason
 
     torch.set_num_threads(3 - threads)
-    names: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that plain decoding is chosen
-        exec("\n".join(next_lines(model, **given).python), names)
-    reason = names["result"].choice.reason
+    reason = said(load(model, **given))
     assert "measured" in reason
     assert "elsewhere" not in reason
     assert "nothing is profiled" not in reason
