@@ -33,15 +33,16 @@ from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
+from adaptspec.params import Scalar
 from adaptspec.profile import (
     EVERY_CLASS,
     PLAIN,
-    Environment,
+    ClassChoice,
+    Pick,
     Profile,
     ProfileStore,
-    Use,
 )
-from adaptspec.selector import Choice, measured_here, select
+from adaptspec.selector import Choice, select
 from adaptspec.streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ class Decoder:
         record: Whether tokens and times of requests are added up by setting and class,
             and written to the store at times and at exit. It holds sums alone.
         opens: Opens the store to write to; None: ``store`` stays open.
+        run: Only what this tuning run decided counts; default: the best evidence.
     """
 
     def __init__(
@@ -203,14 +205,15 @@ class Decoder:
         allow_lossy: bool = False,
         record: bool = True,
         opens: Opens | None = None,
+        run: str | None = None,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
-        self._allow_lossy = allow_lossy
+        self._allow_lossy, self._run_id = allow_lossy, run
         self.engine = Engine(model, draft)
         self.environment = environment_of(model, draft)
         self.profiles: list[Profile] = []
-        self._needing: list[Profile] = []  # a draft model or heads that aren't here
+        self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._uses: Uses | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
@@ -231,58 +234,27 @@ class Decoder:
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
-        self.profiles, self._needing, self._classifier = [], [], None
+        self.profiles, self.choices, self._classifier = [], [], None
         self._unprofiled = BAD_STORE
         self._told.add(BAD_STORE)
         warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
 
     def _read_store(self, store: ProfileStore) -> None:
-        self.profiles = store.profiles(model=self.model.digest)
-        if not self.profiles:
+        self.choices = store.choices(model=self.model.digest)
+        if not self.choices:
             # Another version of the same model: select says so.
-            self.profiles = [
-                p
-                for p in store.profiles()
-                if p.environment.model_name == self.environment.model_name
+            self.choices = [
+                choice
+                for choice in store.choices()
+                if choice.environment.model_name == self.environment.model_name
             ]
+        self.profiles = store.profiles(model=self.model.digest)
         self._classifier = self._stored_classifier(store)
-        self._serve_without()
-        if self.profiles:
+        if self.choices:
             costs = stored_costs(store, self.environment)
             if costs is not None:
                 use_costs(costs, self.model, self.draft)
         self._unprofiled = None
-
-    def _serve_without(self) -> None:
-        """Where all was measured with another draft model or other heads, let those
-        settings serve that run with what is here; the newest environment's."""
-        if measured_here(self.profiles, self.environment):
-            return
-
-        def here(profile: Profile) -> Environment:
-            mine = self.environment
-            return replace(
-                profile.environment,
-                draft=mine.draft,
-                draft_name=mine.draft_name,
-                heads=mine.heads,
-                heads_name=mine.heads_name,
-            )
-
-        near = [p for p in self.profiles if here(p).key() == self.environment.key()]
-        if not near:
-            return
-        newest = max(near, key=lambda p: (p.created, p.run)).environment
-        near = [p for p in near if p.environment.key() == newest.key()]
-        missing = {
-            name
-            for name in {p.strategy for p in near} & set(self.host.strategies)
-            if self.host.strategy(name).unavailable(self.model, self.draft) is not None
-        }
-        self._needing = [p for p in near if p.strategy in missing]
-        self.profiles = [
-            replace(p, environment=here(p)) for p in near if p.strategy not in missing
-        ]
 
     def choose(
         self,
@@ -313,70 +285,52 @@ class Decoder:
         return self._choices[prompt_class]
 
     def _selected(self, prompt_class: str | None) -> tuple[Choice, Profile | None]:
-        """The best that was measured and doesn't fail in use."""
-        lossy = self._lossy() if self._allow_lossy else ()
-        profiles, said = self.profiles, ""
-        while True:
-            chosen = select(profiles, self.environment, prompt_class, lossy)
-            chosen = self._runnable(chosen)
-            profile = self._profile_of(chosen, profiles)
-            use = None if profile is None else self._use_of(profile, chosen)
-            if profile is None or use is None or not fails(profile, use):
-                break
-            said += (
-                f"{profile.strategy} is left out, in use it is worse than plain "
-                f"decoding ({describe(profile, use)}); "
-            )
-            profiles = [p for p in profiles if p is not profile]
-        reason = f"{said}{chosen.reason}{self._better_with(chosen, profile)}"
-        return replace(chosen, reason=reason), profile
+        """The best that was decided and doesn't fail in use."""
+        chosen = select(
+            self.choices,
+            self.environment,
+            prompt_class,
+            self._lossy() if self._allow_lossy else (),
+            run=self._run_id,
+            refused=self._refused,
+        )
+        name = chosen.prompt_class or EVERY_CLASS
+        return chosen, self._profile_of(
+            chosen.run, name, chosen.strategy, chosen.params
+        )
 
     def _profile_of(
-        self, choice: Choice, profiles: Sequence[Profile]
+        self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
     ) -> Profile | None:
-        """The newest profile of what was chosen."""
-        found = [
-            p
-            for p in measured_here(profiles, self.environment)
-            if (p.prompt_class, p.strategy) == (choice.prompt_class, choice.strategy)
-            and p.params == choice.params
-            and p.id is not None
-            and not p.baseline
-        ]
-        return max(found, key=lambda p: (p.created, p.run), default=None)
+        """The profile of a setting that a run decided on for a class."""
+        wanted = (run, prompt_class, strategy, dict(params), False)
+        for p in self.profiles:
+            own = (p.run, p.prompt_class, p.strategy, dict(p.params), p.baseline)
+            if own == wanted and p.id is not None:
+                return p
+        return None
 
-    def _use_of(self, profile: Profile, choice: Choice) -> Use | None:
-        if self._uses is None:
+    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
+        """Why a setting can't be used or fails in use; None where neither is so."""
+        try:
+            cls = self.host.strategy(pick.strategy)
+            cls.Params.parse(pick.params, pick.strategy)
+            problem = cls.unavailable(self.model, self.draft)
+        except AdaptSpecError as error:
+            return str(error)
+        if problem is not None or self._uses is None:
+            return problem
+        name = decided.prompt_class
+        profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
+        if profile is None:
             return None
-        wanted = (profile.id, choice.prompt_class or EVERY_CLASS)
-        return next(
-            (u for u in self._uses.totals() if (u.profile, u.prompt_class) == wanted),
-            None,
-        )
-
-    def _better_with(self, choice: Choice, profile: Profile | None) -> str:
-        """What a draft model or heads that aren't here would bring, in words."""
-        chosen = 1.0 if profile is None else profile.measurement.ratio
-        better = [
-            p
-            for p in self._needing
-            if p.prompt_class == choice.prompt_class
-            and (p.measurement.interval_low or 0.0) > 1.0
-            and p.measurement.ratio > chosen
-        ]
-        if not better:
-            return ""
-        best = max(better, key=lambda p: p.measurement.ratio)
-        place = best.environment
-        ways = []
-        if place.draft != self.environment.draft and place.draft is not None:
-            ways.append(f"draft_model= (--draft-model) for {place.draft_name}")
-        if place.heads != self.environment.heads and place.heads is not None:
-            ways.append(f"heads= (--heads) for {place.heads_name}")
-        return (
-            f"; {best.strategy} was {best.measurement.ratio:.2f}x here: pass "
-            f"{' and '.join(ways)} to use it"
-        )
+        seen = (profile.id, name)
+        for use in self._uses.totals():
+            if (use.profile, use.prompt_class) == seen and fails(profile, use):
+                return (
+                    f"in use it is worse than plain decoding: {describe(profile, use)}"
+                )
+        return None
 
     def generate(
         self,
@@ -502,7 +456,9 @@ class Decoder:
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
         """The newest that was learnt for the model, whatever it was tuned with."""
-        runs = {p.run: p.created for p in reversed(self.profiles)}
+        runs = {choice.run: choice.created for choice in self.choices}
+        if self._run_id is not None:
+            runs = {run: at for run, at in runs.items() if run == self._run_id}
         for run in sorted(runs, key=lambda run: (runs[run], run), reverse=True):
             record = store.record(run, CLASSIFIER)
             if record is None:
@@ -583,19 +539,6 @@ class Decoder:
     def _lossy(self) -> set[str]:
         return {name for name, cls in self.host.strategies.items() if not cls.lossless}
 
-    def _runnable(self, choice: Choice) -> Choice:
-        """The choice, or plain decoding where its strategy is gone or can't run."""
-        try:
-            cls = self.host.strategy(choice.strategy)
-            cls.Params.parse(choice.params, choice.strategy)
-            problem = cls.unavailable(self.model, self.draft)
-        except AdaptSpecError as error:
-            problem = str(error)
-        if problem is None:
-            return choice
-        reason = f"plain decoding: the profiled {choice.strategy} can't run: {problem}"
-        return Choice(choice.prompt_class, PLAIN, {}, reason)
-
     def _tell_once(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
@@ -625,6 +568,7 @@ def load(
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
     record: bool = True,
+    run: str | None = None,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -643,6 +587,7 @@ def load(
         allow_lossy: See :class:`Decoder`.
         trust_remote_code: Whether code that comes with the models may run.
         record: See :class:`Decoder`.
+        run: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -664,7 +609,7 @@ def load(
     )
     can_open = _opens_stores(host)
     if db is None and not can_open:
-        return Decoder(target, draft, None, host, learn, allow_lossy)
+        return Decoder(target, draft, None, host, learn, allow_lossy, run=run)
     if db is None or isinstance(db, str | Path):
         url = None if db is None else str(db)
 
@@ -676,14 +621,14 @@ def load(
         except ProfileStoreError as error:
             if not can_open:
                 raise
-            decoder = Decoder(target, draft, None, host, learn, allow_lossy)
+            decoder = Decoder(target, draft, None, host, learn, allow_lossy, run=run)
             decoder.give_up_store(error)
             return decoder
         with opened as store:
             return Decoder(
-                *(target, draft, store, host, learn, allow_lossy, record, opens)
+                *(target, draft, store, host, learn, allow_lossy, record, opens, run)
             )
-    return Decoder(target, draft, db, host, learn, allow_lossy, record)
+    return Decoder(target, draft, db, host, learn, allow_lossy, record, run=run)
 
 
 def _kept_open(store: ProfileStore) -> Opens:

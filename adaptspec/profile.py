@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
-EVERY_CLASS = "*"  # a choice over all classes together
 SPEED, LATENCY = "speed", "latency"
+EVERY_CLASS = "*"  # what holds over all classes of a workload; shown as "all classes"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Environment:
         versions: Package -> version (adaptspec, torch, transformers, python).
         heads: Digest of the trained heads attached to the target, None without any.
         heads_name: Their names for people.
+        configuration: Digest of the target's configuration and buffers; None: an older
+            version's, which kept none, as of the next two.
+        kernel: What multiplies by the target's weights, and whether they are packed.
+        attention: The target's attention implementation.
     """
 
     model: str
@@ -44,21 +48,36 @@ class Environment:
     versions: Mapping[str, str] = field(default_factory=dict)
     heads: str | None = None
     heads_name: str | None = None
+    configuration: str | None = None
+    kernel: str | None = None
+    attention: str | None = None
 
-    def key(self) -> tuple[str, str | None, str, str, str, int, str | None]:
-        """Fields that must match for a profile to apply; versions need not match."""
+    def key(self) -> tuple[str | int | None, ...]:
+        """Everything that decides speed; versions need not match."""
         return (*self.place(), self.heads)
 
-    def place(self) -> tuple[str, str | None, str, str, str, int]:
+    def place(self) -> tuple[str | int | None, ...]:
         """The same without trained heads: what the cost of a forward depends on."""
-        return (
-            self.model,
-            self.draft,
-            self.dtype,
-            self.device,
-            self.device_name,
-            self.threads,
-        )
+        return tuple(getattr(self, name) for name in (*HOLDS, *TOLD, "draft"))
+
+    def differences(self, other: Environment, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that are known of both and differ."""
+        unknown = ("configuration", "kernel", "attention")
+        return [
+            name
+            for name in names
+            if (mine := getattr(self, name)) != (theirs := getattr(other, name))
+            and not (name in unknown and None in (mine, theirs))
+        ]
+
+
+# Another one of these, and what was measured says nothing.
+HOLDS = (
+    *("model", "configuration", "dtype", "device", "device_name"),
+    *("kernel", "attention"),
+)
+# These change every setting's speed alike, so ratios still serve; it is told.
+TOLD = ("threads",)
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,8 @@ class Measurement:
         seconds_target: Time in the target's forwards.
         seconds_draft: Time in drafting.
         seconds_rest: Everything else.
-        interval_low: Lower end of the 95% bootstrap interval of ``ratio``; None where
-            it isn't known (one prompt, or an older version's measurement).
+        interval_low: Lower end of the 95% interval of ``ratio``, a t interval of
+            logarithms; None where it isn't known (one prompt, or an older version's).
         interval_high: Upper end.
         latency_p95: Milliseconds per token that 95% of a generation's tokens took at
             most, a step's time shared by its tokens: median over prompts; None if not
@@ -135,6 +154,57 @@ class Profile:
     baseline: bool = False
     run: str = ""  # identifier of the tuning run
     id: int | None = None  # set by the store
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A setting that may be decoded with, and why.
+
+    Args:
+        ratio: How many times as fast as plain decoding, corrected for luck.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        needs_draft: Whether it runs with the draft model it was measured with only.
+        needs_heads: The same of trained heads.
+        lossless: False where sampled output follows another distribution than the
+            target's: used only where that is allowed.
+    """
+
+    strategy: str
+    params: Mapping[str, Scalar]
+    reason: str
+    ratio: float
+    low: float
+    high: float
+    needs_draft: bool = False
+    needs_heads: bool = False
+    lossless: bool = True
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """What a tune decided for a class, or for ``EVERY_CLASS``.
+
+    Args:
+        picks: Settings that are reliably faster than plain decoding, the best first;
+            the first that can be used is. Plain decoding where there is none.
+        reason: Why plain decoding, where none is used.
+        prompts: On how many it rests.
+        tried: Strategies that the tune tried.
+        objective: What ratios are about, as of :class:`Measurement`.
+        pinned: Whether a person has pinned its run: it counts before all others.
+    """
+
+    environment: Environment
+    run: str
+    prompt_class: str
+    created: datetime  # aware, UTC
+    picks: Sequence[Pick]
+    reason: str
+    prompts: int
+    tried: Sequence[str] = ()
+    objective: str = SPEED
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,7 +280,7 @@ class Use:
 
 
 class ProfileStore(Protocol):
-    """Keeps profiles and trials. Every write is one transaction.
+    """Keeps profiles, choices and trials. Every write is one transaction.
 
     Several processes may use one store. All times are aware and in UTC.
     """
@@ -224,8 +294,12 @@ class ProfileStore(Protocol):
         """The folder for files that belong to the store; None if it keeps nothing."""
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
-        """Store ``profiles`` at once, replacing those of the same run, class, strategy
-        and baseline flag, which keep their ids; return the ids."""
+        """Store ``profiles`` at once; return their ids.
+
+        One of the same run, class, setting and baseline flag is replaced and keeps its
+        id; so is an older one of the strategy, which was measured again with other
+        parameters. What is newer stays.
+        """
 
     def profiles(
         self,
@@ -240,7 +314,19 @@ class ProfileStore(Protocol):
         """One profile by id."""
 
     def delete_run(self, run: str) -> int:
-        """Forget a run's profiles and trials; return how many profiles it had."""
+        """Forget all of a run; return how many profiles it had."""
+
+    def put_choices(self, choices: Sequence[ClassChoice]) -> None:
+        """Store choices at once, replacing those of the same run and class that aren't
+        newer; whether a run is pinned stays."""
+
+    def choices(
+        self, *, model: str | None = None, run: str | None = None
+    ) -> list[ClassChoice]:
+        """Matching choices, newest first."""
+
+    def pin(self, run: str, pinned: bool) -> int:
+        """Pin or unpin a run; return how many choices it has."""
 
     def add_trial(self, trial: Trial) -> None:
         """Store a finished trial; one run, class, strategy and number once only."""

@@ -1,15 +1,21 @@
-"""From profiles to a choice: pure, and the reason is part of the answer."""
+"""From what tunes decided to a choice: pure, and the reason is part of the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from adaptspec.errors import ProfileStoreError
 from adaptspec.params import Scalar
-from adaptspec.profile import LATENCY, PLAIN, Environment, Profile
-
-# Ratios this close count as equal; the simpler strategy then wins.
-TIE = 0.02
+from adaptspec.profile import (
+    EVERY_CLASS,
+    HOLDS,
+    PLAIN,
+    TOLD,
+    ClassChoice,
+    Environment,
+    Pick,
+)
 
 # One prompt has no spread: its ratio may be the machine's mood.
 FEWEST_PROMPTS = 2
@@ -19,17 +25,20 @@ STALE_MARGIN = 1.1
 # Speed is theirs: another minor version makes a profile stale.
 DECISIVE = ("adaptspec", "torch", "transformers")
 
-
 # What a caller may ask for when a model is loaded.
-ASKED = ("dtype", "device", "threads")
+ASKED = {"dtype": "dtype", "device": "device"}
 
 
 @dataclass(frozen=True)
 class Choice:
     """What to decode with, and why.
 
-    ``lossless`` is False where sampled output follows another distribution than the
-    target's.
+    Args:
+        prompt_class: The class whose choice it is, ``EVERY_CLASS`` where that of all
+            classes is used; what was asked for where there is no choice at all.
+        lossless: False where sampled output follows another distribution than the
+            target's.
+        run: The tuning run that decided it; empty where none did.
     """
 
     prompt_class: str | None
@@ -37,112 +46,126 @@ class Choice:
     params: Mapping[str, Scalar] = field(default_factory=dict)
     reason: str = ""
     lossless: bool = True
+    run: str = ""
 
 
 def select(
-    profiles: Sequence[Profile],
+    choices: Sequence[ClassChoice],
     environment: Environment,
     prompt_class: str | None = None,
     lossy: Collection[str] = (),
+    *,
+    run: str | None = None,
+    refused: Callable[[ClassChoice, Pick], str | None] = lambda choice, pick: None,
 ) -> Choice:
-    """The fastest lossless setting measured in ``environment`` for ``prompt_class``.
+    """What the best evidence on a class decided, as far as it can be used here.
 
-    Plain decoding is chosen where nothing was measured, where the measurement was taken
-    elsewhere, and where nothing beat it: the lower end of the bootstrap interval of a
-    strategy's ratio to plain decoding must be above 1, over two prompts or more. A
-    profile measured with another minor version of torch, transformers or AdaptSpec is
-    stale: its interval must have been above 1.1, and the reason says so. Ties within 2%
-    go to the strategy with fewer parameters, then to the name that sorts first. Without
-    a class the only profiled one is used, else ``default``.
+    Of a class that no tune decided on, and without a class, the choice over all classes
+    is used. Of several tunes' choices :func:`best_evidence` takes one. Its settings are
+    tried from the best on: one is left out that is lossy and not allowed, needs a draft
+    model or heads that aren't here, is refused, or is stale (measured with another
+    minor version of torch, transformers or AdaptSpec) with an interval not above 1.1.
+    The reason says what was left out, and what to pass for it.
 
     Args:
-        lossy: Names of strategies that may be chosen though they are lossy. One that
-            promised to be lossless and wasn't is never chosen.
+        choices: Of any environment; the order doesn't matter.
+        lossy: Names of strategies that may be used though they are lossy.
+        run: Only this tuning run's choices.
+        refused: Why a setting can't be used here; None if it can.
+
+    Raises:
+        ProfileStoreError: if ``run`` is given and decided nothing.
     """
-    usable = [
-        p for p in profiles if (p.lossless or p.strategy in lossy) and not p.baseline
-    ]
-    here = measured_here(usable, environment)
-    if not usable:
-        return _plain(prompt_class, "nothing is profiled for this model; run tune")
-    if not here:
-        return _plain(prompt_class, _elsewhere(usable, environment))
-    classes = sorted({p.prompt_class for p in here})
-    if prompt_class is None:
-        if len(classes) > 1 and "default" not in classes:
-            return _plain(
-                None, f"no prompt_class given; profiled: {', '.join(classes)}"
+    if run is not None:
+        choices = [choice for choice in choices if choice.run == run]
+        if not choices:
+            raise ProfileStoreError(
+                f"run {run!r} decided nothing for this model; `adaptspec profiles "
+                "list` shows the runs"
             )
-        wanted = classes[0] if len(classes) == 1 else "default"
-    else:
-        wanted = prompt_class
-    found = _latest([p for p in here if p.prompt_class == wanted])
-    if not found:
-        return _plain(
-            prompt_class, f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"
-        )
-    stale = stale_versions(found[0].environment, environment)
-    bar = STALE_MARGIN if stale else 1.0
-    faster = [
-        p
-        for p in found
-        if p.strategy != PLAIN
-        and p.measurement.interval_low is not None
-        and p.measurement.interval_low > bar
-        and p.measurement.prompts >= FEWEST_PROMPTS
-    ]
-    if not faster and max(p.measurement.prompts for p in found) < FEWEST_PROMPTS:
-        return _plain(
-            wanted,
-            f"{wanted!r} was measured on one held-out prompt, {FEWEST_PROMPTS} are "
-            "needed; tune with four prompts or more of the class",
-        )
-    if not faster and all(p.measurement.interval_low is None for p in found):
-        return _plain(
-            wanted,
-            f"{wanted!r} was measured by an older version, without intervals; run tune "
-            "again",
-        )
-    if not faster and stale:
-        return _plain(
-            wanted,
-            f"the profile of {wanted!r} is stale ({stale}), and no gain was above "
-            f"{STALE_MARGIN} for sure; run tune again",
-        )
-    if not faster:
-        return _plain(wanted, f"measured: nothing is reliably faster on {wanted!r}")
-    best = max(p.measurement.ratio for p in faster)
-    tied = [p for p in faster if p.measurement.ratio >= best * (1 - TIE)]
-    winner = min(tied, key=_simplest_first)
-    latency = winner.measurement.objective == LATENCY
-    what = " in p95 latency per token" if latency else ""
-    reason = (
-        f"measured {winner.measurement.ratio:.2f}x plain decoding{what} on {wanted!r} "
-        f"(95% interval {winner.measurement.interval_low:.2f}-"
-        f"{winner.measurement.interval_high:.2f}, {winner.measurement.prompts} prompts)"
+    if not choices:
+        return _plain(prompt_class, "nothing is profiled for this model; run tune")
+    here = decided_here(choices, environment)
+    if not here:
+        return _plain(prompt_class, _elsewhere(choices, environment))
+    found, instead = _of_class(here, prompt_class)
+    decided = best_evidence(found, environment)
+    left: list[str] = []
+    stale = stale_versions(decided.environment, environment)
+    for pick in decided.picks:
+        if not pick.lossless and pick.strategy not in lossy:
+            continue
+        missing = _missing(pick, decided.environment, environment)
+        if missing:
+            was = f"{pick.strategy} was {pick.ratio:.2f}x"
+            left.append(f"{was} with {missing}, which isn't here")
+        elif stale and pick.low <= STALE_MARGIN:
+            left.append(
+                f"{pick.strategy} was measured with other versions ({stale}), and its "
+                f"gain wasn't above {STALE_MARGIN} for sure: run tune again"
+            )
+        elif reason := refused(decided, pick):
+            left.append(f"{pick.strategy} is left out: {reason}")
+        else:
+            parts = [pick.reason, *instead, *left]
+            parts += _told(decided, environment, stale)
+            return Choice(
+                decided.prompt_class,
+                pick.strategy,
+                dict(pick.params),
+                "; ".join(parts),
+                pick.lossless,
+                decided.run,
+            )
+    reason = decided.reason
+    if left:
+        reason = "nothing that was found faster can be used"
+    parts = [reason, *instead, *left, *_told(decided, environment, stale)]
+    return Choice(
+        decided.prompt_class,
+        PLAIN,
+        {},
+        f"plain decoding: {'; '.join(parts)}",
+        run=decided.run,
     )
-    if winner.environment.heads != environment.heads:
-        reason += f"; measured without {environment.heads_name}: run tune with them"
-    if stale:
-        reason += f"; the profile is stale ({stale}): run tune again"
-    elif changed := _changed(winner.environment, environment):
-        reason += f"; measured with other versions: {changed}"
-    return Choice(wanted, winner.strategy, dict(winner.params), reason, winner.lossless)
 
 
-def measured_here(
-    profiles: Sequence[Profile], environment: Environment
-) -> list[Profile]:
-    """Those that hold in ``environment``.
+def decided_here(
+    choices: Sequence[ClassChoice], environment: Environment
+) -> list[ClassChoice]:
+    """Those that hold in ``environment``, draft model and heads aside: each setting
+    says whether it needs them."""
+    return [c for c in choices if not c.environment.differences(environment, HOLDS)]
 
-    Where nothing was measured with the trained heads that are attached, what was
-    measured without any holds: heads that aren't asked cost nothing.
+
+def best_evidence(
+    choices: Sequence[ClassChoice], environment: Environment
+) -> ClassChoice:
+    """The one of several choices for the same class that is used.
+
+    A pinned run's counts before all others. Then what was measured with as many threads
+    as here, with versions that aren't stale, and with what is attached here. Of those
+    that rest on at least half as many prompts as the best of them the newest is used;
+    but one that never tried what an older one chose must have found a higher ratio.
     """
-    here = [p for p in profiles if p.environment.key() == environment.key()]
-    if here or environment.heads is None:
-        return here
-    bare = (*environment.place(), None)
-    return [p for p in profiles if p.environment.key() == bare]
+    kept = sorted(choices, key=lambda choice: (choice.created, choice.run))
+    wishes: Sequence[Callable[[ClassChoice], bool]] = (
+        lambda c: c.pinned,
+        lambda c: not c.environment.differences(environment, TOLD),
+        lambda c: not stale_versions(c.environment, environment),
+        lambda c: c.environment.draft == environment.draft,
+        lambda c: c.environment.heads == environment.heads,
+    )
+    for wish in wishes:
+        kept = [choice for choice in kept if wish(choice)] or kept
+    most = max(choice.prompts for choice in kept)
+    kept = [choice for choice in kept if 2 * choice.prompts >= most]
+    best = kept[0]
+    for newer in kept[1:]:
+        tried = not best.picks or best.picks[0].strategy in newer.tried
+        if tried or _gain(newer) > _gain(best):
+            best = newer
+    return best
 
 
 def stale_versions(then: Environment, now: Environment) -> str:
@@ -160,60 +183,91 @@ def _minor(version: str) -> list[str]:
     return version.split("+")[0].split(".")[:2]
 
 
-def _simplest_first(profile: Profile) -> tuple[int, float, str, float, str]:
-    """A total order, so that the order of profiles doesn't matter."""
-    measurement = profile.measurement
-    return (
-        len(profile.params),
-        -measurement.ratio,
-        profile.strategy,
-        -(measurement.interval_low or 0.0),
-        repr(sorted(profile.params.items())),
-    )
+def _gain(choice: ClassChoice) -> float:
+    return choice.picks[0].ratio if choice.picks else 1.0
+
+
+def _of_class(
+    here: Sequence[ClassChoice], wanted: str | None
+) -> tuple[list[ClassChoice], list[str]]:
+    """The choices for a class, or what serves in their place and why."""
+    found = [choice for choice in here if choice.prompt_class == wanted]
+    if found:
+        return found, []
+    said = []
+    classes = sorted({c.prompt_class for c in here} - {EVERY_CLASS})
+    if wanted is not None:
+        said = [f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"]
+    elif len(classes) > 1:
+        said = ["no class was told"]
+    # An older version decided nothing over all classes.
+    for name in (EVERY_CLASS, "default"):
+        if found := [choice for choice in here if choice.prompt_class == name]:
+            return found, said
+    most = max(here, key=lambda c: (c.prompts, c.created, c.prompt_class)).prompt_class
+    if len(classes) > 1:
+        said.append(f"the choice for {most!r} is used, which rests on most prompts")
+    return [choice for choice in here if choice.prompt_class == most], said
+
+
+def _missing(pick: Pick, then: Environment, now: Environment) -> str:
+    """What a setting needs that isn't here, and how to pass it; empty if nothing."""
+    missing = []
+    if pick.needs_draft and then.draft != now.draft:
+        missing.append(
+            f"the draft model {then.draft_name} (draft_model=, --draft-model)"
+        )
+    if pick.needs_heads and then.heads != now.heads:
+        missing.append(f"the heads {then.heads_name} (heads=, --heads)")
+    return " and ".join(missing)
+
+
+def _told(decided: ClassChoice, now: Environment, stale: str) -> list[str]:
+    """What else is to be known of a choice."""
+    then = decided.environment
+    said = []
+    if now.heads is not None and then.heads != now.heads:
+        said.append(f"measured without {now.heads_name}: run tune with them")
+    said += [
+        f"measured with {name} {getattr(then, name)} (here {getattr(now, name)})"
+        for name in then.differences(now, TOLD)
+    ]
+    if stale:
+        said.append(f"the profile is stale ({stale}): run tune again")
+    elif changed := _changed(then, now):
+        said.append(f"measured with other versions: {changed}")
+    return said
 
 
 def _plain(prompt_class: str | None, reason: str) -> Choice:
     return Choice(prompt_class, PLAIN, {}, f"plain decoding: {reason}")
 
 
-def _latest(profiles: Sequence[Profile]) -> list[Profile]:
-    """Those of the newest run: results of different runs aren't compared."""
-    if not profiles:
-        return []
-    newest = max(profiles, key=lambda p: (p.created, p.run))
-    return [p for p in profiles if p.run == newest.run]
-
-
-def _elsewhere(profiles: Sequence[Profile], environment: Environment) -> str:
-    """What differs from where profiles were measured, and what to load with."""
-    names = ("model", "draft", "dtype", "device", "device_name", "threads", "heads")
-    key = environment.key()
-    nearest = max(
-        (p.environment for p in profiles),
-        key=lambda other: sum(a == b for a, b in zip(other.key(), key, strict=True)),
+def _elsewhere(choices: Sequence[ClassChoice], environment: Environment) -> str:
+    names, then = _nearest(choices, environment)
+    told = ", ".join(
+        f"{name} {getattr(then, name)} (here {getattr(environment, name)})"
+        for name in names
+        # Weights of another type have another digest.
+        if name != "model" or "dtype" not in names
     )
-    different = {
-        name: (theirs, ours)
-        for name, theirs, ours in zip(names, nearest.key(), key, strict=True)
-        if theirs != ours
-    }
-    if "dtype" in different:  # and so the weights, whose digests then differ
-        for name in ("model", "draft", "heads"):
-            if None not in different.get(name, ()):
-                different.pop(name, None)
-    told = [
-        f"{name} {theirs} (here {ours})" for name, (theirs, ours) in different.items()
-    ]
-    # What can be asked for when a model is loaded.
-    asked = {
-        "draft": f"draft model {nearest.draft_name}" if nearest.draft else "no draft",
-        "heads": f"heads {nearest.heads_name}" if nearest.heads else "no heads",
-        **{name: f"{name}={getattr(nearest, name)!r}" for name in ASKED},
-    }
+    ways = [f"{ASKED[n]}={getattr(then, n)!r}" for n in names if n in ASKED]
     way = "run tune here"
-    if different.keys() <= asked.keys():
-        way = f"load with {', '.join(asked[name] for name in different)}, or {way}"
-    return f"profiled elsewhere, with {', '.join(told)}; {way}"
+    if ways and set(names) <= {*ASKED, "model", "kernel", "device_name"}:
+        way = f"load with {', '.join(ways)}, or {way}"
+    return f"profiled elsewhere, with {told}; {way}"
+
+
+def _nearest(
+    choices: Sequence[ClassChoice], environment: Environment
+) -> tuple[list[str], Environment]:
+    """The environment that differs in the fewest things, and in which."""
+    ranked = sorted(
+        choices,
+        key=lambda c: (len(c.environment.differences(environment, HOLDS)), c.run),
+    )
+    then = ranked[0].environment
+    return then.differences(environment, HOLDS), then
 
 
 def _changed(then: Environment, now: Environment) -> str:

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 import click
+from adaptspec_tuner.measuring.bootstrap import overall
 
 from adaptspec.decoding.engine import Engine
 from adaptspec.environment import environment_of
@@ -33,7 +34,6 @@ from adaptspec.params import Scalar
 from adaptspec.workloads import Prompt, Workload, example_workload, read_workload, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import confirm
-from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Profiler, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import told_errors

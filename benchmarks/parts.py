@@ -23,7 +23,7 @@ from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import select
 from adaptspec.strategy import Context, Drafter, Outcome, Strategy, Target
-from adaptspec.testing.stores import example_profile
+from adaptspec.testing.stores import example_choice
 from adaptspec.token_tree import TokenTree
 from contenders import PLAIN
 from tables import spread
@@ -194,16 +194,16 @@ def repeating_text(length: int, vocab_size: int) -> list[int]:
 
 
 def selection_time(model: LanguageModel) -> float:
-    """Milliseconds to choose among a thousand profiles."""
+    """Milliseconds to choose among a thousand tunes' choices."""
     here = environment_of(model, None)
-    profiles = [
-        example_profile(environment=here, prompt_class=f"c{i % 10}", strategy=f"s{i}")
+    choices = [
+        example_choice(environment=here, prompt_class=f"c{i % 10}", run=f"r{i}")
         for i in range(1000)
     ]
     times = []
     for _ in range(50):
         started = perf_counter()
-        select(profiles, here, "c3")
+        select(choices, here, "c3")
         times.append(1e3 * (perf_counter() - started))
     return median(times)
 

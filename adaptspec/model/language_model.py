@@ -42,7 +42,11 @@ from adaptspec.model.views import (
     view_of,
 )
 from adaptspec.model.vocabulary import vocabulary_mismatch
-from adaptspec.model.weights import _use_masked_attention, weights_digest
+from adaptspec.model.weights import (
+    _use_masked_attention,
+    configuration_digest,
+    weights_digest,
+)
 from adaptspec.token_tree import TokenTree
 
 if TYPE_CHECKING:
@@ -117,6 +121,8 @@ class LanguageModel:
         self.device, self.dtype = parameter.device, _dtype_of(model)
         self.vocab_size = _vocab_size(model, self.config)
         self.digest = weights_digest(model)
+        # Before any forward: buffers of growing rotations change with what is decoded.
+        self.configuration = configuration_digest(model)
         self.linear = LinearReport(0, "unchanged")
         self.buckets: tuple[int, ...] = (
             CUDA_BUCKETS if self.device.type == "cuda" else ()

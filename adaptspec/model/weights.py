@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +27,47 @@ def weights_digest(model: nn.Module) -> str:
         name = name.replace("_orig_mod.", "")  # compiled or not
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         for part in _plain_parts(parameter.detach()):
-            flat = part.reshape(-1)
-            step = max(1, flat.numel() // 64)
-            sample = flat[::step][:64].float().cpu().contiguous()
-            digest.update(sample.numpy().tobytes())
+            digest.update(_sampled(part))
     for text in adapters(model):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
+
+
+# Of a configuration: where it came from, and how weights were read.
+UNTOLD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def configuration_digest(model: nn.Module) -> str:
+    """A fingerprint of what decides a model's outputs and speed besides its weights.
+
+    The configuration, as far as it doesn't say where the model came from, and a sample
+    of every buffer, as of weights (:func:`weights_digest`).
+    """
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    digest = hashlib.sha256(
+        json.dumps(_without(told), sort_keys=True, default=str).encode()
+    )
+    for name, buffer in sorted(model.named_buffers()):
+        name = name.replace("_orig_mod.", "")
+        digest.update(f"{name}{tuple(buffer.shape)}".encode())
+        for part in _plain_parts(buffer.detach()):
+            digest.update(_sampled(part))
+    return digest.hexdigest()[:16]
+
+
+def _without(told: Any) -> Any:
+    """Without ``UNTOLD``, of inner configurations, too."""
+    if isinstance(told, Mapping):
+        return {str(k): _without(v) for k, v in told.items() if k not in UNTOLD}
+    return told
+
+
+def _sampled(part: torch.Tensor) -> bytes:
+    flat = part.reshape(-1)
+    step = max(1, flat.numel() // 64)
+    sample = flat[::step][:64].float().cpu().contiguous()
+    return sample.numpy().tobytes()
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.profile import (
+    ClassChoice,
     Environment,
     Measurement,
+    Pick,
     Profile,
     ProfileStore,
     Trial,
@@ -56,7 +58,7 @@ def example_profile(**changes: Any) -> Profile:
     """A profile with every field set; ``changes`` replace some."""
     environment = Environment(
         *("m1", "target", "d1", "draft", "bfloat16", "cpu", "A CPU", 2),
-        *({"torch": "2.13"}, "h1", "heads"),
+        *({"torch": "2.13"}, "h1", "heads", "c1", "packed bfloat16", "sdpa"),
     )
     measurement = Measurement(
         *(20.0, 18.0, 22.0, 1.5, 1.2, 1.7, 2.5, 0.6, 4, 400, 3, 1, 10.0, 2.0, 0.5),
@@ -74,6 +76,28 @@ def example_profile(**changes: Any) -> Profile:
         run="r1",
     )
     return replace(profile, **changes)
+
+
+def example_choice(**changes: Any) -> ClassChoice:
+    """A choice with every field set, of the example's profile."""
+    profile = example_profile()
+    pick = Pick(
+        *("prompt_lookup", dict(profile.params), "measured 1.50x", 1.5, 1.25, 1.65),
+        *(False, False, True),
+    )
+    choice = ClassChoice(
+        environment=profile.environment,
+        run=profile.run,
+        prompt_class=profile.prompt_class,
+        created=profile.created,
+        picks=[pick],
+        reason="nothing is reliably faster",
+        prompts=4,
+        tried=["prompt_lookup", "suffix"],
+        objective="latency",
+        pinned=False,
+    )
+    return replace(choice, **changes)
 
 
 class ProfileStoreContract:
@@ -108,14 +132,65 @@ class ProfileStoreContract:
     ) -> None:
         first = store.add_profiles([example_profile()])
         other = store.add_profiles([example_profile(baseline=True)])
-        again = example_profile(params={"k": 9})
-        assert store.add_profiles([example_profile(), again]) == first * 2
+        assert store.add_profiles([example_profile(), example_profile()]) == first * 2
         assert first != other
+        later = example_profile().created + timedelta(seconds=1)
+        again = example_profile(params={"k": 9}, created=later)
+        assert store.add_profiles([again]) == first  # the strategy, measured again
         kept = store.profiles(run="r1")
         assert sorted((p.baseline, p.params.get("k")) for p in kept) == [
             (False, 9),
             (True, 4),
         ]
+
+    def test_settings_of_one_strategy_confirmed_together_stand_side_by_side(
+        self, store: ProfileStore
+    ) -> None:
+        old = store.add_profiles([example_profile(params={"k": 4})])
+        later = example_profile().created + timedelta(seconds=1)
+        both = [example_profile(params={"k": k}, created=later) for k in (9, 4)]
+        new, same = store.add_profiles(both)
+        assert [same] == old
+        assert new != same
+        assert {p.params["k"] for p in store.profiles(run="r1")} == {4, 9}
+        # Measured again with one of them alone.
+        last = example_profile(params={"k": 9}, created=later + timedelta(seconds=1))
+        assert store.add_profiles([last]) == [new]
+        assert [p.id for p in store.profiles(run="r1")] == [new]
+
+    def test_what_is_stored_and_newer_stays(self, store: ProfileStore) -> None:
+        (profile_id,) = store.add_profiles([example_profile()])
+        earlier = example_profile().created - timedelta(seconds=1)
+        store.add_profiles([example_profile(lossless=False, created=earlier)])
+        assert store.profile(profile_id) == example_profile(id=profile_id)
+        store.put_choices([example_choice()])
+        store.put_choices([example_choice(reason="old", created=earlier)])
+        assert store.choices() == [example_choice()]
+
+    def test_a_choice_comes_back_as_it_was_put(self, store: ProfileStore) -> None:
+        store.put_choices([example_choice()])
+        assert store.choices() == [example_choice()]
+        store.put_choices([example_choice(reason="another")])
+        (found,) = store.choices(model="m1", run="r1")
+        assert found.reason == "another"
+        assert store.choices(model="m2") == store.choices(run="r2") == []
+
+    def test_a_run_is_pinned_and_stays_so_when_it_decides_again(
+        self, store: ProfileStore
+    ) -> None:
+        other = example_choice(run="r2")
+        store.put_choices([example_choice(), other])
+        assert store.pin("r1", True) == 1
+        assert store.pin("nowhere", True) == 0
+        store.put_choices([example_choice(), other])
+        assert {c.run: c.pinned for c in store.choices()} == {"r1": True, "r2": False}
+        store.pin("r1", False)
+        assert not any(c.pinned for c in store.choices())
+
+    def test_a_deleted_run_decides_nothing_any_more(self, store: ProfileStore) -> None:
+        store.put_choices([example_choice(), example_choice(run="r2")])
+        store.delete_run("r1")
+        assert [c.run for c in store.choices()] == ["r2"]
 
     @_drawn
     @given(_text, _params, _times, st.floats(0, 1e300))

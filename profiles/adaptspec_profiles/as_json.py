@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec.profile import Environment, Measurement, Profile, Trial, Use
+from adaptspec.profile import (
+    ClassChoice,
+    Environment,
+    Measurement,
+    Pick,
+    Profile,
+    Trial,
+    Use,
+)
 
 FORMAT = "adaptspec-profiles-2"
 FORMAT_1 = "adaptspec-profiles-1"  # with other names of parameters
@@ -21,6 +29,7 @@ LARGEST_INTEGER = 2**63 - 1  # of a database's column
 
 T = TypeVar("T")
 _PROFILE: TypeAdapter[Profile] = TypeAdapter(Profile)
+_CHOICE: TypeAdapter[ClassChoice] = TypeAdapter(ClassChoice)
 _TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
 
 
@@ -67,6 +76,38 @@ def same_profile(profile: Profile) -> Profile:
         ProfileStoreError: if it isn't one that every store gives back as it was put.
     """
     return profile_from_json(profile_to_json(profile))
+
+
+def choice_from_json(record: Any) -> ClassChoice:
+    """The same for a choice, whose record :func:`json_value` makes."""
+    if not isinstance(record, Mapping):
+        raise ProfileStoreError(f"an object is expected, got {_short(record)}")
+    _refuse_unknown(record, ClassChoice, "")
+    if isinstance(record.get("environment"), Mapping):
+        _refuse_unknown(record["environment"], Environment, "environment.")
+    picks = record.get("picks")
+    for number, pick in enumerate(picks if isinstance(picks, list) else ()):
+        if isinstance(pick, Mapping):
+            _refuse_unknown(pick, Pick, f"picks.{number}.")
+    return _validated(_CHOICE, record)
+
+
+def same_choice(choice: ClassChoice) -> ClassChoice:
+    """An equal choice that shares nothing with ``choice``; tuples become lists."""
+    return choice_from_json(json_value(choice))
+
+
+def setting_digest(params: Mapping[str, Any]) -> str:
+    """Equal for equal parameters, in whatever order."""
+    text = json.dumps(dict(params), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def measured_again_first(
+    profiles: Sequence[Profile], known: Callable[[Profile], bool]
+) -> list[int]:
+    """In which order to store profiles, so that those that are known keep their ids."""
+    return sorted(range(len(profiles)), key=lambda index: not known(profiles[index]))
 
 
 def same_trial(trial: Trial) -> Trial:
@@ -135,7 +176,7 @@ def _validated(adapter: TypeAdapter[T], record: Any) -> T:
             # Else it would be the rule of the union's first member.
             place, rule = place[:2], "must be a number, text, true or false"
         raise _bad(".".join(place), rule, first["input"]) from None
-    if isinstance(found, Profile):
+    if isinstance(found, Profile | ClassChoice):
         object.__setattr__(found, "created", _utc(found.created, "created"))
     return found
 

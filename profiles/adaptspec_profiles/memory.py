@@ -8,8 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptspec.profile import Profile, Trial, Use
-from adaptspec_profiles.as_json import json_value, same_profile, same_trial
+from adaptspec.profile import ClassChoice, Profile, Trial, Use
+from adaptspec_profiles.as_json import (
+    json_value,
+    measured_again_first,
+    same_choice,
+    same_profile,
+    same_trial,
+    setting_digest,
+)
 
 
 class MemoryStore:
@@ -20,6 +27,7 @@ class MemoryStore:
         self._trials: dict[tuple[str, str, str, int], Trial] = {}
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
         self._uses: dict[tuple[int, str], Use] = {}
+        self._choices: dict[tuple[str, str], ClassChoice] = {}
         self._next = 1
 
     @property
@@ -34,18 +42,43 @@ class MemoryStore:
 
     def add_profiles(self, profiles: Sequence[Profile]) -> list[int]:
         """Add all profiles, or none if one is refused."""
-        ids = []
-        for profile in [same_profile(profile) for profile in profiles]:
-            setting = _setting(profile)
-            found = (i for i, p in self._profiles.items() if _setting(p) == setting)
-            if (profile_id := next(found, None)) is None:
-                profile_id, self._next = self._next, self._next + 1
-            old = self._profiles.get(profile_id)
-            if old is not None and old.created != profile.created:
-                self._forget_uses({profile_id})
-            self._profiles[profile_id] = replace(profile, id=profile_id)
-            ids.append(profile_id)
-        return ids
+        new = [same_profile(profile) for profile in profiles]
+        ids: dict[int, int] = {}
+        for index in measured_again_first(new, lambda p: self._same(p) is not None):
+            ids[index] = self._put(new[index])
+        return [ids[index] for index in range(len(new))]
+
+    def _same(self, profile: Profile) -> int | None:
+        """The id of the same setting."""
+        wanted = (_strategy(profile), setting_digest(profile.params))
+        return next(
+            (
+                profile_id
+                for profile_id, known in self._profiles.items()
+                if (_strategy(known), setting_digest(known.params)) == wanted
+            ),
+            None,
+        )
+
+    def _put(self, profile: Profile) -> int:
+        profile_id = self._same(profile)
+        older = [
+            known_id
+            for known_id, known in self._profiles.items()
+            if _strategy(known) == _strategy(profile)
+            and known.created < profile.created
+        ]
+        if profile_id is None:
+            profile_id = min(older, default=self._next)
+            self._next = max(self._next, profile_id + 1)
+        elif self._profiles[profile_id].created > profile.created:
+            return profile_id
+        # Measured again: what was seen of the older settings in use doesn't count.
+        self._forget_uses(set(older))
+        for gone in set(older) - {profile_id}:
+            del self._profiles[gone]
+        self._profiles[profile_id] = replace(profile, id=profile_id)
+        return profile_id
 
     def profiles(
         self,
@@ -77,9 +110,39 @@ class MemoryStore:
             del self._profiles[i]
         for key in [k for k in self._trials if k[0] == run]:
             del self._trials[key]
+        for choice in [k for k in self._choices if k[0] == run]:
+            del self._choices[choice]
         for record in [k for k in self._records if k[0] == run]:
             del self._records[record]
         return len(gone)
+
+    def put_choices(self, choices: Sequence[ClassChoice]) -> None:
+        """Store choices in place of older ones of their run and class."""
+        for choice in [same_choice(choice) for choice in choices]:
+            key = (choice.run, choice.prompt_class)
+            known = self._choices.get(key)
+            if known is None or known.created <= choice.created:
+                pinned = choice.pinned if known is None else known.pinned
+                self._choices[key] = replace(choice, pinned=pinned)
+
+    def choices(
+        self, *, model: str | None = None, run: str | None = None
+    ) -> list[ClassChoice]:
+        """Matching choices, newest first."""
+        found = [
+            choice
+            for choice in self._choices.values()
+            if model in (None, choice.environment.model) and run in (None, choice.run)
+        ]
+        found.sort(key=lambda c: (c.created, c.run, c.prompt_class), reverse=True)
+        return copy.deepcopy(found)
+
+    def pin(self, run: str, pinned: bool) -> int:
+        """Pin or unpin a run."""
+        keys = [key for key in self._choices if key[0] == run]
+        for key in keys:
+            self._choices[key] = replace(self._choices[key], pinned=pinned)
+        return len(keys)
 
     def add_trial(self, trial: Trial) -> None:
         """Store a trial; the same number again is ignored."""
@@ -120,5 +183,5 @@ class MemoryStore:
         """Nothing to release."""
 
 
-def _setting(profile: Profile) -> tuple[str, str, str, bool]:
+def _strategy(profile: Profile) -> tuple[str, str, str, bool]:
     return (profile.run, profile.prompt_class, profile.strategy, profile.baseline)

@@ -47,6 +47,9 @@ class EnvironmentRow(Base):
     versions: Mapped[dict[str, str]] = mapped_column(JSON)
     heads: Mapped[str | None] = mapped_column(text(64))
     heads_name: Mapped[str | None] = mapped_column(String)
+    configuration: Mapped[str | None] = mapped_column(text(64))
+    kernel: Mapped[str | None] = mapped_column(text(64))
+    attention: Mapped[str | None] = mapped_column(text(64))
 
 
 class ProfileRow(Base):
@@ -55,7 +58,8 @@ class ProfileRow(Base):
     __tablename__ = "profiles"
     __table_args__ = (
         UniqueConstraint(
-            "run", "prompt_class", "strategy", "baseline", name="uq_profiles_setting"
+            *("run", "prompt_class", "strategy", "setting", "baseline"),
+            name="uq_profiles_setting",
         ),
     )
 
@@ -67,6 +71,7 @@ class ProfileRow(Base):
     workload_name: Mapped[str] = mapped_column(String)
     prompt_class: Mapped[str] = mapped_column(String)
     strategy: Mapped[str] = mapped_column(String)
+    setting: Mapped[str] = mapped_column(text(64))  # digest of params
     params: Mapped[dict[str, Any]] = mapped_column(JSON)
     lossless: Mapped[bool] = mapped_column(Boolean)
     baseline: Mapped[bool] = mapped_column(Boolean)
@@ -92,6 +97,26 @@ class UseRow(Base):
     seconds: Mapped[float] = mapped_column(Float)
     log_seconds: Mapped[float] = mapped_column(Float)
     log_seconds_squared: Mapped[float] = mapped_column(Float)
+
+
+class ChoiceRow(Base):
+    """What a tuning run decided for a class of prompts."""
+
+    __tablename__ = "choices"
+    __table_args__ = (UniqueConstraint("run", "prompt_class", name="uq_choices_class"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    environment_id: Mapped[int] = mapped_column(ForeignKey("environments.id"))
+    environment: Mapped[EnvironmentRow] = relationship(lazy="joined")
+    run: Mapped[str] = mapped_column(text(64), index=True)
+    prompt_class: Mapped[str] = mapped_column(String)
+    created: Mapped[datetime] = mapped_column(DateTime)  # UTC
+    picks: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    reason: Mapped[str] = mapped_column(String)
+    prompts: Mapped[int] = mapped_column(Integer)
+    tried: Mapped[list[str]] = mapped_column(JSON)
+    objective: Mapped[str] = mapped_column(text(32))
+    pinned: Mapped[bool] = mapped_column(Boolean)
 
 
 class TrialRow(Base):

@@ -12,24 +12,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alembic.util import CommandError
-from sqlalchemy import Engine, Select, delete, func, inspect, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Select,
+    and_,
+    delete,
+    func,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
-from adaptspec.profile import Environment, Profile, Trial, Use
+from adaptspec.profile import ClassChoice, Environment, Profile, Trial, Use
 from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
+    choice_from_json,
     environment_digest,
     json_value,
+    measured_again_first,
     profile_from_json,
+    same_choice,
     same_profile,
     same_trial,
+    setting_digest,
 )
 from adaptspec_profiles.engine import beside, make_engine, reading, safe_url
 from adaptspec_profiles.migrations import migrate
 from adaptspec_profiles.schema import (
     Base,
+    ChoiceRow,
     EnvironmentRow,
     ProfileRow,
     RecordRow,
@@ -103,7 +118,12 @@ class SqlStore:
         checked = [same_profile(profile) for profile in profiles]
 
         def put(session: Session) -> list[int]:
-            return [_put(session, profile) for profile in checked]
+            ids: dict[int, int] = {}
+            for index in measured_again_first(
+                checked, lambda profile: _same(session, profile) is not None
+            ):
+                ids[index] = _put(session, checked[index])
+            return [ids[index] for index in range(len(checked))]
 
         return self._write(put)
 
@@ -141,7 +161,7 @@ class SqlStore:
             ) from error
 
     def delete_run(self, run: str) -> int:
-        """Delete profiles, trials, records and studies of a run."""
+        """Delete profiles, choices, trials, records and studies of a run."""
         with self._reading() as session:
             kept = inspect(session.connection()).has_table("studies")
         if kept:
@@ -156,9 +176,42 @@ class SqlStore:
             )
             ours = select(ProfileRow.id).where(ProfileRow.run == run)
             session.execute(delete(UseRow).where(UseRow.profile_id.in_(ours)))
-            for table in (ProfileRow, TrialRow, RecordRow):
+            for table in (ProfileRow, ChoiceRow, TrialRow, RecordRow):
                 session.execute(delete(table).where(table.run == run))
             return int(count or 0)
+
+    def put_choices(self, choices: Sequence[ClassChoice]) -> None:
+        """Store choices in one transaction."""
+        checked = [same_choice(choice) for choice in choices]
+
+        def put(session: Session) -> None:
+            for choice in checked:
+                _put_choice(session, choice)
+
+        self._write(put)
+
+    def choices(
+        self, *, model: str | None = None, run: str | None = None
+    ) -> list[ClassChoice]:
+        """Matching choices, newest first; damaged rows are left out with a warning."""
+        query = select(ChoiceRow.id).join(ChoiceRow.environment)
+        if model is not None:
+            query = query.where(EnvironmentRow.model == model)
+        if run is not None:
+            query = query.where(ChoiceRow.run == run)
+        found = self._whole(ChoiceRow, query, _choice)
+        found.sort(key=lambda c: (c.created, c.run, c.prompt_class), reverse=True)
+        return found
+
+    def pin(self, run: str, pinned: bool) -> int:
+        """Pin or unpin a run."""
+
+        def put(session: Session) -> int:
+            here = update(ChoiceRow).where(ChoiceRow.run == run)
+            changed = session.execute(here.values(pinned=pinned))
+            return int(getattr(changed, "rowcount", 0))
+
+        return self._write(put)
 
     def add_trial(self, trial: Trial) -> None:
         """Store a trial; the same number again is ignored."""
@@ -256,7 +309,7 @@ class SqlStore:
 
     def _whole(
         self,
-        table: type[ProfileRow] | type[TrialRow],
+        table: type[ProfileRow] | type[ChoiceRow] | type[TrialRow],
         wanted: Select[Any],
         made: Callable[[Any], T],
     ) -> list[T]:
@@ -359,8 +412,13 @@ class SqlStore:
 
 def _environment(session: Session, environment: Environment) -> int:
     fields = asdict(environment)
-    # Without heads as before there were any, so that older rows are found again.
+    # Without what older versions didn't tell, so that their rows are found again.
     absent = {"heads", "heads_name"} if environment.heads is None else set()
+    absent |= {
+        name
+        for name in ("configuration", "kernel", "attention")
+        if fields[name] is None
+    }
     digest = environment_digest({k: v for k, v in fields.items() if k not in absent})
     known = session.scalar(
         select(EnvironmentRow.id).where(EnvironmentRow.digest == digest)
@@ -377,24 +435,49 @@ def _environment(session: Session, environment: Environment) -> int:
     return row.id
 
 
+def _of_strategy(profile: Profile) -> ColumnElement[bool]:
+    """The settings of a profile's strategy."""
+    return and_(
+        ProfileRow.run == profile.run,
+        ProfileRow.prompt_class == profile.prompt_class,
+        ProfileRow.strategy == profile.strategy,
+        ProfileRow.baseline == profile.baseline,
+    )
+
+
+def _same(session: Session, profile: Profile) -> int | None:
+    """The id of the same setting."""
+    return session.scalar(
+        select(ProfileRow.id).where(
+            _of_strategy(profile),
+            ProfileRow.setting == setting_digest(profile.params),
+        )
+    )
+
+
 def _put(session: Session, profile: Profile) -> int:
     """Store a profile; one of its setting keeps the id that it has."""
     environment = _environment(session, profile.environment)
-    known = session.scalar(
-        select(ProfileRow.id).where(
-            ProfileRow.run == profile.run,
-            ProfileRow.prompt_class == profile.prompt_class,
-            ProfileRow.strategy == profile.strategy,
-            ProfileRow.baseline == profile.baseline,
-        )
-    )
     fields = {**_profile_fields(profile), "environment_id": environment}
+    outdated = and_(_of_strategy(profile), ProfileRow.created < fields["created"])
+    known = _same(session, profile)
+    if known is None:
+        known = session.scalar(select(func.min(ProfileRow.id)).where(outdated))
+    elif session.scalar(
+        select(ProfileRow.id).where(
+            ProfileRow.id == known, ProfileRow.created > fields["created"]
+        )
+    ):
+        return known
     if known is not None:
-        # Measured again: what was seen of the older setting in use doesn't count.
+        # Measured again: what was seen of the older settings in use doesn't count.
         replaced = select(ProfileRow.id).where(
-            ProfileRow.id == known, ProfileRow.created != fields["created"]
+            _of_strategy(profile),
+            (ProfileRow.id != known) & outdated
+            | (ProfileRow.id == known) & (ProfileRow.created != fields["created"]),
         )
         session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
+        session.execute(delete(ProfileRow).where(outdated, ProfileRow.id != known))
         session.execute(
             update(ProfileRow).where(ProfileRow.id == known).values(**fields)
         )
@@ -405,6 +488,29 @@ def _put(session: Session, profile: Profile) -> int:
     return row.id
 
 
+def _put_choice(session: Session, choice: ClassChoice) -> None:
+    """Store a choice in place of an older one; a pinned run stays pinned."""
+    fields = {
+        "environment_id": _environment(session, choice.environment),
+        "created": choice.created.replace(tzinfo=None),
+        "picks": [asdict(pick) for pick in choice.picks],
+        "reason": choice.reason,
+        "prompts": choice.prompts,
+        "tried": list(choice.tried),
+        "objective": choice.objective,
+    }
+    here = and_(
+        ChoiceRow.run == choice.run, ChoiceRow.prompt_class == choice.prompt_class
+    )
+    if session.scalar(select(ChoiceRow.id).where(here)) is None:
+        own = {"run": choice.run, "prompt_class": choice.prompt_class}
+        session.add(ChoiceRow(**own, **fields, pinned=choice.pinned))
+        session.flush()
+        return
+    older = ChoiceRow.created <= fields["created"]
+    session.execute(update(ChoiceRow).where(here, older).values(**fields))
+
+
 def _profile_fields(profile: Profile) -> dict[str, Any]:
     return {
         "run": profile.run,
@@ -412,6 +518,7 @@ def _profile_fields(profile: Profile) -> dict[str, Any]:
         "workload_name": profile.workload_name,
         "prompt_class": profile.prompt_class,
         "strategy": profile.strategy,
+        "setting": setting_digest(profile.params),
         "params": dict(profile.params),
         "lossless": profile.lossless,
         "baseline": profile.baseline,
@@ -444,6 +551,29 @@ def _profile(row: ProfileRow) -> Profile:
         "run": row.run,
     }
     return dataclasses.replace(profile_from_json(record), id=row.id)
+
+
+def _choice(row: ChoiceRow) -> ClassChoice:
+    """What the row holds.
+
+    Raises:
+        ProfileStoreError: naming the field that is wrong, missing or unknown.
+    """
+    names = [field.name for field in dataclasses.fields(Environment)]
+    return choice_from_json(
+        {
+            "environment": {name: getattr(row.environment, name) for name in names},
+            "run": row.run,
+            "prompt_class": row.prompt_class,
+            "created": row.created.replace(tzinfo=timezone.utc),
+            "picks": row.picks,
+            "reason": row.reason,
+            "prompts": row.prompts,
+            "tried": row.tried,
+            "objective": row.objective,
+            "pinned": row.pinned,
+        }
+    )
 
 
 def _trial(row: TrialRow) -> Trial:

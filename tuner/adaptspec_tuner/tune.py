@@ -174,6 +174,7 @@ def tune(
                 ),
                 pool=pool,
                 notes=notes,
+                needs=profiler.needs,
             )
         )
     finally:

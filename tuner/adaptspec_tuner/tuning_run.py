@@ -61,6 +61,7 @@ class TuningRun:
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
+        needs: Whether a setting of ours runs the draft model, and whether trained heads.
     """
 
     measurer: Measurer
@@ -78,6 +79,7 @@ class TuningRun:
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)

@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import Any
 
 import pytest
+from adaptspec_tuner.measuring.bootstrap import interval, overall
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.confirming.confirm import as_record, confirm
-from adaptspec_tuner.measuring.bootstrap import interval, overall
 from adaptspec_tuner.measuring.peak_memory import PeakMemory
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, Setting
 from adaptspec_tuner.reporting.result import ClassResult, break_even

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+from statistics import geometric_mean, median
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.errors import stopped_by_user
 from adaptspec.profile import SPEED, Measurement
-from adaptspec_tuner.measuring.bootstrap import interval, overall
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
@@ -32,12 +30,14 @@ class Confirmed:
 
     Args:
         samples: Prompt id -> one per repeat.
+        ratios: Prompt id -> how much better than plain decoding, per repeat.
     """
 
     setting: Setting
     measurement: Measurement
     lossless: bool
     samples: Mapping[str, Sequence[Sample]]
+    ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def confirm(
@@ -130,23 +130,27 @@ def confirm(
                 f"NOT LOSSLESS: {setting.strategy} {dict(setting.params)} changed "
                 f"{agreed.count('mismatch')} of {len(agreed)} outputs; never selected"
             )
-        measurement = _measurement(ours, plain, agreed, objective)
-        confirmed[setting.key] = Confirmed(setting, measurement, lossless, ours)
+        ratios = _ratios(ours, plain, objective)
+        measurement = _measurement(ours, ratios, agreed, objective)
+        confirmed[setting.key] = Confirmed(setting, measurement, lossless, ours, ratios)
     return confirmed
 
 
 def as_record(confirmed: Mapping[str, Confirmed]) -> dict[str, Any]:
-    """Speeds by prompt and acceptance by position, for the report.
+    """Speeds and ratios by prompt and acceptance by position, for the report.
 
-    ``prompts``: prompt id -> setting key -> tokens/s per repeat; ``positions``: setting
-    key -> ``[accepted, offered]`` by depth from 1.
+    ``prompts``: prompt id -> setting key -> tokens/s per repeat; ``ratios``: the same
+    of ratios to plain decoding in the objective; ``positions``: setting key ->
+    ``[accepted, offered]`` by depth from 1.
     """
     prompts: dict[str, dict[str, list[float]]] = {}
+    ratios: dict[str, dict[str, list[float]]] = {}
     positions: dict[str, list[list[int]]] = {}
     for key, found in confirmed.items():
         summed: list[list[int]] = []
         for prompt, runs in found.samples.items():
             prompts.setdefault(prompt, {})[key] = [run.speed for run in runs]
+            ratios.setdefault(prompt, {})[key] = list(found.ratios.get(prompt, ()))
             for run in runs:
                 for depth, (accepted, offered) in enumerate(run.positions):
                     if depth == len(summed):
@@ -154,38 +158,42 @@ def as_record(confirmed: Mapping[str, Confirmed]) -> dict[str, Any]:
                     summed[depth][0] += accepted
                     summed[depth][1] += offered
         positions[key] = summed
-    return {"prompts": prompts, "positions": positions}
+    return {"prompts": prompts, "ratios": ratios, "positions": positions}
+
+
+def _ratios(
+    ours: Mapping[str, Sequence[Sample]],
+    plain: Mapping[str, Sequence[Sample]],
+    objective: str,
+) -> dict[str, list[float]]:
+    return {
+        key: [a.gain(b, objective) for a, b in zip(runs, plain[key], strict=False)]
+        for key, runs in ours.items()
+    }
 
 
 def _measurement(
-    ours: dict[str, list[Sample]],
-    plain: dict[str, list[Sample]],
+    ours: Mapping[str, Sequence[Sample]],
+    ratios: Mapping[str, Sequence[float]],
     agreed: Sequence[Agreement],
     objective: str,
 ) -> Measurement:
+    """What was measured of a setting; its ratio isn't decided on yet."""
     speeds = [median(run.speed for run in runs) for runs in ours.values()]
     # A generation that ended at once has speed 0, of which there is no logarithm.
-    ratios = [
-        [
-            max(a.gain(b, objective), 1e-6)
-            for a, b in zip(runs, plain[key], strict=False)
-        ]
-        for key, runs in ours.items()
-    ]
+    typical = [max(median(repeats), 1e-6) for repeats in ratios.values() if repeats]
     every = [run for runs in ours.values() for run in runs]
     tokens = sum(len(run.tokens) for run in every)
     forwards = sum(run.forwards for run in every)
     proposed = sum(run.proposed for run in every)
     latencies = [run.latency_p95 for run in every if run.latency_p95]
     low, middle, high = spread(speeds)
-    ratio_low, _, ratio_high = spread([median(repeats) for repeats in ratios])
-    interval_low, interval_high = interval(ratios)
-    known = interval_high < math.inf
+    ratio_low, _, ratio_high = spread(typical)
     return Measurement(
         tokens_per_second=middle,
         tokens_per_second_low=low,
         tokens_per_second_high=high,
-        ratio=overall(ratios),
+        ratio=geometric_mean(typical),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
         # The first token of each generation is the prefill's.
@@ -198,8 +206,6 @@ def _measurement(
         seconds_target=sum(run.seconds_target for run in every),
         seconds_draft=sum(run.seconds_draft for run in every),
         seconds_rest=sum(run.seconds_rest for run in every),
-        interval_low=interval_low if known else None,
-        interval_high=interval_high if known else None,
         latency_p95=median(latencies) if latencies else None,
         peak_memory=max((run.peak_memory for run in every), default=0) or None,
         objective=objective,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from statistics import median
+from statistics import geometric_mean, median
 
 from adaptspec.errors import stopped_by_user
-from adaptspec.profile import Profile
-from adaptspec.selector import FEWEST_PROMPTS, select
+from adaptspec.profile import EVERY_CLASS, Profile
+from adaptspec.selector import FEWEST_PROMPTS, Choice, select
 from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.confirming.choices import decide_run
 from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
-from adaptspec_tuner.measuring.bootstrap import overall
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Sample,
@@ -74,7 +75,8 @@ def confirm_classes(
             )
             continue
         _keep(run, held_out, name, confirmed)
-    run.result.classes.sort(key=lambda found: held_out.classes.index(found.name))
+    order = [*held_out.classes, EVERY_CLASS]
+    run.result.classes.sort(key=lambda found: order.index(found.name))
 
 
 def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
@@ -179,12 +181,48 @@ def _keep(
     run.result.classes.append(
         ClassResult(
             name,
-            select(profiles, run.environment, name),
+            _chosen(run, name),
             tuple(profiles),
             tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
             reused=name in held_out.reused,
             predicted=predicted,
         )
+    )
+    _decide(run)
+
+
+def _decide(run: TuningRun) -> None:
+    """Decide on all classes that were confirmed, and take over what is decided."""
+    lossy = {cls.name for cls in run.strategies if not cls.lossless}
+    tried = [cls.name for cls in run.strategies]
+    run.keep(
+        lambda: decide_run(run.store, run.id, run.workload, tried, lossy, run.needs)
+    )
+    stored: dict[str, list[Profile]] = {}
+    for profile in run.store.profiles(run=run.id):
+        stored.setdefault(profile.prompt_class, []).append(profile)
+    known = [found for found in run.result.classes if found.name != EVERY_CLASS]
+    if len(known) > 1 and EVERY_CLASS in stored:
+        known.append(ClassResult(EVERY_CLASS, _chosen(run, EVERY_CLASS), ()))
+    run.result.classes[:] = [
+        replace(
+            found,
+            choice=_chosen(run, found.name),
+            profiles=tuple(stored.get(found.name, found.profiles)),
+        )
+        for found in known
+    ]
+
+
+def _chosen(run: TuningRun, name: str) -> Choice:
+    """What ``adaptspec.load`` will choose for a class."""
+    choices = run.store.choices(model=run.environment.model)
+    choice = select(choices, run.environment, name)
+    if not choice.run or choice.run == run.id:
+        return choice
+    said = f"run {choice.run} has the better evidence: it stays (`adaptspec profiles"
+    return replace(
+        choice, reason=f"{choice.reason}; {said} pin {run.id}` takes this one)"
     )
 
 
@@ -220,16 +258,10 @@ def _predict(
         if not run.time.predicting(drafting):
             break
         predictor.forget()
+        objective = found.measurement.objective
         gains = [
-            [
-                max(
-                    predictor.measure(found.setting, p).gain(
-                        bare[p.id], found.measurement.objective
-                    ),
-                    1e-6,
-                )
-            ]
+            predictor.measure(found.setting, p).gain(bare[p.id], objective)
             for p in prompts
         ]
-        predicted[found.setting.key] = overall(gains)
+        predicted[found.setting.key] = geometric_mean([max(g, 1e-6) for g in gains])
     return predicted

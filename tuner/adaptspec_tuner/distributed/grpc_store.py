@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from adaptspec.errors import AdaptSpecError
-from adaptspec.profile import Profile, Trial, Use
+from adaptspec.profile import ClassChoice, Profile, Trial, Use
 from adaptspec_tuner.searching.study import RESULT, quiet, trial_of
 
 if TYPE_CHECKING:
@@ -157,6 +157,18 @@ class RemoteStore:
         self._refuse()
 
     def uses(self) -> list[Use]:
+        """Refused: only the leader has the database."""
+        self._refuse()
+
+    def put_choices(self, choices: Sequence[ClassChoice]) -> None:
+        """Refused: only the leader has the database."""
+        self._refuse()
+
+    def choices(self, **asked: Any) -> list[ClassChoice]:
+        """Refused: only the leader has the database."""
+        self._refuse()
+
+    def pin(self, run: str, pinned: bool) -> int:
         """Refused: only the leader has the database."""
         self._refuse()
 

@@ -222,6 +222,23 @@ class Profiler:
             plain.seconds_draft + plain.seconds_rest,
         )
 
+    def needs(self, setting: Setting) -> tuple[bool, bool]:
+        """Whether a setting of ours runs the draft model, and whether trained heads."""
+        model, draft = self._engine.model, self._engine.draft
+        strategy = self._strategy(setting)
+        asks = draft is not None and strategy.uses_draft(model, draft)
+        return asks, bool(self._read_heads(strategy))
+
+    def _read_heads(self, strategy: Strategy) -> set[str]:
+        """Which of the attached heads a strategy may ask."""
+        model = self._engine.model
+        if not model.heads:
+            return set()
+        if (kind := strategy.requires.heads) is not None:
+            return {kind}
+        # Heads read hidden states; a hybrid that asks for some may use any.
+        return set(model.heads) if strategy.observes(model).hidden_layers else set()
+
     def _unused(self, setting: Setting) -> int:
         """Bytes of loaded weights that ``setting`` would do without."""
         return self._unused_models(setting) + self._unused_heads(setting)
@@ -234,9 +251,7 @@ class Profiler:
             asks = baseline.requires.draft is not None
             used = [self._theirs, self._their_draft if asks else None]
         else:
-            asks = draft is not None and self._strategy(setting).uses_draft(
-                model, draft
-            )
+            asks, _ = self.needs(setting)
             used = [model, draft if asks else None]
         loaded = [model, draft, self._theirs, self._their_draft]
         needed = weights_of(each.model for each in used if each is not None)
@@ -244,17 +259,9 @@ class Profiler:
         return sum(size for place, size in everything.items() if place not in needed)
 
     def _unused_heads(self, setting: Setting) -> int:
-        model = self._engine.model
-        if not model.heads:
-            return 0
-        read: set[str] = set()
+        model, read = self._engine.model, set[str]()
         if not setting.baseline:
-            strategy = self._strategy(setting)
-            # Heads read hidden states; a hybrid that asks for some may use any.
-            if (kind := strategy.requires.heads) is not None:
-                read = {kind}
-            elif strategy.observes(model).hidden_layers:
-                read = set(model.heads)
+            read = self._read_heads(self._strategy(setting))
         return sum(
             bytes_of(one) for kind, one in model.heads.items() if kind not in read
         )

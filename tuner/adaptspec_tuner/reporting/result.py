@@ -92,7 +92,7 @@ class Row:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% bootstrap interval of the ratio to plain decoding, None if unknown."""
+        """95% interval of the ratio to plain decoding, None if unknown."""
         m = self.measurement
         if m.interval_low is None or m.interval_high is None:
             return None
@@ -153,7 +153,11 @@ class ClassResult:
         return sorted(rows, key=lambda row: (not row.winner, -row.measurement.ratio))
 
     def _row(self, profile: Profile) -> Row:
-        won = not profile.baseline and profile.strategy == self.choice.strategy
+        won = (
+            not profile.baseline
+            and profile.strategy == self.choice.strategy
+            and dict(profile.params) == dict(self.choice.params)
+        )
         key = Setting(profile.strategy, profile.params).key
         predicted = None if profile.baseline else self.predicted.get(key)
         return Row(profile, won, predicted, self.positions.get(key, ()))

@@ -11,7 +11,7 @@ from adaptspec.classes.classifier import Classifier
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.model.hardware_costs import ForwardCosts, stored_costs
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
-from adaptspec.selector import select
+from adaptspec.selector import Choice, select
 from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.records import (
     CLASSIFIER,
@@ -43,6 +43,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
     profiles = [p for p in profiles if p.run == run]
     trials = store.trials(run)
     newest = profiles[0]
+    choices = store.choices(run=run)
     return TuneResult(
         run=run,
         environment=newest.environment,
@@ -51,6 +52,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
         classes=[
             _class(
                 name,
+                select(choices, newest.environment, name),
                 [p for p in profiles if p.prompt_class == name],
                 [
                     *(Tried.of(t) for t in trials if t.prompt_class == name),
@@ -72,6 +74,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
 
 def _class(
     name: str,
+    choice: Choice,
     profiles: Sequence[Profile],
     tried: Sequence[Tried],
     predicted: Mapping[str, float],
@@ -83,7 +86,7 @@ def _class(
     }
     return ClassResult(
         name,
-        select(profiles, profiles[0].environment, name),
+        choice,
         tuple(profiles),
         tried,
         predicted=predicted,

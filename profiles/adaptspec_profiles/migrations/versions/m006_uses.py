@@ -8,7 +8,7 @@ from alembic import op
 from adaptspec_profiles.schema import text
 
 revision = "m006"
-down_revision = "m003"
+down_revision = "m005"
 
 
 def upgrade() -> None:

@@ -1,0 +1,230 @@
+"""What a run confirmed, decided on for all its classes together and stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from adaptspec.profile import (
+    EVERY_CLASS,
+    LATENCY,
+    PLAIN,
+    ClassChoice,
+    Measurement,
+    Pick,
+    Profile,
+    ProfileStore,
+)
+from adaptspec.workloads import Workload
+from adaptspec_tuner.deciding.decide import Decided, decide
+from adaptspec_tuner.deciding.rule import Candidate, Found
+from adaptspec_tuner.measuring.profiler import Setting
+from adaptspec_tuner.records import confirmed_key
+
+# Objective -> what a ratio to plain decoding is of, in words.
+MEASURES = {LATENCY: " in p95 latency per token"}
+
+# Over all classes: by their geometric means, and added up.
+MEANS = (
+    *("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"),
+    *("ratio", "ratio_low", "ratio_high"),
+)
+SUMS = (
+    *("prompts", "tokens", "identical", "near_ties"),
+    *("seconds_target", "seconds_draft", "seconds_rest"),
+)
+
+
+def decide_run(
+    store: ProfileStore,
+    run: str,
+    workload: Workload,
+    tried: Collection[str],
+    lossy: Collection[str],
+    needs: Callable[[Setting], tuple[bool, bool]],
+) -> list[ClassChoice]:
+    """Decide on all classes that ``run`` has confirmed, and store what is decided.
+
+    Ratios and intervals of the stored profiles become those that were decided on, and
+    profiles over all classes are added.
+
+    Args:
+        workload: The run's; equal prompts of a class count once.
+        tried: Strategies of the tune.
+        lossy: Those that change the distribution of sampled output.
+        needs: Of a setting, whether it runs the draft model, and whether heads.
+    """
+    confirmed = [p for p in store.profiles(run=run) if p.prompt_class != EVERY_CLASS]
+    by_class: dict[str, list[Profile]] = {}
+    for profile in confirmed:
+        by_class.setdefault(profile.prompt_class, []).append(profile)
+    same = equal_prompts(workload)
+    ratios = {
+        name: _ratios(store.record(run, confirmed_key(name)) or {}, profiles, same)
+        for name, profiles in by_class.items()
+    }
+    if not ratios:
+        return []
+    settings = {_key(p): p for p in confirmed if not _is_plain(p)}
+    needed = {
+        key: (False, False) if p.baseline else needs(Setting(p.strategy, p.params))
+        for key, p in settings.items()
+    }
+    candidates = {
+        key: _candidate(
+            [p for p in confirmed if _key(p) == key], lossy, any(needed[key])
+        )
+        for key in settings
+    }
+    first = confirmed[0]
+    measure = MEASURES.get(first.measurement.objective, "")
+    decided = decide(ratios, candidates, measure=measure)
+    updated = [
+        replace(p, measurement=_with_found(p.measurement, of))
+        for name, profiles in by_class.items()
+        for p in profiles
+        if (of := decided[name].found.get(_key(p))) is not None
+    ]
+    over_all = [
+        _over_all(every, decided[EVERY_CLASS])
+        for key in dict.fromkeys(_key(p) for p in confirmed)
+        if len(every := [p for p in confirmed if _key(p) == key]) == len(by_class)
+    ]
+    store.add_profiles([*updated, *over_all])
+    prompts = {name: decided[name].prompts for name in by_class}
+    prompts[EVERY_CLASS] = sum(prompts.values())
+    choices = [
+        ClassChoice(
+            environment=first.environment,
+            run=run,
+            prompt_class=name,
+            created=max(p.created for p in by_class.get(name, confirmed)),
+            picks=[
+                _pick(key, reason, of, settings[key], needed[key], lossy)
+                for key, reason in of.picks
+            ],
+            reason=of.plain,
+            prompts=prompts[name],
+            tried=sorted(tried),
+            objective=first.measurement.objective,
+        )
+        for name, of in decided.items()
+    ]
+    store.put_choices(choices)
+    return choices
+
+
+def equal_prompts(workload: Workload) -> dict[str, str]:
+    """Prompt id -> the id of the first prompt that is the same but for its id."""
+    first: dict[object, str] = {}
+    return {
+        prompt.id: first.setdefault(replace(prompt, id="", where=""), prompt.id)
+        for prompt in workload.prompts
+    }
+
+
+def _ratios(
+    record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    profiles: Sequence[Profile],
+    same: Mapping[str, str],
+) -> Mapping[str, Mapping[str, Sequence[float]]]:
+    """Setting key -> prompt id -> ratios, of the settings that were confirmed last."""
+    found: dict[str, dict[str, list[float]]] = {}
+    kept = {_key(p) for p in profiles if not _is_plain(p)}
+    for prompt, settings in record.get("ratios", {}).items():
+        for key, ratios in settings.items():
+            if key in kept:
+                of = found.setdefault(key, {})
+                of.setdefault(same.get(prompt, prompt), []).extend(ratios)
+    return found
+
+
+def _key(profile: Profile) -> str:
+    return Setting(profile.strategy, profile.params, profile.baseline).key
+
+
+def _is_plain(profile: Profile) -> bool:
+    return profile.strategy == PLAIN and not profile.baseline
+
+
+def _candidate(
+    measured: Sequence[Profile], lossy: Collection[str], second_model: bool
+) -> Candidate:
+    """A setting as it was measured in one or more classes."""
+    peaks = [m for p in measured if (m := p.measurement.peak_memory) is not None]
+    name, baseline = measured[0].strategy, measured[0].baseline
+    # A lossy strategy's outputs differ by design; another's only by a fault.
+    sound = all(p.lossless for p in measured) or name in lossy
+    return Candidate(
+        name=name,
+        choosable=sound and not baseline,
+        baseline=baseline,
+        second_model=second_model,
+        memory=max(peaks, default=None),
+        drafting=sum(p.measurement.seconds_draft for p in measured)
+        / sum(p.measurement.tokens for p in measured),
+    )
+
+
+def _with_found(measurement: Measurement, of: Found) -> Measurement:
+    return replace(
+        measurement, ratio=of.ratio, interval_low=of.low, interval_high=of.high
+    )
+
+
+def _pick(
+    key: str,
+    reason: str,
+    of: Decided,
+    profile: Profile,
+    needed: tuple[bool, bool],
+    lossy: Collection[str],
+) -> Pick:
+    found = of.found[key]
+    assert found.low is not None
+    assert found.high is not None
+    return Pick(
+        strategy=profile.strategy,
+        params=dict(profile.params),
+        reason=reason,
+        ratio=found.ratio,
+        low=found.low,
+        high=found.high,
+        needs_draft=needed[0],
+        needs_heads=needed[1],
+        lossless=profile.strategy not in lossy,
+    )
+
+
+def _over_all(every: Sequence[Profile], decided: Decided) -> Profile:
+    """A setting over all classes, in equal parts."""
+    first = every[0]
+    measured = [p.measurement for p in every]
+    tokens = sum(m.tokens for m in measured)
+    forwards = sum(m.tokens / m.tokens_per_forward for m in measured)
+    latencies = [m.latency_p95 for m in measured if m.latency_p95]
+
+    def mean(name: str) -> float:
+        values = [max(getattr(m, name), 1e-6) for m in measured]
+        return math.exp(sum(map(math.log, values)) / len(values))
+
+    changed: dict[str, Any] = {name: mean(name) for name in MEANS}
+    changed |= {name: sum(getattr(m, name) for m in measured) for name in SUMS}
+    merged = replace(
+        measured[0],
+        **changed,
+        tokens_per_forward=tokens / forwards,
+        acceptance=sum(m.acceptance for m in measured) / len(measured),
+        latency_p95=sum(latencies) / len(latencies) if latencies else None,
+        peak_memory=max(m.peak_memory or 0 for m in measured) or None,
+    )
+    found = decided.found.get(_key(first))
+    return replace(
+        first,
+        prompt_class=EVERY_CLASS,
+        created=max(p.created for p in every),
+        lossless=all(p.lossless for p in every),
+        measurement=merged if found is None else _with_found(merged, found),
+    )
