@@ -33,6 +33,7 @@ from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
 from adaptspec.testing.heads import attach_tiny_heads, tiny_heads
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 PROMPT = random_ids(12)
 
@@ -59,13 +60,14 @@ def test_nothing_profiled_means_plain_decoding_said_once(decoder: Decoder) -> No
 def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:
     model = LanguageModel(module, tiny_tokenizer())
     store = MemoryStore()
-    store.add_profiles(
+    keep(
+        store,
         [
             example_profile(
                 environment=environment_of(model, None),
                 params={"draft_length": 5},
             )
-        ]
+        ],
     )
     decoder = adaptspec.load(model, db=store)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=12)
@@ -88,9 +90,7 @@ def test_a_profiled_strategy_that_cant_run_here_falls_back_and_says_so(
         "early_exit": "the profiled early_exit can't run: no strategy 'early_exit'",
     }
     for strategy, said in reasons.items():
-        store.add_profiles(
-            [example_profile(environment=here, strategy=strategy, params={})]
-        )
+        keep(store, [example_profile(environment=here, strategy=strategy, params={})])
         choice = adaptspec.load(model, db=store).choose("chat")
         assert choice.strategy == PLAIN
         assert said in choice.reason
@@ -227,7 +227,7 @@ def test_a_lossy_winner_is_used_only_where_that_is_allowed(module: Any) -> None:
         environment=here, strategy="medusa_typical", params={}, lossless=False
     )
     store = MemoryStore()
-    store.add_profiles([lossy])
+    keep(store, [lossy])
     decoder = adaptspec.load(model, db=store)
     with pytest.warns(PlainDecodingWarning):
         result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=4)
@@ -273,19 +273,27 @@ def test_heads_are_read_from_folders_and_part_of_the_environment(
         adaptspec.load(module, db=MemoryStore(), heads=tmp_path / "gone")
 
 
-def with_a_draft(model: LanguageModel, store: MemoryStore, **better: Any) -> None:
-    """Tuned with a draft model: it is the fastest, prompt lookup comes next."""
+def with_a_draft(model: LanguageModel, store: MemoryStore, ratio: float = 1.5) -> None:
+    """Tuned with a draft model: it is the fastest, prompt lookup comes next.
+
+    Args:
+        ratio: Of prompt lookup.
+    """
     place = replace(environment_of(model, None), draft="d9", draft_name="small")
     measured = example_profile().measurement
     first = example_profile(
-        environment=replace(place, **better),
+        environment=place,
         strategy="draft_model",
         params={},
         measurement=replace(measured, ratio=2.0),
     )
-    second = replace(first, strategy="prompt_lookup", params={"draft_length": 3})
-    plain = replace(first, strategy=PLAIN, measurement=replace(measured, ratio=1.0))
-    store.add_profiles([first, replace(second, measurement=measured), plain])
+    second = replace(
+        first,
+        strategy="prompt_lookup",
+        params={"draft_length": 3},
+        measurement=replace(measured, ratio=ratio, interval_low=ratio - 0.2),
+    )
+    keep(store, [first, second])
 
 
 def test_without_the_draft_model_the_best_that_needs_none_serves(module: Any) -> None:
@@ -295,10 +303,7 @@ def test_without_the_draft_model_the_best_that_needs_none_serves(module: Any) ->
     choice = decoder.choose("chat")
     assert choice.strategy == "prompt_lookup"
     assert "measured 1.50x" in choice.reason
-    assert (
-        "draft_model was 2.00x here: pass draft_model= (--draft-model) for small"
-        in (choice.reason)
-    )
+    assert "draft_model was 2.00x with the draft model small" in choice.reason
     # What it took is added to the profile that was measured with the draft model.
     decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     decoder.save()
@@ -310,64 +315,19 @@ def test_without_the_draft_model_the_best_that_needs_none_serves(module: Any) ->
 
 def test_where_only_the_draft_model_is_faster_it_says_what_to_pass(module: Any) -> None:
     model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
-    with_a_draft(model, store)
-    for profile in store.profiles():
-        if profile.strategy == "prompt_lookup":
-            slow = replace(profile.measurement, ratio=0.9, interval_low=0.8)
-            store.add_profiles([replace(profile, id=None, measurement=slow)])
+    with_a_draft(model, store, ratio=0.9)
     choice = adaptspec.load(model, db=store).choose("chat")
     assert choice.strategy == PLAIN
-    assert "pass draft_model= (--draft-model) for small" in choice.reason
+    assert "the draft model small (draft_model=, --draft-model)" in choice.reason
 
 
-def test_without_the_heads_of_the_tuning_others_serve_and_they_are_named(
-    module: Any,
-) -> None:
+def test_another_dtype_is_told_with_what_to_pass(module: Any) -> None:
     model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
-    place = replace(environment_of(model, None), heads="h9", heads_name="mine")
-    heads = example_profile(environment=place, strategy="medusa", params={})
-    lookup = replace(heads, strategy="prompt_lookup", params={"draft_length": 3})
-    less = replace(heads.measurement, ratio=1.3)
-    store.add_profiles([heads, replace(lookup, measurement=less)])
-    choice = adaptspec.load(model, db=store).choose("chat")
-    assert choice.strategy == "prompt_lookup"
-    assert "medusa was 1.50x here: pass heads= (--heads) for mine" in choice.reason
-
-
-def test_what_was_measured_here_is_taken_before_what_needs_something_else(
-    module: Any,
-) -> None:
-    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
-    with_a_draft(model, store)
-    here = example_profile(
-        run="r2",
-        environment=environment_of(model, None),
-        params={"draft_length": 7},
-    )
-    store.add_profiles([here])
-    choice = adaptspec.load(model, db=store).choose("chat")
-    assert choice.params == {"draft_length": 7}
-    assert "pass" not in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"threads": 99}, "load with threads=99, or run tune here"),
-        ({"dtype": "bfloat16", "model": "other"}, "load with dtype='bfloat16', or"),
-        ({"device_name": "another CPU"}, "; run tune here"),
-        ({"device_name": "another CPU", "threads": 99}, "; run tune here"),
-    ],
-)
-def test_what_was_tuned_otherwise_is_told_with_what_to_pass(
-    module: Any, changes: dict[str, Any], said: str
-) -> None:
-    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
-    place = replace(environment_of(model, None), **changes)
-    store.add_profiles([example_profile(environment=place)])
+    place = replace(environment_of(model, None), dtype="bfloat16", model="other")
+    keep(store, [example_profile(environment=place)])
     choice = adaptspec.load(model, db=store).choose("chat")
     assert choice.strategy == PLAIN
-    assert said in choice.reason
+    assert "load with dtype='bfloat16', or run tune here" in choice.reason
 
 
 def test_threads_are_set_before_the_environment_is_read(module: Any) -> None:

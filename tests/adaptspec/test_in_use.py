@@ -27,6 +27,7 @@ from adaptspec.testing.fakes import FakeClock, random_ids, tiny_module, tiny_tok
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 PROMPT = random_ids(12)
 
@@ -189,7 +190,9 @@ def tuned(model: LanguageModel, store: ProfileStore) -> list[int]:
     )
     second = replace(first, strategy="suffix", params={})
     slower = replace(first.measurement, ratio=1.3)
-    return store.add_profiles([first, replace(second, measurement=slower)])
+    both = [first, replace(second, measurement=slower)]
+    keep(store, both)
+    return store.add_profiles(both)
 
 
 def test_requests_are_added_up_by_profile_and_class(
@@ -256,7 +259,7 @@ def test_what_fails_in_use_gives_way_to_the_next_and_then_to_plain_decoding(
     store.add_uses([bad(first)])
     choice = Decoder(model, store=store).choose("chat")
     assert choice.strategy == "suffix"
-    assert "prompt_lookup is left out, in use it is worse than plain" in choice.reason
+    assert "prompt_lookup is left out: in use it is worse than plain" in choice.reason
     assert "0.60x expected from 1.00 tokens per forward" in choice.reason
     assert "measured 1.30x" in choice.reason
     store.add_uses([bad(second)])
@@ -290,6 +293,7 @@ def test_plain_decoding_is_added_up_where_it_was_measured(
     store = MemoryStore()
     here = environment_of(model, None)
     plain = example_profile(environment=here, strategy=PLAIN, params={})
+    keep(store, [plain])
     (number,) = store.add_profiles([plain])
     decoder = Decoder(model, store=store)
     with pytest.warns(PlainDecodingWarning):

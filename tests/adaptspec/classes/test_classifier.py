@@ -24,9 +24,11 @@ from adaptspec.classes.text_features import (
 )
 from adaptspec.decoder import Decoder
 from adaptspec.errors import AdaptSpecError
+from adaptspec.profile import EVERY_CLASS
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 SHORT, LONG = "w1 w2", "w60 w61 w62 w63 w64 " * 4
 EVIDENCE = Evidence(8, 0.9, 0.8, 1.0, 0.0001)
@@ -174,8 +176,9 @@ def decoder(
     store = MemoryStore()
     place = Decoder(model).environment
     measured = replace(example_profile().measurement, interval_low=1.2)
-    lengths = {"short": 2, "long": 9, "default": 5}
-    store.add_profiles(
+    lengths = {"short": 2, "long": 9, EVERY_CLASS: 5}
+    keep(
+        store,
         [
             example_profile(
                 environment=place,
@@ -185,7 +188,7 @@ def decoder(
                 measurement=measured,
             )
             for name in classes
-        ]
+        ],
     )
     if classifier is not None:
         store.put_record("r1", "classifier", classifier.as_json())
@@ -216,7 +219,7 @@ def test_without_a_class_it_is_told_from_the_text() -> None:
 def test_a_prompt_of_no_class_gets_the_choice_over_all_and_the_reason(
     changes: dict[str, Any], said: str
 ) -> None:
-    run = decoder(by_hand(**changes), ("short", "long", "default"))
+    run = decoder(by_hand(**changes), ("short", "long", EVERY_CLASS))
     found = run.generate(SHORT, max_new_tokens=2)
     assert found.choice.strategy == "prompt_lookup"
     assert found.choice.params["draft_length"] == 5
@@ -307,7 +310,7 @@ def test_a_class_that_is_given_wins_and_asks_no_classifier() -> None:
 
 
 def test_without_a_classifier_nothing_is_classified() -> None:
-    run = decoder(None, ("default",))
+    run = decoder(None, (EVERY_CLASS,))
     assert run.classify(SHORT) is None
     found = run.generate("w1", max_new_tokens=2)
     assert found.seconds_classifying == 0
@@ -321,7 +324,7 @@ def test_an_unusable_classifier_is_told_and_does_without(
     model = tiny_model("llama")
     store = MemoryStore()
     place = Decoder(model).environment
-    store.add_profiles([example_profile(environment=place)])
+    keep(store, [example_profile(environment=place)])
     store.put_record("r1", "classifier", {**by_hand().as_json(), **damage})
     with pytest.warns(UserWarning, match="classes can't be told"):
         run = Decoder(model, store=store)
@@ -333,8 +336,9 @@ def test_the_newest_run_that_learnt_classes_tells_them() -> None:
     store = MemoryStore()
     for name, year in (("old", 2025), ("new", 2026), ("newest", 2027)):
         created = example_profile().created.replace(year=year)
-        store.add_profiles(
-            [example_profile(run=name, environment=run.environment, created=created)]
+        keep(
+            store,
+            [example_profile(run=name, environment=run.environment, created=created)],
         )
     store.put_record("old", "classifier", by_hand(names=["a", "b"]).as_json())
     store.put_record("new", "classifier", by_hand(names=["c", "d"]).as_json())
