@@ -298,7 +298,7 @@ class ProfileStore(Protocol):
 
         One of the same run, class, setting and baseline flag is replaced and keeps its
         id; so is an older one of the strategy, which was measured again with other
-        parameters. What is newer stays.
+        parameters.
         """
 
     def profiles(
@@ -317,8 +317,8 @@ class ProfileStore(Protocol):
         """Forget all of a run; return how many profiles it had."""
 
     def put_choices(self, choices: Sequence[ClassChoice]) -> None:
-        """Store choices at once, replacing those of the same run and class that aren't
-        newer; whether a run is pinned stays."""
+        """Store choices at once, replacing those of the same run and class; whether a
+        run is pinned stays."""
 
     def choices(
         self, *, model: str | None = None, run: str | None = None

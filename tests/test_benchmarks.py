@@ -392,3 +392,31 @@ def test_classes_that_are_told_rightly_gain_what_declared_ones_do() -> None:
     assert found[classing.TOLD] == pytest.approx(found[classing.DECLARED])
     assert found[classing.DECLARED] == pytest.approx((2.0 * 1.8) ** 0.5)
     assert found[classing.ONE] < 1.01
+
+
+@pytest.mark.parametrize(
+    ("place", "asked"),
+    [
+        (1, {"false": 0.1}),  # nothing faster, 8 classes of 4
+        (4, {"found": 0.9}),  # 1.15x on all of them
+        (5, {"found": 0.85}),  # 1.15x on a class of 20 alone
+    ],
+)
+def test_decisions_are_worth_what_is_said_of_them(
+    place: int, asked: dict[str, float]
+) -> None:
+    """60 tunes of each world; `python benchmarks/deciding.py` does more."""
+    deciding = benchmark("deciding")
+    from adaptspec_tuner.deciding.rule import Rule
+
+    world = deciding.asked(0.7)[place]
+    tally = deciding.simulate(world, 60, Rule(draws=500, gain=None))
+    covered = sum(tally.covered) / len(tally.covered)
+    assert 0.93 < covered < 0.97
+    if "false" in asked:
+        assert tally.false / tally.tunes <= asked["false"]
+    if "found" in asked:
+        gained = (world.gains > 0).any(axis=1)
+        assert tally.right[gained].mean() / tally.tunes >= asked["found"]
+        assert abs(sum(tally.errors) / len(tally.errors)) < 0.03
+    assert len(deciding.row(world, tally).split("|")) == 8

@@ -185,7 +185,7 @@ def measure_costs(
 
 def stored_costs(store: ProfileStore, environment: Environment) -> HardwareCosts | None:
     """Costs measured in ``environment``, None if there are none that are fresh."""
-    record = store.record(_owner(environment), KEY)
+    record = store.record(costs_owner(environment), KEY)
     if record is None:
         return None
     try:
@@ -198,7 +198,7 @@ def store_costs(
     store: ProfileStore, environment: Environment, costs: HardwareCosts
 ) -> None:
     """Keep them for every later run and application in ``environment``."""
-    store.put_record(_owner(environment), KEY, costs.as_json())
+    store.put_record(costs_owner(environment), KEY, costs.as_json())
 
 
 def use_costs(
@@ -212,8 +212,9 @@ def use_costs(
         draft.__dict__["latency"] = costs.draft.curve(CONTEXT)
 
 
-def _owner(environment: Environment) -> str:
-    """Equal where costs hold: everything of the key, and minor versions."""
+def costs_owner(environment: Environment) -> str:
+    """Under which name costs are kept: equal where they hold, so everything of the
+    key, heads aside, and minor versions."""
     versions = {
         name: ".".join(environment.versions.get(name, "").split(".")[:2])
         for name in ("adaptspec", "torch", "transformers")

@@ -158,15 +158,6 @@ class ProfileStoreContract:
         assert store.add_profiles([last]) == [new]
         assert [p.id for p in store.profiles(run="r1")] == [new]
 
-    def test_what_is_stored_and_newer_stays(self, store: ProfileStore) -> None:
-        (profile_id,) = store.add_profiles([example_profile()])
-        earlier = example_profile().created - timedelta(seconds=1)
-        store.add_profiles([example_profile(lossless=False, created=earlier)])
-        assert store.profile(profile_id) == example_profile(id=profile_id)
-        store.put_choices([example_choice()])
-        store.put_choices([example_choice(reason="old", created=earlier)])
-        assert store.choices() == [example_choice()]
-
     def test_a_choice_comes_back_as_it_was_put(self, store: ProfileStore) -> None:
         store.put_choices([example_choice()])
         assert store.choices() == [example_choice()]

@@ -23,8 +23,6 @@ from adaptspec.profile import (
     Use,
 )
 
-FORMAT = "adaptspec-profiles-2"
-FORMAT_1 = "adaptspec-profiles-1"  # with other names of parameters
 LARGEST_INTEGER = 2**63 - 1  # of a database's column
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""``adaptspec profiles``: list, show, export, import, delete, migrate."""
+"""``adaptspec profiles``: what was measured and decided, shown, moved and deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from adaptspec.cli.output import print_json, stdout_console
 from adaptspec.errors import ProfileStoreError
 
 if TYPE_CHECKING:
-    from adaptspec.profile import Profile, ProfileStore
+    from adaptspec.profile import ClassChoice, Profile, ProfileStore
+
+RUN_LENGTH = 16  # of a run's name, which may be digits alone
 
 db_option = click.option(
     "--db", metavar="URL", help="Profile database: a path or SQLAlchemy URL."
@@ -29,12 +31,20 @@ def profiles() -> None:
 @profiles.command("list")
 @click.option("--class", "prompt_class", help="Only this class.")
 @click.option("--run", help="Only this tuning run.")
+@click.option("--runs", is_flag=True, help="List runs, and what is used of each.")
 @json_option
 @db_option
 def list_profiles(
-    prompt_class: str | None, run: str | None, as_json: bool, db: str | None
+    prompt_class: str | None,
+    run: str | None,
+    runs: bool,
+    as_json: bool,
+    db: str | None,
 ) -> None:
     """List measured settings, newest first."""
+    if runs:
+        _list_runs(prompt_class, run, as_json, db)
+        return
     with _store(db) as store:
         found = store.profiles(prompt_class=prompt_class, run=run)
     if as_json:
@@ -72,18 +82,113 @@ def list_profiles(
     stdout_console().print(table)
 
 
+def _list_runs(
+    prompt_class: str | None, run: str | None, as_json: bool, db: str | None
+) -> None:
+    from adaptspec.profile import EVERY_CLASS
+
+    with _store(db) as store:
+        choices = store.choices()
+    used = {(c.run, c.prompt_class) for c in in_use(choices)}
+    found = [
+        choice
+        for choice in choices
+        if run in (None, choice.run) and prompt_class in (None, choice.prompt_class)
+    ]
+    runs = list(dict.fromkeys(choice.run for choice in found))
+    if as_json:
+        print_json([_run_as_json(choices, name, used) for name in runs])
+        return
+    if not found:
+        click.echo("no runs yet; `adaptspec tune` makes one", err=True)
+        return
+    from rich.table import Table
+
+    table = Table(box=None)
+    columns = ("run", "model", "device", "decided", "prompts", "classes", "used for")
+    for column in columns:
+        table.add_column(column)
+    for name in runs:
+        ours = [choice for choice in choices if choice.run == name]
+        named = [c for c in ours if c.prompt_class != EVERY_CLASS]
+        serving = [_class(c) for c in ours if (name, c.prompt_class) in used]
+        place = ours[0].environment
+        table.add_row(
+            name + (" (pinned)" if ours[0].pinned else ""),
+            f"{place.model_name} {place.dtype}",
+            place.device,
+            f"{max(c.created for c in ours):%Y-%m-%d %H:%M}",
+            str(sum(choice.prompts for choice in named)),
+            ", ".join(sorted(c.prompt_class for c in named)),
+            ", ".join(sorted(serving)) or "-",
+        )
+    stdout_console().print(table)
+
+
+def in_use(choices: Sequence[ClassChoice]) -> list[ClassChoice]:
+    """Those that are used where they were decided, without naming a run."""
+    from adaptspec.selector import best_evidence
+
+    groups: dict[tuple[object, ...], list[ClassChoice]] = {}
+    for choice in choices:
+        place = (*choice.environment.key(), choice.prompt_class)
+        groups.setdefault(place, []).append(choice)
+    return [
+        best_evidence(group, max(group, key=lambda c: c.created).environment)
+        for group in groups.values()
+    ]
+
+
+def _run_as_json(
+    choices: Sequence[ClassChoice], run: str, used: set[tuple[str, str]]
+) -> dict[str, Any]:
+    from adaptspec_profiles.as_json import json_value
+
+    ours = [choice for choice in choices if choice.run == run]
+    return {
+        "run": run,
+        "pinned": ours[0].pinned,
+        "environment": json_value(ours[0].environment),
+        "choices": [
+            {
+                **{k: v for k, v in json_value(choice).items() if k != "environment"},
+                "used": (run, choice.prompt_class) in used,
+            }
+            for choice in ours
+        ],
+    }
+
+
+def _class(choice: ClassChoice) -> str:
+    """A choice's class for people."""
+    from adaptspec.profile import EVERY_CLASS
+
+    name = choice.prompt_class
+    return "all classes" if name == EVERY_CLASS else name
+
+
+def _choice_in_words(choice: ClassChoice) -> str:
+    if not choice.picks:
+        return f"plain decoding, {choice.reason}"
+    pick = choice.picks[0]
+    return f"{pick.strategy}, {pick.reason}"
+
+
 @profiles.command()
-@click.argument("profile_id", type=int)
+@click.argument("profile_id", metavar="ID|RUN")
 @json_option
 @db_option
-def show(profile_id: int, as_json: bool, db: str | None) -> None:
-    """Show one setting with everything recorded about it."""
+def show(profile_id: str, as_json: bool, db: str | None) -> None:
+    """Show one setting by its id, or what a tuning run decided."""
+    if not profile_id.isdecimal() or len(profile_id) == RUN_LENGTH:
+        _show_run(profile_id, as_json, db)
+        return
     from adaptspec.in_use import describe, expected_ratio
     from adaptspec_profiles.as_json import use_to_json
 
     with _store(db) as store:
-        profile = store.profile(profile_id)
-        uses = [use for use in store.uses() if use.profile == profile_id]
+        profile = store.profile(int(profile_id))
+        uses = [use for use in store.uses() if use.profile == int(profile_id)]
     if profile is None:
         raise ProfileStoreError(
             f"no profile {profile_id}; `adaptspec profiles list` shows their ids"
@@ -107,6 +212,110 @@ def show(profile_id: int, as_json: bool, db: str | None) -> None:
             click.echo(f"{key}: {value}")
 
 
+def _show_run(run: str, as_json: bool, db: str | None) -> None:
+    with _store(db) as store:
+        choices = store.choices()
+    ours = _of_run(choices, run)
+    used = {(c.run, c.prompt_class) for c in in_use(choices)}
+    if as_json:
+        print_json(_run_as_json(choices, run, used))
+        return
+    click.echo(f"run {run}{', pinned' if ours[0].pinned else ''}")
+    for choice in ours:
+        serves = "" if (run, choice.prompt_class) in used else " (not used)"
+        click.echo(f"{_class(choice)}{serves}: {_choice_in_words(choice)}")
+
+
+def _of_run(choices: Sequence[ClassChoice], run: str) -> list[ClassChoice]:
+    """A run's choices by class.
+
+    Raises:
+        ProfileStoreError: if it has none.
+    """
+    ours = [choice for choice in choices if choice.run == run]
+    if not ours:
+        raise ProfileStoreError(
+            f"no run {run!r}; `adaptspec profiles list --runs` shows them"
+        )
+    return sorted(ours, key=lambda choice: choice.prompt_class)
+
+
+@profiles.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@json_option
+@db_option
+def compare(runs: Sequence[str], as_json: bool, db: str | None) -> None:
+    """Set what tuning runs decided side by side, class by class."""
+    with _store(db) as store:
+        choices = store.choices()
+    by_run = {run: _of_run(choices, run) for run in runs}
+    used = {(c.run, c.prompt_class) for c in in_use(choices)}
+    if as_json:
+        print_json([_run_as_json(choices, run, used) for run in runs])
+        return
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("class", "run", "choice", "x plain", "95% interval", "prompts", ""):
+        table.add_column(column)
+    for name in sorted({c.prompt_class for ours in by_run.values() for c in ours}):
+        for run, ours in by_run.items():
+            for choice in [c for c in ours if c.prompt_class == name]:
+                pick = choice.picks[0] if choice.picks else None
+                table.add_row(
+                    _class(choice),
+                    run,
+                    "plain decoding" if pick is None else pick.strategy,
+                    "1.00" if pick is None else f"{pick.ratio:.2f}",
+                    "-" if pick is None else f"{pick.low:.2f} to {pick.high:.2f}",
+                    str(choice.prompts),
+                    "used" if (run, name) in used else "",
+                )
+    stdout_console().print(table)
+
+
+@profiles.command()
+@click.argument("run")
+@db_option
+def pin(run: str, db: str | None) -> None:
+    """Use what a tuning run decided before all others of its model."""
+    with _store(db) as store:
+        choices = store.choices()
+        model = _of_run(choices, run)[0].environment.model
+        for other in {c.run for c in choices if c.environment.model == model} - {run}:
+            store.pin(other, False)
+        store.pin(run, True)
+    click.echo(f"run {run} is pinned", err=True)
+
+
+@profiles.command()
+@click.argument("run")
+@db_option
+def unpin(run: str, db: str | None) -> None:
+    """Let the best evidence count again."""
+    with _store(db) as store:
+        _of_run(store.choices(), run)
+        store.pin(run, False)
+    click.echo(f"run {run} isn't pinned", err=True)
+
+
+@profiles.command()
+@click.option("--dry-run", is_flag=True, help="Only say which.")
+@db_option
+def prune(dry_run: bool, db: str | None) -> None:
+    """Forget tuning runs that nothing is used of any more."""
+    with _store(db) as store:
+        choices = store.choices()
+        used = {choice.run for choice in in_use(choices)}
+        gone = sorted({choice.run for choice in choices} - used)
+        for run in gone:
+            if not dry_run:
+                store.delete_run(run)
+            click.echo(run)
+    said = "would be forgotten" if dry_run else "forgotten"
+    click.echo(f"{len(gone)} runs {said}", err=True)
+
+
 @profiles.command("export")
 @click.option("--run", help="Only this tuning run.")
 @click.option(
@@ -114,12 +323,12 @@ def show(profile_id: int, as_json: bool, db: str | None) -> None:
 )
 @db_option
 def export_profiles(run: str | None, output: IO[str], db: str | None) -> None:
-    """Write profiles as JSON that `import` reads."""
-    from adaptspec_profiles.as_json import FORMAT
+    """Write all that a choice needs as JSON that `import` reads."""
+    from adaptspec_profiles.exchange import exported
 
     with _store(db) as store:
-        found = store.profiles(run=run)
-    json.dump({"format": FORMAT, "profiles": _documents(found)}, output, indent=2)
+        document = exported(store, run)
+    json.dump(document, output, indent=2)
     output.write("\n")
 
 
@@ -127,18 +336,20 @@ def export_profiles(run: str | None, output: IO[str], db: str | None) -> None:
 @click.argument("file", type=click.File("r"))
 @db_option
 def import_profiles(file: IO[str], db: str | None) -> None:
-    """Add profiles that `export` wrote; importing twice adds nothing."""
-    read = _read(file)
+    """Add what `export` wrote; what is here and newer stays."""
+    from adaptspec_profiles.exchange import read, take_over
+
+    found = read(file)
     with _store(db) as store:
-        ids = store.add_profiles(read)
-    click.echo(f"{len(set(ids))} profiles imported", err=True)
+        count = take_over(store, found)
+    click.echo(f"{count} profiles imported", err=True)
 
 
 @profiles.command()
 @click.argument("run")
 @db_option
 def delete(run: str, db: str | None) -> None:
-    """Forget a tuning run: its profiles and trials."""
+    """Forget a tuning run: profiles, choices, trials and records."""
     with _store(db) as store:
         count = store.delete_run(run)
     click.echo(f"{count} profiles deleted", err=True)
@@ -202,45 +413,6 @@ def _documents(found: Sequence[Profile]) -> list[dict[str, Any]]:
     from adaptspec_profiles.as_json import profile_to_json
 
     return [profile_to_json(profile) for profile in found]
-
-
-def _read(file: IO[str]) -> list[Profile]:
-    """All of a file's profiles, or an error that names the first bad one."""
-    from adaptspec_profiles.as_json import FORMAT, FORMAT_1, profile_from_json
-    from adaptspec_profiles.renamed import renamed
-
-    try:
-        document = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ProfileStoreError(f"{file.name} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") not in (
-        FORMAT,
-        FORMAT_1,
-    ):
-        raise ProfileStoreError(
-            f"{file.name} must have been written by `adaptspec profiles export` "
-            f"(format {FORMAT!r})"
-        )
-    records = document.get("profiles")
-    if not isinstance(records, list) or len(document) > 2:
-        keys = ", ".join(ascii(key) for key in document)
-        raise ProfileStoreError(
-            f"{file.name} must hold 'format' and a list 'profiles' and nothing else, "
-            f"got {keys}{'' if isinstance(records, list) else ' without that list'}; "
-            "export it again"
-        )
-    read = []
-    for number, record in enumerate(records, 1):
-        if document["format"] == FORMAT_1 and isinstance(record, dict):
-            params = renamed(record.get("strategy"), record.get("params"))
-            record = {**record, "params": params}
-        try:
-            read.append(profile_from_json(record))
-        except ProfileStoreError as error:
-            raise ProfileStoreError(
-                f"{file.name}, profile {number}: {error}; nothing was imported"
-            ) from None
-    return read
 
 
 def _marks(profile: Profile) -> str:

@@ -71,8 +71,6 @@ class MemoryStore:
         if profile_id is None:
             profile_id = min(older, default=self._next)
             self._next = max(self._next, profile_id + 1)
-        elif self._profiles[profile_id].created > profile.created:
-            return profile_id
         # Measured again: what was seen of the older settings in use doesn't count.
         self._forget_uses(set(older))
         for gone in set(older) - {profile_id}:
@@ -117,13 +115,11 @@ class MemoryStore:
         return len(gone)
 
     def put_choices(self, choices: Sequence[ClassChoice]) -> None:
-        """Store choices in place of older ones of their run and class."""
+        """Store choices in place of those of their run and class."""
         for choice in [same_choice(choice) for choice in choices]:
             key = (choice.run, choice.prompt_class)
-            known = self._choices.get(key)
-            if known is None or known.created <= choice.created:
-                pinned = choice.pinned if known is None else known.pinned
-                self._choices[key] = replace(choice, pinned=pinned)
+            pinned = self._choices.get(key, choice).pinned
+            self._choices[key] = replace(choice, pinned=pinned)
 
     def choices(
         self, *, model: str | None = None, run: str | None = None

@@ -10,8 +10,8 @@ from adaptspec.profile import PLAIN, ClassChoice, Pick, Profile
 TIE = 0.02
 FEWEST_PROMPTS = 2
 # Strategies that drafted with a second model or with trained heads.
-WITH_DRAFT = ("draft_model", "draft_tree", "universal_draft")
-WITH_HEADS = ("medusa", "medusa_typical", "eagle", "early_exit")
+WITH_DRAFT = ("draft_model", "draft_tree", "hybrid", "universal_draft")
+WITH_HEADS = ("medusa", "medusa_typical")
 
 
 def choices_of(profiles: Sequence[Profile]) -> list[ClassChoice]:
@@ -32,7 +32,6 @@ def _choice(group: Sequence[Profile]) -> ClassChoice:
         for p in group
         if p.strategy != PLAIN
         and not p.baseline
-        and p.lossless
         and (p.measurement.interval_low or 0.0) > 1.0
         and p.measurement.prompts >= FEWEST_PROMPTS
     ]
@@ -81,4 +80,5 @@ def _pick(profile: Profile) -> Pick:
         and profile.strategy in WITH_DRAFT,
         needs_heads=profile.environment.heads is not None
         and profile.strategy in WITH_HEADS,
+        lossless=profile.lossless,
     )

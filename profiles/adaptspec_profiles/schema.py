@@ -71,7 +71,6 @@ class ProfileRow(Base):
     workload_name: Mapped[str] = mapped_column(String)
     prompt_class: Mapped[str] = mapped_column(String)
     strategy: Mapped[str] = mapped_column(String)
-    setting: Mapped[str] = mapped_column(text(64))  # digest of params
     params: Mapped[dict[str, Any]] = mapped_column(JSON)
     lossless: Mapped[bool] = mapped_column(Boolean)
     baseline: Mapped[bool] = mapped_column(Boolean)
@@ -79,6 +78,7 @@ class ProfileRow(Base):
     tokens_per_second: Mapped[float] = mapped_column(Float)
     ratio: Mapped[float] = mapped_column(Float)
     measurement: Mapped[dict[str, Any]] = mapped_column(JSON)
+    setting: Mapped[str] = mapped_column(text(64))  # digest of params
 
 
 class UseRow(Base):

@@ -463,19 +463,9 @@ def _put(session: Session, profile: Profile) -> int:
     known = _same(session, profile)
     if known is None:
         known = session.scalar(select(func.min(ProfileRow.id)).where(outdated))
-    elif session.scalar(
-        select(ProfileRow.id).where(
-            ProfileRow.id == known, ProfileRow.created > fields["created"]
-        )
-    ):
-        return known
     if known is not None:
         # Measured again: what was seen of the older settings in use doesn't count.
-        replaced = select(ProfileRow.id).where(
-            _of_strategy(profile),
-            (ProfileRow.id != known) & outdated
-            | (ProfileRow.id == known) & (ProfileRow.created != fields["created"]),
-        )
+        replaced = select(ProfileRow.id).where(outdated)
         session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
         session.execute(delete(ProfileRow).where(outdated, ProfileRow.id != known))
         session.execute(
@@ -489,7 +479,7 @@ def _put(session: Session, profile: Profile) -> int:
 
 
 def _put_choice(session: Session, choice: ClassChoice) -> None:
-    """Store a choice in place of an older one; a pinned run stays pinned."""
+    """Store a choice in place of its class's; a pinned run stays pinned."""
     fields = {
         "environment_id": _environment(session, choice.environment),
         "created": choice.created.replace(tzinfo=None),
@@ -507,8 +497,7 @@ def _put_choice(session: Session, choice: ClassChoice) -> None:
         session.add(ChoiceRow(**own, **fields, pinned=choice.pinned))
         session.flush()
         return
-    older = ChoiceRow.created <= fields["created"]
-    session.execute(update(ChoiceRow).where(here, older).values(**fields))
+    session.execute(update(ChoiceRow).where(here).values(**fields))
 
 
 def _profile_fields(profile: Profile) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The choice is a function of the profiles, and its reason is true."""
+"""The choice is a function of what tunes decided, and its reason is true."""
 
 from __future__ import annotations
 
@@ -11,262 +11,264 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec.profile import PLAIN, Profile
-from adaptspec.selector import select
-from adaptspec.testing.stores import example_profile
+from adaptspec.errors import ProfileStoreError
+from adaptspec.profile import EVERY_CLASS, PLAIN, ClassChoice, Pick
+from adaptspec.selector import best_evidence, select
+from adaptspec.testing.stores import example_choice
 
-HERE = example_profile().environment
+HERE = example_choice().environment
+BARE = replace(HERE, draft=None, draft_name=None, heads=None, heads_name=None)
 
 
-def measured(
-    strategy: str, ratio: float, low: float | None = None, **changes: Any
-) -> Profile:
-    measurement = replace(
-        example_profile().measurement,
-        ratio=ratio,
-        interval_low=ratio if low is None else low,
+def pick(strategy: str = "a", ratio: float = 1.5, **changes: Any) -> Pick:
+    known = {
+        "reason": f"measured {ratio:.2f}x",
+        "low": ratio - 0.1,
+        "high": ratio + 0.1,
+    }
+    return Pick(strategy, {}, ratio=ratio, **{**known, **changes})
+
+
+def decided(
+    *picks: Pick, day: int = 0, where: dict[str, Any] | None = None, **changes: Any
+) -> ClassChoice:
+    """Of the run of that day, which tried what it chose."""
+    return example_choice(
+        picks=list(picks),
+        created=example_choice().created + timedelta(days=day),
+        environment=replace(HERE, **(where or {})),
+        **{"run": f"r{day}", "tried": ["a", "b", "c"], **changes},
     )
-    return example_profile(strategy=strategy, measurement=measurement, **changes)
 
 
-def test_the_fastest_reliable_strategy_wins_and_says_by_how_much() -> None:
-    profiles = [measured(PLAIN, 1.0), measured("a", 1.3), measured("b", 1.8)]
-    choice = select(profiles, HERE, "chat")
-    assert (choice.strategy, choice.prompt_class) == ("b", "chat")
-    assert "1.80x" in choice.reason
+def test_the_best_setting_is_used_with_its_reason() -> None:
+    choice = select([decided(pick("a", 1.8), pick("b", 1.3))], HERE, "chat")
+    assert (choice.strategy, choice.prompt_class, choice.run) == ("a", "chat", "r0")
+    assert choice.reason == "measured 1.80x"
+
+
+def test_plain_decoding_that_was_decided_says_why() -> None:
+    choice = select([decided()], HERE, "chat")
+    assert choice.strategy == PLAIN
+    assert choice.reason == "plain decoding: nothing is reliably faster"
 
 
 @pytest.mark.parametrize(
-    ("profiles", "said"),
+    ("where", "said"),
     [
-        ([], "nothing is profiled"),
-        ([measured("a", 1.4, low=0.99)], "nothing is reliably faster"),
-        ([measured("a", 2.0, lossless=False)], "nothing is profiled"),
-        ([measured("a", 2.0, baseline=True)], "nothing is profiled"),
-        ([measured("a", 2.0, prompt_class="code")], "'chat' isn't profiled"),
-        ([measured("a", 2.0, environment=replace(HERE, threads=8))], "threads 8"),
-        ([measured("a", 2.0, environment=replace(HERE, dtype="float32"))], "float32"),
+        ({"model": "m2"}, "model m2"),
+        ({"configuration": "c2"}, "configuration c2 (here c1)"),
+        (
+            {"kernel": "native bfloat16"},
+            "kernel native bfloat16 (here packed bfloat16)",
+        ),
+        ({"attention": "eager"}, "attention eager (here sdpa)"),
+        ({"device_name": "Another CPU"}, "device_name Another CPU (here A CPU)"),
+        (
+            {"dtype": "float32", "model": "m2"},
+            "with dtype float32 (here bfloat16); load with dtype='float32', or run",
+        ),
     ],
 )
-def test_plain_decoding_is_chosen_and_the_reason_told(
-    profiles: list[Profile], said: str
+def test_what_was_decided_elsewhere_says_nothing_here(
+    where: dict[str, Any], said: str
 ) -> None:
-    choice = select(profiles, HERE, "chat")
+    choice = select([decided(pick(), where=where)], HERE, "chat")
     assert choice.strategy == PLAIN
     assert said in choice.reason
 
 
-def test_one_prompt_is_not_enough() -> None:
-    lucky = measured("a", 2.0)
-    alone = replace(lucky, measurement=replace(lucky.measurement, prompts=1))
-    choice = select([alone], HERE, "chat")
-    assert choice.strategy == PLAIN
-    assert "one held-out prompt, 2 are needed" in choice.reason
+def test_what_an_older_version_didnt_know_is_not_compared() -> None:
+    unknown = {"configuration": None, "kernel": None, "attention": None}
+    assert select([decided(pick(), where=unknown)], HERE, "chat").strategy == "a"
 
 
-def test_ties_go_to_the_simpler_strategy() -> None:
-    simple = measured("z", 1.79, params={})
-    assert select([measured("a", 1.8), simple], HERE, "chat").strategy == "z"
+def test_other_threads_are_told_and_those_of_here_come_first() -> None:
+    other = decided(pick("b", 2.0), day=1, where={"threads": 8})
+    choice = select([other], HERE, "chat")
+    assert choice.strategy == "b"
+    assert "measured with threads 8 (here 2)" in choice.reason
+    assert select([decided(pick("a")), other], HERE, "chat").strategy == "a"
 
 
-def test_without_a_class_the_only_one_or_the_default_is_used() -> None:
-    chat, code = measured("a", 2.0), measured("b", 2.0, prompt_class="code")
-    default = measured("c", 2.0, prompt_class="default")
-    assert select([chat], HERE).strategy == "a"
-    assert select([chat, code, default], HERE).strategy == "c"
-    undecided = select([chat, code], HERE)
-    assert undecided.strategy == PLAIN
-    assert "chat, code" in undecided.reason
+@pytest.mark.parametrize("wanted", [None, "poems"])
+def test_without_a_class_or_with_an_unknown_one_the_choice_over_all_is_used(
+    wanted: str | None,
+) -> None:
+    of_chat, of_code = decided(pick("a")), decided(pick("b"), prompt_class="code")
+    over_all = decided(pick("c"), prompt_class=EVERY_CLASS)
+    choice = select([of_chat, of_code, over_all], HERE, wanted)
+    assert (choice.strategy, choice.prompt_class) == ("c", EVERY_CLASS)
+    said = "no class was told" if wanted is None else "class 'poems' isn't profiled"
+    assert said in choice.reason
 
 
-def test_only_the_newest_run_counts() -> None:
-    old = measured("a", 3.0)
-    new = measured("b", 1.5, run="r2", created=old.created + timedelta(days=1))
-    assert select([old, new], HERE, "chat").strategy == "b"
+@pytest.mark.parametrize("wanted", [None, "poems"])
+def test_an_older_tune_without_a_choice_over_all_serves_too(wanted: str | None) -> None:
+    few = decided(pick("a"), prompts=2)
+    many = decided(pick("b"), prompt_class="code", prompts=9)
+    default = decided(pick("c"), prompt_class="default", prompts=1)
+    assert select([few, many, default], HERE, wanted).strategy == "c"
+    choice = select([few, many], HERE, wanted)
+    assert choice.strategy == "b"
+    assert "'code' is used, which rests on most prompts" in choice.reason
+
+
+def test_without_what_a_setting_needs_the_next_best_serves() -> None:
+    best = pick("draft_model", 2.1, needs_draft=True)
+    second = pick("medusa", 1.9, needs_heads=True)
+    found = decided(best, second, pick("suffix", 1.4))
+    assert select([found], HERE, "chat").strategy == "draft_model"
+    choice = select([found], BARE, "chat")
+    assert choice.strategy == "suffix"
+    assert (
+        "draft_model was 2.10x with the draft model draft (draft_model=, --draft-model)"
+        in choice.reason
+    )
+    assert "medusa was 1.90x with the heads heads (heads=, --heads)" in choice.reason
+    alone = select([decided(best)], BARE, "chat")
+    assert alone.strategy == PLAIN
+    assert "draft_model was 2.10x with the draft model draft" in alone.reason
+    another = replace(HERE, draft="d2")
+    assert select([found], another, "chat").strategy == "medusa"
+
+
+def test_heads_that_a_setting_doesnt_ask_are_told_to_be_untried() -> None:
+    bare = decided(pick("a"), where={"heads": None, "heads_name": None})
+    choice = select([bare], HERE, "chat")
+    assert choice.strategy == "a"
+    assert "measured without heads: run tune with them" in choice.reason
+
+
+def test_a_setting_that_is_refused_gives_way_to_the_next() -> None:
+    found = decided(pick("a"), pick("b"))
+    refused = {"a": "it is gone", "b": None}
+    choice = select(
+        [found], HERE, "chat", refused=lambda choice, pick: refused[pick.strategy]
+    )
+    assert choice.strategy == "b"
+    assert "a is left out: it is gone" in choice.reason
+
+
+def test_a_lossy_setting_is_used_only_if_it_is_allowed() -> None:
+    found = decided(pick("loose", 2.0, lossless=False), pick("a"))
+    assert select([found], HERE, "chat").strategy == "a"
+    choice = select([found], HERE, "chat", lossy={"loose"})
+    assert (choice.strategy, choice.lossless) == ("loose", False)
 
 
 def test_another_patch_is_used_and_told() -> None:
     now = replace(HERE, versions={"torch": "2.13.1"})
-    choice = select([measured("a", 2.0)], now, "chat")
+    choice = select([decided(pick())], now, "chat")
     assert choice.strategy == "a"
     assert "torch 2.13 then, 2.13.1 now" in choice.reason
     assert "stale" not in choice.reason
 
 
 @pytest.mark.parametrize(("low", "used"), [(1.2, "a"), (1.05, PLAIN), (0.9, PLAIN)])
-def test_another_minor_version_makes_a_profile_stale(low: float, used: str) -> None:
+def test_another_minor_version_makes_a_choice_stale(low: float, used: str) -> None:
     now = replace(HERE, versions={"torch": "2.14.0"})
-    choice = select([measured("a", 1.5, low=low)], now, "chat")
+    choice = select([decided(pick(low=low))], now, "chat")
     assert choice.strategy == used
-    assert "stale (torch 2.13 then, 2.14.0 now)" in choice.reason
+    assert "torch 2.13 then, 2.14.0 now" in choice.reason
     assert "run tune again" in choice.reason
 
 
-def test_a_measurement_without_an_interval_is_not_enough() -> None:
-    lucky = measured("a", 2.0)
-    unknown = replace(lucky.measurement, interval_low=None, interval_high=None)
-    choice = select([replace(lucky, measurement=unknown)], HERE, "chat")
-    assert choice.strategy == PLAIN
-    assert "older version" in choice.reason
+def test_one_run_may_be_asked_for() -> None:
+    old, new = decided(pick("a")), decided(pick("b"), day=1)
+    assert select([old, new], HERE, "chat", run="r0").strategy == "a"
+    with pytest.raises(ProfileStoreError, match="profiles list"):
+        select([old, new], HERE, "chat", run="r7")
 
 
-def test_the_reason_says_what_was_improved() -> None:
-    speed = measured("a", 2.0)
-    one = replace(speed.measurement, objective="speed")
-    other = replace(speed.measurement, objective="latency")
-    said = [
-        select([replace(speed, measurement=m)], HERE, "chat").reason
-        for m in (one, other)
-    ]
-    assert ["latency" in reason for reason in said] == [False, True]
+STALE = {"versions": {"torch": "1.0"}}
+GOOD = decided(pick("a", 2.0), prompts=12)
 
 
-names = st.sampled_from(["a", "b", "c", "d", PLAIN])
-elsewhere: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+@pytest.mark.parametrize(
+    ("newer", "used"),
     [
-        {"model": "m2"},
-        {"draft": None},
-        {"dtype": "float32"},
-        {"device": "cuda"},
-        {"device_name": "Another CPU"},
-        {"threads": 8},
-    ]
+        (decided(pick("b"), day=1, prompts=12), "b"),  # as many prompts: the newer
+        (decided(pick("b"), day=1, prompts=6), "b"),
+        (decided(pick("b"), day=1, prompts=5), "a"),  # a smoke run
+        (decided(day=1, prompts=1), "a"),
+        (decided(pick("b"), day=1, prompts=12, where={"versions": {}}), "b"),
+        (
+            decided(pick("b"), day=1, prompts=12, where={"versions": {"torch": "1.0"}}),
+            "a",
+        ),
+        # It never tried what the older one chose.
+        (decided(pick("b", 1.9), day=1, prompts=12, tried=["b"]), "a"),
+        (decided(pick("b", 2.1), day=1, prompts=12, tried=["b"]), "b"),
+        (decided(pick("b"), day=1, prompts=1, pinned=True), "b"),
+        (decided(day=1, prompts=12), PLAIN),
+    ],
 )
-# What must never be chosen, however fast it was.
-tainted = st.one_of(
-    st.just({"lossless": False}),
-    st.just({"baseline": True}),
-    elsewhere.map(lambda place: {"environment": replace(HERE, **place)}),
-)
-
-
-def confirmed(
-    strategy: str,
-    ratio: float,
-    low: float,
-    prompts: int,
-    day: int,
-    changes: dict[str, Any],
-) -> Profile:
-    """A profile of the run of ``day``."""
-    time = example_profile().created + timedelta(days=day)
-    found = measured(
-        strategy, ratio, low, **{"run": f"r{day}", "created": time, **changes}
-    )
-    return replace(found, measurement=replace(found.measurement, prompts=prompts))
-
-
-def drawn(changes: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Profile]:
-    ratios = st.floats(0.5, 3)
-    days = st.integers(0, 2)
-    return st.builds(confirmed, names, ratios, ratios, st.integers(1, 5), days, changes)
-
-
-def may_be_chosen(profile: Profile, among: list[Profile]) -> bool:
-    """The rule, said once more: every condition alone, no order, no ties."""
-    here = [p for p in among if is_ours(p) and p.prompt_class == "chat"]
-    return (
-        profile in here
-        and profile.strategy != PLAIN
-        and (profile.measurement.interval_low or 0) > 1
-        and profile.measurement.prompts >= 2
-        and not any(p.created > profile.created for p in here)
-    )
-
-
-def is_ours(profile: Profile) -> bool:
-    return (
-        profile.lossless
-        and not profile.baseline
-        and replace(profile.environment, versions=HERE.versions) == HERE
-    )
-
-
-found = st.lists(
-    drawn(st.just({}) | st.just({"prompt_class": "code"}) | tainted), max_size=6
-)
-
-
-@given(found, st.integers(0, 99))
-def test_the_order_of_profiles_doesnt_matter(
-    profiles: list[Profile], seed: int
+def test_a_newer_tune_replaces_an_older_one_only_by_better_evidence(
+    newer: ClassChoice, used: str
 ) -> None:
-    shuffled = list(profiles)
+    assert select([GOOD, newer], HERE, "chat").strategy == used
+    assert select([newer, GOOD], HERE, "chat").strategy == used
+
+
+picks = st.lists(
+    st.builds(
+        pick,
+        st.sampled_from("abc"),
+        st.floats(1.0, 3.0),
+        needs_draft=st.booleans(),
+        lossless=st.booleans(),
+    ),
+    max_size=3,
+)
+choices = st.lists(
+    st.builds(
+        lambda picks, **changes: decided(*picks, **changes),
+        picks,
+        day=st.integers(0, 4),
+        prompts=st.integers(1, 20),
+        pinned=st.booleans(),
+        tried=st.lists(st.sampled_from("abc")),
+        where=st.sampled_from(
+            [{}, {}, {"threads": 8}, {"draft": None}, {"versions": {"torch": "1.0"}}]
+        ),
+    ),
+    max_size=5,
+    unique_by=lambda choice: choice.run,
+)
+
+
+@given(choices, st.integers(0, 99))
+def test_the_order_of_choices_doesnt_matter(
+    found: list[ClassChoice], seed: int
+) -> None:
+    shuffled = list(found)
     random.Random(seed).shuffle(shuffled)
-    one, other = select(profiles, HERE, "chat"), select(shuffled, HERE, "chat")
-    assert (one.strategy, one.params) == (other.strategy, other.params)
-    # Which of several places is named may differ where none is this one.
-    if any(is_ours(p) for p in profiles):
-        assert one.reason == other.reason
+    assert select(found, HERE, "chat") == select(shuffled, HERE, "chat")
 
 
-@given(found)
-def test_what_is_chosen_may_be_and_nothing_that_may_be_was_clearly_faster(
-    profiles: list[Profile],
+@given(choices, st.sampled_from([{"model": "m2"}, {"kernel": "none"}]), picks)
+def test_what_was_decided_elsewhere_changes_nothing(
+    found: list[ClassChoice], where: dict[str, str], more: list[Pick]
 ) -> None:
-    choice = select(profiles, HERE, "chat")
-    eligible = [p for p in profiles if may_be_chosen(p, profiles)]
-    if not eligible:
-        assert choice.strategy == PLAIN
-        return
-    best = max(p.measurement.ratio for p in eligible)
-    assert any(
-        (p.strategy, p.params) == (choice.strategy, choice.params)
-        and p.measurement.ratio >= 0.98 * best
-        for p in eligible
-    )
+    other = decided(*more, day=9, where=where, pinned=True)
+    if found:
+        assert select([*found, other], HERE, "chat") == select(found, HERE, "chat")
 
 
-@given(found, st.lists(drawn(tainted), min_size=1, max_size=3))
-def test_lossy_baseline_and_foreign_profiles_change_no_choice(
-    profiles: list[Profile], others: list[Profile]
-) -> None:
-    before = select(profiles, HERE, "chat")
-    after = select([*profiles, *others], HERE, "chat")
-    assert (after.strategy, after.params) == (before.strategy, before.params)
-
-
-@given(found, names, st.floats(0, 1), st.floats(1.01, 100), st.integers(1, 5))
-def test_a_slower_a_less_reliable_and_a_lucky_setting_more_change_nothing(
-    profiles: list[Profile], name: str, part: float, ratio: float, prompts: int
-) -> None:
-    before = select(profiles, HERE, "chat")
-    eligible = [p.measurement.ratio for p in profiles if may_be_chosen(p, profiles)]
-    slowest = min(eligible, default=1.0)
-    slower = 0.97 * part * slowest
-    more = [
-        confirmed(name, slower, slower, prompts, 0, {"params": {"m": 1}}),
-        confirmed(name, ratio, min(1.0, part), prompts, 0, {"params": {"m": 2}}),
-        confirmed(name, ratio, ratio, 1, 0, {"params": {"m": 3}}),
+@given(choices.filter(bool))
+def test_what_is_used_is_what_the_best_evidence_chose(found: list[ClassChoice]) -> None:
+    """The rule, said once more: every condition alone."""
+    best = best_evidence(found, HERE)
+    assert best.pinned or not any(choice.pinned for choice in found)
+    alike = [
+        choice
+        for choice in found
+        if choice.pinned == best.pinned and choice.environment == best.environment
     ]
-    after = select([*profiles, *more], HERE, "chat")
-    assert (after.strategy, after.params) == (before.strategy, before.params)
-
-
-def test_a_lossy_strategy_is_chosen_only_if_it_is_named_and_says_so() -> None:
-    profiles = [
-        measured(PLAIN, 1.0),
-        measured("a", 1.3),
-        measured("loose", 2.0, lossless=False),
-        measured("broken", 3.0, lossless=False),  # promised to be lossless
-    ]
-    choice = select(profiles, HERE, "chat")
-    assert (choice.strategy, choice.lossless) == ("a", True)
-    choice = select(profiles, HERE, "chat", lossy={"loose"})
-    assert (choice.strategy, choice.lossless) == ("loose", False)
-    assert select(profiles[:1], HERE, "chat", lossy={"loose"}).strategy == PLAIN
-
-
-def test_profiles_hold_for_the_heads_they_were_measured_with() -> None:
-    bare = replace(HERE, heads=None, heads_name=None)
-    with_heads = measured("medusa", 2.0)
-    without = measured("a", 1.5, environment=bare)
-    other = measured("b", 3.0, environment=replace(HERE, heads="h2"))
-    assert select([with_heads, without, other], HERE, "chat").strategy == "medusa"
-    assert select([with_heads, without, other], bare, "chat").strategy == "a"
-    choice = select([without, other], HERE, "chat")
-    assert choice.strategy == "a"
-    assert "measured without heads: run tune with them" in choice.reason
-    choice = select([with_heads, other], bare, "chat")
-    assert choice.strategy == PLAIN
-    assert "heads h1 (here None)" in choice.reason
+    assert best.prompts * 2 >= max(choice.prompts for choice in alike)
+    choice = select(found, HERE, "chat")
+    attached = best.environment.draft == HERE.draft
+    usable = [p for p in best.picks if p.lossless and (attached or not p.needs_draft)]
+    if best.environment.versions == HERE.versions:
+        assert choice.strategy == (usable[0].strategy if usable else PLAIN)

@@ -235,7 +235,7 @@ def test_decoding_without_a_usable_store_is_plain_and_says_so_once(
 
 
 def test_a_store_that_fails_while_it_is_read_is_given_up(path: Path) -> None:
-    change(path, "drop table profiles")
+    change(path, "drop table choices")
     host = Host({"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin})
     for db in (str(path), open_store(str(path))):
         with pytest.warns(PlainDecodingWarning, match="no such table"):

@@ -24,7 +24,7 @@ from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
 NEWEST = GOLDEN.with_name("m006.sql")
-STEPS = ["m001", "m002", "m003", "m006"]
+STEPS = ["m001", "m002", "m003", "m005", "m006"]
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op
@@ -106,12 +106,40 @@ def test_an_older_file_is_switched_with_its_profiles(path: Path) -> None:
     store = open_store(str(path))
     (kept,) = store.profiles()
     # What that release didn't measure isn't compared.
-    known = replace(example_profile().environment, heads=None, heads_name=None)
+    known = replace(
+        example_profile().environment,
+        heads=None,
+        heads_name=None,
+        configuration=None,
+        kernel=None,
+        attention=None,
+    )
     expected = example_profile(environment=known, measurement=kept.measurement)
     assert replace(kept, id=None) == expected
     assert kept.measurement.tokens_per_second == 20.0
+    # That release stored no choice and measured no interval.
+    (choice,) = store.choices()
+    assert (choice.run, choice.prompt_class, list(choice.picks)) == ("r1", "chat", [])
     store.close()
     assert mode(path) == "wal"
+
+
+def test_a_choice_is_made_of_what_an_older_release_measured(path: Path) -> None:
+    with raw(path) as connection:
+        connection.executescript(GOLDEN.with_name("m003.sql").read_text())
+        # A row that can't be read makes no choice and stops nothing.
+        connection.execute(
+            "INSERT INTO profiles SELECT 9, environment_id, 'r9', workload, "
+            "workload_name, prompt_class, strategy, '{', lossless, baseline, created, "
+            "tokens_per_second, ratio, measurement FROM profiles"
+        )
+    store = open_store(str(path))
+    (choice,) = store.choices()
+    (pick,) = choice.picks
+    assert (choice.run, choice.prompt_class, choice.prompts) == ("r1", "chat", 4)
+    assert (pick.strategy, pick.ratio, pick.low) == ("prompt_lookup", 1.5, 1.25)
+    assert choice.environment.kernel is None
+    store.close()
 
 
 def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:

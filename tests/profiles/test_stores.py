@@ -27,14 +27,10 @@ from adaptspec.host import Host
 from adaptspec.profile import ProfileStore, Trial, Use
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
-from adaptspec_profiles.as_json import (
-    FORMAT,
-    FORMAT_1,
-    profile_from_json,
-    profile_to_json,
-)
+from adaptspec_profiles.as_json import profile_from_json, profile_to_json
 from adaptspec_profiles.commands import profiles as profiles_command
 from adaptspec_profiles.engine import make_engine
+from adaptspec_profiles.exchange import FORMAT, FORMAT_1
 from adaptspec_profiles.migrations import VERSION_TABLE, migrate
 from adaptspec_profiles.renamed import RENAMED
 from adaptspec_profiles.schema import Base
@@ -45,7 +41,7 @@ IMPORTER = """
 import json, sys
 from pathlib import Path
 from adaptspec_profiles.commands import profiles
-from adaptspec_profiles.as_json import FORMAT
+from adaptspec_profiles.exchange import FORMAT
 url, folder, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 profile = json.loads(sys.argv[4])
 for number in range(10_000):
@@ -102,7 +98,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002", "m003", "m006"]
+    assert migrate(migrated) == ["m001", "m002", "m003", "m005", "m006"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)

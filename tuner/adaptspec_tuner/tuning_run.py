@@ -61,7 +61,8 @@ class TuningRun:
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
-        needs: Whether a setting of ours runs the draft model, and whether trained heads.
+        needs: Whether a setting of ours runs the draft model, and whether it asks
+            trained heads.
     """
 
     measurer: Measurer

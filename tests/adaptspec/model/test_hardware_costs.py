@@ -22,6 +22,7 @@ from adaptspec.model.hardware_costs import (
 from adaptspec.testing.fakes import noisy_draft, tiny_model
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 COSTS = ForwardCosts((100, 300), (1, 5), ((1.0, 3.0), (2.0, 8.0)), 0.5)
 OTHERS = {"draft": None, "measured": "", "seconds": 0}
@@ -122,7 +123,7 @@ def test_an_application_starts_with_what_tuning_measured() -> None:
     here = environment_of(model, None)
     store = MemoryStore()
     store_costs(store, here, HardwareCosts(COSTS, None, "2026-01-01", 1.0))
-    store.add_profiles([example_profile(environment=here)])
+    keep(store, [example_profile(environment=here)])
     Decoder(model, None, store)
     assert list(model.latency.rows) == [1, 5]
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
 import subprocess
 import sys
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import Any
 
 import pytest
-from adaptspec_tuner.measuring.bootstrap import interval, overall
-from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptspec.errors import AdaptSpecError
@@ -32,58 +26,6 @@ PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(4)]
 FAST = Setting("fast")
 positive = st.floats(0.1, 10)
 tables = st.lists(st.lists(positive, min_size=1, max_size=3), min_size=2, max_size=6)
-
-
-def test_the_ratio_is_the_geometric_mean_of_the_prompts_medians() -> None:
-    assert overall([[2.0], [8.0]]) == pytest.approx(4.0)
-    assert overall([[1.0, 9.0, 2.0]]) == pytest.approx(2.0)
-
-
-@given(tables)
-def test_an_interval_lies_within_what_was_seen_whatever_the_order(
-    table: list[list[float]],
-) -> None:
-    low, high = interval(table)
-    seen = [value for repeats in table for value in repeats]
-    assert min(seen) * 0.999 <= low <= high <= max(seen) * 1.001
-    assert interval([repeats[::-1] for repeats in reversed(table)]) == (low, high)
-
-
-@given(tables, st.floats(0.2, 5))
-def test_faster_by_a_factor_moves_the_interval_by_it(
-    table: list[list[float]], factor: float
-) -> None:
-    scaled = interval([[value * factor for value in repeats] for repeats in table])
-    for found, one in zip(scaled, interval(table), strict=True):
-        assert found == pytest.approx(one * factor)
-
-
-def test_two_prompts_are_the_ends_and_one_tells_nothing() -> None:
-    assert interval([[0.9], [1.7]]) == pytest.approx((0.9, 1.7))
-    assert interval([[1.5, 1.6]]) == (0.0, math.inf)
-
-
-def test_of_three_prompts_it_is_what_all_drawings_give() -> None:
-    """Twenty-seven drawings, enumerated: the quantiles of their means."""
-    ratios = [1.0, 2.0, 8.0]
-    means = sorted(
-        math.exp(sum(map(math.log, drawn)) / 3)
-        for drawn in itertools.product(ratios, repeat=3)
-    )
-    low, high = interval([[r] for r in ratios])
-    # 1/27 > 2.5%: the ends are the drawings of one prompt three times.
-    assert (low, high) == pytest.approx((means[0], means[-1]))
-
-
-def test_of_many_prompts_it_is_the_normal_interval_of_their_mean() -> None:
-    random_ = random.Random(1)
-    logs = [random_.gauss(0.3, 0.2) for _ in range(200)]
-    mean = sum(logs) / 200
-    spread = (sum((x - mean) ** 2 for x in logs) / 200) ** 0.5 / 200**0.5
-    low, high = interval([[math.exp(x)] for x in logs])
-    normal = NormalDist(mean, spread)
-    assert math.log(low) == pytest.approx(normal.inv_cdf(0.025), abs=0.004)
-    assert math.log(high) == pytest.approx(normal.inv_cdf(0.975), abs=0.004)
 
 
 class Scripted(FakeMeasurer):
@@ -116,7 +58,7 @@ def doubled(setting: Setting, prompt: Prompt) -> float:
     return plain if setting.strategy == PLAIN else plain * (2.0 + int(prompt.id))
 
 
-def test_ratios_are_paired_by_prompt_and_carry_their_interval() -> None:
+def test_ratios_are_paired_by_prompt() -> None:
     found = confirm(
         Scripted(doubled),
         [FAST],
@@ -128,12 +70,11 @@ def test_ratios_are_paired_by_prompt_and_carry_their_interval() -> None:
     assert list(found) == [PLAIN_SETTING.key, FAST.key]
     fast = found[FAST.key].measurement
     assert fast.ratio == pytest.approx((2 * 3 * 4 * 5) ** 0.25)
-    assert fast.interval_low is not None
-    assert fast.interval_high is not None
-    assert 2 < fast.interval_low < fast.ratio < fast.interval_high < 5
+    # Which are decided on for all classes together.
+    assert (fast.interval_low, fast.interval_high) == (None, None)
+    assert found[FAST.key].ratios["0"] == pytest.approx([2.0, 2.0])
     assert (fast.latency_p95, fast.peak_memory) == (40.0, 103)
-    plain = found[PLAIN_SETTING.key].measurement
-    assert (plain.interval_low, plain.interval_high) == pytest.approx((1.0, 1.0))
+    assert found[PLAIN_SETTING.key].measurement.ratio == pytest.approx(1.0)
 
 
 def test_for_latency_the_ratio_is_that_of_the_latencies() -> None:
@@ -220,6 +161,7 @@ def test_tuning_is_repaid_by_the_time_that_the_classes_save() -> None:
 
     from adaptspec.selector import select
     from adaptspec.testing.stores import example_profile
+    from adaptspec_profiles.older import choices_of
 
     def measured(strategy: str, speed: float, ratio: float) -> ClassResult:
         base = replace(example_profile().measurement, objective="speed")
@@ -231,7 +173,7 @@ def test_tuning_is_repaid_by_the_time_that_the_classes_save() -> None:
             example_profile(strategy=PLAIN, measurement=plain),
             example_profile(strategy=strategy, measurement=fast),
         )
-        choice = select(profiles, profiles[0].environment, "chat")
+        choice = select(choices_of(profiles), profiles[0].environment, "chat")
         return ClassResult("chat", choice, profiles)
 
     faster, slower = measured("a", 20.0, 2.0), measured("a", 5.0, 0.5)

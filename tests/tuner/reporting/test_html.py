@@ -28,6 +28,7 @@ from adaptspec_tuner.records import confirmed_key, predicted_key, replayed_key
 from adaptspec_tuner.reporting.html import render
 from adaptspec_tuner.reporting.result import told_errors
 from adaptspec_tuner.reporting.stored import build
+from decided import keep
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'> [bold] {{ 7*7 }}"
 PLACE = example_profile().environment
@@ -58,14 +59,15 @@ def key(strategy: str) -> str:
 
 def filled(store: ProfileStore, name: str = "chat") -> ProfileStore:
     """A run of two classes: in one ``a`` wins, in the other nothing does."""
-    store.add_profiles(
+    keep(
+        store,
         [
             profile(name, PLAIN, 10.0),
             profile(name, "a", 20.0),
             profile(name, "b", 15.0),
             profile("maths", PLAIN, 10.0),
             profile("maths", "a", 9.0),
-        ]
+        ],
     )
     store.put_record("r1", "spent", {"seconds": 60.0, "parts": {"trials": 60.0}})
     store.put_record(
@@ -180,7 +182,7 @@ def test_predictions_of_settings_that_changed_outputs_are_told_apart() -> None:
 def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:
     store = filled(MemoryStore())
     later = example_profile().created.replace(year=2030)
-    store.add_profiles([profile("chat", PLAIN, 10.0, run="r2", created=later)])
+    keep(store, [profile("chat", PLAIN, 10.0, run="r2", created=later)])
     assert build(store).run == "r2"
     assert build(store, "r1").run == "r1"
     with pytest.raises(ProfileStoreError, match=r"no run 'r3'; it has r2, r1"):
@@ -191,7 +193,7 @@ def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:
 
 def test_what_was_not_recorded_is_said_to_be_missing() -> None:
     store = MemoryStore()
-    store.add_profiles([profile("chat", PLAIN, 10.0), profile("chat", "a", 20.0)])
+    keep(store, [profile("chat", PLAIN, 10.0), profile("chat", "a", 20.0)])
     report = build(store)
     assert report.break_even is report.prediction_error is None
     page = render(report)
@@ -201,11 +203,12 @@ def test_what_was_not_recorded_is_said_to_be_missing() -> None:
 
 def test_lossy_results_and_other_engines_are_labelled_in_every_form() -> None:
     store = filled(MemoryStore())
-    store.add_profiles(
+    keep(
+        store,
         [
             profile("chat", "wrong", 50.0, lossless=False),
             profile("chat", "hf", 12.0, baseline=True),
-        ]
+        ],
     )
     report = build(store)
     assert report.classes[0].choice.strategy == "a"

@@ -12,6 +12,7 @@ from adaptspec.profile import Profile
 from adaptspec.selector import FEWEST_PROMPTS, select
 from adaptspec.testing.stores import example_profile
 from adaptspec.workloads import Prompt, Workload, split
+from adaptspec_profiles.older import choices_of
 from adaptspec_tuner.commands import tune
 from adaptspec_tuner.reporting.result import ClassResult, TuneResult
 from adaptspec_tuner.reporting.tables import print_result
@@ -27,7 +28,7 @@ def confirmed(name: str, prompts: int) -> ClassResult:
         )
 
     profiles = [profile("autoregressive"), profile("prompt_lookup")]
-    return ClassResult(name, select(profiles, HERE, name), tuple(profiles))
+    return ClassResult(name, select(choices_of(profiles), HERE, name), tuple(profiles))
 
 
 def printed(*classes: ClassResult) -> str:

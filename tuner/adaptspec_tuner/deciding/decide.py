@@ -22,7 +22,8 @@ class Decided:
         plain: Why plain decoding, where none of these can be used.
         found: Setting key -> what it is worth.
         prompts: On how many it rests.
-        power: What these prompts can show; None where nothing is known of their spread.
+        power: What these prompts can show, where nothing was found faster; None where
+            nothing is known of their spread.
     """
 
     prompt_class: str
@@ -61,9 +62,8 @@ def decide(
 
     A setting is reliably faster where it beats what luck brings: tunes with the same
     prompts and no gain are drawn, and in ``rule.wrong`` of them the luckiest setting of
-    any class is as good. Its own prompts may show it, or all classes together. Where a
-    setting is chosen over all classes, it is taken in a class unless the class's own
-    prompts speak against it.
+    any class is as good. Its own prompts may show it, or all classes together. What is
+    reliably faster over all classes may be taken in a class where it is likely to be.
 
     Args:
         ratios: Class -> setting key -> prompt id -> ratio per repeat, plain decoding
@@ -77,9 +77,9 @@ def decide(
     pooled = Pooled(gathered(ours), candidates, rule, seed)
     alone = Pooled(gathered(theirs), candidates, rule, seed)
     words = _Words(candidates, measure, rule, list(ratios))
-    over_all = _decided(EVERY_CLASS, pooled, alone, candidates, rule, words, None)
+    over_all = _decided(EVERY_CLASS, pooled, alone, candidates, rule, words)
     decided = {
-        name: _decided(name, pooled, alone, candidates, rule, words, over_all.chosen)
+        name: _decided(name, pooled, alone, candidates, rule, words, over_all.picks)
         for name in ratios
     }
     return {**decided, EVERY_CLASS: over_all}
@@ -99,17 +99,19 @@ def _decided(
     candidates: Mapping[str, Candidate],
     rule: Rule,
     words: _Words,
-    best_over_all: str | None,
+    over_all: Sequence[tuple[str, str]] = (),
 ) -> Decided:
     found = pooled.found(name)
     others = alone.found(name, corrected=False)
     faster = {key for key, of in found.items() if of.faster}
-    borrowed = False
-    if best_over_all in found and best_over_all not in faster:
-        borrowed = pooled.likely(name, best_over_all) >= rule.sure_of_best
-        faster |= {best_over_all} if borrowed else set()
+    borrowed = {
+        key
+        for key, _ in over_all
+        if key in found.keys() - faster
+        and pooled.likely(name, key) >= rule.sure_of_best
+    }
     picks: list[tuple[str, str]] = []
-    left = set(faster)
+    left = faster | borrowed
     while left:
         best = max(left, key=lambda key: (found[key].ratio, key))
         tied = [
@@ -122,15 +124,14 @@ def _decided(
             tied, key=lambda key: _cheapest_first(key, candidates, found, tied)
         )
         left.remove(chosen)
-        of_all = borrowed and chosen == best_over_all
-        reason = words.chosen(name, chosen, best, found, others, of_all)
+        reason = words.chosen(name, chosen, best, found, others, chosen in borrowed)
         picks.append((chosen, reason))
-    power = pooled.power(name)
+    power = None if picks else pooled.power(name)
     every = {**found, **others}
     return Decided(
         prompt_class=name,
         picks=picks,
-        plain=words.plain(name, found, others, power),
+        plain=words.plain(name, found, others, power, bool(picks)),
         found=every,
         prompts=min((of.prompts for of in every.values()), default=0),
         power=power,
@@ -199,11 +200,14 @@ class _Words:
         found: Mapping[str, Found],
         others: Mapping[str, Found],
         power: Power | None,
+        others_chosen: bool,
     ) -> str:
         own = {k: f for k, f in found.items() if self._candidates[k].choosable}
         if not own:
             reason = f"nothing else was measured on {self._where(name)}"
             return reason + self._faster_engine(others, 1.0)
+        if others_chosen:
+            return f"nothing else is reliably faster on {self._where(name)}"
         best = max(own, key=lambda key: (own[key].ratio, key))
         of = own[best]
         reason = (

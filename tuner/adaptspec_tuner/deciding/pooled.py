@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from adaptspec.profile import EVERY_CLASS
 from adaptspec_tuner.deciding.evidence import Evidence
@@ -70,7 +70,7 @@ class Pooled:
         # by their square a class of twenty sees a gain of 1.15 beside seven of four.
         prompts = (self._weights > 0) @ evidence.prompts.astype(float)
         prompts /= (self._weights > 0).sum(axis=1)
-        self._share = prompts**2 / (prompts[self._choosable] ** 2).sum()
+        self._share = prompts**2 / max(1.0, (prompts[self._choosable] ** 2).sum())
         self._lucky = self._drawn(seed)
         self._bar, self._own_bar = self._bars()
         faster = self._passes(mean[None], deviation[None], self._own[None])[0]
@@ -118,11 +118,11 @@ class Pooled:
             for (of, _), row in self._rows.items()
             if of == name and self._known and self._choosable[row]
         ]
-        if not rows:
+        if not rows or self._rule.gain is None:
             return None
         row, gain = rows[0], math.log(self._rule.gain)
         used = self._weights[row] > 0
-        shifted = self._lucky + gain * used
+        shifted = self._lucky[:500] + gain * used
         mean, deviation = self._pooling.of(shifted)
         passed = self._passes(mean, deviation, shifted @ self._weights.T)
         needed = stats.t.isf(self._own_bar * self._share[row], self._freedom[row])
@@ -173,7 +173,7 @@ class Pooled:
 
     def _chance(self, own: Floats) -> Floats:
         """How likely luck brings as much, in units of each row's share."""
-        chance = stats.t.sf(own / self._error, self._freedom)
+        chance = special.stdtr(self._freedom, -own / self._error)
         return np.asarray(chance / self._share)
 
     def _passes(

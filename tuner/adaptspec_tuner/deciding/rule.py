@@ -80,22 +80,22 @@ class Rule:
             what the classes show together.
         sure: How likely a setting must be faster in a class, where the classes are
             taken together.
-        sure_of_best: The same for the setting that was chosen over all classes.
+        sure_of_best: The same for settings that are reliably faster over all classes.
         tie: Ratios this close count as equal.
         noise: So do those whose difference is less than so many of its standard
             deviations.
-        gain: Of which :class:`Power` speaks.
+        gain: Of which :class:`Power` speaks; None: it isn't worked out.
         power: The part of tunes that it asks for.
         draws: Tunes without any gain that are drawn to see how far luck goes.
     """
 
     wrong: float = 0.05
-    own: float = 0.5
+    own: float = 0.7
     sure: float = 0.95
     sure_of_best: float = 0.9
     tie: float = 0.02
     noise: float = 0.5
-    gain: float = 1.15
+    gain: float | None = 1.15
     power: float = 0.8
     draws: int = 2000
     beliefs: Beliefs = field(default_factory=Beliefs)
