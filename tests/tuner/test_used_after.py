@@ -66,10 +66,12 @@ def test_loaded_as_it_was_tuned_a_model_finds_its_profiles(
     assert "measured" in reason
     assert "elsewhere" not in reason
     assert "nothing is profiled" not in reason
-    # One option less, and it says what to pass.
+    # Of what differs it says what to pass, or that it was measured otherwise.
     torch.set_num_threads(3 - threads)
     less = {**given, "threads": None}
-    assert f"load with threads={threads}" in said(load(model, **less))
+    assert f"measured with threads {threads} (here {3 - threads})" in said(
+        load(model, **less)
+    )
     assert "load with dtype='bfloat16'" in said(
         load(model, **{**given, "dtype": "float32"})
     )

@@ -30,6 +30,7 @@ from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 HOST = {"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin}
 
@@ -412,7 +413,7 @@ def test_what_a_request_took_is_recorded_unless_it_is_refused(
     db = str(tmp_path / "p.db")
     store = open_store(db)
     here = load(model, db=MemoryStore()).environment
-    store.add_profiles([example_profile(environment=here, params={"draft_length": 3})])
+    keep(store, [example_profile(environment=here, params={"draft_length": 3})])
     given = ["-m", str(model), "--db", db, "--class", "chat", *flags]
     with pytest.raises(SystemExit):
         cli.main(["generate", *given, "-n", "9", "w2 w3"])
