@@ -16,6 +16,7 @@ from adaptspec.classes.classifier import KEY, Classifier
 from adaptspec.classes.text_features import features
 from adaptspec.decoder import Decoder
 from adaptspec.host import Host
+from adaptspec.profile import EVERY_CLASS
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
@@ -173,6 +174,9 @@ def test_a_tune_learns_classes_that_the_decoder_tells() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that plain decoding is chosen
         found = used.generate("w51 w55 w52 w58 w53 w50 w57 w59", max_new_tokens=4)
+        strange = used.generate("ж з и й к л м н", max_new_tokens=4)
+    assert strange.choice.prompt_class == EVERY_CLASS
+    assert "unlike any that was tuned on" in strange.choice.reason
     assert found.choice.prompt_class == "high"
     assert "'high'" in found.choice.reason
     assert found.seconds_classifying > 0
