@@ -44,11 +44,17 @@ def use_of(profile: int, prompt_class: str, stats: RunStats) -> Use | None:
 def expected_ratio(profile: Profile, use: Use) -> float:
     """How many times as fast as plain decoding ``profile`` should be in use.
 
-    The tuned ratio in proportion to the tokens per forward, as if a forward cost what
-    it cost in tuning: plain decoding isn't run in use.
+    Plain decoding isn't run in use, so this is the tokens per forward over what a
+    forward costs in units of plain decoding's. In tuning that was the tokens per
+    forward over the ratio; what is above 1 grows with the candidates per forward, so
+    that a setting that stops drafting where it doesn't pay isn't blamed for it.
     """
     tuned = profile.measurement
-    return tuned.ratio * use.tokens_per_forward / tuned.tokens_per_forward
+    cost = tuned.tokens_per_forward / tuned.ratio
+    if tuned.acceptance > 0 and tuned.tokens_per_forward > 1 and cost > 1:
+        proposed = (tuned.tokens_per_forward - 1) / tuned.acceptance  # a forward
+        cost = 1 + (cost - 1) * use.proposed / max(1, use.forwards) / proposed
+    return use.tokens_per_forward / cost
 
 
 def fails(

@@ -39,7 +39,12 @@ def stats(*steps: tuple[int, int, int, float]) -> RunStats:
 
 
 def use(requests: int, tokens: int, forwards: int, profile: int = 1) -> Use:
-    return Use(profile, "chat", requests, tokens, forwards, 9, 3, 1.0, 2.0, 0.5, 0.7)
+    """With 2.5 candidates a forward, as in the example's profile."""
+    proposed = 5 * forwards // 2
+    return Use(
+        *(profile, "chat", requests, tokens, forwards, proposed, 3),
+        *(1.0, 2.0, 0.5, 0.7),
+    )
 
 
 def test_a_request_is_its_sums() -> None:
@@ -69,6 +74,15 @@ def test_sums_are_the_same_in_any_order(one: Use, two: Use, three: Use) -> None:
     assert one + two == two + one
     assert (one + two) + three == one + (two + three)
     assert (one + two).tokens == one.tokens + two.tokens
+
+
+def test_a_forward_without_candidates_costs_what_plain_decodings_does() -> None:
+    profile = example_profile()  # a forward of 2.5 candidates costs 5/3
+    stopped = replace(use(40, 4000, 4000), proposed=0)
+    assert expected_ratio(profile, stopped) == pytest.approx(1.0)
+    assert not fails(profile, stopped)
+    doubled = replace(use(40, 4000, 4000), proposed=20_000)
+    assert expected_ratio(profile, doubled) == pytest.approx(3 / 7)
 
 
 def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
@@ -247,7 +261,7 @@ def test_a_read_only_database_is_used_without_being_written(
 
 def bad(number: int) -> Use:
     """Enough requests at one token per forward."""
-    return replace(use(40, 4000, 4000, number), proposed=12_000, accepted=0)
+    return replace(use(40, 4000, 4000, number), proposed=10_000, accepted=0)
 
 
 def test_what_fails_in_use_gives_way_to_the_next_and_then_to_plain_decoding(

@@ -544,7 +544,9 @@ def test_show_sets_what_is_seen_in_use_beside_what_was_tuned(tmp_path: Path) -> 
     path = str(tmp_path / "p.db")
     store = open_store(path)
     (number,) = store.add_profiles([example_profile()])
-    store.add_uses([Use(number, "chat", 412, 9000, 4500, 9, 3, 0.5, 600.0, 1.0, 1.0)])
+    store.add_uses(
+        [Use(number, "chat", 412, 9000, 4500, 11_250, 3, 0.5, 600.0, 1.0, 1.0)]
+    )
     store.close()
     asked = ["show", str(number), "--db", path]
     shown = CliRunner().invoke(profiles_command, asked)
