@@ -18,12 +18,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
 import click
-from adaptspec_tuner.measuring.bootstrap import overall
 
 from adaptspec.decoding.engine import Engine
 from adaptspec.environment import environment_of
@@ -92,8 +91,9 @@ def measure_block(
     found = {}
     for setting in settings:
         profiler.forget()
-        gains = [[profiler.measure(setting, p).gain(plain[p.id])] for p in prompts]
-        found[setting.key] = overall(gains)
+        found[setting.key] = geometric_mean(
+            profiler.measure(setting, p).gain(plain[p.id]) for p in prompts
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ def test_nothing_profiled_means_plain_decoding_said_once(decoder: Decoder) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoder.generate(PROMPT, max_new_tokens=5)
+
+
+def test_one_run_may_be_pinned_by_name(module: Any) -> None:
+    model = LanguageModel(module, tiny_tokenizer())
+    store = MemoryStore()
+    here = environment_of(model, None)
+    for number, run in enumerate(("old", "new")):
+        profile = example_profile(
+            environment=here,
+            run=run,
+            params={"draft_length": 3 + number},
+            created=example_profile().created + timedelta(days=number),
+        )
+        keep(store, [profile])
+    lengths = [
+        adaptspec.load(model, db=store, run=run).choose("chat").params["draft_length"]
+        for run in (None, "old", "new")
+    ]
+    assert lengths == [4, 3, 4]
+    with pytest.raises(AdaptSpecError, match="run 'gone' decided nothing"):
+        adaptspec.load(model, db=store, run="gone").choose("chat")
 
 
 def test_the_profiled_winner_is_used_and_the_reason_told(module: Any) -> None:

@@ -25,7 +25,7 @@ def test_the_command_has_an_option_for_every_field_with_the_same_default() -> No
     [
         ({"budget": 9.0}, True),
         ({"trials": 3}, True),
-        ({"strategies": ["suffix"]}, True),
+        ({"strategies": ["suffix"]}, False),
         ({"seed": 1}, False),
         ({"max_new_tokens": 9}, False),
         ({"objective": "latency"}, False),
@@ -37,6 +37,13 @@ def test_trials_are_mixed_where_what_decides_their_figures_is_equal(
 ) -> None:
     usual = TuneOptions()
     assert (replace(usual, **changed).shared() == usual.shared()) is mixed
+
+
+def test_the_order_of_strategies_makes_no_other_run() -> None:
+    one, other = ["suffix", "hybrid"], ["hybrid", "suffix", "hybrid"]
+    assert (
+        TuneOptions(strategies=one).shared() == TuneOptions(strategies=other).shared()
+    )
 
 
 @pytest.mark.parametrize(

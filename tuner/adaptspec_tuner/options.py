@@ -170,9 +170,12 @@ class TuneOptions:
         """What must be equal for the trials of two runs to be mixed."""
         told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("objective", "max_memory"):
+        for name in ("objective", "max_memory", "allow_lossy"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
+        # What wasn't tried can't be chosen: a run of other strategies is another one.
+        if self.strategies is not None:
+            told["strategies"] = sorted(set(self.strategies))
         return {**told, "seed": self.seed}
 
 

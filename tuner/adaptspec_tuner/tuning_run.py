@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
@@ -83,6 +83,8 @@ class TuningRun:
     needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
+    # Class -> what was confirmed of it, as it is recorded.
+    confirmed: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
     id: str = field(init=False)
     spending: Spending = field(init=False)
     result: TuneResult = field(init=False)

@@ -1,4 +1,4 @@
-"""What a run confirmed, decided on for all its classes together and stored."""
+"""What a run confirmed, decided on for all its classes together."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from adaptspec.profile import (
     LATENCY,
     PLAIN,
     ClassChoice,
-    Measurement,
     Pick,
     Profile,
-    ProfileStore,
 )
-from adaptspec.workloads import Workload
 from adaptspec_tuner.deciding.decide import Decided, decide
 from adaptspec_tuner.deciding.rule import Candidate, Found
 from adaptspec_tuner.measuring.profiler import Setting
-from adaptspec_tuner.records import confirmed_key
 
 # Objective -> what a ratio to plain decoding is of, in words.
 MEASURES = {LATENCY: " in p95 latency per token"}
@@ -37,70 +33,60 @@ SUMS = (
 )
 
 
-def decide_run(
-    store: ProfileStore,
-    run: str,
-    workload: Workload,
+def decide_classes(
+    confirmed: Mapping[str, Sequence[Profile]],
+    records: Mapping[str, Mapping[str, Any]],
     tried: Collection[str],
     lossy: Collection[str],
     needs: Callable[[Setting], tuple[bool, bool]],
-) -> list[ClassChoice]:
-    """Decide on all classes that ``run`` has confirmed, and store what is decided.
-
-    Ratios and intervals of the stored profiles become those that were decided on, and
-    profiles over all classes are added.
+) -> tuple[list[ClassChoice], list[Profile]]:
+    """Decide on all classes that a run has confirmed.
 
     Args:
-        workload: The run's; equal prompts of a class count once.
+        confirmed: Class -> its profiles, plain decoding among them.
+        records: Class -> what ``confirm.as_record`` made.
         tried: Strategies of the tune.
         lossy: Those that change the distribution of sampled output.
         needs: Of a setting, whether it runs the draft model, and whether heads.
+
+    Returns:
+        A choice for each class and one over all; and the profiles with the ratios and
+        intervals that were decided on, those over all classes among them.
     """
-    confirmed = [p for p in store.profiles(run=run) if p.prompt_class != EVERY_CLASS]
-    by_class: dict[str, list[Profile]] = {}
-    for profile in confirmed:
-        by_class.setdefault(profile.prompt_class, []).append(profile)
-    same = equal_prompts(workload)
-    ratios = {
-        name: _ratios(store.record(run, confirmed_key(name)) or {}, profiles, same)
-        for name, profiles in by_class.items()
-    }
-    if not ratios:
-        return []
-    settings = {_key(p): p for p in confirmed if not _is_plain(p)}
+    every = [profile for profiles in confirmed.values() for profile in profiles]
+    settings = {_key(p): p for p in every if not _is_plain(p)}
     needed = {
         key: (False, False) if p.baseline else needs(Setting(p.strategy, p.params))
         for key, p in settings.items()
     }
-    candidates = {
-        key: _candidate(
-            [p for p in confirmed if _key(p) == key], lossy, any(needed[key])
-        )
-        for key in settings
-    }
-    first = confirmed[0]
-    measure = MEASURES.get(first.measurement.objective, "")
-    decided = decide(ratios, candidates, measure=measure)
+    decided = decide(
+        {name: _ratios(records[name], of) for name, of in confirmed.items()},
+        {
+            key: _candidate(
+                [p for p in every if _key(p) == key], lossy, any(needed[key])
+            )
+            for key in settings
+        },
+        measure=MEASURES.get(every[0].measurement.objective, ""),
+    )
     updated = [
-        replace(p, measurement=_with_found(p.measurement, of))
-        for name, profiles in by_class.items()
+        p if (of := decided[name].found.get(_key(p))) is None else _with_found(p, of)
+        for name, profiles in confirmed.items()
         for p in profiles
-        if (of := decided[name].found.get(_key(p))) is not None
     ]
     over_all = [
-        _over_all(every, decided[EVERY_CLASS])
-        for key in dict.fromkeys(_key(p) for p in confirmed)
-        if len(every := [p for p in confirmed if _key(p) == key]) == len(by_class)
+        _over_all(same, decided[EVERY_CLASS])
+        for key in dict.fromkeys(_key(p) for p in every)
+        if len(same := [p for p in every if _key(p) == key]) == len(confirmed)
     ]
-    store.add_profiles([*updated, *over_all])
-    prompts = {name: decided[name].prompts for name in by_class}
+    prompts = {name: decided[name].prompts for name in confirmed}
     prompts[EVERY_CLASS] = sum(prompts.values())
     choices = [
         ClassChoice(
-            environment=first.environment,
-            run=run,
+            environment=every[0].environment,
+            run=every[0].run,
             prompt_class=name,
-            created=max(p.created for p in by_class.get(name, confirmed)),
+            created=max(p.created for p in confirmed.get(name, every)),
             picks=[
                 _pick(key, reason, of, settings[key], needed[key], lossy)
                 for key, reason in of.picks
@@ -108,36 +94,24 @@ def decide_run(
             reason=of.plain,
             prompts=prompts[name],
             tried=sorted(tried),
-            objective=first.measurement.objective,
+            objective=every[0].measurement.objective,
         )
         for name, of in decided.items()
     ]
-    store.put_choices(choices)
-    return choices
-
-
-def equal_prompts(workload: Workload) -> dict[str, str]:
-    """Prompt id -> the id of the first prompt that is the same but for its id."""
-    first: dict[object, str] = {}
-    return {
-        prompt.id: first.setdefault(replace(prompt, id="", where=""), prompt.id)
-        for prompt in workload.prompts
-    }
+    return choices, [*updated, *over_all]
 
 
 def _ratios(
-    record: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    record: Mapping[str, Any],
     profiles: Sequence[Profile],
-    same: Mapping[str, str],
 ) -> Mapping[str, Mapping[str, Sequence[float]]]:
     """Setting key -> prompt id -> ratios, of the settings that were confirmed last."""
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, Sequence[float]]] = {}
     kept = {_key(p) for p in profiles if not _is_plain(p)}
     for prompt, settings in record.get("ratios", {}).items():
         for key, ratios in settings.items():
             if key in kept:
-                of = found.setdefault(key, {})
-                of.setdefault(same.get(prompt, prompt), []).extend(ratios)
+                found.setdefault(key, {})[prompt] = ratios
     return found
 
 
@@ -168,10 +142,11 @@ def _candidate(
     )
 
 
-def _with_found(measurement: Measurement, of: Found) -> Measurement:
-    return replace(
-        measurement, ratio=of.ratio, interval_low=of.low, interval_high=of.high
+def _with_found(profile: Profile, of: Found) -> Profile:
+    measurement = replace(
+        profile.measurement, ratio=of.ratio, interval_low=of.low, interval_high=of.high
     )
+    return replace(profile, measurement=measurement)
 
 
 def _pick(
@@ -221,10 +196,12 @@ def _over_all(every: Sequence[Profile], decided: Decided) -> Profile:
         peak_memory=max(m.peak_memory or 0 for m in measured) or None,
     )
     found = decided.found.get(_key(first))
-    return replace(
+    profile = replace(
         first,
         prompt_class=EVERY_CLASS,
         created=max(p.created for p in every),
         lossless=all(p.lossless for p in every),
-        measurement=merged if found is None else _with_found(merged, found),
+        measurement=merged,
+        id=None,
     )
+    return profile if found is None else _with_found(profile, found)

@@ -9,11 +9,11 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from statistics import geometric_mean, median
 
-from adaptspec.errors import stopped_by_user
-from adaptspec.profile import EVERY_CLASS, Profile
+from adaptspec.errors import ProfileStoreError, stopped_by_user
+from adaptspec.profile import EVERY_CLASS, PLAIN, ClassChoice, Profile
 from adaptspec.selector import FEWEST_PROMPTS, Choice, select
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.confirming.choices import decide_run
+from adaptspec_tuner.confirming.choices import decide_classes
 from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
@@ -174,14 +174,14 @@ def _keep(
         )
         for found in confirmed.values()
     ]
-    record = as_record(confirmed)
+    record = run.confirmed[name] = as_record(confirmed)
     run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
     arms = [arm for arm in run.search.arms if arm.prompt_class == name]
     run.result.classes.append(
         ClassResult(
             name,
-            _chosen(run, name),
+            Choice(name, PLAIN),
             tuple(profiles),
             tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
             reused=name in held_out.reused,
@@ -192,31 +192,46 @@ def _keep(
 
 
 def _decide(run: TuningRun) -> None:
-    """Decide on all classes that were confirmed, and take over what is decided."""
-    lossy = {cls.name for cls in run.strategies if not cls.lossless}
-    tried = [cls.name for cls in run.strategies]
-    run.keep(
-        lambda: decide_run(run.store, run.id, run.workload, tried, lossy, run.needs)
+    """Decide on all classes that were confirmed; store what is decided."""
+    confirmed: dict[str, list[Profile]] = {}
+    try:
+        # A run that is continued confirmed some classes earlier.
+        for profile in run.store.profiles(run=run.id):
+            confirmed.setdefault(profile.prompt_class, []).append(profile)
+        known = run.store.choices(model=run.environment.model)
+        for name in confirmed.keys() - run.confirmed.keys():
+            run.confirmed[name] = run.store.record(run.id, confirmed_key(name)) or {}
+    except ProfileStoreError as error:
+        run.unstored, known = run.unstored or error, []
+    found = [f for f in run.result.classes if f.name != EVERY_CLASS]
+    confirmed |= {of.name: list(of.profiles) for of in found}
+    confirmed.pop(EVERY_CLASS, None)
+    choices, profiles = decide_classes(
+        confirmed,
+        run.confirmed,
+        [cls.name for cls in run.strategies],
+        [cls.name for cls in run.strategies if not cls.lossless],
+        run.needs,
     )
-    stored: dict[str, list[Profile]] = {}
-    for profile in run.store.profiles(run=run.id):
-        stored.setdefault(profile.prompt_class, []).append(profile)
-    known = [found for found in run.result.classes if found.name != EVERY_CLASS]
-    if len(known) > 1 and EVERY_CLASS in stored:
-        known.append(ClassResult(EVERY_CLASS, _chosen(run, EVERY_CLASS), ()))
+    run.keep(lambda: run.store.add_profiles(profiles))
+    run.keep(lambda: run.store.put_choices(choices))
+    pinned = {choice.run for choice in known if choice.pinned}
+    choices = [replace(choice, pinned=choice.run in pinned) for choice in choices]
+    choices += [choice for choice in known if choice.run != run.id]
+    if len(confirmed) > 1:
+        found.append(ClassResult(EVERY_CLASS, Choice(EVERY_CLASS, PLAIN), ()))
     run.result.classes[:] = [
         replace(
-            found,
-            choice=_chosen(run, found.name),
-            profiles=tuple(stored.get(found.name, found.profiles)),
+            of,
+            choice=_chosen(run, choices, of.name),
+            profiles=tuple(p for p in profiles if p.prompt_class == of.name),
         )
-        for found in known
+        for of in found
     ]
 
 
-def _chosen(run: TuningRun, name: str) -> Choice:
+def _chosen(run: TuningRun, choices: Sequence[ClassChoice], name: str) -> Choice:
     """What ``adaptspec.load`` will choose for a class."""
-    choices = run.store.choices(model=run.environment.model)
     choice = select(choices, run.environment, name)
     if not choice.run or choice.run == run.id:
         return choice

@@ -67,7 +67,7 @@ def decide(
 
     Args:
         ratios: Class -> setting key -> prompt id -> ratio per repeat, plain decoding
-            left out. Equal prompts must have one id.
+            left out.
         candidates: Setting key -> what else is known of it.
         measure: What the ratios are of, as it follows "2.00x plain decoding".
     """

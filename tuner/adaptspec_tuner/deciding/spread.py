@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,25 +58,37 @@ def moderated(variance: Floats, freedom: Floats, weight: Floats) -> Spreads:
     own = np.where(told, np.maximum(variance, 1e-6 * pooled), pooled)
     together = max(1.0, float((freedom * weight).sum()))
     scales = pooled * np.exp(np.linspace(-1.5, 0.5, 21))
-    best, scale, common = -np.inf, pooled, np.inf
-    for tried, belief in ((2, 0.5), (4, 0.7), (8, 0.9), (16, 1), (32, 1), (np.inf, 1)):
-        # Of one common variance the pooled one is the most likely.
-        for at in [pooled] if tried == np.inf else scales:
-            likely = _log_density(own[told] / at, freedom[told], tried) - np.log(at)
-            total = float((weight[told] * likely).sum()) + np.log(belief)
-            if total > best:
-                best, scale, common = total, float(at), float(tried)
-    if common == np.inf:
-        shared = np.full_like(own, scale)
-    else:
-        shared = (common * scale + freedom * own) / (common + freedom)
+    degrees = np.array([2.0, 4.0, 8.0, 16.0, 32.0])
+    ratio, of = own[told] / scales[:, None], freedom[told]
+    likely = _log_f(ratio, of, degrees[:, None, None]) - np.log(scales)[:, None]
+    total = likely @ weight[told] + np.log([0.5, 0.7, 0.9, 1.0, 1.0])[:, None]
+    # One variance for all: the pooled one is then the most likely.
+    one = _log_chi2(own[told] / pooled, of) - np.log(pooled)
+    if one @ weight[told] >= total.max():
+        return Spreads(np.full_like(own, pooled), np.full_like(own, together), np.inf)
+    best, at = np.unravel_index(int(np.argmax(total)), total.shape)
+    common = float(degrees[best])
+    shared = (common * scales[at] + freedom * own) / (common + freedom)
     return Spreads(shared, np.minimum(common + freedom, together), common)
 
 
-def _log_density(ratio: Floats, freedom: Floats, common: float) -> Floats:
-    """Of a group's variance relative to the common one."""
-    if common == np.inf:
-        density = stats.chi2.logpdf(ratio * freedom, freedom) + np.log(freedom)
-    else:
-        density = stats.f.logpdf(ratio, freedom, common)
-    return np.asarray(density)
+def _log_f(ratio: Floats, one: Floats, other: Floats) -> Floats:
+    """Logarithm of the density of an F distribution with ``one`` and ``other`` degrees
+    of freedom."""
+    return np.asarray(
+        (other * np.log(other) + one * np.log(one)) / 2
+        + (one / 2 - 1) * np.log(ratio)
+        - (one + other) / 2 * np.log(other + one * ratio)
+        - special.betaln(one / 2, other / 2)
+    )
+
+
+def _log_chi2(ratio: Floats, freedom: Floats) -> Floats:
+    """The same of a chi-square by its degrees of freedom: an F distribution's limit."""
+    half = freedom / 2
+    return np.asarray(
+        half * np.log(half)
+        - special.gammaln(half)
+        + (half - 1) * np.log(ratio)
+        - half * ratio
+    )
