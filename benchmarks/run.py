@@ -46,7 +46,7 @@ from contenders import (
     theirs,
 )
 from parts import PARTS, measure_parts, show_parts
-from tables import Run, show_speeds, show_table, summarise
+from tables import TimedAnswer, show_speeds, show_table, summarise
 
 # id, class, token ids, new tokens
 Prompt = tuple[str, str, list[int], int]
@@ -59,8 +59,8 @@ def decode_all(
     together: bool,
     script: Script | None,
     say: Callable[[str], None],
-    done: Callable[[list[Run]], None],
-) -> list[Run]:
+    done: Callable[[list[TimedAnswer]], None],
+) -> list[TimedAnswer]:
     """Every prompt by every contender, interleaved; ``done`` hears of each prompt.
 
     Args:
@@ -74,7 +74,7 @@ def decode_all(
             contender.warm_up(first, short)
         else:
             contender(first, short)
-    runs: list[Run] = []
+    runs: list[TimedAnswer] = []
     for turn, (prompt_id, prompt_class, ids, length) in enumerate(prompts):
         say(f"prompt {turn + 1} of {len(prompts)} ({prompt_class}, {len(ids)} tokens)")
         if script is not None:
@@ -96,7 +96,9 @@ def decode_all(
                     tokens, ms, per = contenders[name](ids, length)
                 timed = None if ms != ms else ms
                 runs.append(
-                    Run(name, prompt_id, prompt_class, tokens, timed, per, repeat)
+                    TimedAnswer(
+                        name, prompt_id, prompt_class, tokens, timed, per, repeat
+                    )
                 )
         done(runs)
     if script is not None:
@@ -105,7 +107,7 @@ def decode_all(
 
 
 def explained(
-    model: LanguageModel, runs: Sequence[Run], prompts: Mapping[str, list[int]]
+    model: LanguageModel, runs: Sequence[TimedAnswer], prompts: Mapping[str, list[int]]
 ) -> dict[tuple[str, str], bool]:
     """For outputs that differ from our plain decoding: is it a tie within rounding?"""
     plain = {r.prompt: r.tokens for r in runs if r.contender == PLAIN}
@@ -404,7 +406,7 @@ def main(
         ties: dict[tuple[str, str], bool] = {}
         judged = 0
 
-        def note(runs: list[Run]) -> None:
+        def note(runs: list[TimedAnswer]) -> None:
             nonlocal judged
             ties.update(explained(model, runs[judged:], texts))
             judged = len(runs)

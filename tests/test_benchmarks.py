@@ -284,7 +284,9 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
 
     kinds = {name: kind(name) for name, _ in times}
     runs = [
-        tables.Run(name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat)
+        tables.TimedAnswer(
+            name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat
+        )
         for (name, prompt), found in times.items()
         for repeat, ms in enumerate(found)
     ]
@@ -317,7 +319,7 @@ def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
         "mine": {"p": 50.0, "q": 12.5, "r": None},
     }
     runs = [
-        tables.Run(name, prompt, "c", [1], ms, 2.0)
+        tables.TimedAnswer(name, prompt, "c", [1], ms, 2.0)
         for name, found in times.items()
         for prompt, ms in found.items()
     ]
@@ -334,12 +336,12 @@ def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
 
 def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -> None:
     runs = [
-        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None),
-        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None, 1),
-        tables.Run("suffix", "p", "c", [1, 4], 2.0, None),
-        tables.Run("suffix", "p", "c", [1, 2], 2.0, None, 1),
-        tables.Run("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
-        tables.Run("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
+        tables.TimedAnswer("hf_generate", "p", "c", [1, 2], 2.0, None),
+        tables.TimedAnswer("hf_generate", "p", "c", [1, 2], 2.0, None, 1),
+        tables.TimedAnswer("suffix", "p", "c", [1, 4], 2.0, None),
+        tables.TimedAnswer("suffix", "p", "c", [1, 2], 2.0, None, 1),
+        tables.TimedAnswer("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
+        tables.TimedAnswer("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
     ]
     rows = {
         row["contender"]: row

@@ -300,7 +300,7 @@ def test_the_command_prints_what_it_could_not_store(
     shown = json.loads(done.stdout)["classes"] if as_json else done.stdout
     assert shown
     if not as_json:
-        assert "autoregressive" in done.stdout
+        assert "plain decoding" in done.stdout
 
 
 def test_a_model_that_ends_at_once_is_an_error_and_not_an_empty_table(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adaptspec.profile import Environment, Trial
     from adaptspec_tuner.measuring.models import Models
 
-ATTEMPTS = 3  # of a trial whose worker dies
+MOST_WORKERS_ENDED = 3
 START_SECONDS = 600.0  # for loading the models
 PLACE = (
     *("model", "draft", "dtype", "device", "device_name", "threads", "heads"),
@@ -160,10 +160,10 @@ class RayPool:
     def _bury(self, actor: Any, job: Job) -> None:
         node = self._node.pop(actor)
         self._attempts[job] = self._attempts.get(job, 0) + 1
-        if self._attempts[job] >= ATTEMPTS:
+        if self._attempts[job] >= MOST_WORKERS_ENDED:
             raise AdaptSpecError(
-                f"{job.strategy} {dict(job.params)} ended {ATTEMPTS} workers; leave "
-                "the strategy out with --strategies"
+                f"{job.strategy} {dict(job.params)} ended {MOST_WORKERS_ENDED} "
+                "workers; leave the strategy out with --strategies"
             )
         self._warn(f"a worker died at {job.strategy} {dict(job.params)}; trying again")
         self._waiting.appendleft(job)
