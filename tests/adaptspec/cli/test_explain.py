@@ -23,6 +23,7 @@ from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
+from decided import keep
 
 HOST = Host({"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin})
 
@@ -60,7 +61,7 @@ def db(model: Path, tmp_path: Path) -> str:
         )
     path = str(tmp_path / "p.db")
     store = open_store(path)
-    store.add_profiles(profiles)
+    keep(store, profiles)
     store.close()
     return path
 
