@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,22 +17,32 @@ import torch
 from torch import nn
 
 from adaptspec.classes.classifier import KEY as CLASSIFIER
-from adaptspec.classes.classifier import UNKNOWN, Classifier
-from adaptspec.classes.last_message import last_message
+from adaptspec.classes.classifier import Classifier, Told
+from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.engine import Engine, Finish, Run
+from adaptspec.decoding.engine import Engine, Finish, Generation, Run
 from adaptspec.decoding.stats import RunStats
+from adaptspec.default_model import default_model_path
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
+from adaptspec.in_use import Opens, Uses, describe, fails, use_of
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
-from adaptspec.profile import PLAIN, ClassChoice, Pick, Profile, ProfileStore
-from adaptspec.selector import Choice, decided_here, select
+from adaptspec.params import Scalar
+from adaptspec.profile import (
+    EVERY_CLASS,
+    PLAIN,
+    ClassChoice,
+    Pick,
+    Profile,
+    ProfileStore,
+)
+from adaptspec.selector import Choice, select
 from adaptspec.streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -67,7 +79,8 @@ class Stream(Iterator[str]):
     Args:
         choice: What decodes.
         seconds_classifying: As in :class:`Result`.
-        on_end: Called once, when the stream has ended or was given up.
+        on_end: Called once with what was generated, when the stream has ended or was
+            given up.
     """
 
     def __init__(
@@ -76,7 +89,7 @@ class Stream(Iterator[str]):
         run: Run,
         choice: Choice,
         seconds_classifying: float,
-        on_end: Callable[[], None] | None = None,
+        on_end: Callable[[Generation], None] | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
         self._model, self._on_end = model, on_end
@@ -114,7 +127,7 @@ class Stream(Iterator[str]):
         finally:
             self._generation, self._run = self._run.result, None
             if self._on_end is not None:
-                self._on_end()
+                self._on_end(self._generation)
 
     def __enter__(self) -> Stream:
         """Itself."""
@@ -176,6 +189,9 @@ class Decoder:
             the profiles, and read it there. It may hold token ids of earlier outputs.
         allow_lossy: Whether a strategy may be chosen that changes the distribution of
             sampled output. Asked for by name, it is used anyway; the result says so.
+        record: Whether tokens and times of requests are added up by setting and class,
+            and written to the store at times and at exit. It holds sums alone.
+        opens: Opens the store to write to; None: ``store`` stays open.
         run: Only what this tuning run decided counts; default: the best evidence.
     """
 
@@ -187,6 +203,8 @@ class Decoder:
         host: Host | None = None,
         learn: bool = False,
         allow_lossy: bool = False,
+        record: bool = True,
+        opens: Opens | None = None,
         run: str | None = None,
     ) -> None:
         self.model, self.draft = model, draft
@@ -197,18 +215,22 @@ class Decoder:
         self.profiles: list[Profile] = []
         self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
+        self._uses: Uses | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
         self._told: set[str] = set()
         if store is not None:
             try:
                 self._read_store(store)
+                if record:
+                    self._uses = Uses(opens or _kept_open(store), store.uses())
+                    weakref.finalize(self, self._uses.close)  # at exit, too
             except ProfileStoreError as error:
                 self.give_up_store(error)
         self._keeper: KnowledgeKeeper | None = None
         self._folder = store.folder if store is not None and learn else None
         self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
-        self._choices: dict[str | None, Choice] = {}
+        self._choices: dict[str | None, tuple[Choice, Profile | None]] = {}
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
@@ -227,6 +249,7 @@ class Decoder:
                 for choice in store.choices()
                 if choice.environment.model_name == self.environment.model_name
             ]
+        self.profiles = store.profiles(model=self.model.digest)
         self._classifier = self._stored_classifier(store)
         if self.choices:
             costs = stored_costs(store, self.environment)
@@ -241,28 +264,74 @@ class Decoder:
         params: Mapping[str, Any] | None = None,
     ) -> Choice:
         """What ``generate`` would decode with, and why."""
+        return self._chosen(prompt_class, strategy, params)[0]
+
+    def _chosen(
+        self,
+        prompt_class: str | None,
+        strategy: str | None,
+        params: Mapping[str, Any] | None,
+    ) -> tuple[Choice, Profile | None]:
+        """The choice, and the profile that it was made by, if any."""
         if strategy is not None:
-            return Choice(
-                prompt_class,
-                strategy,
-                dict(params or {}),
-                "asked for",
-                strategy not in self._lossy(),
-            )
+            lossless = strategy not in self._lossy()
+            asked = dict(params or {})
+            return Choice(prompt_class, strategy, asked, "asked for", lossless), None
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
         if self._unprofiled is not None:
-            return Choice(prompt_class, PLAIN, {}, self._unprofiled)
+            return Choice(prompt_class, PLAIN, {}, self._unprofiled), None
         if prompt_class not in self._choices:
-            self._choices[prompt_class] = select(
-                self.choices,
-                self.environment,
-                None if prompt_class == UNKNOWN else prompt_class,
-                self._lossy() if self._allow_lossy else (),
-                run=self._run_id,
-                refused=self._refused,
-            )
+            self._choices[prompt_class] = self._selected(prompt_class)
         return self._choices[prompt_class]
+
+    def _selected(self, prompt_class: str | None) -> tuple[Choice, Profile | None]:
+        """The best that was decided and doesn't fail in use."""
+        chosen = select(
+            self.choices,
+            self.environment,
+            prompt_class,
+            self._lossy() if self._allow_lossy else (),
+            run=self._run_id,
+            refused=self._refused,
+        )
+        name = chosen.prompt_class or EVERY_CLASS
+        return chosen, self._profile_of(
+            chosen.run, name, chosen.strategy, chosen.params
+        )
+
+    def _profile_of(
+        self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
+    ) -> Profile | None:
+        """The profile of a setting that a run decided on for a class."""
+        wanted = (run, prompt_class, strategy, dict(params), False)
+        for p in self.profiles:
+            own = (p.run, p.prompt_class, p.strategy, dict(p.params), p.baseline)
+            if own == wanted and p.id is not None:
+                return p
+        return None
+
+    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
+        """Why a setting can't be used or fails in use; None where neither is so."""
+        try:
+            cls = self.host.strategy(pick.strategy)
+            cls.Params.parse(pick.params, pick.strategy)
+            problem = cls.unavailable(self.model, self.draft)
+        except AdaptSpecError as error:
+            return str(error)
+        if problem is not None or self._uses is None:
+            return problem
+        name = decided.prompt_class
+        profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
+        if profile is None:
+            return None
+        seen = (profile.id, name)
+        for use in self._uses.totals():
+            if (use.profile, use.prompt_class) == seen and fails(profile, use):
+                return (
+                    f"in use it is worse than plain decoding: {describe(profile, use)}"
+                )
+        return None
 
     def generate(
         self,
@@ -341,25 +410,34 @@ class Decoder:
             controls,
         )
 
-    def classify(self, prompt: Prompt, **encoding: Any) -> str | None:
-        """The discovered class of a prompt, ``unknown`` if it is like none tuned on.
+    def classify(self, prompt: Prompt, **encoding: Any) -> Told | None:
+        """What the prompt's text tells of its class.
 
-        None where classes weren't discovered (``adaptspec tune --classes auto``).
+        None where no classes were learnt (a workload declares two or more), or where
+        the prompt is token ids and the model has no tokenizer.
 
         Args:
             **encoding: ``raw``, ``tools`` and ``template_arguments``, as given to
                 :meth:`generate`.
         """
-        if self._classifier is None:
-            return None
         self._follow()
         text = prompt_text(prompt)
-        if text is None:  # token ids
+        ids = self.model.encode(prompt, **encoding) if text is None else []
+        return self._tell(text, ids)
+
+    def _tell(self, text: str | None, ids: Sequence[int]) -> Told | None:
+        """What the text tells, or without one the last message of the ids."""
+        if self._classifier is None:
+            return None
+        if text is None:
             if self.model.tokenizer is None:
-                return UNKNOWN
-            ids = self.model.encode(prompt, **encoding)
-            text = last_message(self.model.tokenizer, ids)
-        return self._classifier.classify(text)
+                return None
+            text = self._last_message(ids)
+        return self._classifier.tell(text)
+
+    @functools.cached_property
+    def _last_message(self) -> LastMessage:
+        return LastMessage(self.model.tokenizer)
 
     def _follow(self) -> None:
         """Take over changes of the caller's models; profiles are of one version."""
@@ -378,24 +456,27 @@ class Decoder:
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
-        """The newest run's, if that run discovered its classes."""
-        here = decided_here(self.choices, self.environment)
-        if not here:
-            return None
-        newest = max(here, key=lambda choice: (choice.created, choice.run))
-        record = store.record(newest.run, CLASSIFIER)
-        if record is None:
-            return None
-        try:
-            return Classifier.from_json(record)
-        except AdaptSpecError as error:
-            warnings.warn(f"classes aren't discovered: {error}", stacklevel=3)
-            return None
+        """The newest that was learnt for the model, whatever it was tuned with."""
+        runs = {choice.run: choice.created for choice in self.choices}
+        if self._run_id is not None:
+            runs = {run: at for run, at in runs.items() if run == self._run_id}
+        for run in sorted(runs, key=lambda run: (runs[run], run), reverse=True):
+            record = store.record(run, CLASSIFIER)
+            if record is None:
+                continue
+            try:
+                return Classifier.from_json(record)
+            except AdaptSpecError as error:
+                warnings.warn(f"classes can't be told: {error}", stacklevel=4)
+                return None
+        return None
 
     def save(self) -> None:
-        """Write down now what strategies have learnt; done at exit anyway."""
+        """Write down now what was learnt and recorded; done at exit anyway."""
         if self._keeper is not None:
             self._keeper.save()
+        if self._uses is not None:
+            self._uses.close()
 
     def _run(
         self,
@@ -408,7 +489,6 @@ class Decoder:
         encoding: Mapping[str, Any],
         controls: Mapping[str, Any],
     ) -> Stream:
-        seconds = 0.0
         self._follow()
         settings = Controls.for_model(
             self.model,
@@ -417,16 +497,35 @@ class Decoder:
             **controls,
         )
         ids = self.model.encode(prompt, **encoding)
+        told, seconds = None, 0.0
         if prompt_class is None and strategy is None and self._classifier is not None:
             started = perf_counter()
-            prompt_class = self.classify(prompt, **encoding)
+            told = self._tell(prompt_text(prompt), ids)
             seconds = perf_counter() - started
-        choice = self.choose(prompt_class, strategy, params)
+        if told is not None:
+            prompt_class = told.prompt_class
+        choice, profile = self._chosen(prompt_class, strategy, params)
         if strategy is None and choice.strategy == PLAIN:
             self._tell_once(choice.reason)
+        if told is not None:
+            choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
         run = Run(self.engine, self._strategy(choice), ids, settings)
-        learnt = None if self._keeper is None else self._keeper.refresh
-        return Stream(self.model, run, choice, seconds, learnt)
+
+        def ended(generation: Generation) -> None:
+            if self._keeper is not None:
+                self._keeper.refresh()
+            if profile is not None:
+                self._record(profile, choice, generation.stats)
+
+        return Stream(self.model, run, choice, seconds, ended)
+
+    def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
+        """Add a request to the sums; choose anew where its setting fails by them."""
+        if self._uses is None or profile.id is None:
+            return
+        use = use_of(profile.id, choice.prompt_class or EVERY_CLASS, stats)
+        if use is not None and fails(profile, self._uses.add(use)):
+            self._choices.clear()
 
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
@@ -440,15 +539,6 @@ class Decoder:
 
     def _lossy(self) -> set[str]:
         return {name for name, cls in self.host.strategies.items() if not cls.lossless}
-
-    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
-        """Why a strategy is gone or can't run here; None if it can."""
-        try:
-            cls = self.host.strategy(pick.strategy)
-            cls.Params.parse(pick.params, pick.strategy)
-            return cls.unavailable(self.model, self.draft)
-        except AdaptSpecError as error:
-            return str(error)
 
     def _tell_once(self, reason: str) -> None:
         if reason not in self._told:
@@ -465,34 +555,39 @@ class NoStoreWarning(PlainDecodingWarning, StoreWarning):
 
 
 def load(
-    model: str | Path | nn.Module | LanguageModel,
+    model: str | Path | nn.Module | LanguageModel | None = None,
     draft_model: str | Path | nn.Module | LanguageModel | None = None,
     db: str | Path | ProfileStore | None = None,
     *,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    threads: int | None = None,
     host: Host | None = None,
     learn: bool = False,
     heads: str | Path | Sequence[str | Path] = (),
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
+    record: bool = True,
     run: str | None = None,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
     Args:
         model: A folder or hub name, or a loaded ``AutoModelForCausalLM``, which is
-            used as it is and never changed.
+            used as it is and never changed. None: the embedded model.
         draft_model: The same for the draft.
         db: Path or SQLAlchemy URL of the profile database; None: the user's own, or no
             profiles if no plugin opens one. Where it can't be used, a warning says why,
             and decoding is plain.
+        threads: Threads of torch, set for the whole process; None leaves them. Profiles
+            hold for the number that they were measured with.
         learn: See :class:`Decoder`.
         heads: Folders of heads trained for the target, for the strategies that draft
             with them.
         allow_lossy: See :class:`Decoder`.
         trust_remote_code: Whether code that comes with the models may run.
+        record: See :class:`Decoder`.
         run: See :class:`Decoder`.
 
     Raises:
@@ -500,6 +595,10 @@ def load(
         HeadsLoadError: if heads can't be read or don't fit the target.
         ProfileStoreError: if ``db`` is given and no plugin opens databases.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model is None:
+        model = default_model_path(lambda line: print(line, file=sys.stderr))
     host = host or Host.installed()
     target = _language_model(model, tokenizer, dtype, device, trust_remote_code)
     for folder in [heads] if isinstance(heads, str | Path) else heads:
@@ -509,23 +608,32 @@ def load(
         if draft_model is None
         else _language_model(draft_model, None, dtype, target.device, trust_remote_code)
     )
-    opens = _opens_stores(host)
-    if db is None and not opens:
-        return Decoder(target, draft, None, host, learn, allow_lossy, run)
+    can_open = _opens_stores(host)
+    if db is None and not can_open:
+        return Decoder(target, draft, None, host, learn, allow_lossy, run=run)
     if db is None or isinstance(db, str | Path):
+        url = None if db is None else str(db)
+
+        def opens() -> closing[ProfileStore]:
+            return closing(host.open_store(url))
+
         try:
-            store = host.open_store(None if db is None else str(db))
+            opened = opens()
         except ProfileStoreError as error:
-            if not opens:
+            if not can_open:
                 raise
-            decoder = Decoder(target, draft, None, host, learn, allow_lossy, run)
+            decoder = Decoder(target, draft, None, host, learn, allow_lossy, run=run)
             decoder.give_up_store(error)
             return decoder
-        try:
-            return Decoder(target, draft, store, host, learn, allow_lossy, run)
-        finally:
-            store.close()
-    return Decoder(target, draft, db, host, learn, allow_lossy, run)
+        with opened as store:
+            return Decoder(
+                *(target, draft, store, host, learn, allow_lossy, record, opens, run)
+            )
+    return Decoder(target, draft, db, host, learn, allow_lossy, record, run=run)
+
+
+def _kept_open(store: ProfileStore) -> Opens:
+    return lambda: nullcontext(store)
 
 
 def _opens_stores(host: Host) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,6 +244,64 @@ class Trial:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Use:
+    """Sums over the requests that were decoded with a profile's setting; no text.
+
+    Enough for a bandit to learn from: means and variances of the logarithm of the time
+    per token follow from them.
+
+    Args:
+        profile: Its id in the store.
+        prompt_class: The class that was chosen for, ``*`` for the choice over all.
+        requests: How many; those without a decoding step aren't counted.
+        tokens: Generated after each request's first token.
+        forwards: The target's forwards after the prefill.
+        proposed: Candidates verified.
+        accepted: Candidates accepted.
+        seconds_prefill: Reading the prompts.
+        seconds: Decoding after the prefill.
+        log_seconds: Sum of the logarithms of a request's decoding seconds per token.
+        log_seconds_squared: Sum of their squares.
+    """
+
+    profile: int
+    prompt_class: str
+    requests: int
+    tokens: int
+    forwards: int
+    proposed: int
+    accepted: int
+    seconds_prefill: float
+    seconds: float
+    log_seconds: float
+    log_seconds_squared: float
+
+    def __add__(self, other: Use) -> Use:
+        """The sums of both; they must be of one profile and class."""
+        sums = {
+            item.name: getattr(self, item.name) + getattr(other, item.name)
+            for item in fields(self)
+            if item.name not in ("profile", "prompt_class")
+        }
+        return replace(self, **sums)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Mean tokens committed per target forward; 1 is plain decoding."""
+        return self.tokens / self.forwards if self.forwards else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, prefill excluded."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / proposed candidates, 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+
 class ProfileStore(Protocol):
     """Keeps profiles, choices and trials. Every write is one transaction.
 
@@ -304,6 +362,16 @@ class ProfileStore(Protocol):
 
     def record(self, run: str, key: str) -> dict[str, Any] | None:
         """A run's JSON record."""
+
+    def add_uses(self, uses: Sequence[Use]) -> None:
+        """Add to the sums of the same profile and class, all at once.
+
+        Those of profiles that aren't there any more are left out. A profile measured
+        again begins anew, and a deleted run's are forgotten.
+        """
+
+    def uses(self) -> list[Use]:
+        """All sums, by profile and class."""
 
     def close(self) -> None:
         """Release connections."""

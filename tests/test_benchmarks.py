@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
 from adaptspec.testing.fakes import tiny_model, tiny_module, tiny_tokenizer
-from adaptspec.workloads import Prompt
+from adaptspec.workloads import Prompt, Workload
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -330,6 +330,25 @@ def test_held_out_prompts_gain_by_what_was_best_for_their_class_when_tuning() ->
     assert gained(tuning, held_out, logs, "x") == pytest.approx(
         (3.0 * 0.8 * 1.0 * 1.1) ** (1 / 4)
     )
+
+
+def test_classes_that_are_told_rightly_gain_what_declared_ones_do() -> None:
+    texts = {"sums": "what is 17 times 25 plus {}", "verse": "write verses on rain {}"}
+    prompts = [
+        Prompt(f"{name}{i}", name, text=text.format(i))
+        for name, text in texts.items()
+        for i in range(8)
+    ]
+    # Of each class another setting is the best.
+    ratios = {
+        p.id: {"x": 2.0, "y": 0.5} if p.prompt_class == "sums" else {"x": 0.5, "y": 1.8}
+        for p in prompts
+    }
+    classing = benchmark("classing")
+    found = classing.compared(Workload("w", tuple(prompts)), ratios, 0)
+    assert found[classing.TOLD] == pytest.approx(found[classing.DECLARED])
+    assert found[classing.DECLARED] == pytest.approx((2.0 * 1.8) ** 0.5)
+    assert found[classing.ONE] < 1.01
 
 
 @pytest.mark.parametrize(

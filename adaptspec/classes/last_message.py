@@ -8,22 +8,39 @@ from typing import Any
 _MARKS = ("\ue000one\ue000", "\ue000two\ue000", "\ue000three\ue000")
 
 
-def last_message(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The last user message without the template around it.
+class LastMessage:
+    """Reads the last user message of a chat without the template around it.
 
-    Where ``ids`` aren't a chat of the tokenizer's template, their whole text.
+    Args:
+        tokenizer: The model's.
+        most: Tokens that are read at each end of a long prompt.
     """
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
-    around = _around(tokenizer)
-    if around is not None:
-        opening, header, closing = around
-        body = text.removesuffix(closing)
-        at = body.rfind(header)
-        if body != text and at >= 0:
-            return body[at + len(header) :]
-        if body != text and body.startswith(opening):
-            return body.removeprefix(opening)
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def __init__(self, tokenizer: Any, most: int = 1024) -> None:
+        self._tokenizer, self._most = tokenizer, most
+        self._template = _around(tokenizer)  # a template is a program, and slow
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """The message; where ``ids`` aren't a chat of the template, their text.
+
+        Of a message that is longer than what is read, its two ends.
+        """
+        ends = [list(ids)]
+        if len(ids) > 2 * self._most:
+            ends = [list(ids[: self._most]), list(ids[-self._most :])]
+        if self._template is not None:
+            opening, header, closing = self._template
+            texts = [self._decoded(end, skip_special_tokens=False) for end in ends]
+            last = texts[-1].removesuffix(closing)
+            at = last.rfind(header)
+            if last != texts[-1] and at >= 0:
+                return last[at + len(header) :]
+            if last != texts[-1] and texts[0].startswith(opening):
+                return "\n".join([*texts[:-1], last]).removeprefix(opening)
+        return "\n".join(self._decoded(end, skip_special_tokens=True) for end in ends)
+
+    def _decoded(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 def _around(tokenizer: Any) -> tuple[str, str, str] | None:

@@ -92,6 +92,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Keep what strategies learn beside the profiles; it may hold outputs' tokens.",
 )
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Add tokens and seconds, no text, to what the profile saw in use.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -119,6 +125,7 @@ def generate(
     threads: int | None,
     trust_remote_code: bool,
     learn: bool,
+    record: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -152,10 +159,6 @@ def generate(
         ]
     from adaptspec.decoder import load
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     if model is None:
         from adaptspec.default_model import default_model_path
 
@@ -167,11 +170,13 @@ def generate(
             db,
             dtype=dtype,
             device=device,
+            threads=threads,
             host=host,
             learn=learn,
             heads=heads,
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,
+            record=record,
         )
     stream = decoder.stream(
         asked,
@@ -244,7 +249,7 @@ def _figures(result: Result) -> str:
         f"{stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.tokens_per_forward:.2f} tokens per target forward"
         + (
-            f", class found in {result.seconds_classifying * 1000:.1f} ms"
+            f", class told in {result.seconds_classifying * 1000:.1f} ms"
             if result.seconds_classifying
             else ""
         )

@@ -20,6 +20,7 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
     Trial,
+    Use,
 )
 
 _characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
@@ -308,6 +309,38 @@ class ProfileStoreContract:
             store.add_trial(t)
         assert store.trials("r1") == [trial, failed]
         assert store.trials("r2") == []
+
+    @_drawn
+    @given(_text, st.integers(0, 2**40), st.floats(-1e9, 1e9))
+    def test_uses_are_added_up_by_profile_and_class(
+        self, store: ProfileStore, prompt_class: str, count: int, value: float
+    ) -> None:
+        one, two = store.add_profiles([example_profile(), example_profile(run="r2")])
+        known = {(u.profile, u.prompt_class): u for u in store.uses()}
+        use = Use(one, prompt_class, 1, count, 3, 4, 5, 0.5, 2.0, value, 1.0)
+        other = replace(use, profile=two)
+        store.add_uses([use, other])
+        store.add_uses([use])
+        for key, expected in ((one, use + use), (two, other)):
+            if (key, prompt_class) in known:
+                expected = known[key, prompt_class] + expected
+            found = {(u.profile, u.prompt_class): u for u in store.uses()}
+            assert found[key, prompt_class] == expected
+        assert list(found) == sorted(found)
+
+    def test_uses_end_with_their_profile(self, store: ProfileStore) -> None:
+        one, two = store.add_profiles([example_profile(), example_profile(run="r2")])
+        use = Use(one, "chat", 1, 2, 3, 4, 5, 0.5, 2.0, -1.0, 1.0)
+        other = replace(use, profile=two)
+        store.add_uses([use, other, replace(use, profile=two + 1)])
+        assert store.uses() == [use, other]
+        store.add_profiles([example_profile()])  # the same once more
+        assert store.uses() == [use, other]
+        later = example_profile().created + timedelta(days=1)
+        store.add_profiles([example_profile(created=later)])
+        assert store.uses() == [other]
+        store.delete_run("r2")
+        assert store.uses() == []
 
     def test_records_are_replaced_and_runs_deleted(self, store: ProfileStore) -> None:
         store.put_record("r1", "plain", {"a": [1.5, None]})

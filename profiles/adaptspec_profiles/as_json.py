@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from adaptspec.profile import (
     Pick,
     Profile,
     Trial,
+    Use,
 )
 
 LARGEST_INTEGER = 2**63 - 1  # of a database's column
@@ -54,6 +55,16 @@ def profile_from_json(record: Any) -> Profile:
         if isinstance(record.get(name), Mapping):
             _refuse_unknown(record[name], cls, f"{name}.")
     return _validated(_PROFILE, {**record, "id": None})
+
+
+def use_to_json(use: Use) -> dict[str, Any]:
+    """A JSON-ready record of the sums, and the means that they come to."""
+    return {
+        **asdict(use),
+        "tokens_per_second": use.tokens_per_second,
+        "tokens_per_forward": use.tokens_per_forward,
+        "acceptance": use.acceptance,
+    }
 
 
 def same_profile(profile: Profile) -> Profile:

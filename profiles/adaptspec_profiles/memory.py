@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptspec.profile import ClassChoice, Profile, Trial
+from adaptspec.profile import ClassChoice, Profile, Trial, Use
 from adaptspec_profiles.as_json import (
     json_value,
     measured_again_first,
@@ -26,6 +26,7 @@ class MemoryStore:
         self._profiles: dict[int, Profile] = {}
         self._trials: dict[tuple[str, str, str, int], Trial] = {}
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
+        self._uses: dict[tuple[int, str], Use] = {}
         self._choices: dict[tuple[str, str], ClassChoice] = {}
         self._next = 1
 
@@ -70,6 +71,8 @@ class MemoryStore:
         if profile_id is None:
             profile_id = min(older, default=self._next)
             self._next = max(self._next, profile_id + 1)
+        # Measured again: what was seen of the older settings in use doesn't count.
+        self._forget_uses(set(older))
         for gone in set(older) - {profile_id}:
             del self._profiles[gone]
         self._profiles[profile_id] = replace(profile, id=profile_id)
@@ -100,6 +103,7 @@ class MemoryStore:
     def delete_run(self, run: str) -> int:
         """Forget a run; return how many profiles it had."""
         gone = [i for i, p in self._profiles.items() if p.run == run]
+        self._forget_uses(set(gone))
         for i in gone:
             del self._profiles[i]
         for key in [k for k in self._trials if k[0] == run]:
@@ -154,6 +158,22 @@ class MemoryStore:
     def record(self, run: str, key: str) -> dict[str, Any] | None:
         """A copy of a record, None if there is none."""
         return copy.deepcopy(self._records.get((run, key)))
+
+    def add_uses(self, uses: Sequence[Use]) -> None:
+        """Add to the sums; those of profiles that are gone are left out."""
+        for use in uses:
+            if use.profile in self._profiles:
+                key = (use.profile, use.prompt_class)
+                known = self._uses.get(key)
+                self._uses[key] = use if known is None else known + use
+
+    def uses(self) -> list[Use]:
+        """All sums, by profile and class."""
+        return [self._uses[key] for key in sorted(self._uses)]
+
+    def _forget_uses(self, profiles: set[int]) -> None:
+        for key in [key for key in self._uses if key[0] in profiles]:
+            del self._uses[key]
 
     def close(self) -> None:
         """Nothing to release."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     DateTime,
     Float,
@@ -78,6 +79,24 @@ class ProfileRow(Base):
     ratio: Mapped[float] = mapped_column(Float)
     measurement: Mapped[dict[str, Any]] = mapped_column(JSON)
     setting: Mapped[str] = mapped_column(text(64))  # digest of params
+
+
+class UseRow(Base):
+    """Sums over the requests decoded with a profile's setting for one class."""
+
+    __tablename__ = "uses"
+
+    profile_id: Mapped[int] = mapped_column(ForeignKey("profiles.id"), primary_key=True)
+    prompt_class: Mapped[str] = mapped_column(text(256), primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    forwards: Mapped[int] = mapped_column(BigInteger)
+    proposed: Mapped[int] = mapped_column(BigInteger)
+    accepted: Mapped[int] = mapped_column(BigInteger)
+    seconds_prefill: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+    log_seconds: Mapped[float] = mapped_column(Float)
+    log_seconds_squared: Mapped[float] = mapped_column(Float)
 
 
 class ChoiceRow(Base):

@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
-from adaptspec.profile import ClassChoice, Environment, Profile, Trial
+from adaptspec.profile import ClassChoice, Environment, Profile, Trial, Use
 from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
     choice_from_json,
@@ -49,6 +49,7 @@ from adaptspec_profiles.schema import (
     ProfileRow,
     RecordRow,
     TrialRow,
+    UseRow,
 )
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ class SqlStore:
                 .where(ProfileRow.run == run)
                 .select_from(ProfileRow)
             )
+            ours = select(ProfileRow.id).where(ProfileRow.run == run)
+            session.execute(delete(UseRow).where(UseRow.profile_id.in_(ours)))
             for table in (ProfileRow, ChoiceRow, TrialRow, RecordRow):
                 session.execute(delete(table).where(table.run == run))
             return int(count or 0)
@@ -256,6 +259,44 @@ class SqlStore:
         except DAMAGE as error:
             self._warn(RecordRow, {f"{run} {key}": error})
             return None
+
+    def add_uses(self, uses: Sequence[Use]) -> None:
+        """Add to the sums in one transaction."""
+
+        def add(session: Session) -> None:
+            wanted = {use.profile for use in uses}
+            there = select(ProfileRow.id).where(ProfileRow.id.in_(wanted))
+            kept = set(session.scalars(there))
+            for use in uses:
+                if use.profile not in kept:
+                    continue
+                fields = asdict(use)
+                here = (UseRow.profile_id == fields.pop("profile")) & (
+                    UseRow.prompt_class == fields.pop("prompt_class")
+                )
+                # Added by the database, so that no other process's sums are lost.
+                more = {name: getattr(UseRow, name) + fields[name] for name in fields}
+                changed = session.execute(update(UseRow).where(here).values(more))
+                if not getattr(changed, "rowcount", 0):
+                    row = {"profile_id": use.profile, "prompt_class": use.prompt_class}
+                    session.add(UseRow(**row, **fields))
+
+        self._write(add)
+
+    def uses(self) -> list[Use]:
+        """All sums, by profile and class."""
+        names = [field.name for field in dataclasses.fields(Use)][2:]
+        found, damaged = [], {}
+        with self._reading() as session:
+            for row in session.scalars(select(UseRow)):
+                values = [getattr(row, name) for name in names]
+                if all(type(value) in (int, float) for value in values):
+                    found.append(Use(row.profile_id, row.prompt_class, *values))
+                else:
+                    error = TypeError(f"sums must be numbers, got {values!r:.60}")
+                    damaged[row.profile_id] = error
+        self._warn(UseRow, damaged)
+        return sorted(found, key=lambda use: (use.profile, use.prompt_class))
 
     def close(self) -> None:
         """Release connections."""
@@ -423,6 +464,9 @@ def _put(session: Session, profile: Profile) -> int:
     if known is None:
         known = session.scalar(select(func.min(ProfileRow.id)).where(outdated))
     if known is not None:
+        # Measured again: what was seen of the older settings in use doesn't count.
+        replaced = select(ProfileRow.id).where(outdated)
+        session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
         session.execute(delete(ProfileRow).where(outdated, ProfileRow.id != known))
         session.execute(
             update(ProfileRow).where(ProfileRow.id == known).values(**fields)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import adaptspec
 import adaptspec_plugins
@@ -292,3 +293,80 @@ def test_heads_are_read_from_folders_and_part_of_the_environment(
     assert result.token_ids == plain.token_ids
     with pytest.raises(HeadsLoadError, match="no folder"):
         adaptspec.load(module, db=MemoryStore(), heads=tmp_path / "gone")
+
+
+def with_a_draft(model: LanguageModel, store: MemoryStore, ratio: float = 1.5) -> None:
+    """Tuned with a draft model: it is the fastest, prompt lookup comes next.
+
+    Args:
+        ratio: Of prompt lookup.
+    """
+    place = replace(environment_of(model, None), draft="d9", draft_name="small")
+    measured = example_profile().measurement
+    first = example_profile(
+        environment=place,
+        strategy="draft_model",
+        params={},
+        measurement=replace(measured, ratio=2.0),
+    )
+    second = replace(
+        first,
+        strategy="prompt_lookup",
+        params={"draft_length": 3},
+        measurement=replace(measured, ratio=ratio, interval_low=ratio - 0.2),
+    )
+    keep(store, [first, second])
+
+
+def test_without_the_draft_model_the_best_that_needs_none_serves(module: Any) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    with_a_draft(model, store)
+    decoder = adaptspec.load(model, db=store)
+    choice = decoder.choose("chat")
+    assert choice.strategy == "prompt_lookup"
+    assert "measured 1.50x" in choice.reason
+    assert "draft_model was 2.00x with the draft model small" in choice.reason
+    # What it took is added to the profile that was measured with the draft model.
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.save()
+    (use,) = store.uses()
+    profile = store.profile(use.profile)
+    assert profile is not None
+    assert profile.strategy == "prompt_lookup"
+
+
+def test_where_only_the_draft_model_is_faster_it_says_what_to_pass(module: Any) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    with_a_draft(model, store, ratio=0.9)
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.strategy == PLAIN
+    assert "the draft model small (draft_model=, --draft-model)" in choice.reason
+
+
+def test_another_dtype_is_told_with_what_to_pass(module: Any) -> None:
+    model, store = LanguageModel(module, tiny_tokenizer()), MemoryStore()
+    place = replace(environment_of(model, None), dtype="bfloat16", model="other")
+    keep(store, [example_profile(environment=place)])
+    choice = adaptspec.load(model, db=store).choose("chat")
+    assert choice.strategy == PLAIN
+    assert "load with dtype='bfloat16', or run tune here" in choice.reason
+
+
+def test_threads_are_set_before_the_environment_is_read(module: Any) -> None:
+    before = torch.get_num_threads()
+    try:
+        decoder = adaptspec.load(module, db=MemoryStore(), threads=before + 1)
+        assert decoder.environment.threads == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_a_model_the_embedded_one_is_loaded(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "adaptspec.decoder.default_model_path", lambda progress: tmp_path
+    )
+    decoder = adaptspec.load(db=MemoryStore(), tokenizer=tiny_tokenizer())
+    assert decoder.model.digest == LanguageModel(module).digest

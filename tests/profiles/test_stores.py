@@ -24,7 +24,7 @@ from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.host import Host
-from adaptspec.profile import ProfileStore, Trial
+from adaptspec.profile import ProfileStore, Trial, Use
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.as_json import profile_from_json, profile_to_json
@@ -98,7 +98,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002", "m003", "m005"]
+    assert migrate(migrated) == ["m001", "m002", "m003", "m005", "m006"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -520,3 +520,41 @@ def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
     store = open_store(db)
     assert store.profiles() == []
     store.close()
+
+
+def test_uses_of_earlier_releases_files_are_empty_and_of_this_ones_read(
+    tmp_path: Path,
+) -> None:
+    for name, expected in (("m003", []), ("m006", [3])):
+        golden = Path(__file__).parent / "golden" / f"{name}.sql"
+        path = tmp_path / f"{name}.db"
+        connection = sqlite3.connect(path)
+        connection.executescript(golden.read_text())
+        connection.close()
+        store = open_store(str(path))
+        assert [use.requests for use in store.uses()] == expected
+        (kept,) = store.profiles()
+        assert kept.id is not None
+        store.add_uses([Use(kept.id, "chat", 4, 9, 3, 2, 1, 0.5, 2.0, -1.0, 1.0)])
+        assert [use.requests for use in store.uses()] == [sum(expected) + 4]
+        store.close()
+
+
+def test_show_sets_what_is_seen_in_use_beside_what_was_tuned(tmp_path: Path) -> None:
+    path = str(tmp_path / "p.db")
+    store = open_store(path)
+    (number,) = store.add_profiles([example_profile()])
+    store.add_uses(
+        [Use(number, "chat", 412, 9000, 4500, 11_250, 3, 0.5, 600.0, 1.0, 1.0)]
+    )
+    store.close()
+    asked = ["show", str(number), "--db", path]
+    shown = CliRunner().invoke(profiles_command, asked)
+    assert (
+        "chat: tuned 1.50x plain decoding; in use 412 requests, 1.20x expected from "
+        "2.00 tokens per forward (tuned 2.50), 15.0 tokens/s (tuned 20.0)"
+    ) in shown.output
+    told = json.loads(CliRunner().invoke(profiles_command, [*asked, "--json"]).output)
+    (use,) = told["in_use"]
+    assert (use["requests"], use["tokens_per_second"]) == (412, 15.0)
+    assert use["expected_ratio"] == pytest.approx(1.2)

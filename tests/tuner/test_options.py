@@ -33,7 +33,6 @@ def test_the_command_has_an_option_for_every_field_with_the_same_default() -> No
         ({"temperature": 0.7}, False),
         ({"control": [("repetition_penalty", 1.1)]}, False),
         ({"max_memory": 2**30}, False),
-        ({"classes": "auto"}, False),
     ],
 )
 def test_trials_are_mixed_where_what_decides_their_figures_is_equal(

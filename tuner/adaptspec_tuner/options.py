@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec.strategy import Strategy
 
-AUTO = "auto"  # classes are discovered
 EXAMPLE_TOKENS = 48
 
 
@@ -92,10 +91,6 @@ class TuneOptions:
             "percentile of the time per token."
         ),
     ] = "answer"
-    classes: Annotated[
-        Literal["declared", "auto"],
-        Asked("Classes of the workload, or discovered from the prompts."),
-    ] = "declared"
     max_memory: Annotated[
         int | None,
         Asked(
@@ -224,11 +219,6 @@ class TuneOptions:
         told |= {name: value for name, value in named.items() if value is not None}
         return ({"temperature": self.temperature} if self.temperature else {}) | told
 
-    @property
-    def discovers(self) -> bool:
-        """Whether classes are discovered; those declared are left aside."""
-        return self.classes == AUTO
-
     def shared(self) -> dict[str, Any]:
         """What must be equal for the trials of two runs to be mixed."""
         told: dict[str, Any] = {
@@ -236,7 +226,7 @@ class TuneOptions:
             "objective": self.objective,
         }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("max_memory", "classes", "allow_lossy"):
+        for name in ("max_memory", "allow_lossy"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
         # What wasn't tried can't be chosen: a run of other strategies is another one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,8 @@ from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.params import Scalar
 from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
 from adaptspec.selector import stale_versions
-from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
-from adaptspec_tuner.classes.phase import discover_classes
+from adaptspec.workloads import Prompt, Workload, split
+from adaptspec_tuner.classes.learn import learn
 from adaptspec_tuner.confirming.decided import decided
 from adaptspec_tuner.confirming.finalists import (
     confirm_classes,
@@ -23,7 +22,7 @@ from adaptspec_tuner.confirming.finalists import (
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
-from adaptspec_tuner.records import plain_key
+from adaptspec_tuner.records import CLASSIFIER, plain_key
 from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.entrants import (
@@ -48,13 +47,12 @@ def tune_with(given: TuneInputs) -> TuneResult:
     run = TuningRun(given)
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
-    workload = _unclassed(given.workload) if run.options.discovers else given.workload
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
-    tuning, held_out = split(workload)
+    tuning, held_out = split(given.workload)
     result = TuneResult(
         run=run.id,
         environment=run.environment,
-        workload=workload.name,
+        workload=given.workload.name,
         db=run.store.url,
         classes=[],
         notes=run.notes,
@@ -66,10 +64,6 @@ def tune_with(given: TuneInputs) -> TuneResult:
             # A strategy that is found is of no use unless there is time to confirm it.
             run.time.keep_back(*confirming_takes(run, tuning, held_out, plain))
             replayer = replayer_of(run, tuning, plain)
-            if run.options.discovers:
-                tuning, held_out = discover_classes(
-                    run, replayer, set(plain), tuning, held_out
-                )
             # The classes in turn, so that any first prompts are of all kinds.
             mixed = tuning.limit(len(tuning.prompts)).prompts
             recorded = [p for p in mixed if p.id in plain]
@@ -77,6 +71,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
             search = raced(run, recorded, plain, common, replayed)
+            learn_classes(run)
             finalists = finalists_of(run, search, common)
             records: dict[str, dict[str, Any]] = {}
             for name, confirmed in confirm_classes(
@@ -146,11 +141,6 @@ def _stale(store: ProfileStore, environment: Environment) -> str:
     if here and (changed := stale_versions(here[0], environment)):
         return f"its profiles are stale ({changed}); measuring again"
     return ""
-
-
-def _unclassed(workload: Workload) -> Workload:
-    prompts = tuple(replace(p, prompt_class=DEFAULT_CLASS) for p in workload.prompts)
-    return replace(workload, prompts=prompts)
 
 
 def plain_decodings(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
@@ -332,6 +322,15 @@ def raced(
     for line in untried_lines(untried):
         run.warn(line)
     return search
+
+
+def learn_classes(run: TuningRun) -> None:
+    """Learn from all prompts to tell their classes in use, and store that."""
+    run.begin("classes")
+    found = learn(run.given.workload.prompts)
+    if found is not None:
+        run.keep(lambda: run.store.put_record(run.id, CLASSIFIER, found.as_json()))
+        run.warn(found.evidence.describe())
 
 
 def opening_prompts(

@@ -3,8 +3,7 @@
 ``spent``                      seconds by part (time_spent.py)
 ``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (phases.py)
 ``usage``                      what was tuned, as it was asked for (reporting/usage.py)
-``classifier``                 what tells the classes, where they were discovered
-``classified``                 prompt id -> class, where telling it took a forward
+``classifier``                 what tells a prompt's class (adaptspec/classes)
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
 ``raced/CLASS``                setting key -> prompt id -> ratios of leaders measured
                                again (searching/search.py)

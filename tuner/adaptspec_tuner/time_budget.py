@@ -22,7 +22,6 @@ class TimeBudget:
             whatever confirming takes.
         opening: Of the search, for the settings that open the race of every class.
         replays: Of the search, for trials without the target, if all strategies replay.
-        classes: Of the search, for the replays that classes are discovered by.
         late: Seconds past the deadline that a last prediction may take.
     """
 
@@ -36,12 +35,11 @@ class TimeBudget:
         least_search: float = 0.25,
         opening: float = 0.6,
         replays: float = 0.3,
-        classes: float = 0.15,
         late: float = 1.0,
     ) -> None:
         self.clock, self.deadline = clock, deadline
         self._least_search, self._opening = least_search, opening
-        self._replays, self._classes, self._late = replays, classes, late
+        self._replays, self._late = replays, late
         left = max(0.0, self.left)
         self._plain_end = self._search_end = deadline
         self._kept_back = 0.0
@@ -88,10 +86,6 @@ class TimeBudget:
             part: Of the strategies, those that replay.
         """
         return self._within(self._replays * part)
-
-    def discovering(self) -> Callable[[], bool]:
-        """Whether replays that classes are discovered by may go on."""
-        return self._within(self._classes)
 
     def confirming(self, share: float, enough: int) -> Callable[[float, int], bool]:
         """Whether another prompt of a class may begin, given the seconds that it takes

@@ -124,7 +124,6 @@ def tune(
         workload,
         profiler,
         limit=options.limit,
-        one_class=options.discovers,
         skip_bad=options.skip_bad,
         warn=notes.append,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -26,7 +27,10 @@ from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.prompts import encode_prompt
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
+from decided import keep
 
 HOST = {"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin}
 
@@ -396,3 +400,23 @@ def test_the_c_locale_reads_and_prints_every_character() -> None:
         },
     )
     assert done.stdout.decode() == "café\n\nnaïve 你"
+
+
+@pytest.mark.parametrize(("flags", "requests"), [([], [1]), (["--no-record"], [])])
+def test_what_a_request_took_is_recorded_unless_it_is_refused(
+    model: Path,
+    asked: list[Any],
+    tmp_path: Path,
+    flags: list[str],
+    requests: list[int],
+) -> None:
+    db = str(tmp_path / "p.db")
+    store = open_store(db)
+    here = load(model, db=MemoryStore()).environment
+    keep(store, [example_profile(environment=here, params={"draft_length": 3})])
+    given = ["-m", str(model), "--db", db, "--class", "chat", *flags]
+    with pytest.raises(SystemExit):
+        cli.main(["generate", *given, "-n", "9", "w2 w3"])
+    gc.collect()
+    assert [use.requests for use in store.uses()] == requests
+    store.close()

@@ -81,10 +81,9 @@ def test_chats_are_the_same_if_the_same_is_said_by_the_same() -> None:
     assert kept([chat("1", one), chat("2", one), chat("3", one, two)])[0] == ["1", "3"]
 
 
-def test_another_class_has_evidence_of_its_own_unless_classes_are_discovered() -> None:
+def test_another_class_has_evidence_of_its_own() -> None:
     prompts = (*texts("a b"), *texts("a b", prompt_class="code"))
     assert kept(prompts)[0] == ["chat0", "code0"]
-    assert kept(prompts, one_class=True)[0] == ["chat0"]
 
 
 def test_the_limit_is_of_different_prompts() -> None:

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from adaptspec.classes.classifier import Classifier
-from adaptspec.classes.text_features import FEATURES
 from adaptspec.cli import build_cli
 from adaptspec.colours import contrast
 from adaptspec.errors import ProfileStoreError
@@ -23,8 +21,10 @@ from adaptspec.host import Host
 from adaptspec.model.hardware_costs import ForwardCosts, HardwareCosts, store_costs
 from adaptspec.profile import PLAIN, Profile, ProfileStore, Trial
 from adaptspec.testing.stores import example_profile
+from adaptspec.workloads import Prompt
 from adaptspec_profiles import open_store
 from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.classes.learn import learn
 from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.records import confirmed_key, predicted_key, replayed_key
 from adaptspec_tuner.reporting.html import render
@@ -155,14 +155,21 @@ def test_every_figure_is_worked_out_from_what_is_stored() -> None:
     assert "2 replayed against recorded answers" in said
 
 
-def test_the_report_says_how_the_class_of_a_prompt_is_found_and_what_it_takes() -> None:
+def test_the_report_says_how_well_the_class_of_a_prompt_is_told() -> None:
     store = filled(MemoryStore())
-    width = len(FEATURES)
-    found = Classifier(["chat"], [], [0.0] * width, [1.0] * width, 0.0005)
+    prompts = [
+        Prompt(str(i), name, text)
+        for name, text in (("chat", "how are you"), ("maths", "1 + 2 = 3"))
+        for i in range(3)
+    ]
+    found = learn(prompts)
+    assert found is not None
     store.put_record("r1", "classifier", found.as_json())
     report = build(store)
-    assert report.classifier == {"seconds": 0.0005, "classes": ["chat: every prompt"]}
-    assert "found from its text in 0.50 ms" in render(report)
+    assert report.classifier is not None
+    assert report.classifier["prompts"] == 6
+    assert report.classifier["accuracy"] == found.evidence.accuracy
+    assert "6 prompts held out in turn" in render(report)
     store.put_record("r1", "classifier", {"format": 99})
     assert build(store).classifier is None
 

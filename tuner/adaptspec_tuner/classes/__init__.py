@@ -1,1 +1,1 @@
-"""Classes discovered among prompts."""
+"""Learns to tell a workload's classes."""

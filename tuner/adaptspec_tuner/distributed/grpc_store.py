@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from adaptspec.errors import AdaptSpecError
-from adaptspec.profile import ClassChoice, Profile, Trial
+from adaptspec.profile import ClassChoice, Profile, Trial, Use
 from adaptspec_tuner.searching.study import RESULT, quiet, trial_of
 
 if TYPE_CHECKING:
@@ -149,6 +149,14 @@ class RemoteStore:
         self._refuse()
 
     def delete_run(self, run: str) -> int:
+        """Refused: only the leader has the database."""
+        self._refuse()
+
+    def add_uses(self, uses: Sequence[Use]) -> None:
+        """Refused: only the leader has the database."""
+        self._refuse()
+
+    def uses(self) -> list[Use]:
         """Refused: only the leader has the database."""
         self._refuse()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.errors import AdaptSpecError, WorkloadError
-from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
+from adaptspec.workloads import Prompt, Workload
 
 if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
@@ -35,7 +35,6 @@ def measurable(
     model: Encodes,
     *,
     limit: int | None = None,
-    one_class: bool = False,
     skip_bad: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Workload:
@@ -47,7 +46,6 @@ def measurable(
 
     Args:
         limit: Most prompts of a class; those behind them aren't looked at.
-        one_class: Classes will be discovered: no two prompts at all may be the same.
         skip_bad: Leave out what can't be decoded, and say how many they were.
 
     Raises:
@@ -68,8 +66,7 @@ def measurable(
             bad.append(f"{prompt.where or f'prompt {prompt.id!r}'}: {problem}")
             continue
         ids = tuple(model.ids(prompt))
-        scope = DEFAULT_CLASS if one_class else name
-        same: set[tuple[str, object]] = {(scope, ids), (scope, _words(prompt))}
+        same: set[tuple[str, object]] = {(name, ids), (name, _words(prompt))}
         if same & seen:
             copies += 1
             continue

@@ -237,8 +237,9 @@ class TuneResult:
         created: When it was stored, as ISO 8601.
         costs: ``target`` and ``draft`` -> contexts, rows and milliseconds
             ``[contexts][rows]``; empty if none were measured.
-        classifier: Of discovered classes: ``seconds`` that finding a prompt's class
-            takes, ``classes`` in words; None if declared.
+        classifier: How well a prompt's class is told from its text: the fields of
+            :class:`~adaptspec.classes.classifier.Evidence`, and ``told_in_words``;
+            None without two classes.
         usage: What was tuned, as it was asked for; None where that isn't known.
         defaults: Strategy or baseline -> its parameters' defaults, of those at hand.
     """

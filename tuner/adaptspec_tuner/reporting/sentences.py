@@ -199,10 +199,7 @@ def summary(result: TuneResult) -> list[str]:
                 "what they read of the target, or time was up)."
             )
     if result.classifier is not None:
-        lines.append(
-            "The class of a prompt is found from its text in "
-            f"{1e3 * result.classifier['seconds']:.2f} ms."
-        )
+        lines.append(result.classifier["told_in_words"])
     return lines
 
 

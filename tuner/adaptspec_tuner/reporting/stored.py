@@ -107,10 +107,7 @@ def _classes_told(store: ProfileStore, run: str) -> dict[str, Any] | None:
         found = None
     if found is None:
         return None
-    return {
-        "seconds": found.seconds,
-        "classes": found.describe(),
-    }
+    return {**vars(found.evidence), "told_in_words": found.evidence.describe()}
 
 
 def _replayed(store: ProfileStore, run: str, name: str) -> list[Tried]:

@@ -1,0 +1,317 @@
+"""What requests took is added up, written now and then, and decides."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptspec
+from adaptspec.decoder import Decoder, PlainDecodingWarning
+from adaptspec.decoding.stats import RunStats, StepStats
+from adaptspec.environment import environment_of
+from adaptspec.errors import ProfileStoreError
+from adaptspec.in_use import Uses, describe, expected_ratio, fails, use_of
+from adaptspec.model.language_model import LanguageModel
+from adaptspec.profile import PLAIN, ProfileStore, Use
+from adaptspec.testing.fakes import FakeClock, random_ids, tiny_module, tiny_tokenizer
+from adaptspec.testing.stores import example_profile
+from adaptspec_profiles import open_store
+from adaptspec_profiles.memory import MemoryStore
+from decided import keep
+
+PROMPT = random_ids(12)
+
+
+def stats(*steps: tuple[int, int, int, float]) -> RunStats:
+    """Of steps that proposed, accepted and emitted so many, in so many seconds."""
+    made = [StepStats(p, a, e, s, 0.0, 0.0) for p, a, e, s in steps]
+    return RunStats(5, 1 + sum(step.emitted for step in made), 0.25, made)
+
+
+def use(requests: int, tokens: int, forwards: int, profile: int = 1) -> Use:
+    """With 2.5 candidates a forward, as in the example's profile."""
+    proposed = 5 * forwards // 2
+    return Use(
+        *(profile, "chat", requests, tokens, forwards, proposed, 3),
+        *(1.0, 2.0, 0.5, 0.7),
+    )
+
+
+def test_a_request_is_its_sums() -> None:
+    found = use_of(7, "chat", stats((4, 2, 3, 0.5), (2, 0, 1, 0.1)))
+    assert found is not None
+    assert (found.profile, found.prompt_class, found.requests) == (7, "chat", 1)
+    assert (found.tokens, found.forwards) == (4, 2)
+    assert (found.proposed, found.accepted) == (6, 2)
+    assert found.seconds_prefill == 0.25
+    assert found.seconds == pytest.approx(0.6)
+    assert found.log_seconds == pytest.approx(math.log(0.15))
+    assert found.log_seconds_squared == pytest.approx(math.log(0.15) ** 2)
+    assert found.tokens_per_forward == 2.0
+    assert found.tokens_per_second == pytest.approx(4 / 0.6)
+    assert found.acceptance == pytest.approx(1 / 3)
+    assert use_of(7, "chat", stats()) is None
+
+
+_counts = st.integers(0, 9)
+_uses = st.builds(
+    Use, st.just(1), st.just("x"), *([_counts] * 5), *([st.just(0.5)] * 4)
+)
+
+
+@given(_uses, _uses, _uses)
+def test_sums_are_the_same_in_any_order(one: Use, two: Use, three: Use) -> None:
+    assert one + two == two + one
+    assert (one + two) + three == one + (two + three)
+    assert (one + two).tokens == one.tokens + two.tokens
+
+
+def test_a_forward_without_candidates_costs_what_plain_decodings_does() -> None:
+    profile = example_profile()  # a forward of 2.5 candidates costs 5/3
+    stopped = replace(use(40, 4000, 4000), proposed=0)
+    assert expected_ratio(profile, stopped) == pytest.approx(1.0)
+    assert not fails(profile, stopped)
+    doubled = replace(use(40, 4000, 4000), proposed=20_000)
+    assert expected_ratio(profile, doubled) == pytest.approx(3 / 7)
+
+
+def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
+    profile = example_profile()  # 1.5x at 2.5 tokens per forward
+    assert expected_ratio(profile, use(9, 250, 100)) == pytest.approx(1.5)
+    assert expected_ratio(profile, use(9, 200, 100)) == pytest.approx(1.2)
+    said = describe(profile, use(9, 200, 100))
+    assert "tuned 1.50x" in said
+    assert "9 requests, 1.20x expected from 2.00 tokens per forward" in said
+
+
+@pytest.mark.parametrize(
+    ("seen", "failing"),
+    [
+        (use(20, 1000, 800), True),  # 1.25 tokens per forward: 0.75x
+        (use(19, 1000, 800), False),
+        (use(20, 999, 800), False),
+        (use(500, 100_000, 63_000), False),  # 1.59: 0.952x
+        (use(500, 100_000, 64_000), True),  # 1.56: 0.9375x
+    ],
+)
+def test_a_verdict_needs_requests_and_a_clear_loss(seen: Use, failing: bool) -> None:
+    assert fails(example_profile(), seen) is failing
+    assert not fails(example_profile(strategy=PLAIN), seen)
+
+
+class Counting:
+    """Opens a store; counts, and fails where it is told to."""
+
+    def __init__(self, store: ProfileStore, error: Exception | None = None) -> None:
+        self.store, self.error, self.opened = store, error, 0
+
+    def __call__(self) -> AbstractContextManager[ProfileStore]:
+        self.opened += 1
+        if self.error is not None:
+            raise self.error
+        return nullcontext(self.store)
+
+
+def test_it_is_written_once_a_while_and_at_the_end() -> None:
+    store, clock = MemoryStore(), FakeClock()
+    (number,) = store.add_profiles([example_profile()])
+    opens = Counting(store)
+    uses = Uses(opens, every=60.0, clock=clock)
+    for _ in range(5):
+        uses.add(use(1, 10, 5, number))
+    assert opens.opened == 0
+    clock.advance(60.0)
+    uses.add(use(1, 10, 5, number))
+    uses.close()  # waits for the writing that has begun
+    assert opens.opened == 1
+    uses.add(use(1, 10, 5, number))
+    assert [u.requests for u in store.uses()] == [6]
+    uses.close()
+    uses.close()
+    assert opens.opened == 2
+    assert [u.requests for u in store.uses()] == [7]
+    assert uses.totals() == store.uses()
+
+
+@pytest.mark.parametrize("error", [ProfileStoreError("read-only"), RuntimeError("x")])
+def test_a_store_that_cannot_be_written_ends_the_recording_only(
+    error: Exception,
+) -> None:
+    clock = FakeClock()
+    opens = Counting(MemoryStore(), error)
+    uses = Uses(opens, every=1.0, clock=clock)
+    for _ in range(9):
+        clock.advance(2.0)
+        uses.add(use(1, 10, 5))
+        uses.close()
+    assert opens.opened == 1
+    assert uses.problem is not None
+    assert str(error) in uses.problem
+    assert uses.totals()[0].requests == 9
+
+
+def test_threads_add_without_losing_any() -> None:
+    store = MemoryStore()
+    (number,) = store.add_profiles([example_profile()])
+    uses = Uses(Counting(store))
+
+    def add() -> None:
+        for _ in range(200):
+            uses.add(use(1, 10, 5, number))
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    uses.close()
+    assert [u.requests for u in store.uses()] == [800]
+
+
+def test_what_a_parent_added_is_not_written_by_its_fork(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    (number,) = store.add_profiles([example_profile()])
+    uses = Uses(Counting(store))
+    uses.add(use(3, 10, 5, number))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    uses.add(use(1, 10, 5, number))
+    uses.close()
+    assert [u.requests for u in store.uses()] == [1]
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    return LanguageModel(tiny_module("llama"), tiny_tokenizer())
+
+
+def tuned(model: LanguageModel, store: ProfileStore) -> list[int]:
+    """Two settings that beat plain decoding for chat, the first by more."""
+    here = environment_of(model, None)
+    first = example_profile(
+        environment=here, strategy="prompt_lookup", params={"draft_length": 3}
+    )
+    second = replace(first, strategy="suffix", params={})
+    slower = replace(first.measurement, ratio=1.3)
+    both = [first, replace(second, measurement=slower)]
+    keep(store, both)
+    return store.add_profiles(both)
+
+
+def test_requests_are_added_up_by_profile_and_class(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.db"
+    store = open_store(str(path))
+    number, _ = tuned(model, store)
+    store.close()
+    decoder = adaptspec.load(model, db=path)
+    for _ in range(3):
+        last = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=9)
+    decoder.save()
+    store = open_store(str(path))
+    (found,) = store.uses()
+    assert (found.profile, found.prompt_class, found.requests) == (number, "chat", 3)
+    assert found.tokens == 3 * 8  # the first token is the prefill's
+    assert found.proposed >= last.stats.proposed
+    assert found.seconds > last.stats.seconds_decode
+    store.close()
+
+
+def test_without_record_nothing_is_kept(model: LanguageModel) -> None:
+    store = MemoryStore()
+    tuned(model, store)
+    decoder = adaptspec.load(model, db=store, record=False)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.save()
+    assert store.uses() == []
+
+
+def test_a_read_only_database_is_used_without_being_written(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.db"
+    store: Any = open_store(str(path))
+    tuned(model, store)
+    decoder = Decoder(model, store=store)
+
+    @contextmanager
+    def refused(engine: Any) -> Iterator[Any]:
+        raise ProfileStoreError("attempt to write a readonly database")
+        yield
+
+    monkeypatch.setattr(store, "_transaction", refused)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.save()
+    assert result.choice.strategy == "prompt_lookup"
+    assert decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9).token_ids
+
+
+def bad(number: int) -> Use:
+    """Enough requests at one token per forward."""
+    return replace(use(40, 4000, 4000, number), proposed=10_000, accepted=0)
+
+
+def test_what_fails_in_use_gives_way_to_the_next_and_then_to_plain_decoding(
+    model: LanguageModel,
+) -> None:
+    store = MemoryStore()
+    first, second = tuned(model, store)
+    assert Decoder(model, store=store).choose("chat").strategy == "prompt_lookup"
+    store.add_uses([bad(first)])
+    choice = Decoder(model, store=store).choose("chat")
+    assert choice.strategy == "suffix"
+    assert "prompt_lookup is left out: in use it is worse than plain" in choice.reason
+    assert "0.60x expected from 1.00 tokens per forward" in choice.reason
+    assert "measured 1.30x" in choice.reason
+    store.add_uses([bad(second)])
+    choice = Decoder(model, store=store).choose("chat")
+    assert choice.strategy == PLAIN
+    assert "suffix is left out" in choice.reason
+    # Measured again, it has a new chance.
+    profile = store.profile(first)
+    assert profile is not None
+    created = profile.created.replace(year=2031)
+    store.add_profiles([replace(profile, id=None, created=created)])
+    assert Decoder(model, store=store).choose("chat").strategy == "prompt_lookup"
+
+
+def test_a_running_decoder_gives_a_failing_setting_up(model: LanguageModel) -> None:
+    store = MemoryStore()
+    first, _ = tuned(model, store)
+    # One request short of a verdict.
+    store.add_uses([replace(bad(first), requests=19)])
+    decoder = Decoder(model, store=store)
+    kinds = [
+        decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9).choice.strategy
+        for _ in range(3)
+    ]
+    assert kinds == ["prompt_lookup", "suffix", "suffix"]
+
+
+def test_plain_decoding_is_added_up_where_it_was_measured(
+    model: LanguageModel,
+) -> None:
+    store = MemoryStore()
+    here = environment_of(model, None)
+    plain = example_profile(environment=here, strategy=PLAIN, params={})
+    keep(store, [plain])
+    (number,) = store.add_profiles([plain])
+    decoder = Decoder(model, store=store)
+    with pytest.warns(PlainDecodingWarning):
+        decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    decoder.save()
+    (found,) = store.uses()
+    assert (found.profile, found.tokens_per_forward) == (number, 1.0)
