@@ -177,6 +177,8 @@ class Decoder:
             the profiles, and read it there. It may hold token ids of earlier outputs.
         allow_lossy: Whether a strategy may be chosen that changes the distribution of
             sampled output. Asked for by name, it is used anyway; the result says so.
+        guard: Whether drafting is passed over while it loses time; False is for
+            measurements.
     """
 
     def __init__(
@@ -187,11 +189,12 @@ class Decoder:
         host: Host | None = None,
         learn: bool = False,
         allow_lossy: bool = False,
+        guard: bool = True,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
         self._allow_lossy = allow_lossy
-        self.engine = Engine(model, draft)
+        self.engine = Engine(model, draft, guard=guard)
         self.environment = environment_of(model, draft)
         self.profiles: list[Profile] = []
         self._classifier_run = ""  # whose classes the classifier's names are

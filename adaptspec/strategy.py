@@ -197,13 +197,20 @@ class Outcome:
 
 
 class Drafter(ABC):
-    """One sequence's drafting state."""
+    """One sequence's drafting state.
+
+    Attributes:
+        read_seconds: What of the last proposal's time went into reading the prompt with
+            a draft model. One that reads it in its first proposal needn't say so.
+    """
+
+    read_seconds: float = 0.0
 
     @abstractmethod
     def propose(self, context: Context) -> TokenTree:
         """Candidate continuations of ``context.ids``, rooted at its last token.
 
-        Not asked at every step: a gate or a hybrid may pass some over, so what was
+        Not asked at every step: the guard or a hybrid may pass some over, so what was
         committed is read from ``context.ids``.
         """
 

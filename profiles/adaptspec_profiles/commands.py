@@ -197,7 +197,7 @@ def _documents(found: Sequence[Profile]) -> list[dict[str, Any]]:
 def _read(file: IO[str]) -> list[Profile]:
     """All of a file's profiles, or an error that names the first bad one."""
     from adaptspec_profiles.as_json import FORMAT, FORMAT_1, profile_from_json
-    from adaptspec_profiles.renamed import renamed
+    from adaptspec_profiles.renamed import renamed, without_gate
 
     try:
         document = json.load(file)
@@ -221,8 +221,10 @@ def _read(file: IO[str]) -> list[Profile]:
         )
     read = []
     for number, record in enumerate(records, 1):
-        if document["format"] == FORMAT_1 and isinstance(record, dict):
-            params = renamed(record.get("strategy"), record.get("params"))
+        if isinstance(record, dict) and "params" in record:
+            params = without_gate(None, record["params"])
+            if document["format"] == FORMAT_1:
+                params = renamed(record.get("strategy"), params)
             record = {**record, "params": params}
         try:
             read.append(profile_from_json(record))

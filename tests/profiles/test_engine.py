@@ -23,11 +23,11 @@ from adaptspec_profiles.engine import make_engine, on_network_file_system
 from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
-NEWEST = GOLDEN.with_name("m003.sql")
+NEWEST = GOLDEN.with_name("m004.sql")
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = 'x2', 'm003'
+revision, down_revision = 'x2', 'm004'
 def upgrade():
     op.add_column('profiles', sa.Column('note', sa.String(), server_default='none'))
 """
@@ -176,8 +176,13 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     path: Path, one_more: ScriptDirectory
 ) -> None:
     engine = make_engine(str(path))
-    assert migrate(engine, target="m003", script=one_more) == ["m001", "m002", "m003"]
-    assert migrate(engine, target="m003", script=one_more) == []
+    assert migrate(engine, target="m004", script=one_more) == [
+        "m001",
+        "m002",
+        "m003",
+        "m004",
+    ]
+    assert migrate(engine, target="m004", script=one_more) == []
     engine.dispose()
     store = open_store(str(path))  # a release that doesn't know the last step
     store.add_profiles([example_profile()])
@@ -187,7 +192,7 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     assert "note" not in columns
     assert migrate(engine, script=one_more) == ["x2"]
     assert migrate(engine, script=one_more) == []
-    assert migrate(engine, target="m003", script=one_more) == []  # never back
+    assert migrate(engine, target="m004", script=one_more) == []  # never back
     engine.dispose()
     with raw(path) as connection:
         rows = connection.execute("SELECT run, note FROM profiles").fetchall()
@@ -205,7 +210,7 @@ def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
         found = read(of)
         if not calls:  # between our reading and our writing
             calls.append(found)
-            migrate(of, target="m003", script=one_more)
+            migrate(of, target="m004", script=one_more)
         return found
 
     monkeypatch.setattr(migrations, "_current", late)

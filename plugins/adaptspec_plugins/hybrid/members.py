@@ -108,13 +108,17 @@ class MemberDrafter:
             return True
         return self.value.affords(reading - gain / pace)
 
-    def proposed(self, seconds: float, candidates: int, prompt: int) -> None:
-        """A proposal of so many candidates took ``seconds``."""
+    def proposed(self, seconds: float, candidates: int, prompt: int) -> float:
+        """A proposal of so many candidates took ``seconds``.
+
+        Returns:
+            The seconds of reading the prompt, which a sequence's first call does.
+        """
         self._calls += 1
         if self._calls == 1:
-            self.value.read(seconds, prompt)
-        else:
-            self.value.proposed(seconds, candidates)
+            return self.value.read(seconds, prompt)
+        self.value.proposed(seconds, candidates)
+        return 0.0
 
     def judged(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """What was just proposed turned one plan into another."""

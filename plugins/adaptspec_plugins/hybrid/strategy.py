@@ -173,6 +173,7 @@ class _HybridDrafter(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         began = self._began = self._clock()
+        self.read_seconds = 0.0
         candidates = Candidates(context.ids[-1], context.room - 1)
         self._candidates = candidates
         most = min(self._max_nodes, context.max_nodes)
@@ -202,7 +203,7 @@ class _HybridDrafter(Drafter):
         if outcome.tree is not None and self._candidates is not None:
             self._forward.observe(len(outcome.tree), began - self._sent)
             self._learn(self._candidates, outcome.emitted)
-            self._candidates = None  # a gate may pass the next step over
+            self._candidates = None  # the guard may pass the next step over
         for member in self._drafters:
             member.observe(outcome)
         if outcome.tree is not None and self._plan is not None:
@@ -220,7 +221,8 @@ class _HybridDrafter(Drafter):
         least = self._rate * member.value.candidate.value
         began = self._clock()
         tree = member.drafter.propose(dataclasses.replace(context, least=least))
-        member.proposed(self._clock() - began, tree.proposed, len(context.ids))
+        seconds = self._clock() - began
+        self.read_seconds += member.proposed(seconds, tree.proposed, len(context.ids))
         self._candidates.add(tree, member.index, member.name)
 
     def _best(self, most: int, spent: float) -> TreePlan:
