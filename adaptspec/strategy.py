@@ -163,6 +163,8 @@ class Context:
         step: Steps done before this one.
         least: Chance of acceptance below which a candidate isn't worth one more forward
             of a draft model; 0 if unknown.
+        spare: Seconds that a draft model may take to read the prompt now; what takes
+            longer isn't expected to be repaid.
     """
 
     ids: Sequence[int]
@@ -170,6 +172,7 @@ class Context:
     max_nodes: int
     step: int
     least: float = 0.0
+    spare: float = float("inf")
 
 
 @dataclass(frozen=True)

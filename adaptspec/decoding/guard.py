@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import mean, median_low
 from typing import NamedTuple
 
@@ -207,9 +208,12 @@ class GuardMemory:
         if plain := self.plain.step:
             self.budget.pay(seconds / plain)
 
-    def invested(self, cost: float) -> None:
-        """So many plain steps went into a prompt, and may not be repaid."""
+    def invested(self, cost: float, emitted: int) -> float:
+        """So many plain steps went into a prompt; those that gains are to repay."""
+        if self._coming(emitted) > cost:
+            return cost
         (self.savings if self.savings.affords(cost) else self.budget).pay(cost)
+        return 0.0
 
     def wants(self, emitted: int, reading: float) -> bool:
         """Whether the next step is to draft.
@@ -226,20 +230,23 @@ class GuardMemory:
         # What a full budget doesn't afford is tried when it is full.
         if not self._allows(self._fewest) and self.budget.balance < self.budget.most:
             return False
-        cost = reading / plain
-        return (
-            self.repays(cost, emitted)
-            or self.budget.affords(self.risk(self._fewest) + cost)
-            or self.savings.affords(cost)
-        )
+        return reading <= self.spare(emitted)
 
-    def repays(self, cost: float, emitted: int = 0) -> bool:
-        """Whether what is left of an answer is expected to gain so many plain steps."""
-        if not self._value.count:
-            return False
+    def spare(self, emitted: int) -> float:
+        """Seconds that may go into the prompt, after so many tokens of the answer.
+
+        What the rest of the answer is expected to gain, or else what may be lost.
+        """
+        if (plain := self.plain.step) is None:
+            return 0.0
+        budget = self.budget.balance - self.risk(self._fewest)
+        return plain * max(self._coming(emitted), budget, self.savings.balance, 0.0)
+
+    def _coming(self, emitted: int) -> float:
+        """Plain steps that what is left of an answer is expected to gain."""
         # An answer longer than usual is thought to be half done.
         left = max(self._length.value - emitted, float(emitted))
-        return self._value.value * min(left, self._expected - emitted) > cost
+        return self._value.value * min(left, self._expected - emitted)
 
     def most_nodes(self, most: int) -> int:
         """How many candidates the next step may verify, of ``most`` otherwise."""
@@ -277,7 +284,7 @@ class GuardMemory:
         wanted = max(1, min(wanted, prompt))
         token, plain = self.plain.prompt_token, self.plain.step
         cost = row * (token / plain if token and plain else self._prompt_token)
-        if cost <= 0 or self.repays(cost * (wanted - 1)):
+        if cost <= 0 or self._coming(0) > cost * (wanted - 1):
             return wanted
         afforded = int(max(0.0, self.budget.balance) / 3 / cost)
         return 1 + min(wanted - 1, afforded)
@@ -418,7 +425,8 @@ class Guard(Drafter):
         if not self._asks:
             self.passed_over += 1
             return TokenTree.root_only(context.ids[-1])
-        tree = self._inner.propose(context)
+        spare = self._memory.spare(self._emitted)
+        tree = self._inner.propose(replace(context, spare=spare))
         self._proposing = self._clock() - self._started
         return tree
 
@@ -487,7 +495,4 @@ class Guard(Drafter):
         self._unpaid += seconds
         if plain := self._memory.plain.step:
             cost, self._unpaid = self._unpaid / plain, 0.0
-            if self._memory.repays(cost, self._emitted):
-                self._owed += cost
-            else:
-                self._memory.invested(cost)
+            self._owed += self._memory.invested(cost, self._emitted)

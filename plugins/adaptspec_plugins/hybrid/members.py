@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.strategy import Outcome, Strategy, Target
+from adaptspec.strategy import Context, Outcome, Strategy, Target
 from adaptspec_plugins.hybrid.chances import Calibration, shipped
 from adaptspec_plugins.hybrid.pace import Pace
 from adaptspec_plugins.hybrid.when_to_ask import CallValue
@@ -91,7 +91,9 @@ class MemberDrafter:
         """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
         return self._drafts or self.value.proposal.value > self._costly * plain
 
-    def wants_call(self, plan: TreePlan, pace: float, prompt: int) -> bool:
+    def wants_call(
+        self, plan: TreePlan, pace: float, plain: float, context: Context
+    ) -> bool:
         """Whether to ask a costly member; ``plan`` is the step without it.
 
         The first call reads the prompt, and the answer may end at any time: it is made
@@ -99,11 +101,16 @@ class MemberDrafter:
 
         Args:
             pace: Tokens per second of the steps around.
-            prompt: Tokens that a first call reads.
+            plain: Seconds of a plain forward.
+            context: Says what a first call reads, and how long it may take.
         """
         gain = self.value.gain(plan, pace)
-        reading = 0.0 if self._calls else self.value.reading(prompt)
+        reading = 0.0
+        if not self._calls:
+            reading = self.value.reading(len(context.ids), plain)
         self._missed += max(0.0, gain)
+        if reading > context.spare:
+            return False
         if gain > 0 and self._missed >= pace * reading:
             return True
         return self.value.affords(reading - gain / pace)
