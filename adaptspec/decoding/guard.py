@@ -158,8 +158,10 @@ class GuardMemory:
         self._proposal = RunningMean()  # seconds of one that isn't a sequence's first
         self._reading = RunningMean(newest=1 / 4)  # seconds a prompt token, of a first
         self._length = RunningMean(newest=1 / 4)  # tokens of an answer
-        self._value = RunningMean(newest=1 / 4)  # plain steps gained, for each token
-        self._gaining = RunningMean(newest=1 / 8)  # share of sequences that gained
+        # Plain steps gained for each token, and the share of sequences that gained; as
+        # if three had gained nothing before.
+        self._value = RunningMean(count=3, newest=1 / 8)
+        self._gaining = RunningMean(count=3, newest=1 / 8)
         self._expected = answer
 
     def begin(self, room: int) -> None:
@@ -189,7 +191,7 @@ class GuardMemory:
             drafted: Whether any time went into drafting.
             owed: Plain steps for its prompt that were not repaid.
         """
-        self.budget.pay(owed)
+        self.savings.pay(owed)
         if emitted:
             self._length.add(emitted)
             if drafted and (plain := self.plain.step):
@@ -235,7 +237,7 @@ class GuardMemory:
     def spare(self, emitted: int) -> float:
         """Seconds that may go into the prompt, after so many tokens of the answer.
 
-        What the rest of the answer is expected to gain, or else what may be lost.
+        As many as the rest of it is expected to gain, or else as may be lost.
         """
         if (plain := self.plain.step) is None:
             return 0.0
@@ -425,7 +427,8 @@ class Guard(Drafter):
         if not self._asks:
             self.passed_over += 1
             return TokenTree.root_only(context.ids[-1])
-        spare = self._memory.spare(self._emitted)
+        # An inner drafter knows itself what it gained by waiting.
+        spare = self._memory.spare(0)
         tree = self._inner.propose(replace(context, spare=spare))
         self._proposing = self._clock() - self._started
         return tree
@@ -495,4 +498,8 @@ class Guard(Drafter):
         self._unpaid += seconds
         if plain := self._memory.plain.step:
             cost, self._unpaid = self._unpaid / plain, 0.0
-            self._owed += self._memory.invested(cost, self._emitted)
+            # A drafter that decides by itself when to read is trusted for once.
+            if self._inner.read_seconds:
+                self._owed += cost
+            else:
+                self._owed += self._memory.invested(cost, self._emitted)

@@ -91,23 +91,19 @@ class MemberDrafter:
         """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
         return self._drafts or self.value.proposal.value > self._costly * plain
 
-    def wants_call(
-        self, plan: TreePlan, pace: float, plain: float, context: Context
-    ) -> bool:
+    def wants_call(self, plan: TreePlan, pace: float, context: Context) -> bool:
         """Whether to ask a costly member; ``plan`` is the step without it.
 
         The first call reads the prompt, and the answer may end at any time: it is made
-        once the calls left out would have been worth as much as that reading.
+        once the calls left out would have been worth as much as that reading, if the
+        guard allows it.
 
         Args:
             pace: Tokens per second of the steps around.
-            plain: Seconds of a plain forward.
             context: Says what a first call reads, and how long it may take.
         """
         gain = self.value.gain(plan, pace)
-        reading = 0.0
-        if not self._calls:
-            reading = self.value.reading(len(context.ids), plain)
+        reading = 0.0 if self._calls else self.value.reading(len(context.ids))
         self._missed += max(0.0, gain)
         if reading > context.spare:
             return False

@@ -189,7 +189,7 @@ class _HybridDrafter(Drafter):
                 self._ask(member, context)
         plan = self._best(most, self._clock() - began)
         for member in costly:
-            if member.wants_call(plan, self._rate, plain, context):
+            if member.wants_call(plan, self._rate, context):
                 self._ask(member, context)
                 before, plan = plan, self._best(most, self._clock() - began)
                 member.judged(before, plan, self._rate)

@@ -18,8 +18,6 @@ class CallValue:
         hoped_calls: The hope counts as so many calls, and what all calls brought as
             so many of each kind of step.
         kinds: How many kinds of steps are told apart, half an expected token each.
-        prompt_token: Share of a plain forward that reading a prompt's token is taken to
-            take before any was read.
         trial_share: Of all time, what may be lost to calls that don't promise to pay.
     """
 
@@ -28,7 +26,6 @@ class CallValue:
         hoped: float = 2.0,
         hoped_calls: int = 1,
         kinds: int = 6,
-        prompt_token: float = 1 / 32,
         trial_share: float = 0.005,
     ) -> None:
         self.proposal = (
@@ -40,7 +37,7 @@ class CallValue:
         )  # seconds for each prompt token of a first proposal
         self._tokens, self._seconds = RunningMean(hoped, hoped_calls), RunningMean()
         self._by_kind = [(RunningMean(), RunningMean()) for _ in range(kinds)]
-        self._weight, self._prompt_token = hoped_calls, prompt_token
+        self._weight = hoped_calls
         self._budget = Budget(trial_share, least=0.0)  # seconds
 
     def gain(self, plan: TreePlan, pace: float) -> float:
@@ -56,13 +53,9 @@ class CallValue:
         takes = self._seconds.value + known * (seconds.value - self._seconds.value)
         return brings - pace * takes
 
-    def reading(self, prompt: int, plain: float) -> float:
-        """Seconds that a sequence's first call takes more, for its prompt.
-
-        Before any was made, a token is taken to take a share of a ``plain`` forward's.
-        """
-        known = self._reading
-        return prompt * (known.value if known.count else plain * self._prompt_token)
+    def reading(self, prompt: int) -> float:
+        """Seconds that a sequence's first call takes more, for its prompt."""
+        return self._reading.value * prompt
 
     def affords(self, seconds: float) -> bool:
         """Whether so many may be lost to see whether calls pay by now."""

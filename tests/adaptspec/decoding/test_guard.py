@@ -179,7 +179,7 @@ def test_a_machine_that_slows_down_does_not_end_useful_drafting() -> None:
     decoding.run(200, lambda at: 2)
     decoding.speed = 3.0
     decoding.run(400, lambda at: 2)
-    assert len(decoding.asked_at) >= 0.97 * (400 / 3)
+    assert len(decoding.asked_at) >= 0.9 * (400 / 3)
 
 
 @few
