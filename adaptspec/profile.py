@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
-SPEED, LATENCY = "speed", "latency"
+# What settings are compared by.
+ANSWER, SPEED, LATENCY = "answer", "speed", "latency"
+EVERY_CLASS = "*"  # of results over all classes; no workload names a class so
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,14 @@ class Measurement:
             measured.
         peak_memory: Bytes at the highest, the model's weights included; None if not
             measured.
-        objective: ``speed`` (tokens per second) or ``latency`` (``latency_p95``, less
-            is better): what ``ratio`` and its interval are about.
+        objective: ``answer`` (seconds of an answer, from the prompt to its last token),
+            ``speed`` (tokens per second) or ``latency`` (``latency_p95``, less is
+            better): what ``ratio`` and its interval are about.
+        seconds_to_first: Until the first token: the drafter's start and the prefill,
+            with what the drafter does with it; median over prompts; None if not
+            measured.
+        controls: Generation controls that it was measured under, greedily if empty:
+            name -> value.
     """
 
     tokens_per_second: float
@@ -113,6 +121,22 @@ class Measurement:
     latency_p95: float | None = None
     peak_memory: int | None = None
     objective: str = SPEED
+    seconds_to_first: float | None = None
+    controls: Mapping[str, Scalar | None] = field(default_factory=dict)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens were drawn; outputs then differ without being wrong."""
+        return bool(self.controls.get("temperature"))
+
+    @property
+    def measured_how(self) -> str:
+        """Under which controls, in words: ``measured greedily``."""
+        controls = dict(self.controls)
+        temperature = controls.pop("temperature", 0)
+        how = f"at temperature {temperature}" if self.sampled else "greedily"
+        others = ", ".join(f"{name} {value}" for name, value in controls.items())
+        return f"measured {how}" + (f" with {others}" if others else "")
 
 
 @dataclass(frozen=True)

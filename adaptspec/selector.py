@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptspec.params import Scalar
-from adaptspec.profile import LATENCY, PLAIN, Environment, Profile
+from adaptspec.profile import ANSWER, LATENCY, PLAIN, Environment, Profile
 
 # Ratios this close count as equal; the simpler strategy then wins.
 TIE = 0.02
@@ -110,10 +110,12 @@ def select(
     best = max(p.measurement.ratio for p in faster)
     tied = [p for p in faster if p.measurement.ratio >= best * (1 - TIE)]
     winner = min(tied, key=_simplest_first)
-    latency = winner.measurement.objective == LATENCY
-    what = " in p95 latency per token" if latency else ""
+    what = {ANSWER: " in time per answer", LATENCY: " in p95 latency per token"}.get(
+        winner.measurement.objective, ""
+    )
     reason = (
-        f"measured {winner.measurement.ratio:.2f}x plain decoding{what} on {wanted!r} "
+        f"{winner.measurement.measured_how}, "
+        f"{winner.measurement.ratio:.2f}x plain decoding{what} on {wanted!r} "
         f"(95% interval {winner.measurement.interval_low:.2f}-"
         f"{winner.measurement.interval_high:.2f}, {winner.measurement.prompts} prompts)"
     )

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT = 8  # tokens decoded again with new ones, at least, and twice as many at most
+CONTEXT_TOKENS = (
+    8  # tokens decoded again with new ones, at least, and twice as many at most
+)
 LONGEST_CONTEXT = 64  # where the last tokens show nothing but white space
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -64,7 +66,7 @@ class TextPieces:
         stable = len(text) - text.endswith(REPLACEMENT)
         piece = text[self._shown : stable]
         self._shown = max(self._shown, stable)
-        if len(self._window) >= 2 * CONTEXT:
+        if len(self._window) >= 2 * CONTEXT_TOKENS:
             self._shorten(text[self._shown :])
         return self._cleaned(piece)
 
@@ -74,7 +76,7 @@ class TextPieces:
         It must show something before that: decoders treat what stands first
         differently, and may drop a space in front.
         """
-        size = CONTEXT
+        size = CONTEXT_TOKENS
         while size < min(len(self._window), LONGEST_CONTEXT):
             text = self._decoded(self._window[-size:])
             before = text[: len(text) - len(held)]

@@ -1,34 +1,47 @@
-"""Named prompt sets read from JSON lines, split into a tuning and a reporting part."""
+"""Named prompt sets read from files, split into a tuning and a reporting part."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.errors import WorkloadError
+from adaptspec.workload_formats import TEXT_SHAPE, BadRow, NoUser, Row, understand
 
 if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 DEFAULT_CLASS = "default"
-BOM = b"\xef\xbb\xbf"
-SHAPE = '{"prompt": "...", "class": "chat"}'
-MESSAGE_SHAPE = '{"messages": [{"role": "user", "content": "..."}]}'
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+STANDARD_INPUT = "-"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Args:
+        more: What the chat template reads beside: ``tool_calls``, ``tool_call_id``,
+            ``name``.
+    """
 
     role: str
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a chat template takes it; a message that only calls tools has no text."""
+        if self.more.get("tool_calls") and not self.content:
+            return {"role": self.role, **self.more}
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Prompt:
         max_new_tokens: None leaves the length to whoever runs it.
         where: The file and line that it was read from.
         raw: Whether ``text`` is read as it is, without the chat template.
+        tools: JSON schemas of what the model may call, for the chat template.
     """
 
     id: str
@@ -48,13 +62,14 @@ class Prompt:
     max_new_tokens: int | None = None
     where: str = field(default="", compare=False, kw_only=True)
     raw: bool = False
+    tools: Sequence[Mapping[str, Any]] = field(default=(), hash=False)
 
     @property
-    def content(self) -> str | list[dict[str, str]]:
+    def content(self) -> str | list[dict[str, Any]]:
         """What ``LanguageModel.encode`` and ``Decoder.generate`` take."""
         if self.text is not None:
             return self.text
-        return [{"role": m.role, "content": m.content} for m in self.messages]
+        return [message.as_dict() for message in self.messages]
 
     def encode(self, model: LanguageModel) -> list[int]:
         """Its token ids, as ``Decoder.generate`` would read them.
@@ -62,7 +77,7 @@ class Prompt:
         Raises:
             InvalidPromptError: if the model can't read it.
         """
-        return model.encode(self.content, raw=self.raw)
+        return model.encode(self.content, raw=self.raw, tools=self.tools or None)
 
 
 @dataclass(frozen=True)
@@ -73,18 +88,21 @@ class Workload:
         reused: After a split, the classes too small to divide: their one prompt
             stands on both sides, so their result isn't on unseen prompts.
         skipped: Of each bad line that was left out in reading, what is wrong with it.
+        notes: What else a reader of the file should be told, in sentences.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     reused: frozenset[str] = field(default=frozenset(), kw_only=True)
     skipped: tuple[str, ...] = field(default=(), kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the prompts and their ids, whatever their order and the name."""
         rows = [
             [p.id, p.prompt_class, p.content, p.max_new_tokens, p.raw]
+            + ([list(p.tools)] if p.tools else [])
             for p in sorted(self.prompts, key=lambda p: p.id)
         ]
         canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"))
@@ -116,56 +134,72 @@ class Workload:
         return replace(self, prompts=tuple(turns[:count]))
 
 
-def read_workload(path: Path, skip_bad: bool = False) -> Workload:
-    """The workload in a file of JSON lines, named after the file.
+def read_workload(
+    path: Path, skip_bad: bool = False, answers: bool = False
+) -> Workload:
+    """The workload in a file, named after the file; ``-`` is standard input.
 
-    A line has ``prompt`` (text) or ``messages`` (a chat), and may have ``class``,
-    ``id``, ``max_new_tokens`` and, beside a text, ``raw``. Without an id its line
-    number is its id. Blank lines are skipped.
+    The file holds JSON lines, or one JSON array; blank lines are skipped. A row has one
+    of the layouts of :mod:`adaptspec.workload_formats`. Without an id its line (or its
+    place in the array) is its id. What nothing reads is told once in ``notes``, and so
+    are conversations in which no user speaks, which are left out.
 
     Args:
-        skip_bad: Leave bad lines out; the workload's ``skipped`` tells of them.
+        skip_bad: Leave bad rows out; the workload's ``skipped`` tells of them.
+        answers: Keep the assistant's answers at the end of conversations. Without, a
+            conversation ends with its last message that isn't the assistant's.
 
     Raises:
         WorkloadError: naming file, line number, what is wrong and what is expected.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise WorkloadError(
-            f"can't read the workload {path}: {error.strerror or error}; "
-            "give a file of JSON lines"
-        ) from error
-    line_of: dict[str, int] = {}
+    name = "standard input" if str(path) == STANDARD_INPUT else str(path)
+    place_of: dict[str, str] = {}
     prompts = []
     skipped = []
-    # Split as bytes: str.splitlines would also break at U+2028 inside a prompt.
-    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), start=1):
+    unread: Counter[str] = Counter()
+    mute = 0
+    for number, place, value in _rows(_content(path, name)):
         try:
-            text = _text(path, number, line)
-            if not text:
-                continue
-            prompt = _prompt(path, number, text)
-            if (first := line_of.setdefault(prompt.id, number)) != number:
-                raise _bad(
-                    path,
-                    number,
-                    f"id {prompt.id!r} is line {first}'s already",
+            if isinstance(value, BadRow):
+                raise value
+            row = understand(value, answers)
+            prompt = _prompt(number, row)
+            if (first := place_of.setdefault(prompt.id, place)) != place:
+                raise BadRow(
+                    f"id {prompt.id!r} is {first}'s already",
                     "give each line an id of its own, or none at all",
                 )
-        except WorkloadError as error:
-            if not skip_bad:
-                raise
-            skipped.append(str(error))
+        except NoUser:
+            mute += 1
             continue
-        prompts.append(replace(prompt, where=f"{path}, line {number}"))
-    if not prompts:
-        got = f"no good line ({skipped[0]})" if skipped else "an empty file"
-        raise WorkloadError(
-            f"{path}: a workload needs at least one prompt, got {got}; "
-            f"write lines such as {SHAPE}"
+        except BadRow as bad:
+            told = f"{name}, {place}: {bad}; {bad.way_out}"
+            if not skip_bad:
+                raise WorkloadError(told) from bad
+            skipped.append(told)
+            continue
+        unread.update(row.unread)
+        prompts.append(replace(prompt, where=f"{name}, {place}"))
+    notes = []
+    if mute:
+        notes.append(
+            f"{name}: {mute} of {mute + len(prompts)} conversations are left out: no "
+            "user speaks in them"
         )
-    return Workload(Path(path).stem, tuple(prompts), skipped=tuple(skipped))
+    if unread:
+        keys = ", ".join(f"{key} ({count})" for key, count in unread.most_common(8))
+        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+        notes.append(f"{name}: keys that aren't read (in so many rows): {keys}{more}")
+    if not prompts:
+        got = "an empty file"
+        if skipped or mute:
+            got = f"no good line ({(skipped or notes)[0]})"
+        raise WorkloadError(
+            f"{name}: a workload needs at least one prompt, got {got}; "
+            f"write lines such as {TEXT_SHAPE}"
+        )
+    stem = "stdin" if str(path) == STANDARD_INPUT else Path(path).stem
+    return Workload(stem, tuple(prompts), skipped=tuple(skipped), notes=tuple(notes))
 
 
 def example_workload() -> Workload:
@@ -212,102 +246,65 @@ def _draw(seed: int, prompt_id: str) -> tuple[bytes, str]:
     return hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest(), prompt_id
 
 
-def _text(path: Path, number: int, line: bytes) -> str:
-    """What the line holds; empty if it is blank."""
+def _content(path: Path, name: str) -> bytes:
     try:
-        return line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise _bad(
-            path,
-            number,
-            f"not UTF-8 at byte {error.start + 1} of the line "
-            f"(0x{line[error.start]:02x})",
-            "save the file as UTF-8",
+        if str(path) == STANDARD_INPUT:
+            stream = sys.stdin
+            data = getattr(stream, "buffer", stream).read()
+            content = data.encode() if isinstance(data, str) else bytes(data)
+        else:
+            content = Path(path).read_bytes()
+    except OSError as error:
+        raise WorkloadError(
+            f"can't read the workload {name}: {error.strerror or error}; "
+            "give a file of JSON lines"
         ) from error
+    return content.removeprefix(BYTE_ORDER_MARK)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def _rows(content: bytes) -> Iterator[tuple[int, str, Any]]:
+    """Number, place in words, and the value there or what is wrong with it."""
+    lines = content.split(b"\n")
+    if content.lstrip()[:1] == b"[":
+        whole, line = _value(content)
+        if isinstance(whole, list):
+            for number, value in enumerate(whole, start=1):
+                yield number, f"item {number}", value
+            return
+        if isinstance(_value(lines[0])[0], BadRow):  # no lines of which one is a list
+            yield line, f"line {line}", whole
+            return
+    # Split as bytes: str.splitlines would also break at U+2028 inside a prompt.
+    for number, text in enumerate(lines, start=1):
+        if text.strip():
+            yield number, f"line {number}", _value(text)[0]
 
 
-class _MessageLine(_Strict):
-    role: Annotated[str, Field(min_length=1)]
-    content: str
-
-
-class _Line(_Strict):
-    prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[_MessageLine], Field(min_length=1)] | None = None
-    prompt_class: Annotated[str, Field(min_length=1, alias="class")] = DEFAULT_CLASS
-    id: Annotated[str, Field(min_length=1)] | int | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    raw: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> _Line:
-        if (self.prompt is None) == (self.messages is None):
-            found = "neither" if self.prompt is None else "both"
-            raise ValueError(f"one of 'prompt' and 'messages' must be given, {found}")
-        if self.raw and self.prompt is None:
-            raise ValueError("'raw' is for a 'prompt'; messages need the chat template")
-        return self
-
-
-def _prompt(path: Path, number: int, text: str) -> Prompt:
+def _value(data: bytes) -> tuple[Any, int]:
+    """What JSON it holds, or a ``BadRow`` and in which of its lines the fault is."""
     try:
-        row = json.loads(text)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        column = error.start - (before.rfind(b"\n") + 1) + 1
+        wrong = f"not UTF-8 at byte {column} of the line (0x{data[error.start]:02x})"
+        return BadRow(wrong, "save the file as UTF-8"), before.count(b"\n") + 1
+    try:
+        return json.loads(text), 1
     except json.JSONDecodeError as error:
         wrong = f"not JSON ({error.msg} at column {error.colno})"
-        raise _bad(path, number, wrong) from error
+        return BadRow(wrong), error.lineno
     except (ValueError, RecursionError) as error:  # a number or nesting without end
-        raise _bad(path, number, f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise _bad(path, number, f"must be a JSON object, got {_short(row)}")
-    try:
-        line = _Line.model_validate(row)
-    except ValidationError as error:
-        way_out = f"write {MESSAGE_SHAPE}" if "messages" in row else f"write {SHAPE}"
-        raise _bad(path, number, _explain(error), way_out) from error
+        return BadRow(f"not JSON ({error})"), 1
+
+
+def _prompt(number: int, row: Row) -> Prompt:
     return Prompt(
-        id=str(number if line.id is None else line.id),
-        prompt_class=line.prompt_class,
-        text=line.prompt,
-        messages=tuple(Message(m.role, m.content) for m in line.messages or ()),
-        max_new_tokens=line.max_new_tokens,
-        raw=line.raw,
+        id=str(number) if row.id is None else row.id,
+        prompt_class=DEFAULT_CLASS if row.prompt_class is None else row.prompt_class,
+        text=row.text,
+        messages=tuple(Message(m.role, m.content or "", m.more) for m in row.messages),
+        max_new_tokens=row.max_new_tokens,
+        raw=row.raw,
+        tools=row.tools,
     )
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of each key, in words."""
-    problems: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        keys = [str(part) for part in problem["loc"]]
-        if keys[:1] == ["id"]:
-            del keys[1:]  # which member of the union; means nothing to a reader
-        key = ".".join(keys)
-        if problem["type"] == "extra_forbidden":
-            known = _MessageLine if len(keys) > 1 else _Line
-            names = [f.alias or name for name, f in known.model_fields.items()]
-            text = f"unknown key {key!r}, known: {', '.join(names)}"
-        elif problem["type"] == "value_error":
-            text = str(problem["ctx"]["error"])
-        elif problem["type"] == "missing":
-            text = f"{key!r} is missing"
-        else:
-            said = problem["msg"].removeprefix("Input ").lower()
-            text = f"{key!r} {said}, got {_short(problem['input'])}"
-        problems.setdefault(key, text)
-    return "; ".join(problems.values())
-
-
-def _short(value: object) -> str:
-    # ASCII only: what is shown may not be encodable, such as half a surrogate pair.
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _bad(
-    path: Path, number: int, wrong: str, way_out: str = f"write {SHAPE}"
-) -> WorkloadError:
-    return WorkloadError(f"{path}, line {number}: {wrong}; {way_out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,8 @@ import click
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Run
 from adaptspec.host import Host
-from adaptspec.model.cache import TreeCache
-from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.strategy import Strategy
-from adaptspec.token_tree import TokenTree
 
 HF, PLAIN = "hf_generate", "autoregressive"
 
@@ -33,6 +30,8 @@ RIVALS = {"prompt_lookup": "hf_prompt_lookup", "draft_model": "hf_assisted"}
 THEIRS = ("hf_generate", "hf_prompt_lookup", "hf_assisted")
 
 # ids, new tokens -> tokens, ms a token, tokens per forward
+# place in the answer, the target's choice -> the token that is taken
+Follow = Callable[[int, int], int]
 Contender = Callable[[Sequence[int], int], tuple[list[int], float, float | None]]
 
 
@@ -56,27 +55,39 @@ class Ours:
 
         A first call is slow and its answer short: no lesson for a gate that remembers.
         """
-        for _ in self._begin(self._create(), ids, length):
-            pass
+        exhaust(self._begin(self._create(), ids, length))
 
-    def begin(self, ids: Sequence[int], length: int) -> Run:
+    def begin(
+        self, ids: Sequence[int], length: int, follow: Follow | None = None
+    ) -> Run:
         """A generation to iterate over."""
-        return self._begin(self._held or self._create(), ids, length)
+        return self._begin(self._held or self._create(), ids, length, follow)
 
-    def _begin(self, strategy: Strategy, ids: Sequence[int], length: int) -> Run:
+    def _begin(
+        self,
+        strategy: Strategy,
+        ids: Sequence[int],
+        length: int,
+        follow: Follow | None = None,
+    ) -> Run:
         controls = Controls.for_model(
             self._engine.model, temperature=0, max_new_tokens=length
         )
-        return Run(self._engine, strategy, ids, controls)
+        return Run(self._engine, strategy, ids, controls, follow)
 
     def __call__(
         self, ids: Sequence[int], length: int
     ) -> tuple[list[int], float, float | None]:
         """As every contender."""
         run = self.begin(ids, length)
-        for _ in run:
-            pass
+        exhaust(run)
         return measured(run)
+
+
+def exhaust(steps: Iterable[Any]) -> None:
+    """Take them all."""
+    for _ in steps:
+        pass
 
 
 def measured(run: Run) -> tuple[list[int], float, float | None]:
@@ -88,57 +99,6 @@ def measured(run: Run) -> tuple[list[int], float, float | None]:
         1e3 / speed if speed else float("nan"),
         stats.tokens_per_forward,
     )
-
-
-def in_step(runs: Mapping[str, Run]) -> None:
-    """Decode all of them, a step of the one with the fewest tokens at a time.
-
-    So they are at the same place of the answer at the same time, and a machine whose
-    speed drifts drifts for all of them. Of several that which waited longest is next.
-    """
-    going = {name: iter(run) for name, run in runs.items()}
-    emitted = dict.fromkeys(going, 0)  # those still going
-    while emitted:
-        name = min(emitted, key=emitted.__getitem__)
-        before = emitted.pop(name)
-        tokens = next(going[name], None)
-        if tokens is not None:
-            emitted[name] = before + len(tokens)
-
-
-class Script:
-    """A model that chooses the tokens of one text as long as it has read no others.
-
-    In low precision a tie between two tokens may fall differently in a tree of another
-    size, and what follows is another answer, easier or harder to draft. Held to one
-    text all decode the same. The logits, from which drafters learn, stay the model's.
-
-    Args:
-        model: Its ``forward_tree`` is replaced.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.text: Sequence[int] | None = None  # from the prompt on; None: its own
-        self._forward_tree = model.forward_tree
-        vars(model)["forward_tree"] = self.forward_tree
-
-    def forward_tree(
-        self, tree: TokenTree, cache: TreeCache, **options: Any
-    ) -> Forward:
-        """As the model's."""
-        cached = cache.length
-        forward = self._forward_tree(tree, cache, **options)
-        if self.text is not None:
-            best = list(forward.best)
-            node: int | None = 0
-            for token in self.text[cached + 1 :]:
-                if node is None or node not in forward.rows:
-                    break
-                best[forward.rows[node]] = token
-                children = {tree.tokens[c]: c for c in tree.children[node]}
-                node = children.get(token)
-            vars(forward)["best"] = best
-        return forward
 
 
 def theirs(

@@ -30,7 +30,7 @@ from adaptspec.testing.heads import attach_tiny_heads
 from adaptspec.token_tree import Drawn
 
 NEW_TOKENS = 12
-SAMPLING = Controls(max_new_tokens=NEW_TOKENS, temperature=0.8, seed=1)
+SAMPLED_CONTROLS = Controls(max_new_tokens=NEW_TOKENS, temperature=0.8, seed=1)
 SAMPLED = (1, 3)  # which of them are sampled after
 EXACT = (torch.float32, torch.float64)
 # Logits differ by rounding: relative to their spread, in float32.
@@ -39,7 +39,7 @@ SAMPLER_TOLERANCE = 1e-5
 # In half precision, in units of the type's precision times the logits' spread; what
 # rounding really does is measured, and this is the most that is believed of it.
 MOST_ROUNDING = 24.0
-SHAKES = 12
+WEIGHT_CHANGES = 12
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Reference:
         try:
             there = self._forced(copy.deepcopy(self._wide()), ids, tokens)
             unit, moved = torch.finfo(self.dtype).eps, 0.0
-            for seed in range(SHAKES):
+            for seed in range(WEIGHT_CHANGES):
                 module = copy.deepcopy(self._wide())
                 generator = torch.Generator().manual_seed(seed)
                 for parameter in module.parameters():
@@ -299,7 +299,7 @@ def _check_strategy(
         for ids, greedy in _turns(prompts):
             if not greedy and not cls.lossless:
                 continue
-            controls = Controls.greedy(NEW_TOKENS) if greedy else SAMPLING
+            controls = Controls.greedy(NEW_TOKENS) if greedy else SAMPLED_CONTROLS
             seen = Seen()
             strategy = witnessed(host, name, seen)
             run = Engine(model, draft, guard=False).generate(strategy, ids, controls)
@@ -328,7 +328,9 @@ def _check_strategy(
 def _plain(model: LanguageModel, host: Host, ids: tuple[int, ...]) -> list[int]:
     """What plain sampling emits."""
     strategy = witnessed(host, "autoregressive", Seen())
-    return Engine(model, guard=False).generate(strategy, ids, SAMPLING).token_ids
+    return (
+        Engine(model, guard=False).generate(strategy, ids, SAMPLED_CONTROLS).token_ids
+    )
 
 
 def _turns(
@@ -378,7 +380,7 @@ def _judge_sampled(
     assert seen.sampling is not None
     for place, logits in enumerate(seen.logits):
         probs = seen.sampling.probs([*ids, *tokens[:place]], logits)
-        expected = (logits / SAMPLING.temperature).softmax(-1)
+        expected = (logits / SAMPLED_CONTROLS.temperature).softmax(-1)
         if (error := float((probs - expected).abs().sum()) / 2) > SAMPLER_TOLERANCE:
             return f"token {place}'s distribution is {error:.2g} off (total variation)"
     if list(tokens) == list(plain):
@@ -389,7 +391,7 @@ def _judge_sampled(
     noise = reference.noise(ids, tokens)
     logits = seen.logits[place].clone()
     logits[plain[place]] += 2 * noise
-    bent = (logits / SAMPLING.temperature).softmax(-1)
+    bent = (logits / SAMPLED_CONTROLS.temperature).softmax(-1)
     if seen.sampling.coupled(bent, len(ids) + place) == plain[place]:
         return "tie"
     return f"token {place} isn't plain sampling's"

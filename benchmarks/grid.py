@@ -47,9 +47,9 @@ AXES: Mapping[str, Mapping[str, Sequence[Scalar]]] = {
     },
     "draft_model": {"draft_length": (1, 2, 3, 4, 6, 8), "stop": (0.0, 0.4, 0.7)},
 }
-BLOCK = 11  # settings between two measurements of plain decoding
-SHARE = 0.1  # of the grid's time, for one tuning
-BEST = 2  # of the grid, compared on held-out prompts
+SETTINGS_BETWEEN_PLAIN = 11  # settings between two measurements of plain decoding
+TUNING_SHARE = 0.1  # of the grid's time, for one tuning
+SETTINGS_COMPARED = 2  # of the grid, compared on held-out prompts
 
 
 def grid(host: Host) -> list[Setting]:
@@ -111,10 +111,14 @@ def run_grid(
 ) -> None:
     """Every setting on every class, in blocks."""
     state = progress.state
-    for at in range(0, len(settings), BLOCK):
+    for at in range(0, len(settings), SETTINGS_BETWEEN_PLAIN):
         for name, prompts in classes.items():
             known = state["grid"].setdefault(name, {})
-            block = [s for s in settings[at : at + BLOCK] if s.key not in known]
+            block = [
+                s
+                for s in settings[at : at + SETTINGS_BETWEEN_PLAIN]
+                if s.key not in known
+            ]
             if not block:
                 continue
             started = perf_counter()
@@ -144,7 +148,7 @@ def compare(
 ) -> None:
     """The grid's best and what the seeds found, interleaved on held-out prompts."""
     state = progress.state
-    keys, plain = best(state["grid"][name], BEST), PLAIN_SETTING.key
+    keys, plain = best(state["grid"][name], SETTINGS_COMPARED), PLAIN_SETTING.key
     # What isn't confirmed is decoded plainly.
     found = [told["classes"].get(name, plain) for told in state["tuned"]]
     unique = dict.fromkeys([*keys, *(key for key in found if key != plain)])
@@ -228,7 +232,7 @@ def main(
     costs = HardwareCosts.from_json(state["costs"])
     click.echo(f"hardware costs: {costs.seconds:.0f} s, once for all")
 
-    budget = state["seconds_grid"] * SHARE
+    budget = state["seconds_grid"] * TUNING_SHARE
     for seed in range(len(state["tuned"]), seeds):
         store = MemoryStore()
         store_costs(store, environment_of(target, draft), costs)

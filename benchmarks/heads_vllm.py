@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptspec.heads.medusa import MedusaHeads
 
 STATES, FOUND = "states.safetensors", "found.safetensors"
-POSITIONS = 6
+DRAFT_POSITIONS = 6
 HEADS, DRAFT_VOCAB = 3, 24  # of the heads made here
 # A loader's option: without it every parameter must have come from the file.
 UNTRACKED = {"enable_weights_track": False}
@@ -114,7 +114,7 @@ def compare(
 
     config = AutoConfig.from_pretrained(target)
     torch.manual_seed(0)
-    states = torch.randn(POSITIONS, config.hidden_size)
+    states = torch.randn(DRAFT_POSITIONS, config.hidden_size)
     save_file({"states": states}, work / STATES)
     folders = {label: str(folder) for label, (folder, _) in made.items()}
     child = subprocess.run(

@@ -39,7 +39,7 @@ AFTER = (
     *(("confirm", CONFIRMATION), ("trials", CONFIRMATION), ("replay", TRIALS)),
     *(("costs", REPLAY), ("plain", "hardware costs"), ("loading", "plain decoding")),
 )
-GLANCE = 0.05  # seconds between two looks at the store
+GLANCE_SECONDS = 0.05  # seconds between two looks at the store
 # Nothing here is timed: no kernel is built, and one thread is enough for a tiny model.
 ENVIRONMENT = {"ADAPTSPEC_NATIVE": "0", "OMP_NUM_THREADS": "1"}
 
@@ -143,7 +143,7 @@ class Running:
         while self.process.poll() is None:
             if order.index(self.part()) >= order.index(part):
                 return
-            time.sleep(GLANCE)
+            time.sleep(GLANCE_SECONDS)
 
     def await_trials(self, more: int) -> None:
         """Until ``more`` trials are finished, or it is past them, or ended."""
@@ -154,7 +154,7 @@ class Running:
                 or self.part() == CONFIRMATION
             ):
                 return
-            time.sleep(GLANCE)
+            time.sleep(GLANCE_SECONDS)
 
     def kill(self) -> str:
         """At once; the part that it was at, or ``ended``."""

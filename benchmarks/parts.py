@@ -32,8 +32,8 @@ PARTS = ("verify", "curve", "drafting", "choosing", "memory", "help")
 FORWARD_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 64)
 STEP_ROWS = (1, 4, 8, 16)
 CONTEXTS = (1024, 4096, 16384)
-ROUNDS = 9
-STEPS = 200
+TIMED_ROUNDS = 9
+TIMED_STEPS = 200
 
 
 class Wrong(Strategy):
@@ -65,14 +65,14 @@ def verify_steps(model: LanguageModel, context: int = 128) -> list[dict[str, Any
     ids = filler(context, model.vocab_size)
     found = []
     for rows in STEP_ROWS:
-        controls = Controls(max_new_tokens=rows + ROUNDS + 2)
+        controls = Controls(max_new_tokens=rows + TIMED_ROUNDS + 2)
         run = Run(Engine(model, guard=False), Wrong(rows), ids, controls)
         steps = iter(run)
         next(steps)  # the prefill
         cache = DynamicCache(config=model.config)
         bare_forward(model, ids, cache)
         ratios, whole, bare = [], [], []
-        for turn in range(ROUNDS + 1):
+        for turn in range(TIMED_ROUNDS + 1):
             next(steps)
             took = run.result.stats.steps[-1]
             started = perf_counter()
@@ -112,7 +112,7 @@ def latency_curve(model: LanguageModel, context: int = 128) -> dict[int, float]:
     cache = model.new_cache(context + max(FORWARD_ROWS))
     model.prefill(filler(context, model.vocab_size), cache)
     times: dict[int, list[float]] = {rows: [] for rows in FORWARD_ROWS}
-    for turn in range(ROUNDS + 1):
+    for turn in range(TIMED_ROUNDS + 1):
         for rows in FORWARD_ROWS:
             tree = TokenTree.chain(5, [9] * (rows - 1))
             started = perf_counter()
@@ -138,7 +138,7 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
         if name == PLAIN or requires.draft is not None or requires.heads is not None:
             continue
         for length in CONTEXTS:
-            text = repeating_text(length + STEPS, model.vocab_size)
+            text = repeating_text(length + TIMED_STEPS, model.vocab_size)
             ids = text[:length]
             sampler = Sampler(Processors(Controls(), length, model.device), 0)
             target = Target(model, None, None, tuple(ids), sampler, True, perf_counter)
@@ -149,7 +149,7 @@ def drafting_times(model: LanguageModel, host: Host) -> list[dict[str, Any]]:
             drafter.propose(Context(ids, 100, 64, 0))
             first = perf_counter() - started
             times = []
-            for step in range(STEPS):
+            for step in range(TIMED_STEPS):
                 ids.append(text[length + step])
                 started = perf_counter()
                 tree = drafter.propose(Context(ids, 100, 64, step))

@@ -47,7 +47,7 @@ from contenders import PLAIN
 from run import parse_contender
 from tables import ALL
 
-TOPS = 32
+RECORDED_LIKELIEST = 32
 DEFAULT = (
     "prompt_lookup=prompt_lookup",
     "suffix=suffix",
@@ -222,7 +222,9 @@ def main(
         runs.append((label, cls, cls.Params.parse(params, name).model_dump()))
     observes = union([host.create(cls.name, v).observes(model) for _, cls, v in runs])
     target = ForwardCosts(**costs["target"])
-    replayer = Replayer(engine, host, target, recordings, draft_costs, TOPS, observes)
+    replayer = Replayer(
+        engine, host, target, recordings, draft_costs, RECORDED_LIKELIEST, observes
+    )
     shuffled = []
     for order in range(seed, seed + orders):
         prompts = [Prompt(name, a["class"], text="") for name, a in answers.items()]

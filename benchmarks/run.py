@@ -32,6 +32,7 @@ from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.workloads import Workload, example_workload, read_workload
+from adaptspec_tuner.measuring.in_turns import SharedAnswer, take_turns
 from adaptspec_tuner.measuring.profiler import first_difference, near_tie
 from contenders import (
     HF,
@@ -40,13 +41,12 @@ from contenders import (
     Contender,
     Ours,
     Peer,
-    Script,
-    in_step,
+    exhaust,
     measured,
     theirs,
 )
 from parts import PARTS, measure_parts, show_parts
-from tables import Run, show_speeds, show_table, summarise
+from tables import TimedAnswer, show_speeds, show_table, summarise
 
 # id, class, token ids, new tokens
 Prompt = tuple[str, str, list[int], int]
@@ -57,15 +57,15 @@ def decode_all(
     prompts: Sequence[Prompt],
     repeats: int,
     together: bool,
-    script: Script | None,
+    held: bool,
     say: Callable[[str], None],
-    done: Callable[[list[Run]], None],
-) -> list[Run]:
+    done: Callable[[list[TimedAnswer]], None],
+) -> list[TimedAnswer]:
     """Every prompt by every contender, interleaved; ``done`` hears of each prompt.
 
     Args:
         together: Whether ours take turns step by step.
-        script: Holds ours to our plain decoding's answer.
+        held: Whether ours write one answer, whoever comes to a place first.
     """
     names = list(contenders)
     first, short = prompts[0][2], min(4, prompts[0][3])
@@ -74,38 +74,38 @@ def decode_all(
             contender.warm_up(first, short)
         else:
             contender(first, short)
-    runs: list[Run] = []
+    runs: list[TimedAnswer] = []
     for turn, (prompt_id, prompt_class, ids, length) in enumerate(prompts):
         say(f"prompt {turn + 1} of {len(prompts)} ({prompt_class}, {len(ids)} tokens)")
-        if script is not None:
-            script.text = None
-            script.text = [*ids, *contenders[PLAIN](ids, length)[0]]
         for repeat in range(repeats):
             begin = (turn + repeat) % len(names)
             order = names[begin:] + names[:begin]
-            begun = {
-                name: contender.begin(ids, length)
-                for name in order
-                if together and isinstance(contender := contenders[name], Ours)
-            }
-            in_step(begun)
+            answer, begun = SharedAnswer(), {}
             for name in order:
-                if name in begun:
-                    tokens, ms, per = measured(begun[name])
-                else:
+                if isinstance(contender := contenders[name], Ours):
+                    follow = answer.follow(name) if held else None
+                    begun[name] = contender.begin(ids, length, follow)
+            if together:
+                exhaust(take_turns({name: iter(run) for name, run in begun.items()}))
+            for name in order:
+                if name not in begun:
                     tokens, ms, per = contenders[name](ids, length)
+                else:
+                    if not together:
+                        exhaust(begun[name])
+                    tokens, ms, per = measured(begun[name])
                 timed = None if ms != ms else ms
                 runs.append(
-                    Run(name, prompt_id, prompt_class, tokens, timed, per, repeat)
+                    TimedAnswer(
+                        name, prompt_id, prompt_class, tokens, timed, per, repeat
+                    )
                 )
         done(runs)
-    if script is not None:
-        script.text = None
     return runs
 
 
 def explained(
-    model: LanguageModel, runs: Sequence[Run], prompts: Mapping[str, list[int]]
+    model: LanguageModel, runs: Sequence[TimedAnswer], prompts: Mapping[str, list[int]]
 ) -> dict[tuple[str, str], bool]:
     """For outputs that differ from our plain decoding: is it a tie within rounding?"""
     plain = {r.prompt: r.tokens for r in runs if r.contender == PLAIN}
@@ -245,7 +245,7 @@ def chosen_prompts(
 @click.option(
     "--held",
     is_flag=True,
-    help="Ours are held to plain decoding's answer where a tie would fall otherwise.",
+    help="Ours write one answer, also where a tie would fall otherwise.",
 )
 @click.option("--keep", is_flag=True, help="Let ours remember earlier prompts.")
 @click.option(
@@ -404,7 +404,7 @@ def main(
         ties: dict[tuple[str, str], bool] = {}
         judged = 0
 
-        def note(runs: list[Run]) -> None:
+        def note(runs: list[TimedAnswer]) -> None:
             nonlocal judged
             ties.update(explained(model, runs[judged:], texts))
             judged = len(runs)
@@ -428,9 +428,8 @@ def main(
                     *(model_path, draft_path or model_path),
                 )
             everyone: dict[str, Contender] = {**found, **peers}
-            script = Script(model) if held else None
             say = progress.print
-            decode_all(everyone, prompts, repeats, together, script, say, note)
+            decode_all(everyone, prompts, repeats, together, held, say, note)
         finally:
             for peer in peers.values():
                 peer.close()

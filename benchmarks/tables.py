@@ -16,7 +16,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedAnswer:
     """One prompt decoded once by one contender."""
 
     contender: str
@@ -36,7 +36,7 @@ def spread(values: Sequence[float]) -> list[float]:
     return [low, middle, high]
 
 
-def per_prompt(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
+def per_prompt(runs: Sequence[TimedAnswer]) -> dict[tuple[str, str], float]:
     """(contender, prompt) -> median ms a token over the repeats."""
     times: dict[tuple[str, str], list[float]] = {}
     for run in runs:
@@ -46,7 +46,7 @@ def per_prompt(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
 
 
 def summarise(
-    runs: Sequence[Run],
+    runs: Sequence[TimedAnswer],
     ties: Mapping[tuple[str, str], bool],
     strategies: Mapping[str, str],
 ) -> list[dict[str, Any]]:

@@ -24,15 +24,15 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
     tuple(random_ids(9, seed=3)) * 3,
     tuple(random_ids(39, seed=4)),
 )
-WINDOW = 16  # positions a layer with a window or chunks attends to
-POSITIONS = 256
+WINDOW_POSITIONS = 16  # positions a layer with a window or chunks attends to
+MOST_POSITIONS = 256
 # A model is drawn again, with more noise, until it says so many different tokens.
-VARIED = 6
+DIFFERENT_TOKENS = 6
 NOISES = (0.0, 0.0, 0.0, 0.2, 0.4, 0.8, 0.8)
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 32, 4, 2, 8, 64
-LAYERS = 2
+FEWEST_LAYERS = 2
 EXPERTS, CHOSEN_EXPERTS = 4, 2
-STATE = 8
+STATE_SIZE = 8
 
 _NAMES: tuple[tuple[int, str], ...] = (
     (
@@ -47,7 +47,7 @@ _NAMES: tuple[tuple[int, str], ...] = (
         "output_embedding_size backbone_hidden_size cross_attention_hidden_size",
     ),
     (
-        LAYERS,
+        FEWEST_LAYERS,
         "num_hidden_layers n_layer n_layers num_layers num_blocks "
         "decoder_layers encoder_layers num_decoder_layers num_encoder_layers",
     ),
@@ -94,12 +94,12 @@ _NAMES: tuple[tuple[int, str], ...] = (
         "mamba_n_groups mamba_ngroups max_window_layers moe_layer_start_index",
     ),
     (
-        POSITIONS,
+        MOST_POSITIONS,
         "max_position_embeddings n_positions n_ctx max_seq_len context_length "
         "max_target_positions",
     ),
     (
-        WINDOW,
+        WINDOW_POSITIONS,
         "sliding_window sliding_window_size window_size attention_window_size "
         "attention_chunk_size local_attention chunk_size mamba_chunk_size "
         "block_size index_block_size keep_window_size rel_extent "
@@ -107,7 +107,7 @@ _NAMES: tuple[tuple[int, str], ...] = (
         "local_attention_window_len log_scaling_n_floor floor_scale",
     ),
     (
-        STATE,
+        STATE_SIZE,
         "q_lora_rank kv_lora_rank state_size ssm_state_size mamba_d_state "
         "laurel_rank gated_norm_rank loop_gate_rank hc_lowrank o_lora_rank "
         "adapter_rank index_topk hidden_size_per_layer_input router_hidden_size",
@@ -197,7 +197,7 @@ def tiny_module(case: str, seed: int = 0, **overrides: Any) -> Any:
         varied = _varied(copy.deepcopy(module))
         if varied > most:
             most, best = varied, module
-        if varied >= VARIED:
+        if varied >= DIFFERENT_TOKENS:
             break
     return best
 
@@ -221,13 +221,13 @@ def _varied(module: Any) -> int:
         output = module.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=3 * VARIED,
+            max_new_tokens=3 * DIFFERENT_TOKENS,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
     except Exception:  # whoever decodes with it will see the same, and say so
-        return VARIED
+        return DIFFERENT_TOKENS
     return len(set(output[0, ids.shape[1] :].tolist()))
 
 
@@ -278,7 +278,7 @@ def _cover_layer_types(
             found[name] = list(dict.fromkeys(kinds))
     if not found:
         return
-    layers = max(LAYERS, *(len(kinds) for kinds in found.values()))
+    layers = max(FEWEST_LAYERS, *(len(kinds) for kinds in found.values()))
     arguments["num_hidden_layers"] = layers
     for name, kinds in found.items():
         arguments[name] = (kinds * layers)[:layers]
@@ -343,7 +343,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,
             "indexer_head_dim": HEAD_DIM,
-            "indexer_budget": WINDOW,
+            "indexer_budget": WINDOW_POSITIONS,
             "indexer_compress_ratio": 4,
         }
     },
@@ -367,7 +367,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {
         "num_experts_per_tok": 1,
         "layer_types": ["hybrid_sliding", "hybrid"],
-        "sliding_window": WINDOW,
+        "sliding_window": WINDOW_POSITIONS,
     },
 }
 EXCEPTIONS["qwen4_exp_text"] = EXCEPTIONS["qwen4_exp"]["text_config"]
@@ -405,7 +405,7 @@ VARIANTS: dict[str, Variant] = {
         {**_rope("longrope", **_LONG), "original_max_position_embeddings": _BOUNDARY},
         _ACROSS,
     ),
-    "phi3+window": Variant({"sliding_window": WINDOW}),
+    "phi3+window": Variant({"sliding_window": WINDOW_POSITIONS}),
     "llama+dynamic": Variant(
         {**_rope("dynamic", factor=4.0), "max_position_embeddings": _BOUNDARY}, _ACROSS
     ),

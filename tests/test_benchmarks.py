@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
 from adaptspec.decoding.engine import Engine
@@ -174,30 +175,6 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(
-    "name", ["autoregressive", "prompt_lookup", "token_recycling", "draft_model"]
-)
-def test_a_script_is_followed_to_its_end_and_no_further(name: str) -> None:
-    contenders = benchmark("contenders")
-    model = tiny_model("llama")
-    ours = contenders.Ours(
-        Engine(model, tiny_model("llama")), Host.installed(), name, {}
-    )
-    prompt, free = [1, 2, 3], ours([1, 2, 3], 12)[0]
-    script = contenders.Script(model)
-    assert ours(prompt, 12)[0] == free
-    held = [free[0], *([7, 8, 9] * 4)[:10]]  # soon drafted by looking it up
-    script.text = [*prompt, *held]
-    assert ours(prompt, 11)[0] == held
-    told = ours(prompt, 14)[0]
-    assert told[:11] == held
-    script.text = None
-    model = tiny_model("llama")
-    plain = contenders.Ours(Engine(model), Host.installed(), "autoregressive", {})
-    assert told[11:] == plain([*prompt, *held], 3)[0]
-    assert ours(prompt, 12)[0] == free
-
-
 def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
     engine, host = Engine(tiny_model("llama")), Host.installed()
 
@@ -210,28 +187,6 @@ def test_a_warm_up_teaches_nothing_and_an_answer_does() -> None:
         return found
 
     assert forwards("warm_up") == forwards("") < forwards("__call__")
-
-
-def test_the_one_with_the_fewest_tokens_steps_next() -> None:
-    told: list[str] = []
-
-    def steps(name: str, *lengths: int) -> Any:
-        for length in lengths:
-            told.append(name)
-            yield [0] * length
-
-    benchmark("contenders").in_step(
-        {
-            "one": steps("one", 1, 1, 1, 1, 1, 1),
-            "four": steps("four", 1, 4, 1),
-            "two": steps("two", 1, 2, 2, 1),
-        }
-    )
-    assert told == [
-        *("one", "four", "two", "one", "four", "two"),  # 2, 5, 3 tokens
-        *("one", "two", "one", "one"),  # 5, 5, 5
-        *("four", "two", "one"),
-    ]
 
 
 @pytest.mark.slow
@@ -284,7 +239,9 @@ def test_ratios_are_paired_by_prompt_over_the_repeats_median(tables: Any) -> Non
 
     kinds = {name: kind(name) for name, _ in times}
     runs = [
-        tables.Run(name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat)
+        tables.TimedAnswer(
+            name, prompt, f"class {prompt}", [1, repeat], ms, 2.0, repeat
+        )
         for (name, prompt), found in times.items()
         for repeat, ms in enumerate(found)
     ]
@@ -317,7 +274,7 @@ def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
         "mine": {"p": 50.0, "q": 12.5, "r": None},
     }
     runs = [
-        tables.Run(name, prompt, "c", [1], ms, 2.0)
+        tables.TimedAnswer(name, prompt, "c", [1], ms, 2.0)
         for name, found in times.items()
         for prompt, ms in found.items()
     ]
@@ -334,12 +291,12 @@ def test_means_are_geometric_and_of_the_prompts_that_all_were_timed_on(
 
 def test_outputs_that_differ_from_plain_are_not_counted_identical(tables: Any) -> None:
     runs = [
-        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None),
-        tables.Run("hf_generate", "p", "c", [1, 2], 2.0, None, 1),
-        tables.Run("suffix", "p", "c", [1, 4], 2.0, None),
-        tables.Run("suffix", "p", "c", [1, 2], 2.0, None, 1),
-        tables.Run("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
-        tables.Run("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
+        tables.TimedAnswer("hf_generate", "p", "c", [1, 2], 2.0, None),
+        tables.TimedAnswer("hf_generate", "p", "c", [1, 2], 2.0, None, 1),
+        tables.TimedAnswer("suffix", "p", "c", [1, 4], 2.0, None),
+        tables.TimedAnswer("suffix", "p", "c", [1, 2], 2.0, None, 1),
+        tables.TimedAnswer("autoregressive", "p", "c", [1, 2], 1.0, 1.0),
+        tables.TimedAnswer("prompt_lookup", "p", "c", [1, 3], 1.0, 1.0),
     ]
     rows = {
         row["contender"]: row
@@ -373,3 +330,53 @@ def test_held_out_prompts_gain_by_what_was_best_for_their_class_when_tuning() ->
     assert gained(tuning, held_out, logs, "x") == pytest.approx(
         (3.0 * 0.8 * 1.0 * 1.1) ** (1 / 4)
     )
+
+
+def tuned(winner: str, **ratios: tuple[float, int]) -> dict[str, Any]:
+    rows = [
+        {"strategy": name, "params": {"k": k}, "ratio": ratio}
+        for name, (ratio, k) in {"autoregressive": (1.0, 0), **ratios}.items()
+    ]
+    found = {"class": "chat", "winner": winner, "params": {}, "results": rows}
+    return {"classes": [found]}
+
+
+def test_ratios_of_a_disturbed_tune_are_set_beside_the_quiet_ones() -> None:
+    disturbed = benchmark("disturbed")
+    found = disturbed.compared(
+        tuned("a", a=(2.0, 1), b=(1.5, 1)),
+        tuned("b", a=(2.2, 1), b=(1.2, 2), c=(3.0, 1)),
+    )
+    assert found["same"] == 0
+    assert found["classes"]["chat"]["ratios"] == {
+        "a": [2.0, 2.2, True],
+        "b": [1.5, 1.2, False],
+    }
+    assert found["settings"] == pytest.approx([0.1])
+    assert found["strategies"] == pytest.approx([0.1, 0.2])
+    same = disturbed.compared(tuned("a", a=(2.0, 1)), tuned("a", b=(2.0, 1)))
+    assert (same["same"], same["strategies"]) == (1, [])
+    assert disturbed.compared(tuned("a"), {"classes": []})["missing"] == ["chat"]
+
+
+STANDS_STILL = """
+import json, time
+before = time.monotonic()
+longest = 0
+for _ in range(100):
+    time.sleep(0.01)
+    now = time.monotonic()
+    before, longest = now, max(longest, now - before)
+print(json.dumps({"longest": longest}))
+"""
+
+
+@pytest.mark.slow
+def test_a_disturbed_command_is_stopped_and_goes_on() -> None:
+    disturbed = benchmark("disturbed")
+    command = [sys.executable, "-c", STANDS_STILL]
+    found = disturbed.tune(command, load=(0.1, 0.2), pauses=[0.5], pause=1.5)
+    assert found["longest"] > 1.4
+    assert found["seconds"] > 2.0
+    with pytest.raises(ClickException, match="no such thing"):
+        disturbed.tune([sys.executable, "-c", "raise SystemExit('no such thing')"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import adaptspec_tuner.plugin
 from adaptspec import hookspecs
 from adaptspec.cli import build_cli
 from adaptspec.host import Host
+from adaptspec.workloads import read_workload
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -74,6 +76,17 @@ def test_every_command_and_option_is_documented(host: Host) -> None:
             check(child, f"{path} {name}")
 
     check(build_cli(host), "adaptspec")
+
+
+def test_every_row_of_the_page_of_workloads_is_read(tmp_path: Path) -> None:
+    page = (DOCS / "workloads.md").read_text()
+    rows = re.findall(r"^\| .* \| `(\{.*\})` \|$", page, re.MULTILINE)
+    assert len(rows) == page.count("| `{")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows))
+    workload = read_workload(path)
+    assert len(workload.prompts) == len(rows) >= 7
+    assert workload.notes == ()
 
 
 def test_every_family_of_its_transformers_is_in_the_table_of_families() -> None:

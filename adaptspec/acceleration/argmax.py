@@ -9,7 +9,7 @@ from adaptspec.acceleration.native import largest
 # A row is cut into so many where our kernel isn't at hand: maxima of long contiguous
 # blocks are vectorised, an argmax isn't. Of 152k bfloat16 logits this takes a sixth of
 # torch's time.
-BLOCKS = 64
+ROW_BLOCKS = 64
 
 
 @torch.inference_mode()
@@ -23,12 +23,12 @@ def argmax_rows(logits: torch.Tensor) -> list[int]:
         known: list[int] = places[:, 0].tolist()
         return known
     vocab = logits.shape[-1]
-    size = vocab // BLOCKS
-    if size < BLOCKS or not logits.is_contiguous() or logits.device.type != "cpu":
+    size = vocab // ROW_BLOCKS
+    if size < ROW_BLOCKS or not logits.is_contiguous() or logits.device.type != "cpu":
         first: list[int] = logits.float().argmax(-1).tolist()
         return first
-    whole = size * BLOCKS
-    blocks = logits[:, :whole].view(len(logits), BLOCKS, size)
+    whole = size * ROW_BLOCKS
+    blocks = logits[:, :whole].view(len(logits), ROW_BLOCKS, size)
     maxima = blocks.amax(-1)
     best = maxima.float().argmax(-1)
     rows = torch.arange(len(logits))

@@ -1,7 +1,9 @@
-"""Attention for verification: grouped query heads without repeating keys and values.
+"""Attention for verification: few rows, heads that share keys and values.
 
 transformers' SDPA path copies keys and values once per query head of a group as soon as
-there is a mask. Here the query heads of a group become rows of one longer query.
+there is a mask, and how torch's product rounds depends on the number of rows. On the
+CPU our kernel reads keys and values where they lie in the cache, and sums each row
+alike. Without it the query heads of a group become rows of one longer query.
 """
 
 from __future__ import annotations
@@ -15,10 +17,57 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "adaptspec_sdpa"
+from adaptspec.acceleration.native import (
+    Kernel,
+    NativeUnavailableError,
+    Seen,
+    kernel,
+)
+
+NATIVE, GROUPED = "adaptspec_native", "adaptspec_grouped"
 
 # Beyond this the query itself is the larger part of the work.
 MOST_ROWS = 64
+
+
+def native_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend from ``query [1, heads, rows, d]`` to ``key [1, groups, length, d]`` with
+    our kernel; as :func:`grouped_attention` where it doesn't take them."""
+    rows = query.shape[2]
+    compiled = kernel()
+    if (
+        query.shape[0] == 1
+        and rows <= MOST_ROWS
+        and (attention_mask is not None or rows == 1)
+        and not dropout
+        and not _weighs(kwargs)
+        and compiled.attends(query, key, value)
+        and (sight := _sight(compiled, attention_mask, key.shape[2])) is not None
+    ):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        attended = compiled.attend(query[0], key[0], value[0], sight.seen, scale)
+        return attended[None], None
+    return grouped_attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        scaling,
+        is_causal,
+        **kwargs,
+    )
 
 
 def grouped_attention(
@@ -46,8 +95,7 @@ def grouped_attention(
         or attention_mask.dim() != 4
         or attention_mask.shape[1] != 1
         or dropout
-        or kwargs.get("position_bias") is not None
-        or kwargs.get("softcap") is not None
+        or _weighs(kwargs)
     ):
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module,
@@ -70,6 +118,35 @@ def grouped_attention(
     return attended.transpose(1, 2).contiguous(), None
 
 
+class _Sight:
+    """What a mask lets rows see; None: everything."""
+
+    def __init__(self, seen: Seen | None) -> None:
+        self.seen = seen
+
+
+def _weighs(arguments: dict[str, Any]) -> bool:
+    """Whether more than products and a mask decides what is attended to."""
+    return any(
+        arguments.get(name) is not None
+        for name in ("position_bias", "softcap", "s_aux", "head_mask")
+    )
+
+
+def _sight(compiled: Kernel, mask: torch.Tensor | None, length: int) -> _Sight | None:
+    """Kept on the mask for the next layer; None where the kernel can't follow it."""
+    if mask is None:
+        return _Sight(None)
+    if mask.dim() != 4 or mask.shape[:2] != (1, 1) or mask.shape[3] != length:
+        return None
+    known: tuple[_Sight | None] | None = getattr(mask, "adaptspec_sight", None)
+    if known is None:
+        seen = compiled.seen(mask[0, 0])
+        known = (None if seen is None else _Sight(seen),)
+        mask.adaptspec_sight = known  # type: ignore[attr-defined]
+    return known[0]
+
+
 def _repeated(mask: torch.Tensor, each: int) -> torch.Tensor:
     """The mask's rows once per head of a group; kept on the mask for the next layer."""
     repeated: torch.Tensor | None = getattr(mask, "adaptspec_repeated", None)
@@ -79,12 +156,38 @@ def _repeated(mask: torch.Tensor, each: int) -> torch.Tensor:
     return repeated
 
 
-def use_grouped_attention(view: Any) -> bool:
-    """Switch a module tree of ours from SDPA to grouped attention; True if it was."""
+def use_our_attention(view: Any) -> str | None:
+    """Switch a module tree of ours from SDPA to our attention.
+
+    Returns:
+        Its name; None where SDPA stays.
+    """
     config = getattr(view, "config", None)
     if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
-        return False
+        return None
     text = config.get_text_config(decoder=True)
+    if next(view.parameters()).device.type == "cpu" and _native():
+        name = NATIVE
+    elif _groups(text, next(view.parameters()).device):
+        name = GROUPED
+    else:
+        return None
+    # Towers for pictures and sound keep theirs: some have no choice.
+    parts = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    view.set_attn_implementation(dict.fromkeys(["", *parts], name))
+    return name
+
+
+def _native() -> bool:
+    try:
+        kernel()
+    except NativeUnavailableError:
+        return False
+    return True
+
+
+def _groups(text: Any, device: torch.device) -> bool:
+    """Whether heads share keys and values, and each group is work enough."""
     try:
         groups = getattr(text, "num_key_value_heads", None)
         heads = getattr(text, "num_attention_heads", None)
@@ -93,16 +196,9 @@ def use_grouped_attention(view: Any) -> bool:
     if not groups or not heads or groups >= heads:
         return False
     # Each key/value head is one unit of work on the CPU: fewer than threads are slow.
-    if (
-        next(view.parameters()).device.type == "cpu"
-        and groups < torch.get_num_threads()
-    ):
-        return False
-    # Towers for pictures and sound keep theirs: some have no choice.
-    parts = [key for key in config.sub_configs if getattr(config, key, None) is text]
-    view.set_attn_implementation(dict.fromkeys(["", *parts], NAME))
-    return True
+    return device.type != "cpu" or groups >= torch.get_num_threads()
 
 
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _name, _function in ((NATIVE, native_attention), (GROUPED, grouped_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-MAPS = Path("/proc/self/maps")
+MAPPED_FILES = Path("/proc/self/maps")
 
 
 class FilePages:
@@ -25,7 +25,7 @@ class FilePages:
         if sys.platform != "linux":
             return
         try:
-            lines = MAPS.read_text().splitlines()
+            lines = MAPPED_FILES.read_text().splitlines()
             self._libc = ctypes.CDLL(None, use_errno=True)
         except OSError:
             return

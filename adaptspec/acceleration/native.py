@@ -1,4 +1,4 @@
-"""Our C kernel, compiled once with the system's compiler, if there is one."""
+"""Our C kernels, compiled once with the system's compiler, if there is one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from adaptspec.cache_folder import cache_root
 
-SOURCE = Path(__file__).with_name("kernels.c")
+KERNEL_FOLDER = Path(__file__).with_name("kernels")
+SOURCES = tuple(sorted(KERNEL_FOLDER.glob("*.c")))
+HEADERS = tuple(sorted(KERNEL_FOLDER.glob("*.h")))
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-SECONDS = 120
-TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in kernels.c
+COMPILER_SECONDS = 120
+TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in the kernels
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -46,10 +51,29 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which keys each row attends to.
+
+    Args:
+        keys: ``[rows, keys]`` of int32: their numbers in order, then nothing of use.
+        counts: ``[rows]`` of int32: how many.
+    """
+
+    keys: torch.Tensor
+    counts: torch.Tensor
+
+
 class Kernel:
     """The compiled functions.
 
-    ``tiles`` says whether products of bfloat16 run on matrix units (AMX).
+    Args:
+        library: What the sources were compiled to.
+
+    Attributes:
+        tiles: Whether products of bfloat16 run on matrix units (AMX).
+        pairs: Whether packed products of bfloat16 use instructions for pairs of them
+            (AVX-512-BF16); otherwise they are widened in registers.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -70,6 +94,45 @@ class Kernel:
                 ]
                 function.restype = None
         self.tiles = bool(library.tiles())
+        self._packed = {
+            torch.bfloat16: library.packed_bf16,
+            torch.float32: library.packed_f32,
+        }
+        for function in self._packed.values():
+            function.argtypes = [*[_POINTER] * 4, _LONG, _LONG, _LONG, _INT]
+            function.restype = None
+        self._pack = {
+            torch.bfloat16: (library.pack_bf16, library.unpack_bf16),
+            torch.float32: (library.pack_f32, library.unpack_f32),
+        }
+        for pack, unpack in self._pack.values():
+            pack.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _INT]
+            unpack.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT]
+            pack.restype = unpack.restype = None
+        self.columns = int(library.packed_columns())
+        self.pairs = bool(library.packed_pairs())
+        self._large_pages = library.large_pages
+        self._large_pages.argtypes = [_POINTER, _LONG]
+        self._large_pages.restype = None
+        self._seen = {
+            torch.bfloat16: library.seen_bf16,
+            torch.float32: library.seen_f32,
+            torch.bool: library.seen_bool,
+        }
+        for function in self._seen.values():
+            function.argtypes = [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER]
+            function.restype = _INT
+        self._attend = {
+            torch.bfloat16: library.attend_bf16,
+            torch.float32: library.attend_f32,
+        }
+        for function in self._attend.values():
+            function.argtypes = [
+                *(_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
+                *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
+                *(_LONG, ctypes.c_float, _INT),
+            ]
+            function.restype = None
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
         self._widen.restype = None
@@ -98,8 +161,8 @@ class Kernel:
             function, room = self._on_tiles, self._room_for_pairs(rows, inner)
             first, second = x.data_ptr(), room.data_ptr()
         else:
-            function, wide = self._linear[x.dtype], self._widened(x)
-            first, second = wide.data_ptr(), wide.shape[1]
+            function, read = self._linear[x.dtype], self._read(x)
+            first, second = read.data_ptr(), read.shape[1]
         function(
             first,
             second,
@@ -112,6 +175,169 @@ class Kernel:
             torch.get_num_threads(),
         )
         return y
+
+    def packed_size(self, weight: torch.Tensor) -> int:
+        """How many elements ``weight [out, in]`` has when it is packed."""
+        outer, inner = weight.shape
+        per = 4 // weight.dtype.itemsize
+        whole = -(-outer // self.columns) * self.columns
+        return whole * -(-inner // per) * per
+
+    def pack(self, weight: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """``weight [out, in]`` in the layout of :meth:`packed_linear`.
+
+        Args:
+            room: Written to and returned, :meth:`packed_size` elements of its type.
+        """
+        plain = weight.contiguous()
+        pack, _ = self._pack[plain.dtype]
+        pack(plain.data_ptr(), room.data_ptr(), *plain.shape, torch.get_num_threads())
+        return room
+
+    def unpack(
+        self,
+        packed: torch.Tensor,
+        shape: Sequence[int],
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weight of ``shape`` that was packed, or some ``rows`` of it.
+
+        Raises:
+            IndexError: if a row is none of its rows.
+        """
+        places: torch.Tensor | None = None
+        if rows is not None:
+            places = rows.to(torch.int64).contiguous()
+            if len(places):
+                least, most = places.aminmax()
+                if int(least) < 0 or int(most) >= shape[0]:
+                    raise IndexError(f"rows {int(least)} to {int(most)} of {shape[0]}")
+        count = shape[0] if places is None else len(places)
+        plain = torch.empty((count, shape[1]), dtype=packed.dtype)
+        _, unpack = self._pack[packed.dtype]
+        unpack(
+            packed.data_ptr(),
+            None if places is None else places.data_ptr(),
+            plain.data_ptr(),
+            count,
+            shape[1],
+            torch.get_num_threads(),
+        )
+        return plain
+
+    def packed_linear(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        outer: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``x [rows, in]`` times a packed weight ``[outer, in]``, plus ``bias``.
+
+        All contiguous, of one type, on the CPU. A row's bits depend on that row alone.
+        """
+        rows, inner = x.shape
+        per = 4 // x.dtype.itemsize
+        words = -(-inner // per)
+        y = torch.empty((rows, outer), dtype=x.dtype)
+        # Held until the call is over: the kernel reads it by its address.
+        read = x if words * per == inner else functional.pad(x, (0, 1))
+        if x.dtype is torch.bfloat16 and not self.pairs:
+            read = read.float()
+        self._packed[x.dtype](
+            read.data_ptr(),
+            packed.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            outer,
+            words,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def seen(self, mask: torch.Tensor) -> Seen | None:
+        """What each row of ``mask [rows, keys]`` lets it see.
+
+        None for masks that weigh keys, and where a row sees none.
+        """
+        rows, length = mask.shape
+        function = self._seen.get(mask.dtype)
+        if function is None or not is_plain(mask) or mask.stride(1) != 1:
+            return None
+        keys = torch.empty((rows, length), dtype=torch.int32)
+        counts = torch.empty(rows, dtype=torch.int32)
+        told = function(
+            mask.data_ptr(),
+            mask.stride(0),
+            rows,
+            length,
+            keys.data_ptr(),
+            counts.data_ptr(),
+        )
+        return Seen(keys, counts) if told else None
+
+    def attends(self, *tensors: torch.Tensor) -> bool:
+        """Whether :meth:`attend` takes these as query, key and value."""
+        return all(
+            x.dtype in self._attend
+            and x.dtype is tensors[0].dtype
+            and is_plain(x)
+            and x.stride(-1) == 1
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            for x in tensors
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: Seen | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of few rows; the bits of each depend on that row and what it sees.
+
+        Args:
+            query: ``[heads, rows, d]``.
+            key: ``[groups, keys, d]``; each is shared by ``heads / groups`` heads.
+            value: ``[groups, keys, v]``.
+            seen: Which keys each row sees; None: all.
+            scale: Of the products before the softmax.
+
+        Returns:
+            ``[rows, heads, v]``.
+        """
+        heads, rows, size = query.shape
+        groups, length, width = value.shape
+        read = self._read(query.transpose(0, 1).reshape(rows * heads, size))
+        out = torch.empty((rows, heads, width), dtype=query.dtype)
+        self._attend[query.dtype](
+            read.data_ptr(),
+            read.shape[1],
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+            out.data_ptr(),
+            None if seen is None else seen.keys.data_ptr(),
+            None if seen is None else seen.counts.data_ptr(),
+            length,
+            rows,
+            heads,
+            heads // groups,
+            size,
+            width,
+            scale,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def large_pages(self, room: torch.Tensor) -> None:
+        """Wish that ``room``, aligned to a large page, lies in large pages."""
+        self._large_pages(room.data_ptr(), room.nbytes)
 
     def ranks(self, x: torch.Tensor, count: int) -> bool:
         """Whether :meth:`largest` takes these."""
@@ -148,21 +374,19 @@ class Kernel:
         depth = -(-inner // TILE_DEPTH) * TILE_DEPTH
         return torch.empty(filled * depth, dtype=torch.bfloat16)
 
-    def _widened(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` in float32, its rows filled up to whole registers."""
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as the products read it: widened where they don't multiply pairs of
+        bfloat16, its rows filled up to whole registers."""
         rows, inner = x.shape
+        halves = x.dtype is torch.bfloat16
         # Weights of bfloat16 come two to a register's lane.
-        step = self.lanes * (2 if x.dtype is torch.bfloat16 else 1)
+        step = self.lanes * (2 if halves else 1)
         stride = -(-inner // step) * step
-        if x.dtype is torch.bfloat16:
+        if halves and not self.pairs:
             wide = torch.empty((rows, stride), dtype=torch.float32)
             self._widen(x.data_ptr(), wide.data_ptr(), rows, inner, stride)
-        elif stride != inner:
-            wide = torch.zeros((rows, stride), dtype=torch.float32)
-            wide[:, :inner] = x
-        else:
-            wide = x
-        return wide
+            return wide
+        return x if stride == inner else functional.pad(x, (0, stride - inner))
 
 
 @functools.cache
@@ -219,7 +443,9 @@ def _digest(path: Path) -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Of everything the machine code depends on."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for file in (*SOURCES, *HEADERS):
+        digest.update(file.read_bytes())
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False
     )
@@ -246,19 +472,23 @@ def _compile(compiler: str, folder: Path, name: str) -> Path:
     """Compile to a private name and rename: processes may do this at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as private:
-        compiled, linked = Path(private) / "kernels.o", Path(private) / "kernels.so"
+        linked = Path(private) / "kernels.so"
+        objects = {source: Path(private) / f"{source.stem}.o" for source in SOURCES}
         # Linked without -fopenmp: the OpenMP symbols are then those of the library that
         # torch has loaded, so that no second pool of threads spins beside its own.
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
+            *(
+                [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)]
+                for source, compiled in objects.items()
+            ),
+            [compiler, "-shared", *map(str, objects.values()), "-o", str(linked)],
         ):
             try:
                 done = subprocess.run(
                     command,
                     capture_output=True,
                     text=True,
-                    timeout=SECONDS,
+                    timeout=COMPILER_SECONDS,
                     check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -18,7 +18,7 @@ from adaptspec.errors import AdaptSpecError, StoreWarning, stopped_by_user
 from adaptspec.host import Host, PluginWarning
 
 DEBUG_VARIABLE = "ADAPTSPEC_DEBUG"
-INTERRUPTED = 130  # as a shell says of what Ctrl-C ended
+EXIT_CODE_OF_INTERRUPT = 130  # as a shell says of what Ctrl-C ended
 
 
 class _Cli(click.Group):
@@ -54,6 +54,7 @@ class _Cli(click.Group):
 
 def build_cli(host: Host) -> click.Group:
     """The ``adaptspec`` command with every plugin's commands."""
+    from adaptspec.cli.explain import explain
     from adaptspec.cli.generate import generate
     from adaptspec.cli.strategies import strategies
 
@@ -68,6 +69,7 @@ def build_cli(host: Host) -> click.Group:
             warnings.showwarning = _every_one  # type: ignore[assignment]
 
     cli.add_command(generate)
+    cli.add_command(explain)
     cli.add_command(strategies)
     host.add_commands(cli)
     return cli
@@ -95,8 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _leave() -> NoReturn:
     """End after Ctrl-C, without a word; a second one ends it at once."""
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    sys.exit(INTERRUPTED)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_CODE_OF_INTERRUPT))
+    sys.exit(EXIT_CODE_OF_INTERRUPT)
 
 
 def _told(error: OSError) -> str:

@@ -115,6 +115,11 @@ class Run:
     """One generation: iterate over it for the tokens of each step, then ask ``result``.
 
     Invariant between steps: the cache holds every committed token but the last.
+
+    Args:
+        follow: For measurements of greedy decoding: takes a place in the answer, from
+            0, and the target's choice there, and returns the token that is taken. It is
+            asked once for each place, in order. None takes the target's choice.
     """
 
     def __init__(
@@ -123,9 +128,11 @@ class Run:
         strategy: Strategy,
         ids: Sequence[int],
         controls: Controls,
+        follow: Callable[[int, int], int] | None = None,
     ) -> None:
         model = engine.model
         self._engine = engine
+        self._follow = follow
         self._model, self._draft = model, engine.draft
         for one in (model, engine.draft):
             if one is not None:
@@ -176,6 +183,7 @@ class Run:
         )
 
     def __iter__(self) -> Generator[list[int], None, None]:
+        started = self._clock()
         model = self._model
         level = model.capability.level
         observes = self._strategy.observes(model)
@@ -202,7 +210,9 @@ class Run:
                 row=model.head_share,
             )
         try:
-            yield self._prefill(drafter, cache, observes)
+            emitted = self._prefill(drafter, cache, observes)
+            self._stats.seconds_prefill = self._clock() - started
+            yield emitted
             while self._finish is None:
                 if model.digest != self._digest:
                     raise SequenceStateError(
@@ -221,7 +231,6 @@ class Run:
         )
 
     def _prefill(self, drafter: Drafter, cache: Any, observes: Observes) -> list[int]:
-        started = self._clock()
         shown = observes.hidden_layers if observes.prefill_hidden != "none" else ()
         rows = max(1, observes.prefill_logits)
         if self._guard is not None:
@@ -239,12 +248,13 @@ class Run:
         else:
             self._check_chosen([last], forward)
             token = forward.best[last]
+        if self._follow is not None:
+            token = self._follow(0, token)
         emitted = self._commit([token])
         seen = forward.hidden
         if observes.prefill_hidden == "last":
             seen = {layer: states[-1:] for layer, states in seen.items()}
         drafter.observe(self._outcome(None, (), emitted, forward, seen))
-        self._stats.seconds_prefill = self._clock() - started
         return emitted
 
     def _step(
@@ -309,6 +319,7 @@ class Run:
                 seconds_draft=(proposed - started) + (observed - committed),
                 seconds_rest=(verifying - proposed) + (committed - verified),
                 depth=tree.depth,
+                rows=len(tree),
             )
         )
         return emitted
@@ -328,7 +339,9 @@ class Run:
         if self._batched_argmax or forward.decided:
             # One host sync per step: the loop must know which tokens were accepted.
             best = forward.best
-            accepted = accept_matching(tree, lambda node, _: best[forward.rows[node]])
+            accepted = accept_matching(
+                tree, self._taken(lambda node, _: best[forward.rows[node]])
+            )
             rows = [forward.rows[node] for node in accepted.path]
             sound = self._check_chosen(rows, forward)
             if sound == len(rows):
@@ -349,8 +362,10 @@ class Run:
         if self._sampler.greedy or tree.drawn is Drawn.DETERMINISTIC:
             return accept_matching(
                 tree,
-                lambda node, tokens: self._asked(
-                    self._sampler.choose, tokens, forward.logits[forward.rows[node]]
+                self._taken(
+                    lambda node, tokens: self._asked(
+                        self._sampler.choose, tokens, forward.logits[forward.rows[node]]
+                    )
                 ),
             )
         return accept_sampled(
@@ -361,6 +376,21 @@ class Run:
             uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
             pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
         )
+
+    def _taken(
+        self, choose: Callable[[int, Sequence[int]], int | None]
+    ) -> Callable[[int, Sequence[int]], int | None]:
+        """The same choices, or what is followed in their place."""
+        follow = self._follow
+        if follow is None:
+            return choose
+
+        def taken(node: int, tokens: Sequence[int]) -> int | None:
+            own = choose(node, tokens)
+            place = len(self._ids) - self._prompt + len(tokens)
+            return None if own is None else follow(place, own)
+
+        return taken
 
     def _asked(
         self,

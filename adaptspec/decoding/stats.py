@@ -16,6 +16,7 @@ class StepStats(NamedTuple):
     seconds_draft: float
     seconds_rest: float
     depth: int = 0  # of the deepest candidate
+    rows: int = 1  # of the verified tree, root and probes included
 
     @property
     def seconds(self) -> float:
@@ -28,6 +29,8 @@ class RunStats:
     """One generation. The first token comes from the prefill, the rest from steps.
 
     Args:
+        seconds_prefill: From the beginning to the first token: the drafter's start, the
+            prompt's forward, and what the drafter does with it.
         passed_over: Steps for which the guard didn't ask the drafter.
         seconds_gained: What the guard estimates that drafting gained over plain
             decoding, below 0 where it lost; None without a guard.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.linear import accelerate_linears
-from adaptspec.acceleration.top_tokens import COMPARED, likeliest, sureness
+from adaptspec.acceleration.top_tokens import COMPARED_TOKENS, likeliest, sureness
 from adaptspec.heads.checkpoints import digest_of, read_heads
 from adaptspec.heads.measured_paths import CALIBRATION, KIND, Paths, Ranks, read_json
 from adaptspec.heads.medusa import MedusaHeads
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 12
 # Of the range of a row's logits: what rounding may put between two likeliest tokens.
-NEAR = 0.02
+ROUNDING_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class MedusaTrained:
             # One product for all heads reads the matrix once.
             output = lm_head if heads.output == "base" else heads.outputs[0]
             logits = output(torch.cat(features))
-        found = likeliest(logits, min(max(top_k, COMPARED), logits.shape[-1]))
+        found = likeliest(logits, min(max(top_k, COMPARED_TOKENS), logits.shape[-1]))
         levels: list[int] = sureness(logits, found).tolist()
         found = found[:, :top_k]
         shares: list[list[float]] = []
@@ -183,7 +183,9 @@ def _probe(model: LanguageModel) -> str | None:
     top = theirs.max(-1).values
     short = top - theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]
     reach = top - theirs.min(-1).values
-    if bool((short > NEAR * reach).any()) or not bool(theirs.isfinite().all()):
+    if bool((short > ROUNDING_SHARE * reach).any()) or not bool(
+        theirs.isfinite().all()
+    ):
         return (
             f"{model.name}'s last hidden states aren't what its LM head reads: the "
             "likeliest tokens differ"

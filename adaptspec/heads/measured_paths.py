@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = "adaptspec.json"
 KIND = "medusa"
-VERSION = 1
+FILE_VERSION = 1
 
 Paths = tuple[tuple[tuple[int, ...], float], ...]
 Ranks = tuple[tuple[float, ...], ...]
@@ -34,9 +34,9 @@ def read_calibration(
     found = read_json(path)
     if found is None:
         return None
-    if (found.get("version"), found.get("kind")) != (VERSION, KIND):
+    if (found.get("version"), found.get("kind")) != (FILE_VERSION, KIND):
         raise HeadsLoadError(
-            f"{path}: version {VERSION} and kind {KIND!r} are read, "
+            f"{path}: version {FILE_VERSION} and kind {KIND!r} are read, "
             f"got {found.get('version')!r} and {found.get('kind')!r}"
         )
     if found.get("weights", fingerprint) != fingerprint:

@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 12
 GLANCE_TOKENS = 5
-STEPS = 4  # of generate
+COMPARED_STEPS = 4  # of generate
 NODES, DEPTH = 48, 10  # of the tree for a thorough look
 BRIEF_PARENTS = (-1, 0, 0, 1, 2, 4)  # the deeper branch second: keeping it moves rows
 
-SMALL = 2e7  # parameters up to which the model itself is looked at thoroughly
+THOROUGH_PARAMETERS = (
+    2e7  # parameters up to which the model itself is looked at thoroughly
+)
 QUICKLY_CROSSED, MOST_CROSSED = 128, 1024  # tokens of a window: at ease, at most
 # Work of a thorough look where there is no choice: parameters times tokens read.
-AFFORDABLE = 4e9
+AFFORDABLE_PARAMETER_TOKENS = 4e9
 
 # Relative error of logits that rounding explains; a wrong mask or position gives more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -45,7 +47,7 @@ HALF_TOLERANCE = 0.1
 NOISE_ALLOWED = 3.0
 MOST_TOLERATED = 0.4
 # One forward twice with other tokens elsewhere: nothing but routing may move a bit.
-LEAK = 1e-5
+ROUTING_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,19 @@ def _subject(model: ForwardModel) -> tuple[ForwardModel | None, str | None]:
     name = max(named, key=lambda n: named[n], default="")
     longest = named.get(name, 0)
     exact = model.dtype in TOLERANCE
-    if exact and size <= SMALL and longest <= QUICKLY_CROSSED:
+    if exact and size <= THOROUGH_PARAMETERS and longest <= QUICKLY_CROSSED:
         return model, None
     small = _miniature(model)
     if small is not None:
         return small, None
-    if longest <= MOST_CROSSED and not exact and size <= SMALL:
+    if longest <= MOST_CROSSED and not exact and size <= THOROUGH_PARAMETERS:
         copied = _exact_copy(model)
         if copied is not None:
             return copied, None
-    if longest <= MOST_CROSSED and size * max(2 * longest, NODES) <= AFFORDABLE:
+    if (
+        longest <= MOST_CROSSED
+        and size * max(2 * longest, NODES) <= AFFORDABLE_PARAMETER_TOKENS
+    ):
         return model, None
     if not named:
         return None, None
@@ -290,7 +295,7 @@ def _leak(
         if node in line:
             continue
         error = _distance(forward.logits[forward.rows[other]], before[other])
-        if error > (tolerance if experts else LEAK):
+        if error > (tolerance if experts else ROUTING_TOLERANCE):
             return "the logits of a node move with another branch's token"
     cache.truncate(len(prompt))
     model.forward_tree(tree, cache)
@@ -355,7 +360,7 @@ def _generated(
             output = module.generate(
                 torch.tensor([prompt], device=model.device),
                 attention_mask=torch.ones((1, len(prompt)), device=model.device).long(),
-                max_new_tokens=STEPS,
+                max_new_tokens=COMPARED_STEPS,
                 do_sample=False,
                 pad_token_id=0,
                 output_logits=True,
@@ -366,7 +371,7 @@ def _generated(
     except Exception:
         tokens: list[int] = []
         logits = []
-        for _ in range(STEPS):
+        for _ in range(COMPARED_STEPS):
             logits.append(_whole(model, [[*prompt, *tokens]])[0][-1])
             tokens.append(int(logits[-1].argmax()))
         return tokens, logits
@@ -388,7 +393,7 @@ def _check_causal(model: ForwardModel) -> None:
         ) from error
     moved = max(_distance(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
     experts = miniature.has_experts(model.config)
-    if moved > (MOST_TOLERATED if experts else LEAK):
+    if moved > (MOST_TOLERATED if experts else ROUTING_TOLERANCE):
         raise ModelLoadError(
             f"{model.name} isn't a causal language model: its logits at a token change "
             "with the tokens after it; load a decoder-only model (an encoder such as "
@@ -443,7 +448,7 @@ def _lengths(model: ForwardModel) -> list[int]:
     if bounds:
         lengths |= {bound - 3 for bound in bounds if bound > PROMPT_TOKENS}
         lengths |= {bounds[-1] + 3, 2 * bounds[-1] - 3}
-    return sorted(n for n in lengths if 1 <= n <= _room(model) - 2 * STEPS)
+    return sorted(n for n in lengths if 1 <= n <= _room(model) - 2 * COMPARED_STEPS)
 
 
 def _short(model: ForwardModel) -> int:
@@ -468,7 +473,7 @@ def _tokens(model: ForwardModel, count: int) -> list[int]:
 def _wide(model: ForwardModel, way: Way, length: int) -> TokenTree:
     """A random tree as wide and deep as strategies propose, or a chain as long."""
     draw = random.Random(length)
-    nodes = max(1, min(NODES, _room(model) - length - STEPS))
+    nodes = max(1, min(NODES, _room(model) - length - COMPARED_STEPS))
     if way.level == "chain":
         root, *rest = _tokens(model, min(nodes, DEPTH + 1))
         return TokenTree.chain(root, rest)

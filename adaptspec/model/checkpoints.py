@@ -13,7 +13,7 @@ from torch import nn
 from adaptspec.errors import ModelLoadError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-NAMED = 3  # missing weights that a message names
+MISSING_WEIGHTS_NAMED = 3  # missing weights that a message names
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
     *("tekken.json", "tokenizer_config.json", "sentencepiece.bpe.model"),
@@ -60,7 +60,9 @@ def read_model(
             f"can't load the model {path!r}: {_reason(error, path, place)}"
         ) from error
     if missing := sorted(info["missing_keys"]):
-        named = ", ".join(missing[:NAMED]) + (", ..." if missing[NAMED:] else "")
+        named = ", ".join(missing[:MISSING_WEIGHTS_NAMED]) + (
+            ", ..." if missing[MISSING_WEIGHTS_NAMED:] else ""
+        )
         raise ModelLoadError(
             f"can't load the model {path!r}: it lacks {len(missing)} weights of "
             f"{type(model).__name__} ({named}), which would be random; "

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptspec.acceleration.attention import use_grouped_attention
-from adaptspec.acceleration.linear import LinearReport, accelerate_linears, fill_up
+from adaptspec.acceleration.attention import use_our_attention
+from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.capability import probe
@@ -129,11 +129,10 @@ class LanguageModel:
             if self._own_weights:
                 self.model.eval()
             if self._accelerate:
-                use_grouped_attention(self.model)
-                replaced = accelerate_linears(self.model, own_weights=self._own_weights)
-                self.linear = fill_up(self.model, replaced)
-                if self.linear.filled > 1:
-                    self.buckets = (self.linear.filled,)
+                use_our_attention(self.model)
+                self.linear = accelerate_linears(
+                    self.model, own_weights=self._own_weights
+                )
         elif drops(model):
             raise ModelLoadError(
                 f"{self.name} drops activations at random, since it is in training "

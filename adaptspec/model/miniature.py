@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY = 64
-POSITIONS = 512
-SPREAD = 0.3  # of the weights, so that attention decides what comes out
-WIDTH = 48  # of feed-forward layers
-HEADS = 4
-EXPERTS = 8
+MINIATURE_VOCABULARY = 64
+MINIATURE_POSITIONS = 512
+WEIGHT_DEVIATION = 0.3  # of the weights, so that attention decides what comes out
+FEED_FORWARD_WIDTH = 48  # of feed-forward layers
+ATTENTION_HEADS = 4
+MOST_EXPERTS = 8
 FEWEST_LAYERS = 2
 MOST_WEIGHTS = 1 << 27
 
 # Names of fields that count tokens. Those that count layers look alike.
-LENGTHS = re.compile(
+LENGTH_FIELDS = re.compile(
     r"window|chunk|floor_scale|block_size|local_attention|local_attn|attention_span|"
     r"context_(?:size|length)|(?:^|_)block_(?:len|length|stride)|topk_tokens|index_topk|"
     r"compress_rate|kernel_stride|segment"
@@ -43,8 +43,8 @@ POSITION_FIELDS = (
     "max_sequence_length",
 )
 # Shortest length a miniature's field is given; lower ones stay.
-SHORTEST = 16
-STEP = 4
+SHORTEST_TOKENS = 16
+STEP_TOKENS = 4
 
 FEED_FORWARD = re.compile(r"intermediate|ffn_dim|ffn_hidden|n_inner|mlp_dim|d_ff")
 EXPERT_COUNTS = (
@@ -64,7 +64,7 @@ def boundaries(config: Any) -> dict[str, int]:
     longest = configured_length(config)
     found: dict[str, int] = {}
     for name, value in _fields(config).items():
-        if not LENGTHS.search(name) or NO_LENGTHS.search(name):
+        if not LENGTH_FIELDS.search(name) or NO_LENGTHS.search(name):
             continue
         if vars(config).get(f"use_{name}", True) is False:
             continue
@@ -130,8 +130,11 @@ def _spread(model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
-            if float(parameter.float().std()) < SPREAD / 10 or "embed" in name:
-                nn.init.normal_(parameter, std=SPREAD)
+            if (
+                float(parameter.float().std()) < WEIGHT_DEVIATION / 10
+                or "embed" in name
+            ):
+                nn.init.normal_(parameter, std=WEIGHT_DEVIATION)
     return model
 
 
@@ -161,7 +164,8 @@ def _shorten(config: Any) -> None:
     named = boundaries(config)
     values = sorted(set(named.values()))
     short = {
-        value: min(value, SHORTEST + STEP * place) for place, value in enumerate(values)
+        value: min(value, SHORTEST_TOKENS + STEP_TOKENS * place)
+        for place, value in enumerate(values)
     }
     for name in named:
         value = getattr(config, name)
@@ -172,19 +176,19 @@ def _shorten(config: Any) -> None:
         setattr(config, name, new)
     for name in POSITION_FIELDS:
         value = getattr(config, name, None)
-        if type(value) is int and value > POSITIONS:
-            setattr(config, name, POSITIONS)
+        if type(value) is int and value > MINIATURE_POSITIONS:
+            setattr(config, name, MINIATURE_POSITIONS)
     for name, value in _fields(config).items():
         if name.endswith("token_id") or name.endswith("token_ids"):
-            if isinstance(value, int) and value >= VOCABULARY:
+            if isinstance(value, int) and value >= MINIATURE_VOCABULARY:
                 setattr(config, name, 0)
             elif isinstance(value, list):
                 setattr(config, name, [0])
     words = config.vocab_size
     for name, value in _fields(config).items():
         if type(value) is int and (value == words or name.startswith("vocab_size")):
-            setattr(config, name, VOCABULARY)
-    _put(config, "vocab_size", VOCABULARY)
+            setattr(config, name, MINIATURE_VOCABULARY)
+    _put(config, "vocab_size", MINIATURE_VOCABULARY)
 
 
 def _thin(config: Any) -> None:
@@ -192,11 +196,11 @@ def _thin(config: Any) -> None:
     for name, value in _fields(config).items():
         if FEED_FORWARD.search(name):
             if type(value) is int:
-                setattr(config, name, min(value, WIDTH))
+                setattr(config, name, min(value, FEED_FORWARD_WIDTH))
             elif isinstance(value, list | tuple) and all(type(n) is int for n in value):
-                setattr(config, name, [min(n, WIDTH) for n in value])
-        elif name in EXPERT_COUNTS and type(value) is int and value > EXPERTS:
-            setattr(config, name, EXPERTS)
+                setattr(config, name, [min(n, FEED_FORWARD_WIDTH) for n in value])
+        elif name in EXPERT_COUNTS and type(value) is int and value > MOST_EXPERTS:
+            setattr(config, name, MOST_EXPERTS)
             for chosen in ("num_experts_per_tok", "moe_k", "top_k"):
                 if type(getattr(config, chosen, None)) is int:
                     setattr(config, chosen, min(2, getattr(config, chosen)))
@@ -212,7 +216,7 @@ def _narrow(config: Any) -> None:
     new = hidden if heads else min(hidden, 64)
     if heads:
         size = int(getattr(config, "head_dim", None) or hidden // heads)
-        fewer = min(heads, HEADS)
+        fewer = min(heads, ATTENTION_HEADS)
         groups = getattr(config, "num_key_value_heads", None)
         if type(groups) is int and groups > 1:
             _put(

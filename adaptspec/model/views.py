@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptspec.acceleration.linear import PackedLinear
+from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
 
 # What every module has; hooks and contents are looked at apart.
 _COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
@@ -225,7 +225,7 @@ def _is_quantised(model: nn.Module) -> bool:
 
 def _stays(module: nn.Module, quantised: bool) -> bool:
     """Whether the view uses the caller's own."""
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | PackedEmbedding):
         return True
     if any(True for _ in module.children()):
         return False

@@ -41,7 +41,7 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
     (*random_ids(6, seed=3), *random_ids(6, seed=3)),
 )
 # A chance of the right distribution being refused; seeds are fixed, so it stays a pass.
-SIGNIFICANCE = 1e-4
+SIGNIFICANCE_LEVEL = 1e-4
 
 
 class StrategyContract:
@@ -556,7 +556,7 @@ def fits(
     seen: Mapping[tuple[int, ...], int], probs: Mapping[tuple[int, ...], float]
 ) -> bool:
     """Whether a chi-square test lets the counts pass as draws from ``probs``."""
-    return chi_square(seen, probs) > SIGNIFICANCE
+    return chi_square(seen, probs) > SIGNIFICANCE_LEVEL
 
 
 def chi_square(

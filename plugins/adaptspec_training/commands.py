@@ -261,7 +261,8 @@ def medusa(
     seconds = None if answer_budget is None else duration(answer_budget)
     if answer_budget is not None and seconds is None:
         raise TrainingError(
-            f"--answer-budget must be a time such as 20m or 1h, got {answer_budget!r}"
+            "--answer-budget must be a time such as 90s, 20m or 1h30m, got "
+            f"{answer_budget!r}"
         )
     options = Options(**chosen, self_prompts=self_prompts or 0, answer_seconds=seconds)
     if threads is not None:

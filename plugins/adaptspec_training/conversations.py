@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 from adaptspec.errors import InvalidPromptError, WorkloadError
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.workloads import Message, Prompt, Workload, read_workload
-
-# Speakers of the ShareGPT layout, by the role a chat template knows.
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-}
+from adaptspec.workloads import Prompt, Workload, read_workload
 
 
 @dataclass(frozen=True)
@@ -60,38 +45,20 @@ class Example:
 def read_data(path: Path, tell: Callable[[str], None] | None = None) -> Workload:
     """Prompts and conversations of a file, as a workload.
 
-    JSON lines as ``adaptspec tune`` takes them, where ``messages`` may end with the
-    assistant's answer, or the ShareGPT layout: ``conversations`` of ``from`` and
-    ``value``, as JSON lines or one JSON array. Its data is cut: what is said before a
-    user speaks is dropped, and so are conversations in which none does.
+    All layouts that ``adaptspec tune`` takes; conversations may end with the
+    assistant's answer.
 
     Args:
-        tell: Gets a sentence about conversations that were dropped.
+        tell: Gets a sentence about what was left out or not read.
 
     Raises:
         WorkloadError: naming file, line and what is wrong.
     """
-    try:
-        start = path.read_bytes()[:65536].lstrip()
-    except OSError as error:
-        raise WorkloadError(
-            f"can't read the data {path}: {error.strerror or error}; "
-            "give a file of JSON lines"
-        ) from error
-    if start[:1] != b"[" and b'"conversations"' not in start.split(b"\n", 1)[0]:
-        return read_workload(path)
-    read = [
-        _prompt(path, number, row) for number, row in _rows(path, start[:1] == b"[")
-    ]
-    prompts = tuple(prompt for prompt in read if prompt is not None)
-    if not prompts:
-        raise WorkloadError(
-            f"{path}: at least one conversation in which a user speaks is needed, got "
-            f"none in {len(read)}"
-        )
-    if (out := len(read) - len(prompts)) and tell is not None:
-        tell(f"{out} of {len(read)} conversations have no user's turn and are left out")
-    return Workload(path.stem, prompts)
+    workload = read_workload(path, answers=True)
+    if tell is not None:
+        for note in workload.notes:
+            tell(note)
+    return workload
 
 
 def with_answers(workload: Workload) -> bool:
@@ -132,7 +99,7 @@ def encode_conversation(
     Raises:
         InvalidPromptError: if the chat template can't be told apart by turns.
     """
-    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    messages = [message.as_dict() for message in prompt.messages]
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []
     for at, message in enumerate(messages):
@@ -170,68 +137,9 @@ def _trimmed(model: LanguageModel, tokens: Sequence[int], start: int) -> int:
     return len(tokens)
 
 
-def _rendered(model: LanguageModel, messages: Sequence[dict[str, str]]) -> str:
+def _rendered(model: LanguageModel, messages: Sequence[dict[str, Any]]) -> str:
     return str(model.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
 
 def _is_answered(prompt: Prompt) -> bool:
     return bool(prompt.messages) and prompt.messages[-1].role == "assistant"
-
-
-class _Turn(BaseModel):
-    value: str
-    speaker: str
-
-    @classmethod
-    def of(cls, row: Any) -> _Turn:
-        if isinstance(row, dict):
-            row = {"value": row.get("value"), "speaker": row.get("from")}
-        return cls.model_validate(row)
-
-
-def _rows(path: Path, is_array: bool) -> Iterator[tuple[int, Any]]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        if is_array:
-            yield from enumerate(json.loads(text), 1)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise WorkloadError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); write one "
-            "conversation a line or one array of them"
-        ) from error
-
-
-def _prompt(path: Path, number: int, row: Any) -> Prompt | None:
-    """A conversation from its user's first turn on; None without one."""
-    where = f"{path}, conversation {number}"
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list):
-        raise WorkloadError(
-            f"{where}: 'conversations' must be a list of turns; write "
-            '{"conversations": [{"from": "human", "value": "..."}, ...]}'
-        )
-    messages: list[Message] = []
-    spoken = False
-    for turn in turns:
-        try:
-            read = _Turn.of(turn)
-        except ValidationError:
-            raise WorkloadError(
-                f"{where}: a turn needs 'from' and 'value', both text, "
-                f"got {ascii(turn)[:60]}"
-            ) from None
-        if (role := SPEAKERS.get(read.speaker)) is None:
-            raise WorkloadError(
-                f"{where}: 'from' must be one of {', '.join(SPEAKERS)}, "
-                f"got {read.speaker!r}"
-            )
-        spoken = spoken or role == "user"
-        if spoken or role == "system":
-            messages.append(Message(role, read.value))
-    if not spoken:
-        return None
-    return Prompt(id=str(row.get("id", number)), messages=tuple(messages))

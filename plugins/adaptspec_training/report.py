@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.charts import Series, chart, colour_rules, marks
 from adaptspec_training.trainer import replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 JSON, PAGE = "report.json", "report.html"
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+MOST_LINES = 8  # with a colour each
 # Heads 1 to 5 of the reference's Vicuna 7B after about an epoch, on training text
 # (medusa_acc.csv of its repository).
 REFERENCE_TOP1 = (0.56, 0.32, 0.20, 0.15, 0.12)
@@ -28,7 +29,6 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 def render(report: Mapping[str, Any]) -> str:
     """The page: accuracy and loss over training, ranks, paths, what it took."""
     from jinja2 import Environment, PackageLoader
-    from plotly.offline import get_plotlyjs
 
     pages = Environment(
         loader=PackageLoader("adaptspec_training", "templates"),
@@ -41,7 +41,8 @@ def render(report: Mapping[str, Any]) -> str:
         training=report["training"],
         rows=head_rows(report),
         guarded=report.get("target_loss"),
-        plotly=get_plotlyjs(),
+        marks=marks(),
+        colour_rules=colour_rules(MOST_LINES),
         accuracy=_lines(report["log"], "top1", "right at first guess"),
         five=_lines(report["log"], "top5", "right among five"),
         loss=_losses(report["log"]),
@@ -91,40 +92,29 @@ def print_report(report: Mapping[str, Any], folder: Path, console: Console) -> N
 
 
 def _lines(log: Sequence[Mapping[str, Any]], key: str, title: str) -> str:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
     steps = _steps(log)
-    for head in range(len(log[0]["heads"])):
-        figure.add_scatter(
-            name=f"head {head + 1}",
-            x=steps,
-            y=[entry["heads"][head][key] for entry in log],
-            mode="lines+markers",
-            marker_color=COLOURS[head % len(COLOURS)],
+    series = [
+        Series(
+            f"head {head + 1}",
+            head % MOST_LINES,
+            [(s, e["heads"][head][key]) for s, e in zip(steps, log, strict=True)],
         )
-    return _html(figure, title)
+        for head in range(len(log[0]["heads"]))
+    ]
+    return chart(series, "step", title, title=title, percent=True, from_zero=True)
 
 
 def _losses(log: Sequence[Mapping[str, Any]]) -> str:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
     names = sorted({key for e in log for key in e if key.startswith("loss")})
-    for name, colour in zip(names, COLOURS * len(names), strict=False):
-        pairs = [
-            (step, entry[name])
-            for step, entry in zip(_steps(log), log, strict=True)
-            if name in entry
-        ]
-        figure.add_scatter(
-            name=name.replace("_", " "),
-            x=[step for step, _ in pairs],
-            y=[loss for _, loss in pairs],
-            mode="lines+markers",
-            marker_color=colour,
+    series = [
+        Series(
+            name.replace("_", " "),
+            number % MOST_LINES,
+            [(s, e[name]) for s, e in zip(_steps(log), log, strict=True) if name in e],
         )
-    return _html(figure, "loss")
+        for number, name in enumerate(names)
+    ]
+    return chart(series, "step", "loss", title="Loss", from_zero=True)
 
 
 def _steps(log: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -136,20 +126,3 @@ def _steps(log: Sequence[Mapping[str, Any]]) -> list[int]:
         last = entry["step"]
         found.append(before + last)
     return found
-
-
-def _html(figure: Any, title: str) -> str:
-    figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#7d8590"},
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        height=360,
-        legend={"orientation": "h", "y": -0.2},
-    )
-    figure.update_xaxes(title="step", gridcolor="rgba(125,133,144,0.25)")
-    figure.update_yaxes(
-        title=title, rangemode="tozero", gridcolor="rgba(125,133,144,0.25)"
-    )
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False)
-    return html

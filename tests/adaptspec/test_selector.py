@@ -121,6 +121,22 @@ def test_the_reason_says_what_was_improved() -> None:
     assert ["latency" in reason for reason in said] == [False, True]
 
 
+def test_the_reason_says_under_which_controls_it_was_measured() -> None:
+    greedy = measured("a", 2.0)
+    controls = {"temperature": 0.7, "top_k": 20}
+    one = replace(greedy.measurement, objective="speed")
+    other = replace(greedy.measurement, objective="answer", controls=controls)
+    said = [
+        select([replace(greedy, measurement=m)], HERE, "chat").reason
+        for m in (one, other)
+    ]
+    assert said[0].startswith("measured greedily, 2.00x plain decoding on 'chat'")
+    assert said[1].startswith(
+        "measured at temperature 0.7 with top_k 20, 2.00x plain decoding in time per "
+        "answer on 'chat'"
+    )
+
+
 names = st.sampled_from(["a", "b", "c", "d", PLAIN])
 elsewhere: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
     [

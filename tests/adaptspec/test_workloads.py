@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -113,16 +114,18 @@ def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
         ("[" * 100_000, "not JSON"),
         ("9" * 5_000, "not JSON"),
         ('["a"]', r"must be a JSON object, got \['a'\]"),
-        ("{}", "'prompt' and 'messages' must be given, neither"),
+        ("{}", "one of 'prompt', 'messages', .* must be given, got none in \\[\\]"),
         (
             '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}',
-            "'prompt' and 'messages' must be given, both",
+            "must be given, got 'prompt' and 'messages'",
         ),
         ('{"prompt": ""}', "'prompt' .* at least 1 character"),
         ('{"prompt": 7}', "'prompt' should be a valid string, got 7"),
         (r'{"prompt": "\ud800"}', r"'prompt' .* unicode .* got '\\ud800'"),
-        ('{"prompt": "a", "clas": "x"}', "unknown key 'clas', known: .*class"),
-        ('{"prompt": "a", "int": 1, "y": 2}', "unknown key 'int'.*unknown key 'y'"),
+        (
+            '{"prompt": "a", "category": "*"}',
+            r"'category' must not be '\*', which is all",
+        ),
         ('{"prompt": "a", "class": ""}', "'class' .* at least 1 character"),
         ('{"prompt": "a", "id": 1.5}', "'id' should be a valid string, got 1.5;"),
         ('{"prompt": "a", "max_new_tokens": 0}', "'max_new_tokens' .* got 0"),
@@ -137,9 +140,24 @@ def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
         ('{"messages": "hi"}', "'messages' should be a valid list, got 'hi'"),
         ('{"messages": [{"role": "user"}]}', "'messages.0.content' is missing"),
         (
-            '{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
-            "unknown key 'messages.0.name', known: role, content",
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "'messages.0.content': only text parts can be read, got one of type 'image",
         ),
+        ('{"body": "hi"}', "'body' must be an object, got 'hi'"),
+        ('{"body": {"model": "m"}}', "'body.messages', .* must be given, got none"),
+        ('{"body": {"messages": 3}}', "'body.messages' should be a valid list, got 3"),
+        (
+            '{"body": {"prompt": "a", "max_tokens": 0}}',
+            "'body.max_tokens' .* got 0",
+        ),
+        ('{"custom_id": [], "prompt": "a"}', "'custom_id' .* got \\[\\]"),
+        ('{"turns": "hi"}', "'turns' must be a list of texts, .* got 'hi'"),
+        ('{"turns": []}', "'turns' must be a list of texts"),
+        ('{"turns": ["a"], "category": 3}', "'category' should be a valid string"),
+        ('{"instruction": "a", "input": 3}', "'input' should be a valid string, got 3"),
+        ('{"conversations": [{"from": "cat", "value": ""}]}', "'from' must be one of"),
+        ('{"conversations": [{"from": "human"}]}', "needs 'from' and 'value'"),
+        ('{"prompt": "a", "tools": "x"}', "'tools' should be a valid list, got 'x'"),
     ],
 )
 def test_a_bad_line_is_named_by_file_number_fault_and_way_out(
@@ -179,6 +197,75 @@ def test_an_id_used_twice_is_refused_with_both_lines(
 @pytest.mark.parametrize("content", ["", "\n\r\n  \n", "\ufeff"])
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: str) -> None:
     assert "at least one prompt" in refusal(written(tmp_path, content))
+
+
+def test_keys_that_nothing_reads_are_told_once_with_how_often(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a", "score": 1, "audio": None}]}
+    rows = [
+        {"prompt": "a", "clas": "x"},
+        {"prompt": "b", "clas": "y", "note": 2, "empty": None},
+        chat,
+        {"body": {**chat, "temperature": 1, "model": "m"}, "method": "POST"},
+    ]
+    path = written(tmp_path, "\n".join(json.dumps(row) for row in rows))
+    workload = read_workload(path)
+    assert len(workload.prompts) == 4
+    (note,) = workload.notes
+    told = dict(re.findall(r"([\w.]+) \((\d)\)", note))
+    assert told == {
+        "clas": "2",
+        "note": "1",
+        "messages.score": "1",
+        "body.messages.score": "1",
+        "body.temperature": "1",
+    }
+    assert read_workload(written(tmp_path, '{"prompt": "a"}')).notes == ()
+
+
+def test_an_array_is_read_like_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"instruction": "b"}]
+    path = written(tmp_path, "\n" + json.dumps(rows, indent=1))
+    workload = read_workload(path)
+    assert [(p.id, p.text) for p in workload.prompts] == [("1", "a"), ("2", "b")]
+    assert workload.prompts[1].where == f"{path}, item 2"
+    assert "item 2: one of 'prompt'" in refusal(
+        written(tmp_path, '[{"prompt":"a"},{}]')
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"prompt": "a"},\n {"prompt": }]', "line 2: not JSON (Expecting value at"),
+        (b'[\n{"prompt": "a"},\n {"prompt": "\xe9"}]', "line 3: not UTF-8 at byte 14 "),
+        (b'["a"]\n{"prompt": "b"}', "line 1: must be a JSON object"),
+    ],
+)
+def test_a_fault_in_an_array_is_named_by_its_line(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    assert said in refusal(written(tmp_path, content))
+
+
+def test_standard_input_is_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'{"prompt": "caf\xc3\xa9"}\n{"prompt": ""}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+    workload = read_workload(Path("-"), skip_bad=True)
+    assert workload.name == "stdin"
+    assert [(p.text, p.where) for p in workload.prompts] == [
+        ("caf\u00e9", "standard input, line 1")
+    ]
+    assert workload.skipped[0].startswith("standard input, line 2: 'prompt'")
+
+
+def test_tools_are_part_of_the_prompt_and_its_digest(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}]}
+    plain = read_workload(written(tmp_path, json.dumps(row)))
+    tool = {"type": "function", "function": {"name": "add"}}
+    armed = read_workload(written(tmp_path, json.dumps({**row, "tools": [tool]})))
+    assert armed.prompts[0].tools == (tool,)
+    assert armed.digest != plain.digest
+    assert len({*armed.prompts, *plain.prompts}) == 2  # hashable, and different
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

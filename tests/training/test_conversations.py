@@ -104,7 +104,9 @@ def test_sharegpts_cut_conversations_begin_with_the_user_or_are_left_out(
     data = read_data(path, told.append)
     roles = [[m.role for m in prompt.messages] for prompt in data.prompts]
     assert roles == [["user", "assistant"], ["system", "user", "assistant"]]
-    assert told == ["2 of 4 conversations have no user's turn and are left out"]
+    assert told == [
+        f"{path}: 2 of 4 conversations are left out: no user speaks in them"
+    ]
 
 
 def test_what_is_said_before_a_user_speaks_is_no_answer(
@@ -127,12 +129,12 @@ def test_what_is_said_before_a_user_speaks_is_no_answer(
     ("row", "problem"),
     [
         ({"conversations": "hello"}, "must be a list of turns"),
-        ({"conversations": []}, "in which a user speaks is needed, got none in 1"),
+        ({"conversations": []}, "1 of 1 conversations are left out: no user"),
         ({"conversations": [{"from": "human"}]}, "needs 'from' and 'value'"),
         ({"conversations": ["hello"]}, "needs 'from' and 'value'"),
         ({"conversations": [{"from": "cat", "value": "x"}]}, "got 'cat'"),
         ({"prompt": 3}, "line 1"),
-        ({"messages": TALK, "answer": "x"}, "unknown key 'answer'"),
+        ({"messages": TALK, "prompt": "x"}, "got 'prompt' and 'messages'"),
     ],
 )
 def test_bad_data_is_named(
@@ -143,7 +145,7 @@ def test_bad_data_is_named(
 
 
 def test_a_file_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WorkloadError, match="can't read the data"):
+    with pytest.raises(WorkloadError, match="can't read the workload"):
         read_data(tmp_path / "none.jsonl")
     (tmp_path / "bad.json").write_text('[{"conversations": ')
     with pytest.raises(WorkloadError, match="not JSON"):

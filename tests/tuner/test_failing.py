@@ -33,7 +33,7 @@ from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import plain_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Stopped, TuningRun
-from tuner_fakes import PLACE, FakeMeasurer, Knob
+from tuner_fakes import PLACE, FakeMeasurer, Knob, MeasuredWhole
 
 CLASSES = ("chat", "code")
 WORKLOAD = Workload(
@@ -58,7 +58,8 @@ class Trace(FakeMeasurer):
         self.clock.advance(1.0)
         plain = setting.strategy == PLAIN
         tokens = (1, 2, 4) if self.unclear and not plain else (1, 2, 3)
-        return Sample(tokens, 10.0 if plain else 20.0, 1.0, forwards=2)
+        speed = 10.0 if plain else 20.0
+        return Sample(tokens, speed, 2 / speed, forwards=2)
 
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
@@ -300,7 +301,7 @@ def test_the_command_prints_what_it_could_not_store(
     shown = json.loads(done.stdout)["classes"] if as_json else done.stdout
     assert shown
     if not as_json:
-        assert "autoregressive" in done.stdout
+        assert "plain decoding" in done.stdout
 
 
 def test_a_model_that_ends_at_once_is_an_error_and_not_an_empty_table(
@@ -310,7 +311,9 @@ def test_a_model_that_ends_at_once_is_an_error_and_not_an_empty_table(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Profiler, "measure", lambda *a: Sample((1,), 0.0, 0.1))
+    at_once = Sample((1,), 0.0, 0.1)
+    monkeypatch.setattr(Profiler, "measure", lambda *a: at_once)
+    monkeypatch.setattr(Profiler, "begin", lambda *a: MeasuredWhole(lambda: at_once))
     done = tuned(host, tiny_pair, str(tmp_path / "p.db"), "--workload", four_classes)
     assert done.exit_code == 1
     assert done.stdout == ""

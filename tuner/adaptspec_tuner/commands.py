@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -34,25 +35,24 @@ from adaptspec_tuner.options import TuneOptions
 if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec_tuner.reporting.result import TuneResult
+    from adaptspec_tuner.tuning_run import Stopped
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def parse_budget(text: str) -> tuple[float, int | None]:
-    """Seconds of ``90s``, ``10m``, ``1.5h`` (a bare number is minutes), or trials.
+    """Seconds of ``90s``, ``1h30m`` or ``600`` (seconds), or a number of trials.
 
     ``60 trials`` is as many measured trials, whatever time they take.
     """
     if (seconds := duration(text)) is not None:
         return seconds, None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*trials?\s*", text)
-    if found is None or float(found[1]) <= 0:
+    found = re.fullmatch(r"\s*(\d+)\s*trials?\s*", text, re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
         raise AdaptSpecError(
-            "--budget must be a time such as 90s, 10m or 1h, or a number of trials "
-            f"such as '60 trials', got {text!r}"
+            "--budget must be more than nothing: a time such as 90s, 1h30m or 600 "
+            f"(seconds), or a whole number of trials such as '60 trials', got {text!r}"
         )
-    if "." in found[1]:
-        raise AdaptSpecError(f"--budget must be a whole number of trials, got {text!r}")
     return math.inf, int(found[1])
 
 
@@ -88,12 +88,16 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--draft-model", help="Draft model folder; best with the same vocabulary."
 )
-@click.option("--workload", type=Path, help="JSON lines; default: the examples.")
+@click.option(
+    "--workload",
+    type=Path,
+    help="JSON lines or a JSON array; - is standard input. Default: the examples.",
+)
 @click.option(
     "--budget",
     default="8m",
     show_default=True,
-    help="90s, 10m, 1h..., or '60 trials' in all.",
+    help="90s, 10m, 1h30m, or '60 trials' in all; a bare number is seconds.",
 )
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @with_options
@@ -120,8 +124,7 @@ def tune(
     options = TuneOptions(budget=seconds, budget_trials=trials, **asked)
     from adaptspec.cli.progress import Progress
     from adaptspec.workloads import example_workload, read_workload
-    from adaptspec_tuner.tune import tune as run_tune
-    from adaptspec_tuner.tuning_run import Interrupted, Stopped
+    from adaptspec_tuner.reporting.usage import Usage
 
     # A bad line is told before a model is fetched.
     prompts = (
@@ -131,27 +134,41 @@ def tune(
     )
     if raw:
         prompts = prompts.as_raw()
-    errors = stderr_console()
-    if model is None:
-        from adaptspec.default_model import default_model_path
+    usage = Usage(
+        *(model, draft_model, tuple(map(str, options.heads)), options.dtype),
+        *(options.device, options.threads, options.trust_remote_code, db),
+    )
+    stopped: Stopped | None = None
+    with Progress(stderr_console(), time.monotonic) as progress:
+        progress.doing("loading", options.seconds)
+        from adaptspec_tuner.tune import tune as run_tune
+        from adaptspec_tuner.tuning_run import Interrupted, Stopped
 
-        model = str(default_model_path(lambda text: errors.print(text, markup=False)))
-    try:
-        with without_loading_bars():
-            result = run_tune(
-                model,
-                draft_model,
-                prompts,
-                options,
-                db=db,
-                host=host,
-                progress=Progress(errors, time.monotonic),
-            )
-    except Stopped as stopped:
-        if stopped.result.classes:
-            _show(stopped.result, as_json)
+        if model is None:
+            from adaptspec.default_model import default_model_path
+
+            model = str(default_model_path(progress.say))
+        try:
+            with without_loading_bars():
+                result = run_tune(
+                    model,
+                    draft_model,
+                    prompts,
+                    options,
+                    db=db,
+                    host=host,
+                    progress=progress,
+                )
+        except Stopped as error:
+            stopped, result = error, error.result
+    result = replace(result, usage=usage, defaults=_defaults(host))
+    if result.classes:
+        _keep_usage(host, result)
+    if stopped is not None:
+        if result.classes:
+            _show(result, as_json)
         if not isinstance(stopped, Interrupted):
-            raise
+            raise stopped
         click.echo(f"Error: {stopped}", err=True)
         sys.exit(130)
     if result.classes or result.worked is not None or as_json:
@@ -164,11 +181,34 @@ def tune(
         )
 
 
+def _defaults(host: Host) -> dict[str, dict[str, Any]]:
+    """The parameters' defaults of every strategy and baseline."""
+    found: dict[str, Any] = {**host.strategies, **host.baselines}
+    return {
+        name: {spec.name: spec.default for spec in cls.Params.specs()}
+        for name, cls in found.items()
+    }
+
+
+def _keep_usage(host: Host, result: TuneResult) -> None:
+    """For `adaptspec report`; where the store fails, the result is shown without."""
+    from adaptspec_tuner.records import USAGE
+
+    assert result.usage is not None
+    with contextlib.suppress(AdaptSpecError):
+        store = host.open_store(result.usage.db)
+        try:
+            store.put_record(result.run, USAGE, result.usage.as_json())
+        finally:
+            store.close()
+
+
 def _show(result: TuneResult, as_json: bool) -> None:
+    from adaptspec_tuner.reporting import sentences
     from adaptspec_tuner.reporting.tables import print_result
 
     if as_json:
-        print_json(result.as_json())
+        print_json(sentences.as_json(result))
     elif result.worked is not None:
         click.echo(f"{result.worked} trials of run {result.run}", err=True)
     else:
@@ -197,7 +237,7 @@ def report(
 
     store = host.open_store(db)
     try:
-        found = build(store, run)
+        found = replace(build(store, run), defaults=_defaults(host))
     finally:
         store.close()
     if output is not None:
@@ -212,9 +252,5 @@ def report(
                 "path with -o"
             ) from None
         click.echo(f"{output} written", err=True)
-    if as_json:
-        print_json(found.as_json())
-    elif output is None:
-        from adaptspec_tuner.reporting.tables import print_result
-
-        print_result(found, stdout_console())
+    if as_json or output is None:
+        _show(found, as_json)

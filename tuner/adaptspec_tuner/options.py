@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from typing import (
 
 from adaptspec.cli.quantities import parse_memory
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
-from adaptspec.profile import PLAIN, SPEED, ProfileStore
+from adaptspec.params import Scalar
+from adaptspec.profile import ANSWER, LATENCY, PLAIN, ProfileStore
 from adaptspec.workloads import Workload, example_workload, read_workload
 from adaptspec_tuner.distributed.grpc_store import SCHEME, RemoteStore, open_remote
 
@@ -34,6 +36,19 @@ EXAMPLE_TOKENS = 48
 def names_in(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+def named_values(
+    context: object, option: object, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[str, Any]]:
+    """Names with values that are JSON, or else texts; a callback of ``click``."""
+    found = []
+    for name, text in pairs:
+        try:
+            found.append((name, json.loads(text)))
+        except ValueError:
+            found.append((name, text))
+    return found
 
 
 class Asked:
@@ -71,9 +86,12 @@ class TuneOptions:
         Asked("Heads trained for the model.", multiple=True, metavar="DIR"),
     ] = ()
     objective: Annotated[
-        Literal["speed", "latency"],
-        Asked("Tokens per second, or the 95th percentile of the time per token."),
-    ] = "speed"
+        Literal["answer", "speed", "latency"],
+        Asked(
+            "Time of the whole answer, tokens per second after the first, or the 95th "
+            "percentile of the time per token."
+        ),
+    ] = "answer"
     classes: Annotated[
         Literal["declared", "auto"],
         Asked("Classes of the workload, or discovered from the prompts."),
@@ -112,7 +130,29 @@ class TuneOptions:
         Asked("Run code that comes with a model. Only for models you trust."),
     ] = False
     threads: Annotated[int | None, Asked("Threads of torch.", least=1)] = None
-    seed: Annotated[int, Asked("Seed of the search.")] = 0
+    temperature: Annotated[
+        float, Asked("Decode as your requests do; 0 is greedy.", "-t", "--temperature")
+    ] = 0.0
+    top_k: Annotated[
+        int | None, Asked("Sample from this many likeliest tokens.", type=int)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Asked("Sample from the likeliest tokens of this probability.", type=float),
+    ] = None
+    control: Annotated[
+        Sequence[tuple[str, Scalar | None]],
+        Asked(
+            "Any other generation control; VALUE is JSON, null is off.",
+            "-c",
+            "--control",
+            nargs=2,
+            multiple=True,
+            metavar="NAME VALUE",
+            callback=named_values,
+        ),
+    ] = ()
+    seed: Annotated[int, Asked("Seed of the search, and of sampling.")] = 0
     limit: Annotated[
         int | None,
         Asked(
@@ -158,10 +198,15 @@ class TuneOptions:
             least = notes[0].least if notes else None
             if least is not None and value is not None and value < least:
                 raise AdaptSpecError(f"{name} must be {least} or more, got {value}")
-        if self.baselines and self.objective != SPEED:
+        if self.baselines and self.objective == LATENCY:
             raise AdaptSpecError(
-                "baselines tell tokens per second only; leave --baselines out or take "
-                f"--objective {SPEED}"
+                "baselines tell no latency of their tokens; leave --baselines out or "
+                f"take --objective {ANSWER}"
+            )
+        if self.baselines and self.controls:
+            raise AdaptSpecError(
+                "baselines decode greedily; leave --baselines out, or --temperature "
+                "and other controls"
             )
         if self.ray is not None and self.worker:
             raise AdaptSpecError("ray and worker share trials in two ways; take one")
@@ -172,17 +217,30 @@ class TuneOptions:
         return self.budget if self.budget_trials is None else math.inf
 
     @property
+    def controls(self) -> dict[str, Scalar | None]:
+        """Generation controls that are measured under; greedily if empty."""
+        named = {"top_k": self.top_k, "top_p": self.top_p}
+        told: dict[str, Scalar | None] = dict(self.control)
+        told |= {name: value for name, value in named.items() if value is not None}
+        return ({"temperature": self.temperature} if self.temperature else {}) | told
+
+    @property
     def discovers(self) -> bool:
         """Whether classes are discovered; those declared are left aside."""
         return self.classes == AUTO
 
     def shared(self) -> dict[str, Any]:
         """What must be equal for the trials of two runs to be mixed."""
-        told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        told: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "objective": self.objective,
+        }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("objective", "max_memory", "classes"):
+        for name in ("max_memory", "classes"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
+        if self.controls:
+            told["controls"] = self.controls
         return {**told, "seed": self.seed}
 
 

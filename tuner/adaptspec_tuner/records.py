@@ -2,6 +2,7 @@
 
 ``spent``                      seconds by part (time_spent.py)
 ``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (searching/search.py)
+``usage``                      what was tuned, as it was asked for (reporting/usage.py)
 ``classifier``                 what tells the classes, where they were discovered
 ``classified``                 prompt id -> class, where telling it took a forward
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
@@ -17,6 +18,7 @@ from adaptspec.classes.classifier import KEY
 CLASSIFIER = KEY  # read where the profiles are used
 SPENT = "spent"
 SEARCH = "search"
+USAGE = "usage"
 
 
 def plain_key(prompt_class: str, prompt_id: str) -> str:

@@ -20,6 +20,7 @@ from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import work
 from adaptspec_tuner.measuring.models import Models
+from adaptspec_tuner.measuring.other_programs import OtherPrograms
 from adaptspec_tuner.measuring.profiler import Profiler, Sample, Setting
 from adaptspec_tuner.measuring.prompts import check_model, measurable
 from adaptspec_tuner.options import (
@@ -111,6 +112,8 @@ def tune(
         theirs,
         their_draft,
         options.max_memory,
+        options.controls,
+        options.seed,
     )
     progress = progress or Progress(None, clock)
     notes: list[str] = []
@@ -175,6 +178,8 @@ def tune(
                 ),
                 pool=pool,
                 notes=notes,
+                processor=time.process_time,
+                others=OtherPrograms,
             )
         )
     finally:
@@ -245,5 +250,7 @@ def _pool(
         options.max_new_tokens,
         options.max_memory,
         environment.threads,
+        options.controls,
+        options.seed,
     )
     return RayPool(str(options.ray), build, place_of(environment), warn)

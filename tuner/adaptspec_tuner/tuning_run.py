@@ -13,7 +13,7 @@ from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import KeepsStudies
-from adaptspec_tuner.measuring.profiler import Measurer, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import Search, TrialPool
@@ -22,6 +22,7 @@ from adaptspec_tuner.time_spent import Spending
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
+    from adaptspec_tuner.measuring.other_programs import OtherPrograms
     from adaptspec_tuner.replaying.replayer import Replayer
 
 # From plain decoding of prompts to what predicts from it, where anything can.
@@ -61,9 +62,12 @@ class TuningRun:
         started: When loading began; default: now.
         pool: Runs the search's trials in place of ``measurer``.
         notes: What there was to say before it began; belongs in the result.
+        processor: Seconds of processor time of this process; without it, that it stood
+            still isn't seen.
+        others: Watches what other programs take of the processors, from its making on.
     """
 
-    measurer: Measurer
+    measurer: TurnMeasurer
     strategies: Sequence[type[Strategy]]
     workload: Workload
     store: ProfileStore
@@ -78,6 +82,8 @@ class TuningRun:
     replayer: MakesReplayer | None = None
     pool: TrialPool | None = None
     notes: Sequence[str] = ()
+    processor: Callable[[], float] | None = None
+    others: Callable[[], OtherPrograms] | None = None
     time: TimeBudget = field(init=False)
     unstored: ProfileStoreError | None = field(init=False, default=None)
     id: str = field(init=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from adaptspec.acceleration.top_tokens import COMPARED, likeliest, sureness
+from adaptspec.acceleration.top_tokens import COMPARED_TOKENS, likeliest, sureness
 from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_tree import TokenTree
@@ -198,7 +198,7 @@ class _Recycler(Drafter):
         rows = list(row_of.values())
         if 2 * len(rows) < len(logits):
             logits, rows = logits[rows], list(range(len(rows)))
-        found = likeliest(logits, max(self._params.successors, COMPARED))
+        found = likeliest(logits, max(self._params.successors, COMPARED_TOKENS))
         levels = sureness(logits, found)
         self._table.learn(list(row_of), found[rows], levels[rows])
         self._learnt.update(row_of)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptspec.acceleration import argmax, native
-from adaptspec.acceleration.argmax import BLOCKS, argmax_rows
+from adaptspec.acceleration.argmax import ROW_BLOCKS, argmax_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -28,7 +28,7 @@ def by(way: str) -> Iterator[None]:
                 native.kernel()
             except native.NativeUnavailableError as error:
                 pytest.skip(str(error))
-            patch.setattr(argmax, "BLOCKS", None)  # not gone on to
+            patch.setattr(argmax, "ROW_BLOCKS", None)  # not gone on to
         yield
 
 
@@ -38,7 +38,7 @@ ways = pytest.mark.parametrize("way", ["native", "torch"])
 @ways
 @settings(deadline=None, max_examples=60)
 @given(
-    vocab=st.integers(1, 3 * BLOCKS * BLOCKS),
+    vocab=st.integers(1, 3 * ROW_BLOCKS * ROW_BLOCKS),
     rows=st.integers(1, 5),
     levels=st.sampled_from([2, 50, 100_000]),
     dtype=st.sampled_from(DTYPES),

@@ -13,9 +13,16 @@ from torch import nn
 
 from adaptspec.acceleration import linear as subject
 from adaptspec.acceleration.file_pages import FilePages
-from adaptspec.acceleration.linear import ProductChoice, accelerate_linears
+from adaptspec.acceleration.linear import (
+    ProductChoice,
+    accelerate_linears,
+    choose,
+)
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps of Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or choose(torch.float32, True).kind != "packed",
+    reason="maps of Linux, and a kernel to pack for",
+)
 
 SIZE, LAYERS = 512, 4
 BYTES = SIZE * SIZE * 4

@@ -27,6 +27,14 @@ from adaptspec.acceleration import linear as subject
 from adaptspec.acceleration import native
 from adaptspec.acceleration.argmax import argmax_rows
 from adaptspec.acceleration.linear import ProductChoice, accelerate_linears
+from adaptspec.acceleration.packed import (
+    LARGE_PAGE_BYTES,
+    SLAB_BYTES,
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    Slabs,
+)
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.errors import ModelLoadError
@@ -67,37 +75,37 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     return choose
 
 
-@pytest.mark.parametrize(
-    ("four", "six", "expected"),
-    [(0.8, 0.9, 4), (0.9, 0.8, 6), (0.98, 0.96, 1), (1.5, 2.0, 1)],
-)
-def test_few_rows_are_filled_up_where_that_takes_less_time(
-    four: float,
-    six: float,
-    expected: int,
-    choose: Choose,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    choose("packed")
-    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    report = accelerate_linears(module, own_weights=True)
-    assert subject.fill_up(module, report) == report  # too small to matter
-    monkeypatch.setattr(subject, "FEW_WEIGHTS", 0)
-    now = 0.0
+Multiply = Callable[
+    [native.Kernel, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+]
 
-    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        nonlocal now
-        now += {1: 1.0, 4: four, 6: six}[len(x)]
-        return x
 
-    monkeypatch.setattr(subject.PackedLinear, "forward", forward)
-    monkeypatch.setattr(subject, "perf_counter", lambda: now)
-    told = subject.fill_up(module, report)
-    assert (told.filled, told.replaced) == (expected, 2)
-    assert f"{min(four, six):.2f}x of one" in told.kind
+def as_it_lies(
+    kernel: native.Kernel,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return kernel.linear(x, weight, bias)
+
+
+def packed(
+    kernel: native.Kernel,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    room = torch.empty(kernel.packed_size(weight), dtype=weight.dtype)
+    held = kernel.pack(weight, room)
+    assert torch.equal(kernel.unpack(held, weight.shape), weight)
+    return kernel.packed_linear(x, held, weight.shape[0], bias)
+
+
+multiplications = pytest.mark.parametrize("multiply", [as_it_lies, packed])
 
 
 @needs_compiler
+@multiplications
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 70),
@@ -108,7 +116,13 @@ def test_few_rows_are_filled_up_where_that_takes_less_time(
     st.booleans(),
 )
 def test_the_kernel_equals_the_exact_product_rounded_once(
-    rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype, strided: bool
+    multiply: Multiply,
+    rows: int,
+    inner: int,
+    outer: int,
+    bias: bool,
+    dtype: torch.dtype,
+    strided: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(rows * inner * outer)
     wide = torch.randn(rows, inner * 2, generator=generator).to(dtype)
@@ -119,7 +133,7 @@ def test_the_kernel_equals_the_exact_product_rounded_once(
     if added is not None:
         exact = exact + added.double()
     sizes = x.double().abs() @ weight.double().abs().T + 1
-    found = native.kernel().linear(x.contiguous(), weight, added)
+    found = multiply(native.kernel(), x.contiguous(), weight, added)
     # inner additions in float, and half a unit of the output's last place
     bound = sizes * inner * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2
     assert found.dtype == dtype
@@ -127,21 +141,23 @@ def test_the_kernel_equals_the_exact_product_rounded_once(
 
 
 @needs_compiler
+@multiplications
 @pytest.mark.parametrize("inner", [197, 1205])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
-    dtype: torch.dtype, inner: int
+    dtype: torch.dtype, inner: int, multiply: Multiply
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(53, inner).to(dtype)
     x = torch.randn(70, inner).to(dtype)
-    kernel = native.kernel().linear
-    alone = torch.cat([kernel(row[None], weight, None) for row in x])
+    kernel = native.kernel()
+    alone = torch.cat([multiply(kernel, row[None], weight, None) for row in x])
     for rows in range(1, 71):
-        assert torch.equal(kernel(x[:rows], weight, None), alone[:rows])
+        assert torch.equal(multiply(kernel, x[:rows], weight, None), alone[:rows])
 
 
 @needs_compiler
+@multiplications
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 builds")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -157,6 +173,7 @@ def test_builds_without_matrix_units_or_with_narrower_registers_compute_the_same
     lanes: int,
     needed: set[str],
     dtype: torch.dtype,
+    multiply: Multiply,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -166,16 +183,17 @@ def test_builds_without_matrix_units_or_with_narrower_registers_compute_the_same
     monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={machine}"))
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
     built = native.kernel.__wrapped__()
-    assert built.lanes == lanes
+    assert (built.lanes, built.columns) == (lanes, 2 * lanes)
     assert not built.tiles
+    assert not built.pairs
     torch.manual_seed(0)
     weight, x = torch.randn(37, 611).to(dtype), torch.randn(9, 611).to(dtype)
     exact = x.double() @ weight.double().T
     sizes = x.double().abs() @ weight.double().abs().T
-    found = built.linear(x, weight, None)
+    found = multiply(built, x, weight, None)
     bound = sizes * 611 * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps / 2
     assert ((found.double() - exact).abs() <= bound).all()
-    assert torch.equal(built.linear(x[3:4], weight, None), found[3:4])
+    assert torch.equal(multiply(built, x[3:4], weight, None), found[3:4])
 
 
 @pytest.mark.skipif(not available() or not native.kernel().tiles, reason="no AMX here")
@@ -194,11 +212,14 @@ def test_without_leave_to_use_tiles_the_kernel_does_without(
 
 
 @needs_compiler
+@multiplications
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nan_and_infinity_reach_their_rows_only(dtype: torch.dtype) -> None:
+def test_nan_and_infinity_reach_their_rows_only(
+    dtype: torch.dtype, multiply: Multiply
+) -> None:
     x = torch.ones(3, 37, dtype=dtype)
     x[0, 36], x[1, 3] = math.nan, math.inf
-    found = native.kernel().linear(x, torch.ones(5, 37, dtype=dtype), None)
+    found = multiply(native.kernel(), x, torch.ones(5, 37, dtype=dtype), None)
     assert found[0].isnan().all()
     assert (found[1] == math.inf).all()
     assert (found[2] == 37).all()
@@ -207,9 +228,9 @@ def test_nan_and_infinity_reach_their_rows_only(dtype: torch.dtype) -> None:
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(24, 32)
+        self.embedding = nn.Embedding(32, 32)
         self.inner = nn.Linear(32, 32)
-        self.head = nn.Linear(32, 24, bias=False)
+        self.head = nn.Linear(32, 32, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -219,44 +240,35 @@ class Tied(nn.Module):
 
 def parameter_bytes(model: nn.Module) -> int:
     seen = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    packed = [m._packed for m in model.modules() if isinstance(m, subject.PackedLinear)]
-    sizes = (p.numel() * p.element_size() for p in packed if p is not None)
-    return sum(seen.values()) + sum(sizes)
+    held = {
+        id(m.packed): m.packed.nbytes
+        for m in model.modules()
+        if isinstance(m, PackedLinear | PackedEmbedding) and m.packed is not None
+    }
+    return sum(seen.values()) + sum(held.values())
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", ["native", "packed"])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_replaced_model_computes_the_same_and_holds_no_weight_twice(
     kind: str, rows: int, dtype: torch.dtype, choose: Choose
 ) -> None:
-    if kind == "native" and not available():
-        pytest.skip("no native kernel here")
-    if kind == "packed":
-        try:
-            subject.pack(torch.zeros(8, 8, dtype=dtype))
-        except RuntimeError as error:  # as `choose` finds out
-            pytest.skip(str(error).splitlines()[0])
     torch.manual_seed(1)
     model = Tied().to(dtype)
-    ids = torch.arange(rows) % 24
+    ids = torch.arange(rows) % 32
     before, size = model(ids).detach(), parameter_bytes(model)
     choose(kind)
     report = accelerate_linears(model, own_weights=True)
     with torch.inference_mode():
         after = model(ids)
-    assert report.replaced == (2 if kind == "native" else 1)
+    assert report.replaced == 2
+    assert parameter_bytes(model) == size
     assert model.head.weight is model.embedding.weight
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(after, before, atol=tolerance, rtol=tolerance)
     assert parameter_bytes(model) == size
-
-
-def packable(dtype: torch.dtype) -> None:
-    try:
-        subject.pack(torch.zeros(8, 8, dtype=dtype))
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
 
 
 READS: dict[str, Callable[[nn.Linear], Any]] = {
@@ -269,33 +281,112 @@ READS: dict[str, Callable[[nn.Linear], Any]] = {
 }
 
 
+def pack_layer(linear: nn.Linear) -> PackedLinear:
+    kernel = native.kernel()
+    return PackedLinear(linear, PackedWeight(linear.weight, kernel, Slabs(kernel)))
+
+
+@needs_compiler
 @pytest.mark.parametrize("how", READS)
 def test_whoever_reads_a_packed_weight_gets_it_and_it_is_held_once(how: str) -> None:
-    packable(torch.float32)
     linear = nn.Linear(6, 10)
     kept, bias = linear.weight.detach().clone(), linear.bias
     x = torch.randn(3, 6)
     wanted = linear(x).detach()
-    packed = subject.PackedLinear(linear)
-    assert isinstance(packed, nn.Linear)
-    assert packed.bias is bias
-    assert "weight" not in packed._parameters
+    layer = pack_layer(linear)
+    assert isinstance(layer, nn.Linear)
+    assert layer.bias is bias
+    assert "weight" not in layer._parameters
     with torch.inference_mode():
-        read = READS[how](packed)
+        read = READS[how](layer)
     torch.testing.assert_close(read.to(kept.dtype), kept, rtol=0, atol=0)
-    assert packed._packed is None
-    found = packed(x.to(packed.weight.dtype)).detach()
+    assert layer.packed is None
+    found = layer(x.to(layer.weight.dtype)).detach()
     torch.testing.assert_close(found.float(), wanted)
 
 
+@needs_compiler
+def test_layers_that_share_a_packed_weight_share_it_unpacked(choose: Choose) -> None:
+    choose("packed")
+    model = Tied()
+    kept, ids = model.head.weight.detach().clone(), torch.tensor([[3, 31], [0, 7]])
+    wanted = model(ids).detach()
+    accelerate_linears(model, own_weights=True)
+    embedding, head = model.embedding, model.head
+    assert isinstance(embedding, PackedEmbedding)
+    assert isinstance(head, PackedLinear)
+    assert embedding.packed is head.packed is not None
+    with torch.inference_mode():
+        assert torch.equal(embedding(ids), kept[ids])
+        for outside in (-1, 32):
+            with pytest.raises(IndexError):
+                embedding(torch.tensor([0, outside]))
+    assert torch.equal(embedding.weight, kept)
+    assert embedding.packed is head.packed is None
+    assert head.weight is embedding.weight
+    torch.testing.assert_close(model(ids).detach(), wanted)
+
+
+def scaled(embedding: nn.Embedding) -> None:
+    embedding.register_forward_hook(lambda *args: args[2] * 2)
+
+
+def limited(embedding: nn.Embedding) -> None:
+    embedding.max_norm = 1.0
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [scaled, limited])
+def test_a_weight_that_another_kind_of_layer_reads_stays_plain(
+    change: Callable[[nn.Embedding], None], choose: Choose
+) -> None:
+    choose("packed")
+    model = Tied()
+    change(model.embedding)
+    kept = model.embedding
+    ids = torch.arange(5)
+    with torch.inference_mode():
+        wanted = model(ids)
+        assert accelerate_linears(model, own_weights=True).replaced == 2
+        assert model.embedding is kept
+        assert isinstance(model.head, subject.NativeLinear)
+        assert isinstance(model.inner, PackedLinear)
+        torch.testing.assert_close(model(ids), wanted)
+
+
+@needs_compiler
+def test_a_layer_in_two_places_is_packed_once(choose: Choose) -> None:
+    choose("packed")
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(layer, nn.Sequential(layer))
+    x = torch.randn(2, 32)
+    with torch.inference_mode():
+        wanted = model(x)
+        assert accelerate_linears(model, own_weights=True).replaced == 1
+        assert model[0] is model[1][0]  # type: ignore[index]
+        torch.testing.assert_close(model(x), wanted)
+
+
+@needs_compiler
+def test_packed_weights_lie_side_by_side_in_large_pages() -> None:
+    slabs = Slabs(native.kernel())
+    first, second = slabs.take(100, torch.float32), slabs.take(7, torch.bfloat16)
+    assert first.data_ptr() % LARGE_PAGE_BYTES == 0
+    assert second.data_ptr() == first.data_ptr() + 448  # whole cache lines
+    first.fill_(1)
+    second.fill_(2)
+    large = slabs.take(SLAB_BYTES, torch.bfloat16)
+    assert large.data_ptr() % LARGE_PAGE_BYTES == 0
+    assert float(first.sum()) == 100
+    assert float(second.sum()) == 14
+
+
+@needs_compiler
 @pytest.mark.parametrize("kind", ["packed", "native"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "falcon_mamba", "asking"])
 def test_families_that_read_weights_decode_as_their_generate(
     family: str, kind: str, choose: Choose, tmp_path: Path
 ) -> None:
-    packable(torch.float32)
-    if kind == "native" and not available():
-        pytest.skip("no native kernel here")
     choose(kind)
     module = tiny_module("llama") if family == "asking" else state_space(family)
     if family == "asking":  # its feed-forward layer asks for a weight's type
@@ -315,8 +406,8 @@ def test_families_that_read_weights_decode_as_their_generate(
     controls = Controls(max_new_tokens=12)
     assert decoder.generate(strategy, random_ids(12), controls).token_ids == wanted
     if kind == "packed":  # the others stay packed
-        left = [m for m in model.model.modules() if isinstance(m, subject.PackedLinear)]
-        assert any(layer._packed is not None for layer in left)
+        left = [m for m in model.model.modules() if isinstance(m, PackedLinear)]
+        assert any(layer.packed is not None for layer in left)
 
 
 class AsksForType(nn.Module):
@@ -354,14 +445,14 @@ def state_space(family: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
+@needs_compiler
 def test_a_packed_heads_size_is_known_without_unpacking_it(choose: Choose) -> None:
-    packable(torch.float32)
     choose("packed")
     model = LanguageModel(tiny_module("llama"), own_weights=True)
     head: Any = model.model.lm_head
     assert (model.head_size, model.vocab_size) == (32, VOCAB)
     assert model.input_size == VOCAB
-    assert head._packed is not None
+    assert head.packed is not None
 
 
 class Kept(torch.Tensor):
@@ -539,6 +630,7 @@ CALLS_THE_KERNEL = (
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kept", [0, 100, 0.5, -1, "zeros", "flipped"])
 def test_a_damaged_library_in_the_cache_is_compiled_again(
@@ -605,35 +697,43 @@ def test_a_cache_folder_that_cant_be_made_is_told_in_one_line(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("slow_from", "reach"), [(64, 32), (256, 64), (1 << 20, 1 << 30)]
-)
-def test_the_native_product_reaches_as_far_as_it_is_faster_on_both_shapes(
-    slow_from: int, reach: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[int, int]] = []
-
-    def race(
-        candidates: dict[str, Any], rows: int, dtype: torch.dtype, inner: int
-    ) -> dict[str, float]:
-        seen.append((rows, inner))
-        # slower on the first shape by less than it is faster on the second, and back
-        by = {4096: 0.4, 1536: -1.0}[inner]
-        return {"none": 1.0, "native": 1.0 + (-by if rows >= slow_from else by)}
-
-    monkeypatch.setattr(subject, "_race", race)
-    weights = [torch.zeros(subject.TRIAL_SHAPE, dtype=torch.bfloat16)]
-    assert subject._reach(weights) == reach
-    assert seen[:2] == [(64, 4096), (64, 1536)]
-
-
 def test_callers_weights_are_never_packed() -> None:
-    choice = subject.choose(torch.float32, False)
-    assert choice.kind in (
-        "native",
-        "none",
-    )  # packing would change the caller's weights
-    assert subject.choose(torch.float32, False) is choice
+    for dtype in subject.TYPES:  # packing would hold them twice
+        assert subject.choose(dtype, False).kind in ("native", "none")
+
+
+class Processor:
+    """A kernel on a processor that isn't at hand."""
+
+    def __init__(self, tiles: bool, pairs: bool) -> None:
+        self.tiles, self.pairs = tiles, pairs
+
+
+@pytest.mark.parametrize(
+    ("tiles", "pairs", "dtype", "own", "expected"),
+    [
+        (True, True, torch.bfloat16, True, ("native", 64)),
+        (True, True, torch.bfloat16, False, ("native", 64)),
+        (True, True, torch.float32, True, ("packed", 1 << 30)),
+        (False, True, torch.bfloat16, True, ("packed", 1 << 30)),
+        (False, True, torch.bfloat16, False, ("native", 64)),
+        (False, False, torch.bfloat16, True, ("packed", 1 << 30)),
+        # torch's product widens every weight there, however many rows there are
+        (False, False, torch.bfloat16, False, ("native", 1 << 30)),
+        (False, False, torch.float32, False, ("native", 64)),
+    ],
+)
+def test_the_processor_chooses_the_product(
+    tiles: bool,
+    pairs: bool,
+    dtype: torch.dtype,
+    own: bool,
+    expected: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subject, "kernel", lambda: Processor(tiles, pairs))
+    chosen = subject.choose(dtype, own)
+    assert (chosen.kind, chosen.most_rows) == expected
 
 
 @pytest.mark.slow

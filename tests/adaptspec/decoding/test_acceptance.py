@@ -264,6 +264,7 @@ def run_with_sampled_trees(drawn: Drawn, honest: bool, draws: int) -> bool:
     return fits(seen, toy_distribution(model, prompt, temperature=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
 def test_frequencies_of_the_engines_output_fit_the_targets_distribution(
     drawn: Drawn,
@@ -271,6 +272,7 @@ def test_frequencies_of_the_engines_output_fit_the_targets_distribution(
     assert run_with_sampled_trees(drawn, honest=True, draws=1200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
 def test_frequencies_betray_a_drafter_that_lies_about_its_distribution(
     drawn: Drawn,

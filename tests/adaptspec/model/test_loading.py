@@ -332,6 +332,7 @@ def test_commands_never_ask_on_the_terminal_whether_to_trust(
     assert "--trust-remote-code" in help_text
 
 
+@pytest.mark.slow
 def test_with_a_file_in_place_of_the_cache_folder_it_goes_on_without_the_kernel(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ class Trace(FakeMeasurer):
         self.clock.advance(self.seconds)
         length = int(setting.params.get("draft_length", 0))
         speed = 10.0 * (1 + (0.2 if is_code(prompt) else -0.1) * length)
-        return Sample((1, 2, 3), speed, self.seconds, forwards=2)
+        return Sample((1, 2, 3), speed, 2 / speed, forwards=2)
 
 
 def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:

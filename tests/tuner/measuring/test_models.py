@@ -23,7 +23,7 @@ def test_a_node_measures_in_the_leaders_place(
     engine = models.engine(host)
     here = place_of(environment_of(engine.model, engine.draft))
     sent = pickle.loads(pickle.dumps(models.as_text()))
-    assert bench(sent, 8, None, torch.get_num_threads()).place == here
+    assert bench(sent, 8, None, torch.get_num_threads(), {}, 0).place == here
 
 
 def test_a_model_in_memory_is_taken_as_it_is_and_is_no_path(host: Host) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import adaptspec_plugins
-from adaptspec.acceleration.linear import PackedLinear
+from adaptspec.acceleration.linear import accelerate_linears
 from adaptspec.decoding.engine import Engine
 from adaptspec.heads.protocol import bytes_of
 from adaptspec.hookspecs import hookimpl
@@ -158,9 +158,11 @@ def test_models_of_other_engines_count_for_these_alone(
 
 
 def test_packed_weights_are_counted_and_shared_ones_once() -> None:
-    linear = nn.Linear(32, 16)
-    assert sum(weights_of([PackedLinear(linear)]).values()) == 4 * (32 * 16 + 16)
-    assert sum(weights_of([linear, linear]).values()) == 4 * (32 * 16 + 16)
+    linear = nn.Linear(32, 64)
+    assert sum(weights_of([linear, linear]).values()) == 4 * (64 * 32 + 64)
+    model = nn.Sequential(linear, linear)
+    accelerate_linears(model, own_weights=True)
+    assert sum(weights_of([model]).values()) == 4 * (64 * 32 + 64)
 
 
 class Bare:

@@ -54,7 +54,7 @@ class Trace(FakeMeasurer):
         if setting.strategy != PLAIN:
             speed *= self.factor * int(setting.params["k"])
             tokens = (1, 2, 4) if self.wrong else tokens
-        return Sample(tokens, speed, 1.0, forwards=2)
+        return Sample(tokens, speed, 2 / speed, forwards=2)
 
 
 WORKLOAD = Workload("w", tuple(Prompt(str(i), text="x") for i in range(4)))

@@ -135,6 +135,7 @@ def another() -> str:
 DEAD = this_process().rsplit("/", 2)[0] + "/4194304/1.00"
 
 
+@pytest.mark.slow
 def test_what_a_dead_process_began_is_tried_again_and_counted_once(
     db: str, store: SqlStore
 ) -> None:

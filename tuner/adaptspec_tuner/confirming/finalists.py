@@ -28,6 +28,7 @@ from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
+BUSY = 0.1  # of the processors, worth telling
 
 
 def confirm_classes(
@@ -44,19 +45,20 @@ def confirm_classes(
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
         share = run.time.left / (len(names) - index)
-        others = 1 + len(run.baselines)
+        always = 1 + len(run.baselines)
         ranked = _finalists(
             [arm for arm in run.search.arms if arm.prompt_class == name],
-            _plain_times(share, once) - others,
+            _plain_times(share, once) - always,
         )
         finalists = [setting for _, setting in ranked]
-        expected = once * (others + sum(_share(ratio) for ratio, _ in ranked))
+        expected = once * (always + sum(_share(ratio) for ratio, _ in ranked))
         if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
         run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")
+        others = None if run.others is None else run.others()
         confirmed = confirm(
             run.measurer,
             [*finalists, *run.baselines],
@@ -66,8 +68,16 @@ def confirm_classes(
             warn=run.warn,
             objective=run.options.objective,
             clock=run.clock,
+            processor=run.processor,
             expected=expected,
+            seed=run.options.seed,
         )
+        taken = None if others is None else others.share()
+        if taken is not None and taken > BUSY:
+            run.warn(
+                f"{name}: other programs took {taken:.0%} of the processors while it "
+                "was confirmed; settings took turns, so it fell on all alike"
+            )
         if not confirmed:
             run.warn(
                 f"{name}: plain decoding fails or ends at once; nothing to compare"

@@ -13,10 +13,11 @@ from adaptspec_tuner.measuring.profiler import Measurer
 from adaptspec_tuner.searching.trials import Job, run_trial
 
 if TYPE_CHECKING:
+    from adaptspec.params import Scalar
     from adaptspec.profile import Environment, Trial
     from adaptspec_tuner.measuring.models import Models
 
-ATTEMPTS = 3  # of a trial whose worker dies
+MOST_WORKERS_ENDED = 3
 START_SECONDS = 600.0  # for loading the models
 PLACE = (
     *("model", "draft", "dtype", "device", "device_name", "threads", "heads"),
@@ -160,10 +161,10 @@ class RayPool:
     def _bury(self, actor: Any, job: Job) -> None:
         node = self._node.pop(actor)
         self._attempts[job] = self._attempts.get(job, 0) + 1
-        if self._attempts[job] >= ATTEMPTS:
+        if self._attempts[job] >= MOST_WORKERS_ENDED:
             raise AdaptSpecError(
-                f"{job.strategy} {dict(job.params)} ended {ATTEMPTS} workers; leave "
-                "the strategy out with --strategies"
+                f"{job.strategy} {dict(job.params)} ended {MOST_WORKERS_ENDED} "
+                "workers; leave the strategy out with --strategies"
             )
         self._warn(f"a worker died at {job.strategy} {dict(job.params)}; trying again")
         self._waiting.appendleft(job)
@@ -215,7 +216,12 @@ class RayPool:
 
 
 def bench(
-    models: Models, max_new_tokens: int, max_memory: int | None, threads: int
+    models: Models,
+    max_new_tokens: int,
+    max_memory: int | None,
+    threads: int,
+    controls: Mapping[str, Scalar | None],
+    seed: int,
 ) -> Bench:
     """Load the models as ``tune`` does."""
     import torch
@@ -227,7 +233,14 @@ def bench(
     torch.set_num_threads(threads)
     host = Host.installed()
     engine = models.engine(host)
-    profiler = Profiler(engine, host, max_new_tokens, max_memory=max_memory)
+    profiler = Profiler(
+        engine,
+        host,
+        max_new_tokens,
+        max_memory=max_memory,
+        controls=controls,
+        seed=seed,
+    )
     return Bench(profiler, place_of(environment_of(engine.model, engine.draft)))
 
 

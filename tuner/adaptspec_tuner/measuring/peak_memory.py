@@ -61,7 +61,7 @@ def weights_of(modules: Iterable[nn.Module]) -> dict[int, int]:
 
     What several modules share is there once, as it is in memory.
     """
-    from adaptspec.acceleration.linear import PackedLinear
+    from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
 
     found: dict[int, int] = {}
     for module in modules:
@@ -69,7 +69,8 @@ def weights_of(modules: Iterable[nn.Module]) -> dict[int, int]:
             # Views of a caller's model share its tensors.
             found[id(tensor)] = tensor.nbytes
         for layer in module.modules():
-            if isinstance(layer, PackedLinear):
-                weights = layer.in_features * layer.out_features
-                found[id(layer)] = weights * layer.dtype.itemsize
+            if not isinstance(layer, PackedLinear | PackedEmbedding):
+                continue
+            if layer.packed is not None:
+                found[id(layer.packed)] = layer.packed.nbytes
     return found

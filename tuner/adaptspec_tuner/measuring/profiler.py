@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from adaptspec.errors import AdaptSpecError
 from adaptspec.heads.protocol import bytes_of
 from adaptspec.params import Scalar
-from adaptspec.profile import LATENCY, PLAIN, SPEED
+from adaptspec.profile import ANSWER, LATENCY, PLAIN
+from adaptspec_tuner.measuring.in_turns import Generating
 from adaptspec_tuner.measuring.peak_memory import PeakMemory, weights_of
 
 if TYPE_CHECKING:
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
     from adaptspec.decoding.engine import Engine, Generation
     from adaptspec.host import Host
     from adaptspec.model.language_model import LanguageModel
-    from adaptspec.strategy import Strategy
+    from adaptspec.strategy import BaselineRun, Strategy
     from adaptspec.workloads import Prompt
 
-Agreement = Literal["identical", "near_tie", "mismatch"]
+# Sampled outputs that differ aren't compared.
+Agreement = Literal["identical", "near_tie", "mismatch", "not_compared"]
 
 WARM_UP_TOKENS = 8
 # Rounding passes through every layer: a few units in the last place of the logits.
@@ -59,7 +62,8 @@ class Sample:
     """One generation: decoding speed (prefill excluded) and what it took.
 
     Args:
-        seconds: Wall time, prefill included.
+        seconds: Of the whole answer, from the prompt to its last token.
+        seconds_to_first: Of these, until the first token; 0 where it isn't known.
         speed: Tokens per second after the first; 0 if there was only one.
         latency_p95: Milliseconds per token, see ``RunStats``; 0 if not measured.
         positions: By depth from 1: steps that accepted a candidate, that had one.
@@ -78,14 +82,24 @@ class Sample:
     latency_p95: float = 0.0
     positions: tuple[tuple[int, int], ...] = ()
     peak_memory: int = 0
+    seconds_to_first: float = 0.0
 
-    def gain(self, plain: Sample, objective: str = SPEED) -> float:
+    def gain(self, plain: Sample, objective: str = ANSWER) -> float:
         """How much better than ``plain`` in the objective: above 1 is better."""
         if objective == LATENCY:
             if not (self.latency_p95 and plain.latency_p95):
                 return 0.0
             return plain.latency_p95 / self.latency_p95
+        if objective == ANSWER:
+            seconds = self.seconds_of(len(plain.tokens))
+            return plain.seconds / seconds if seconds > 0 else 0.0
         return self.speed / plain.speed if plain.speed else 0.0
+
+    def seconds_of(self, tokens: int) -> float:
+        """Of an answer of so many tokens, the later ones as fast as here."""
+        if len(self.tokens) == tokens or not self.speed:
+            return self.seconds
+        return self.seconds_to_first + (tokens - 1) / self.speed
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
@@ -114,6 +128,7 @@ class Recording:
         forwards: Of the target, the prefill not counted; 0 where nothing was timed.
         seconds_target: What these took.
         seconds_rest: What its steps took beside them.
+        seconds_to_first: Until its first token.
     """
 
     prompt: Sequence[int]
@@ -122,10 +137,11 @@ class Recording:
     forwards: int = 0
     seconds_target: float = 0.0
     seconds_rest: float = 0.0
+    seconds_to_first: float = 0.0
 
 
 class Measurer(Protocol):
-    """Runs settings on prompts; the search and the confirmation see only this."""
+    """Runs settings on prompts; the search sees only this."""
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation."""
@@ -139,6 +155,37 @@ class Measurer(Protocol):
         """Drop what strategies have learnt from earlier prompts."""
 
 
+class TurnMeasurer(Measurer, Protocol):
+    """Also begins generations that take turns; the confirmation sees only this."""
+
+    @property
+    def controls(self) -> Mapping[str, Scalar | None]:
+        """Generation controls that are measured under, greedily if empty."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether outputs must be plain decoding's."""
+
+    def warm_up(self, setting: Setting, prompts: Sequence[Prompt]) -> int:
+        """Decode a few tokens alone, and forget them.
+
+        Returns:
+            The most bytes that any of the prompts takes, 0 where that isn't known.
+        """
+
+    def fits(self, settings: Sequence[Setting], prompt: Prompt) -> bool:
+        """Whether there is memory for a generation of each at the same time."""
+
+    def begin(
+        self,
+        setting: Setting,
+        prompt: Prompt,
+        follow: Callable[[int, int], int] | None = None,
+        repeat: int = 0,
+    ) -> Generating:
+        """A generation to iterate over; see ``decoding.engine.Run`` for ``follow``."""
+
+
 class Profiler:
     """Measures on a real model.
 
@@ -149,6 +196,11 @@ class Profiler:
         theirs: What baselines run on; default: the engine's target.
         their_draft: The same for its draft.
         max_memory: Bytes; a setting that takes more is refused.
+        controls: Of generation: arguments of ``Controls.for_model``. Greedy if empty.
+        seed: Of sampling, in the first repeat.
+
+    Raises:
+        UnsupportedControlError: naming a control that can't be honoured.
     """
 
     def __init__(
@@ -159,6 +211,8 @@ class Profiler:
         theirs: LanguageModel | None = None,
         their_draft: LanguageModel | None = None,
         max_memory: int | None = None,
+        controls: Mapping[str, Scalar | None] | None = None,
+        seed: int = 0,
     ) -> None:
         self._engine, self._host = engine, host
         self._peak = PeakMemory(engine.model.device)
@@ -169,6 +223,18 @@ class Profiler:
         self._strategies: dict[str, Strategy] = {}
         self._warm: set[str] = set()
         self._ids: dict[str, list[int]] = {}
+        self._chosen, self._seed = dict(controls or {}), seed
+        self._greedy = self._controls(max_new_tokens).temperature == 0
+
+    @property
+    def controls(self) -> Mapping[str, Scalar | None]:
+        """Generation controls that are measured under, greedily if empty."""
+        return self._chosen
+
+    @property
+    def greedy(self) -> bool:
+        """Whether outputs must be plain decoding's."""
+        return self._greedy
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One generation; a setting's first is preceded by a short warm-up.
@@ -183,15 +249,78 @@ class Profiler:
             self._strategies.pop(setting.key, None)  # what it learnt from the prompt
         self._peak.reset()
         sample = self._run(setting, ids, length)
+        return replace(sample, peak_memory=self._taken(setting))
+
+    def warm_up(self, setting: Setting, prompts: Sequence[Prompt]) -> int:
+        """Decode a few tokens of the longest prompt's answer alone, and forget them.
+
+        Returns:
+            Bytes of memory at the highest, as for the whole answer; 0 if not known.
+
+        Raises:
+            AdaptSpecError: if it took more than ``max_memory``.
+        """
+        prompt = max(prompts, key=lambda p: len(self._encoded(p)) + self._length(p))
+        self._peak.reset()
+        if setting.baseline:
+            short = min(WARM_UP_TOKENS, self._length(prompt))
+            self._run(setting, self._encoded(prompt), short)
+        else:
+            steps = iter(self.begin(setting, prompt))
+            for _ in itertools.islice(steps, WARM_UP_TOKENS):
+                pass
+            steps.close()
+        self._warm.add(setting.key)
+        self._strategies.pop(setting.key, None)  # what it learnt from the prompt
+        return self._taken(setting)
+
+    def fits(self, settings: Sequence[Setting], prompt: Prompt) -> bool:
+        """Whether there is memory for the caches of all ``settings`` at once."""
+        from adaptspec_tuner.measuring.cache_memory import bytes_of_row, free_bytes
+
+        model, draft = self._engine.model, self._engine.draft
+        ours = [setting for setting in settings if not setting.baseline]
+        if model.capability.level == "plain" or len(ours) < 2:
+            return True
+        rows = len(self._encoded(prompt)) + self._length(prompt)
+        needed = len(ours) * rows * bytes_of_row(model)
+        if draft is not None and draft.capability.level != "plain":
+            asking = sum(self._strategy(s).uses_draft(model, draft) for s in ours)
+            needed += asking * rows * bytes_of_row(draft)
+        return needed < free_bytes(model.device)
+
+    def begin(
+        self,
+        setting: Setting,
+        prompt: Prompt,
+        follow: Callable[[int, int], int] | None = None,
+        repeat: int = 0,
+    ) -> Generating:
+        """A generation to iterate over; another engine's has one step.
+
+        Args:
+            follow: See :class:`adaptspec.decoding.engine.Run`.
+            repeat: Each samples with a seed of its own.
+        """
+        from adaptspec.decoding.engine import Run
+
+        ids, length = self._encoded(prompt), self._length(prompt)
+        if setting.baseline:
+            return _Whole(lambda: self._baseline(setting, ids, length))
+        controls = self._controls(length, repeat)
+        return Run(self._engine, self._strategy(setting), ids, controls, follow)
+
+    def _taken(self, setting: Setting) -> int:
+        """Bytes at the peak that ``setting`` needs; 0 if not known."""
         if not (taken := self._peak.bytes()):
-            return sample
+            return 0
         taken -= self._unused(setting)
         if self._max_memory is not None and taken > self._max_memory:
             raise AdaptSpecError(
                 f"{setting.strategy} takes {taken / 2**30:.2f} GiB of memory, "
                 f"--max-memory is {self._max_memory / 2**30:.2f} GiB"
             )
-        return replace(sample, peak_memory=taken)
+        return taken
 
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
@@ -199,6 +328,8 @@ class Profiler:
         """A difference is a near tie if a fresh forward calls it one."""
         if list(plain) == list(other):
             return "identical"
+        if not self._greedy:
+            return "not_compared"
         at = first_difference(plain, other)
         if at is None:
             return "mismatch"
@@ -220,6 +351,7 @@ class Profiler:
             plain.forwards,
             plain.seconds_target,
             plain.seconds_draft + plain.seconds_rest,
+            plain.seconds_to_first,
         )
 
     def _unused(self, setting: Setting) -> int:
@@ -286,25 +418,29 @@ class Profiler:
         return self._strategies[setting.key]
 
     def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
+        whole = _Whole(lambda: self._baseline(setting, ids, length))
+        for _ in whole:
+            pass
+        return sample_of_whole(whole.result)
+
+    def _baseline(self, setting: Setting, ids: list[int], length: int) -> BaselineRun:
         cls = self._host.baselines[setting.strategy]
         baseline = cls(cls.Params.parse(setting.params, setting.strategy))
-        run = baseline.run(self._theirs, self._their_draft, ids, length)
-        return Sample(
-            tokens=tuple(run.token_ids),
-            speed=run.tokens_per_second,
-            seconds=run.seconds,
-            forwards=run.target_forwards or 0,
-        )
+        return baseline.run(self._theirs, self._their_draft, ids, length)
 
-    def _controls(self, length: int) -> Controls:
+    def _controls(self, length: int, repeat: int = 0) -> Controls:
         from adaptspec.decoding.controls import Controls
         from adaptspec.decoding.generation_fields import ONE_SEQUENCE
 
         return Controls.for_model(
             self._engine.model,
-            max_new_tokens=length,
-            temperature=0.0,
-            **ONE_SEQUENCE,
+            **{
+                **ONE_SEQUENCE,
+                "temperature": 0.0,
+                "seed": self._seed + repeat,
+                **self._chosen,
+                "max_new_tokens": length,
+            },
         )
 
     @property
@@ -333,6 +469,38 @@ class Profiler:
         return self._ids[prompt.id]
 
 
+class _Whole:
+    """Another engine's generation: all of its time is in one piece."""
+
+    def __init__(self, run: Callable[[], BaselineRun]) -> None:
+        self._run = run
+        self._result: Generation | None = None
+
+    def __iter__(self) -> Generator[list[int], None, None]:
+        from adaptspec.decoding.engine import Generation
+        from adaptspec.decoding.stats import RunStats, StepStats
+
+        run = self._run()
+        first = run.seconds_prefill or 0.0
+        decoded = max(0, len(run.token_ids) - run.first_tokens)
+        nothing = StepStats(0, 0, 0, 0.0, 0.0, 0.0)
+        whole = nothing._replace(emitted=decoded, seconds_target=run.seconds - first)
+        more = max(0, (run.target_forwards or 0) - 1)
+        stats = RunStats(
+            new_tokens=len(run.token_ids),
+            seconds_prefill=first,
+            steps=[whole, *[nothing] * more],
+        )
+        self._result = Generation(run.token_ids, stats, "length")
+        yield list(run.token_ids)
+
+    @property
+    def result(self) -> Generation:
+        """What was generated; it must have run."""
+        assert self._result is not None
+        return self._result
+
+
 def sample_of(run: Generation) -> Sample:
     """What one generation took."""
     stats = run.stats
@@ -348,7 +516,15 @@ def sample_of(run: Generation) -> Sample:
         seconds_rest=stats.seconds_rest,
         latency_p95=stats.latency_p95,
         positions=tuple(stats.positions),
+        seconds_to_first=stats.seconds_prefill,
     )
+
+
+def sample_of_whole(run: Generation) -> Sample:
+    """What another engine's took: it tells no latencies, and may count no forwards."""
+    sample = sample_of(run)
+    counted = sample.forwards if sample.forwards > 1 else 0
+    return replace(sample, forwards=counted, latency_p95=0.0, positions=())
 
 
 def typical(samples: Sequence[Sample]) -> Sample:
@@ -357,7 +533,12 @@ def typical(samples: Sequence[Sample]) -> Sample:
         samples[0],
         **{
             name: median(getattr(one, name) for one in samples)
-            for name in ("seconds_target", "seconds_draft", "seconds_rest")
+            for name in (
+                "seconds_target",
+                "seconds_draft",
+                "seconds_rest",
+                "seconds_to_first",
+            )
         },
     )
 

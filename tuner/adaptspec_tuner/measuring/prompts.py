@@ -57,6 +57,8 @@ def measurable(
     kept: list[Prompt] = []
     seen: set[tuple[str, object]] = set()
     counts: dict[str, int] = {}
+    for note in workload.notes:
+        warn(note)
     bad, copies, cut = list(workload.skipped), 0, 0
     for prompt in workload.prompts:
         name = prompt.prompt_class
@@ -92,7 +94,7 @@ def measurable(
             f"prompts with room for fewer new tokens than asked for: {cut}; their "
             f"outputs end at the model's {model.most_tokens} tokens"
         )
-    return replace(workload, prompts=tuple(kept), skipped=())
+    return replace(workload, prompts=tuple(kept), skipped=(), notes=())
 
 
 def check_model(model: LanguageModel, ids: Sequence[int]) -> None:
@@ -117,7 +119,8 @@ def _problem(prompt: Prompt, model: Encodes) -> str | None:
     texts = (
         [m.content for m in prompt.messages] if prompt.text is None else [prompt.text]
     )
-    if not any(text.strip() for text in texts):
+    calls = any(message.more for message in prompt.messages)
+    if not calls and not any(text.strip() for text in texts):
         return "it holds nothing but white space"
     try:
         count = len(model.ids(prompt))
@@ -135,10 +138,15 @@ def _problem(prompt: Prompt, model: Encodes) -> str | None:
 
 
 def _words(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    """Who says what, whatever the white space."""
+    """Who says what, whatever the white space, and the tools that are at hand."""
     turns = (
-        [(m.role, m.content) for m in prompt.messages]
+        [
+            (m.role + (str(dict(m.more)) if m.more else ""), m.content)
+            for m in prompt.messages
+        ]
         if prompt.text is None
         else [("", prompt.text)]
     )
+    if prompt.tools:
+        turns.append(("tools", str(prompt.tools)))
     return tuple((role, " ".join(text.split())) for role, text in turns)

@@ -119,7 +119,7 @@ class RecordedTarget(LanguageModel):
         last: int = 1,
         hidden_layers: Sequence[int] = (),
     ) -> Forward:
-        """The prompt; takes no time, decoding speed leaves the prefill out.
+        """The prompt; takes as long as plain decoding's first token did.
 
         Hidden states are of its last token only.
         """
@@ -137,7 +137,7 @@ class RecordedTarget(LanguageModel):
             ]
         rows = {at: row for row, at in enumerate(shown)}
         forward = RecordedForward(logits, rows, reading.states([end - 1]), known)
-        self._clock.replace(started, 0.0)
+        self._clock.replace(started, self._recording.seconds_to_first)
         return forward
 
     def forward_tree(

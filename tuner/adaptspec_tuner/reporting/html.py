@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from adaptspec.charts import Series, chart, colour_rules, key, marks
 from adaptspec.profile import PLAIN
-from adaptspec_tuner.reporting import tables as words
+from adaptspec_tuner.reporting import sentences as words
+from adaptspec_tuner.reporting import tables
 
 if TYPE_CHECKING:
     from adaptspec_tuner.reporting.result import ClassResult, Row, TuneResult
 
-INK, GRID = "#7d8590", "rgba(125,133,144,0.25)"
-COLOURS = (
-    *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"),
-    *("#e69f00", "#009e73", "#cc79a7"),
-)
+MOST_CONTEXTS = 8  # behind which forwards are timed, each with a colour
+MOST_NOTES = 1500  # of all charts together: they are most of a page's size
+Colours = Mapping[str, int | None]
 
 
 def render(result: TuneResult) -> str:
-    """The page: tables and plots, Plotly's code included."""
+    """The page: what was found in sentences, then bars, tables and charts."""
     from jinja2 import Environment, PackageLoader
-    from plotly.offline import get_plotlyjs
 
     pages = Environment(
         loader=PackageLoader("adaptspec_tuner", "templates"),
@@ -30,227 +28,194 @@ def render(result: TuneResult) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    strategies = sorted({row.strategy for c in result.classes for row in c.rows})
-    colours = {
-        name: COLOURS[index % len(COLOURS)]
-        for index, name in enumerate(s for s in strategies if s != PLAIN)
-    }
-    colours[PLAIN] = INK
+    colours = _colours(result)
+    measured = sum(not t.replayed for found in result.classes for t in found.tried)
+    name = words.best_class(result)
     return pages.get_template("report.html").render(
         result=result,
         words=words,
-        plotly=get_plotlyjs(),
-        speed=_html(_speed(result, colours)),
-        latency=_html(_latency(result)) if result.costs else "",
+        columns=tables.known_columns(result),
+        keys={strategy: key(number) for strategy, number in colours.items()},
+        colour_rules=colour_rules(max(MOST_CONTEXTS, len(colours))),
+        command=result.usage and result.usage.command(name),
+        python=result.usage and "\n".join(result.usage.python(name)),
+        scale=_scale(result),
+        bars=_bars,
+        colours=colours,
+        marks=marks(),
+        costs=_costs(result),
+        predicted=_predicted(result, colours),
         classes=[
             {
                 "found": found,
-                "acceptance": _html(_acceptance(found, colours)),
-                "history": _html(_history(found, colours)),
+                "acceptance": _acceptance(found, colours),
+                "history": _history(
+                    result, found, colours, noted=measured <= MOST_NOTES
+                ),
                 "failed": [trial for trial in found.tried if trial.state == "failed"],
             }
             for found in result.classes
         ],
-        predicted=_html(_predicted(result, colours)),
     )
 
 
-def _speed(result: TuneResult, colours: dict[str, str]) -> Any:
-    """Bars by class and strategy, with intervals."""
-    import plotly.graph_objects as go
+def _colours(result: TuneResult) -> dict[str, int | None]:
+    """Strategy or baseline -> which of the page's colours; plain decoding has none."""
+    names = {row.strategy for found in result.classes for row in found.rows}
+    names |= {trial.strategy for found in result.classes for trial in found.tried}
+    found: dict[str, int | None] = {PLAIN: None}
+    found.update((name, i) for i, name in enumerate(sorted(names - {PLAIN})))
+    return found
 
-    figure = go.Figure()
-    for name in colours:
-        bars = [
-            (found, row)
-            for found in result.classes
-            for row in found.rows
-            if row.strategy == name and (name != PLAIN or len(found.rows) == 1)
-        ]
-        if not bars:
+
+def _scale(result: TuneResult) -> float:
+    """The ratio at the right end of the bars: of all classes the highest."""
+    ends = [
+        max(row.measurement.ratio, row.interval[1] if row.interval else 0.0)
+        for found in result.classes
+        for row in found.rows
+    ]
+    return 1.05 * max([1.0, *ends])
+
+
+def _bars(found: ClassResult, scale: float) -> list[dict[str, object]]:
+    """A bar for each setting but plain decoding: its parts in percent of the width."""
+    bars: list[dict[str, object]] = []
+    for row in found.rows:
+        if row.strategy == PLAIN and not row.profile.baseline:
             continue
-        ratios = [row.measurement.ratio for _, row in bars]
-        spans = [
-            row.interval or (ratio, ratio)
-            for (_, row), ratio in zip(bars, ratios, strict=True)
-        ]
-        figure.add_bar(
-            name=_labelled([row for _, row in bars]),
-            x=[_safe(found.name) for found, _ in bars],
-            y=ratios,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [
-                    max(0.0, high - ratio)
-                    for ratio, (_, high) in zip(ratios, spans, strict=True)
-                ],
-                "arrayminus": [
-                    max(0.0, ratio - low)
-                    for ratio, (low, _) in zip(ratios, spans, strict=True)
-                ],
-            },
-            marker_color=colours[name],
-            hovertext=[_about(row) for _, row in bars],
+        low, high = row.interval or (row.measurement.ratio, row.measurement.ratio)
+        bars.append(
+            {
+                "row": row,
+                "width": _percent(row.measurement.ratio, scale),
+                "low": _percent(low, scale),
+                "span": _percent(high, scale) - _percent(low, scale),
+            }
         )
-    figure.add_hline(y=1, line={"color": INK, "dash": "dot"})
-    figure.update_xaxes(type="category")  # a class may be called 2024
-    return _styled(figure, "", words.COLUMN[result.objective].split(" [")[0])
+    return bars
 
 
-def _latency(result: TuneResult) -> Any:
+def _percent(value: float, scale: float) -> float:
+    return round(100 * min(max(value / scale, 0.0), 1.0), 2)
+
+
+def _costs(result: TuneResult) -> str:
     """Milliseconds of a forward by its tokens, a line per context."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    series = []
     for who, table in result.costs.items():
         for number, context in enumerate(table["contexts"]):
-            figure.add_scatter(
-                name=f"{who}, {context} cached",
-                x=table["rows"],
-                y=table["milliseconds"][number],
-                mode="lines+markers",
-                line={"dash": "solid" if who == "target" else "dot"},
-                marker_color=COLOURS[number % len(COLOURS)],
+            line = table["milliseconds"][number]
+            series.append(
+                Series(
+                    f"{who}, {context} cached",
+                    number % MOST_CONTEXTS,
+                    list(zip(table["rows"], line, strict=True)),
+                    dashed=who != "target",
+                )
             )
-    return _styled(figure, "tokens in one forward", "ms")
-
-
-def _acceptance(found: ClassResult, colours: dict[str, str]) -> Any:
-    """Share of candidates accepted by depth; None where nothing was recorded."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for row in found.rows:
-        if row.positions and not row.profile.baseline:
-            figure.add_scatter(
-                name=_labelled([row]),
-                x=list(range(1, len(row.positions) + 1)),
-                y=list(row.positions),
-                mode="lines+markers",
-                marker_color=colours[row.strategy],
-            )
-    if not figure.data:
-        return None
-    figure.update_yaxes(range=[0, 1.05], tickformat=".0%")
-    return _styled(figure, "position drafted", "accepted")
-
-
-def _history(found: ClassResult, colours: dict[str, str]) -> Any:
-    """Trials in their order; None without any."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    kinds = dict.fromkeys((t.strategy, t.replayed) for t in found.tried)
-    for name, replayed in kinds:
-        trials = [
-            t
-            for t in found.tried
-            if (t.strategy, t.replayed) == (name, replayed) and t.ratio is not None
-        ]
-        if trials:
-            figure.add_scatter(
-                name=_safe(name) + (", replayed" if replayed else ""),
-                x=[trial.number + 1 for trial in trials],
-                y=[trial.ratio for trial in trials],
-                mode="markers" if replayed else "lines+markers",
-                opacity=0.4 if replayed else 1.0,
-                marker={
-                    "color": colours.get(name, INK),
-                    "size": 4 if replayed else 7,
-                    "symbol": [
-                        "circle" if t.state == "complete" else "x-thin-open"
-                        for t in trials
-                    ],
-                },
-                line={"width": 1},
-                hovertext=[_safe(words.parameters(t.params)) for t in trials],
-            )
-    if not figure.data:
-        return None
-    figure.add_hline(y=1, line={"color": INK, "dash": "dot"})
-    return _styled(figure, "trial", "x plain, tuning prompts")
-
-
-def _predicted(result: TuneResult, colours: dict[str, str]) -> Any:
-    """Measured against predicted ratios; None without predictions."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for name in colours:
-        rows = [
-            (found, row)
-            for found in result.classes
-            for row in found.rows
-            if row.strategy == name and row.predicted is not None
-        ]
-        if rows:
-            figure.add_scatter(
-                name=_labelled([row for _, row in rows]),
-                x=[row.predicted for _, row in rows],
-                y=[row.measurement.ratio for _, row in rows],
-                mode="markers",
-                marker={"color": colours[name], "size": 9},
-                hovertext=[_safe(found.name) for found, _ in rows],
-            )
-    if not figure.data:
-        return None
-    ends = [
-        value for trace in figure.data for value in (*(trace.x or ()), *(trace.y or ()))
-    ]
-    span = [min(ends), max(ends)]
-    figure.add_scatter(
-        name="equal", x=span, y=span, mode="lines", line={"color": INK, "dash": "dot"}
+    return chart(
+        series,
+        "tokens in one forward",
+        "milliseconds",
+        title="What a forward costs",
+        from_zero=True,
     )
-    return _styled(figure, "predicted x plain", "measured x plain")
 
 
-def _styled(figure: Any, across: str, up: str) -> Any:
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": INK, "family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 60, "r": 10, "t": 10, "b": 45},
-        height=320,
-        legend={"orientation": "h", "y": 1.12},
-        showlegend=True,
-        barmode="group",
-    )
-    figure.update_xaxes(title=across, gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(title=up, gridcolor=GRID, zeroline=False)
-    return figure
-
-
-def _html(figure: Any) -> str:
-    """A figure's element and script; empty for none."""
-    if figure is None:
-        return ""
-    from plotly.io import to_html
-
-    return str(
-        to_html(
-            figure,
-            include_plotlyjs=False,
-            full_html=False,
-            config={"displayModeBar": False, "responsive": True},
+def _acceptance(found: ClassResult, colours: Colours) -> str:
+    """Share of candidates accepted by depth; empty where nothing was recorded."""
+    series = [
+        Series(
+            words.label(row), colours[row.strategy], list(enumerate(row.positions, 1))
         )
+        for row in found.rows
+        if row.positions and not row.profile.baseline
+    ]
+    return chart(
+        series,
+        "position in the draft",
+        "accepted",
+        title=f"Acceptance by position, {words.shown_class(found.name)}",
+        percent=True,
+        from_zero=True,
     )
 
 
-def _labelled(rows: Sequence[Row]) -> str:
-    """The strategy's name, with NOT LOSSLESS or baseline if any of its rows is."""
-    return _safe(max((words.label(row) for row in rows), key=len))
+def _history(
+    result: TuneResult, found: ClassResult, colours: Colours, noted: bool
+) -> str:
+    """Trials in their order; empty without any.
+
+    Args:
+        noted: Whether each tells its parameters.
+    """
+    series = []
+    for name, replayed in dict.fromkeys((t.strategy, t.replayed) for t in found.tried):
+        trials = [
+            (trial.number + 1, trial.ratio, trial)
+            for trial in found.tried
+            if (trial.strategy, trial.replayed) == (name, replayed)
+            and trial.ratio is not None
+        ]
+        series.append(
+            Series(
+                name + (", replayed" if replayed else ""),
+                colours[name],
+                [(number, ratio) for number, ratio, _ in trials],
+                [
+                    words.parameters(result.changed(name, trial.params))
+                    for *_, trial in trials
+                ]
+                if noted
+                else [],
+                joined=not replayed,
+                pale=replayed,
+                crossed=frozenset(
+                    index
+                    for index, (*_, trial) in enumerate(trials)
+                    if trial.state != "complete"
+                ),
+            )
+        )
+    return chart(
+        series,
+        "trial",
+        "x plain, tuning prompts",
+        title=f"The search, {words.shown_class(found.name)}",
+        level=1.0,
+    )
 
 
-def _about(row: Row) -> str:
-    parameters = _safe(words.parameters(row.profile.params))
-    return f"{_safe(words.label(row))}: {words.ratio(row)}<br>{parameters}"
-
-
-def _safe(text: str) -> str:
-    """Plotly reads some HTML in its texts; names are the user's."""
-    return escape(text, quote=False)
+def _predicted(result: TuneResult, colours: Colours) -> str:
+    """Measured against predicted ratios; empty without predictions."""
+    rows: dict[str, list[tuple[float, Row, str]]] = {}
+    for found in result.classes:
+        for row in found.rows:
+            if row.predicted is not None:
+                rows.setdefault(row.strategy, []).append(
+                    (row.predicted, row, words.shown_class(found.name))
+                )
+    if not rows:
+        return ""
+    series = [
+        Series(
+            name,
+            colours[name],
+            [(guess, row.measurement.ratio) for guess, row, _ in found],
+            [where for *_, where in found],
+            joined=False,
+        )
+        for name, found in rows.items()
+    ]
+    ends = [value for one in series for point in one.points for value in point]
+    equal = [(end, end) for end in (min(ends), max(ends))]
+    return chart(
+        [*series, Series("equal", None, equal, dashed=True, marked=False)],
+        "predicted x plain",
+        "measured x plain",
+        title="Predicted and measured",
+    )
 
 
 __all__: Sequence[str] = ("render",)

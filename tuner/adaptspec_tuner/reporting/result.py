@@ -11,9 +11,18 @@ from statistics import median
 from typing import Any
 
 from adaptspec.params import Scalar
-from adaptspec.profile import PLAIN, SPEED, Environment, Measurement, Profile, Trial
+from adaptspec.profile import (
+    EVERY_CLASS,
+    PLAIN,
+    SPEED,
+    Environment,
+    Measurement,
+    Profile,
+    Trial,
+)
 from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec_tuner.measuring.profiler import Setting
+from adaptspec_tuner.reporting.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,11 @@ class ClassResult:
         return Row(profile, won, predicted, self.positions.get(key, ()))
 
     @property
+    def winner(self) -> Row | None:
+        """The row of the choice; None where what is chosen wasn't confirmed here."""
+        return next((row for row in self.rows if row.winner), None)
+
+    @property
     def trials(self) -> dict[str, int]:
         """How many settings of each strategy were measured in the search."""
         counts: dict[str, int] = {}
@@ -221,6 +235,8 @@ class TuneResult:
             ``[contexts][rows]``; empty if none were measured.
         classifier: Of discovered classes: ``seconds`` that finding a prompt's class
             takes, ``classes`` in words; None if declared.
+        usage: What was tuned, as it was asked for; None where that isn't known.
+        defaults: Strategy or baseline -> its parameters' defaults, of those at hand.
     """
 
     run: str
@@ -235,6 +251,27 @@ class TuneResult:
     created: str | None = None
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     classifier: Mapping[str, Any] | None = None
+    usage: Usage | None = None
+    defaults: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
+
+    @property
+    def named(self) -> list[ClassResult]:
+        """The workload's classes, without the result over all of them."""
+        return [found for found in self.classes if found.name != EVERY_CLASS]
+
+    @property
+    def pooled(self) -> ClassResult | None:
+        """The result over all classes, where there is one."""
+        return next((c for c in self.classes if c.name == EVERY_CLASS), None)
+
+    def changed(self, strategy: str, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Those of its parameters that aren't the strategy's defaults."""
+        usual = self.defaults.get(strategy, {})
+        return {
+            name: value
+            for name, value in params.items()
+            if name not in usual or usual[name] != value
+        }
 
     @property
     def objective(self) -> str:
@@ -256,11 +293,13 @@ class TuneResult:
     @property
     def break_even(self) -> float | None:
         """Tokens of use that repay tuning; None if nothing does."""
-        return break_even(sum(self.spent.values()), self.classes)
+        return break_even(sum(self.spent.values()), self.named)
 
     def own_break_even(self, found: ClassResult) -> float | None:
         """Tokens of one class that repay its equal part of the tuning."""
-        return break_even(sum(self.spent.values()) / len(self.classes), [found])
+        if found.name == EVERY_CLASS:
+            return None
+        return break_even(sum(self.spent.values()) / len(self.named), [found])
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -272,7 +311,17 @@ class TuneResult:
             "created": self.created,
             "objective": self.objective,
             "classes": [
-                {**found.as_json(), "break_even": self.own_break_even(found)}
+                {
+                    **found.as_json(),
+                    "results": [
+                        {
+                            **row.as_json(),
+                            "changed": self.changed(row.strategy, row.profile.params),
+                        }
+                        for row in found.rows
+                    ],
+                    "break_even": self.own_break_even(found),
+                }
                 for found in self.classes
             ],
             "unavailable": dict(self.unavailable),

@@ -16,11 +16,13 @@ from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.records import (
     CLASSIFIER,
     SPENT,
+    USAGE,
     confirmed_key,
     predicted_key,
     replayed_key,
 )
 from adaptspec_tuner.reporting.result import ClassResult, Oracle, Tried, TuneResult
+from adaptspec_tuner.reporting.usage import Usage
 
 
 def build(store: ProfileStore, run: str | None = None) -> TuneResult:
@@ -43,6 +45,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
     profiles = [p for p in profiles if p.run == run]
     trials = store.trials(run)
     newest = profiles[0]
+    usage = store.record(run, USAGE)
     return TuneResult(
         run=run,
         environment=newest.environment,
@@ -67,6 +70,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
         created=newest.created.isoformat(timespec="seconds"),
         costs=_costs(store, newest.environment),
         classifier=_classes_told(store, run),
+        usage=None if usage is None else Usage.from_json(usage),
     )
 
 

@@ -1,204 +1,218 @@
-"""A tuning run in words: the table that is printed, and the lines below it."""
+"""A tuning run on a terminal: sentences, a table as wide as fits, how to use it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptspec.cli.progress import minutes
 from adaptspec.profile import LATENCY, PLAIN
-from adaptspec.selector import FEWEST_PROMPTS
-from adaptspec_tuner.reporting.result import told_errors
+from adaptspec_tuner.reporting import sentences as words
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from adaptspec_tuner.reporting.result import ClassResult, Row, TuneResult
+    from adaptspec_tuner.reporting.result import Row, TuneResult
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of each row; one that no row has isn't shown.
+
+    Args:
+        title: At the column's head.
+        cell: A row's figure as text; empty where it isn't known.
+        meaning: For the legend.
+        needed: Whether it is shown however narrow the terminal is.
+    """
+
+    title: str
+    cell: Callable[[Row], str]
+    meaning: str
+    needed: bool = False
+
+
+# In the order of what matters: where there is no room, those at the end are left out.
+COLUMNS = (
+    Column(
+        "x plain",
+        lambda row: f"{row.measurement.ratio:.2f}",
+        "times as fast as plain decoding",
+        needed=True,
+    ),
+    Column("95% interval", words.interval, "of that ratio", needed=True),
+    Column(
+        "tokens/s",
+        lambda row: f"{row.measurement.tokens_per_second:.1f}",
+        "decoding speed, median over prompts",
+    ),
+    Column(
+        "same output",
+        words.identical,
+        "prompts with plain decoding's tokens (+ near ties); not compared if sampled",
+    ),
+    Column(
+        "tokens/ forward",
+        lambda row: f"{row.measurement.tokens_per_forward:.2f}",
+        "tokens gained by one pass of the model",
+    ),
+    Column("predicted", words.predicted, "by the replay, and how far off that was"),
+    Column(
+        "p95 ms/ token",
+        lambda row: (
+            ""
+            if row.measurement.latency_p95 is None
+            else f"{row.measurement.latency_p95:.1f}"
+        ),
+        "95% of the tokens took no longer",
+    ),
+    Column(
+        "ms to first",
+        lambda row: (
+            ""
+            if row.measurement.seconds_to_first is None
+            else f"{1e3 * row.measurement.seconds_to_first:.0f}"
+        ),
+        "time to the first token, median over prompts",
+    ),
+    Column(
+        "peak GiB",
+        lambda row: (
+            ""
+            if row.measurement.peak_memory is None
+            else f"{row.measurement.peak_memory / 2**30:.2f}"
+        ),
+        "memory, the model's weights included",
+    ),
+)
+LEAST_NAME_WIDTH = 22
+BETWEEN_COLUMNS = 2
+
+
+def known_columns(result: TuneResult) -> list[Column]:
+    """Those of which some row has a figure, the objective's own first."""
+    rows = [row for found in result.classes for row in found.rows]
+    known = [column for column in COLUMNS if any(map(column.cell, rows))]
+    if result.objective == LATENCY:
+        known.sort(key=lambda column: not (column.needed or "p95" in column.title))
+    return known
 
 
 def print_result(result: TuneResult, console: Console) -> None:
-    """Print the table of settings, what is said of the run, and how to use it."""
+    """Print what was gained and chosen, the table, remarks, and how to use it."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def say(line: str = "", whole: bool = False) -> None:
+        if whole or not line or not console.is_terminal:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        indent = len(line) - len(line.lstrip())
+        text = Text(line.lstrip())
+        console.print(Padding(text, (0, 0, 0, indent), expand=False), highlight=False)
+
+    for line in words.opening(result):
+        say(line)
+    if result.named:
+        say()
+        say("Why:")
+        for found in result.classes:
+            say(f"  {words.shown_class(found.name)}: {found.choice.reason}")
+        say()
+        say(words.heading(result))
+        table, shown = _table(result, console.width)
+        console.print(table)
+        about = words.ABOUT.get(result.objective)
+        of = f"; the objective is {about}" if about else ""
+        legend = (f"{' '.join(c.title.split())}: {c.meaning}" for c in shown)
+        say("; ".join(legend) + of + ".")
+        left_out = [c for c in known_columns(result) if c not in shown]
+        if left_out:
+            names = ", ".join(" ".join(c.title.split()) for c in left_out)
+            say(f"Left out for want of width: {names}.")
+        if changed := _changed(result):
+            say()
+            say("Parameters that differ from the defaults:")
+            for line in changed:
+                say(f"  {line}")
+        say()
+    for line in (*words.remarks(result), *words.summary(result)):
+        say(line)
+    if result.classes:
+        say(f"Run {result.run}, stored in {result.db}", whole=True)
+    for line in next_lines(result):
+        say(line, whole=True)
+
+
+def next_lines(result: TuneResult) -> list[str]:
+    """What to type next; empty where it isn't known what was tuned."""
+    if result.usage is None or not result.classes:
+        return []
+    name = words.best_class(result)
+    return [
+        "",
+        "Use it from the command line:",
+        f"  {result.usage.command(name)}",
+        "or from Python:",
+        *(f"  {line}" for line in result.usage.python(name)),
+    ]
+
+
+def _table(result: TuneResult, width: int) -> tuple[Table, list[Column]]:
+    """The table, at most ``width`` wide, and the columns that it has room for."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(heading(result)))
-    table.add_column("class")
-    table.add_column("strategy")
-    table.add_column(Text("tokens/s [quartiles]"), justify="right")
-    table.add_column(Text(COLUMN[result.objective]), justify="right")
-    for column in ("p95 ms/token", "tokens/forward", "predicted", "identical"):
-        table.add_column(column, justify="right")
+    known = known_columns(result)
+    rows = [row for found in result.classes for row in found.rows]
+    room = width - LEAST_NAME_WIDTH
+    shown: list[Column] = []
+    for column in known:
+        room -= _width(column, rows) + BETWEEN_COLUMNS
+        if not column.needed and room < 0:
+            break
+        shown.append(column)
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, BETWEEN_COLUMNS, 0, 0), show_edge=False
+    )
+    table.add_column("class, strategy", overflow="fold")
+    for column in shown:
+        table.add_column(
+            Text(column.title), justify="right", width=_width(column, rows)
+        )
     for found in result.classes:
-        rows = found.rows
-        for number, row in enumerate(rows):
-            m = row.measurement
-            name = found.name + ("*" if found.reused else "")
+        name = words.shown_class(found.name) + ("*" if found.reused else "")
+        table.add_row(Text(name, style="bold"), *("" for _ in shown))
+        found_rows = found.rows
+        for number, row in enumerate(found_rows):
+            described = ("> " if row.winner else "  ") + words.label(row)
+            if row.strategy == PLAIN and not row.profile.baseline:
+                described = ("> " if row.winner else "  ") + "plain decoding"
             table.add_row(
-                Text(name if number == 0 else ""),
-                Text(("> " if row.winner else "") + described(row)),
-                f"{m.tokens_per_second:.1f} "
-                f"[{m.tokens_per_second_low:.1f}..{m.tokens_per_second_high:.1f}]",
-                ratio(row),
-                "-" if m.latency_p95 is None else f"{m.latency_p95:.1f}",
-                f"{m.tokens_per_forward:.2f}",
-                predicted(row),
-                identical(row),
+                Text(described),
+                *(Text(column.cell(row)) for column in shown),
                 style="bold" if row.winner else None,
-                end_section=number == len(rows) - 1,
+                end_section=number == len(found_rows) - 1,
             )
-    console.print(table)
-    for line in said(result):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return table, shown
 
 
-def said(result: TuneResult) -> list[str]:
-    """What the table can't show, and how to use the result."""
-    lines = []
-    if any(found.reused for found in result.classes):
-        lines.append("* one prompt only: reported on what it was tuned on")
-    if few := [found.name for found in result.classes if found.few]:
-        lines.append(
-            f"too few held-out prompts: {', '.join(few)}: a strategy is chosen on "
-            f"{FEWEST_PROMPTS} or more, so give {2 * FEWEST_PROMPTS} prompts a class "
-            "or more, half are held out, and a budget that confirms them"
-        )
-    for found in result.classes:
-        lines.append(f"{found.name}: {found.choice.reason}")
-        more = (oracle(found), repaid(result, found))
-        lines.extend(f"    {text}" for text in more if text)
-    for name, reason in result.unavailable.items():
-        lines.append(f"not run: {name}: {reason}")
-    if result.classes:
-        lines.extend(summary(result))
-        lines.append(
-            f"Stored in {result.db}. From Python: "
-            "adaptspec.load(MODEL).generate(PROMPT, "
-            f"prompt_class={result.classes[0].name!r})"
-        )
-    return lines
+def _changed(result: TuneResult) -> list[str]:
+    """Of each setting that isn't its strategy's default, how it differs."""
+    return [
+        f"{words.shown_class(found.name)}, {words.label(row)}: "
+        + words.parameters(changed)
+        for found in result.classes
+        for row in found.rows
+        if (changed := result.changed(row.strategy, row.profile.params))
+    ]
 
 
-COLUMN = {
-    "speed": "x plain [95% interval]",
-    LATENCY: "x plain in p95 latency [95% interval]",
-}
-
-
-def heading(result: TuneResult) -> str:
-    """Model, machine and workload."""
-    place = result.environment
-    beside = ", ".join(filter(None, (place.draft_name, place.heads_name)))
-    draft = f" with {beside}" if beside else ""
-    return (
-        f"{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
-        f"{place.threads} threads, held-out prompts of {result.workload}"
+def _width(column: Column, rows: Sequence[Row]) -> int:
+    """Characters of its longest word in the head or longest cell."""
+    return max(
+        *(len(word) for word in column.title.split()),
+        *(len(column.cell(row)) for row in rows),
     )
-
-
-def label(row: Row) -> str:
-    """The strategy's name with what must be known of it."""
-    marks = " (baseline)" if row.profile.baseline else ""
-    return row.strategy + marks + ("" if row.profile.lossless else " (NOT LOSSLESS)")
-
-
-def parameters(params: Mapping[str, object]) -> str:
-    """Names and values, floats shortened."""
-    return " ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in params.items()
-    )
-
-
-def described(row: Row) -> str:
-    """Its label, and its parameters on a line of their own."""
-    name = label(row) + (" (plain decoding)" if row.strategy == PLAIN else "")
-    params = parameters(row.profile.params)
-    return f"{name}\n{params}" if params else name
-
-
-def ratio(row: Row) -> str:
-    """With its interval, if that is known."""
-    if row.interval is None:
-        return f"{row.measurement.ratio:.2f}"
-    low, high = row.interval
-    return f"{row.measurement.ratio:.2f} [{low:.2f}..{high:.2f}]"
-
-
-def predicted(row: Row) -> str:
-    """The replay's ratio and how far off it was."""
-    if row.predicted is None:
-        return "-"
-    error = row.prediction_error
-    return f"{row.predicted:.2f}" + ("" if error is None else f" ({error:+.1%})")
-
-
-def identical(row: Row) -> str:
-    """On how many prompts plain decoding's tokens came out."""
-    m = row.measurement
-    ties = f" (+{m.near_ties} near ties)" if m.near_ties else ""
-    return f"{m.identical}/{m.prompts}{ties}"
-
-
-def oracle(found: ClassResult) -> str:
-    """What choosing by prompt would add; empty where it isn't known."""
-    if found.oracle is None:
-        return ""
-    return (
-        f"one setting for all its prompts: {found.oracle.fixed:.2f}x "
-        f"({found.oracle.strategy}); the best for each prompt: "
-        f"{found.oracle.best:.2f}x ({found.oracle.gap:+.1%})"
-    )
-
-
-def repaid(result: TuneResult, found: ClassResult) -> str:
-    """When this class alone repays its part of the tuning; empty where it doesn't."""
-    tokens = result.own_break_even(found)
-    if tokens is None:
-        return ""
-    return (
-        f"its equal part of the tuning is repaid after {tokens:,.0f} tokens "
-        "of this class"
-    )
-
-
-def summary(result: TuneResult) -> list[str]:
-    """Cost, break-even and how good the predictions were."""
-    lines = []
-    if result.spent:
-        parts = ", ".join(f"{part} {minutes(s)}" for part, s in result.spent.items())
-        lines.append(f"Tuning took {minutes(sum(result.spent.values()))} ({parts}).")
-        lines.append(
-            "Nothing was found that repays it."
-            if result.break_even is None
-            else f"It is repaid after {result.break_even:,.0f} tokens of use, the "
-            "classes in equal parts."
-        )
-    else:
-        lines.append("What tuning took was not recorded.")
-    tried = [trial for found in result.classes for trial in found.tried]
-    if replayed := sum(trial.replayed for trial in tried):
-        lines.append(
-            f"{len(tried) - replayed} settings were measured in the search, {replayed} "
-            "replayed against recorded answers."
-        )
-    if told := told_errors(result.prediction_errors):
-        lines.append(f"Replay: {told}.")
-        rows = [row for found in result.classes for row in found.rows]
-        without = {
-            row.strategy
-            for row in rows
-            if row.predicted is None
-            and row.strategy != PLAIN
-            and not row.profile.baseline
-        }
-        if without:
-            lines.append(
-                f"Without a prediction: {', '.join(sorted(without))} (the record lacks "
-                "what they read of the target, or time was up)."
-            )
-    if result.classifier is not None:
-        lines.append(
-            "The class of a prompt is found from its text in "
-            f"{1e3 * result.classifier['seconds']:.2f} ms."
-        )
-    return lines

@@ -1,0 +1,184 @@
+/* y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], of weights packed once for reading.
+ *
+ * A packed weight is a row of blocks of COLS outputs. A block holds, for each word of k in
+ * order, that word of all its outputs side by side; a word is one float, or two neighbours
+ * of bfloat16. So each thread reads one contiguous stream, fetched ahead; a word of x is
+ * broadcast to all lanes; and no sum across lanes is left.
+ *
+ * Every (t, n) is summed over k in order, in one accumulator, so a row's bits don't depend
+ * on how many rows there are.
+ */
+#include "vectors.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#if LANES == 16
+#define ROWS 12 /* rows of x per tile: 2 * ROWS sums are kept in registers */
+#else
+#define ROWS 5
+#endif
+
+#define VECTORS 2
+#define COLS (VECTORS * LANES)
+#define AHEAD 4096 /* bytes of the stream that are fetched before their use */
+#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows */
+
+/* One word of x (X_STEP of X) times a vector of words of w, added to a vector of sums. */
+#if defined(__AVX512BF16__)
+#define X_BF16 int32_t
+#define X_STEP_BF16 1
+#define ADD_BF16(sum, word, x)                                                          \
+    (vfloat) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(word),                          \
+                              (__m512bh)_mm512_set1_epi32(*(x)))
+#else
+#define X_BF16 float
+#define X_STEP_BF16 2
+#define ADD_BF16(sum, word, x)                                                          \
+    ((sum) + (vfloat)((word) << 16) * (x)[0] + (vfloat)((word) & 0xffff0000u) * (x)[1])
+#endif
+#define X_F32 float
+#define X_STEP_F32 1
+#define ADD_F32(sum, word, x) ((sum) + (vfloat)(word) * (x)[0])
+
+#define TILE(KIND, NAME)                                                                \
+    static inline __attribute__((always_inline)) void NAME(                             \
+        const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
+        int begin, float *sums) {                                                       \
+        vfloat sum[ROWS * VECTORS];                                                     \
+        UNROLLED for (int i = 0; i < rows * VECTORS; i++) {                             \
+            if (begin) sum[i] = (vfloat){0};                                            \
+            else memcpy(&sum[i], sums + i * LANES, sizeof(vfloat));                     \
+        }                                                                               \
+        for (long k = 0; k < words; k++) {                                              \
+            vword word[VECTORS];                                                        \
+            UNROLLED for (int c = 0; c < VECTORS; c++) {                                \
+                memcpy(&word[c], w + k * COLS + c * LANES, sizeof(vword));              \
+                __builtin_prefetch((const char *)(w + k * COLS + c * LANES) + AHEAD);   \
+            }                                                                           \
+            UNROLLED for (int r = 0; r < rows; r++)                                     \
+                UNROLLED for (int c = 0; c < VECTORS; c++)                              \
+                    sum[r * VECTORS + c] =                                              \
+                        ADD_##KIND(sum[r * VECTORS + c], word[c],                       \
+                                   x + r * stride + k * X_STEP_##KIND);                 \
+        }                                                                               \
+        UNROLLED for (int i = 0; i < rows * VECTORS; i++)                               \
+            memcpy(sums + i * LANES, &sum[i], sizeof(vfloat));                          \
+    }                                                                                   \
+    static __attribute__((noinline)) void NAME##_rows(                                  \
+        const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
+        int begin, float *sums) {                                                       \
+        switch (rows) {                                                                 \
+        case 1: NAME(w, x, stride, words, 1, begin, sums); break;                       \
+        case 2: NAME(w, x, stride, words, 2, begin, sums); break;                       \
+        case 3: NAME(w, x, stride, words, 3, begin, sums); break;                       \
+        case 4: NAME(w, x, stride, words, 4, begin, sums); break;                       \
+        case 5: NAME(w, x, stride, words, 5, begin, sums); break;                       \
+        MORE_ROWS(NAME)                                                                 \
+        }                                                                               \
+    }
+
+#if ROWS > 5
+#define MORE_ROWS(NAME)                                                                 \
+    case 6: NAME(w, x, stride, words, 6, begin, sums); break;                           \
+    case 7: NAME(w, x, stride, words, 7, begin, sums); break;                           \
+    case 8: NAME(w, x, stride, words, 8, begin, sums); break;                           \
+    case 9: NAME(w, x, stride, words, 9, begin, sums); break;                           \
+    case 10: NAME(w, x, stride, words, 10, begin, sums); break;                         \
+    case 11: NAME(w, x, stride, words, 11, begin, sums); break;                         \
+    case 12: NAME(w, x, stride, words, 12, begin, sums); break;
+#else
+#define MORE_ROWS(NAME)
+#endif
+
+TILE(BF16, tile_bf16)
+TILE(F32, tile_f32)
+
+/* `words` of k per row of w; x is [t_count, words * X_STEP], what is beyond k zero. */
+#define PACKED(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
+    void NAME(const X_##KIND *x, const uint32_t *w, const TYPE *bias, TYPE *y,          \
+              long t_count, long n_count, long words, int threads) {                    \
+        long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
+        long blocks = (n_count + COLS - 1) / COLS, stride = words * X_STEP_##KIND;      \
+        long step = tiles > 1 ? CHUNK : words;                                          \
+        _Pragma("omp parallel num_threads(threads)") {                                  \
+            float *sums = malloc(t_count * COLS * sizeof(float));                       \
+            _Pragma("omp for schedule(static)")                                         \
+            for (long block = 0; block < blocks; block++) {                             \
+                const uint32_t *from = w + block * words * COLS;                        \
+                for (long k = 0; k < words; k += step) {                                \
+                    long count = words - k < step ? words - k : step;                   \
+                    for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
+                        rows = (t_count - t + tile - 1) / tile;                         \
+                        TILE_OF##_rows(from + k * COLS, x + t * stride +                \
+                                       k * X_STEP_##KIND, stride, count, (int)rows,     \
+                                       k == 0, sums + t * COLS);                        \
+                    }                                                                   \
+                }                                                                       \
+                long n0 = block * COLS;                                                 \
+                long cols = n_count - n0 < COLS ? n_count - n0 : COLS;                  \
+                for (long t = 0; t < t_count; t++)                                      \
+                    for (long c = 0; c < cols; c++) {                                   \
+                        float sum = sums[t * COLS + c];                                 \
+                        if (bias) sum += BIAS(bias[n0 + c]);                            \
+                        y[t * n_count + n0 + c] = STORE(sum);                           \
+                    }                                                                   \
+            }                                                                           \
+            free(sums);                                                                 \
+        }                                                                               \
+    }
+
+#define SAME(v) (v)
+
+PACKED(BF16, packed_bf16, uint16_t, tile_bf16, narrow, widen)
+PACKED(F32, packed_f32, float, tile_f32, SAME, SAME)
+
+/* Between a plain weight [n_count, k_count] and a packed one; `per` elements to a word. */
+#define REPACK(NAME, TYPE)                                                              \
+    void pack_##NAME(const TYPE *plain, TYPE *packed, long n_count, long k_count,       \
+                     int threads) {                                                     \
+        const long per = sizeof(uint32_t) / sizeof(TYPE);                               \
+        long words = (k_count + per - 1) / per, blocks = (n_count + COLS - 1) / COLS;   \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")               \
+        for (long block = 0; block < blocks; block++)                                   \
+            for (long k0 = 0; k0 < words; k0 += 64)                                     \
+                for (long c = 0; c < COLS; c++) {                                       \
+                    long n = block * COLS + c;                                          \
+                    const TYPE *row = plain + n * k_count;                              \
+                    for (long k = k0; k < words && k < k0 + 64; k++)                    \
+                        for (long i = 0; i < per; i++) {                                \
+                            TYPE v = n < n_count && k * per + i < k_count               \
+                                         ? row[k * per + i] : 0;                        \
+                            packed[((block * words + k) * COLS + c) * per + i] = v;     \
+                        }                                                               \
+                }                                                                       \
+    }                                                                                   \
+    void unpack_##NAME(const TYPE *packed, const int64_t *rows, TYPE *plain,            \
+                       long count, long k_count, int threads) {                         \
+        const long per = sizeof(uint32_t) / sizeof(TYPE);                               \
+        long words = (k_count + per - 1) / per;                                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")               \
+        for (long r = 0; r < count; r++) {                                              \
+            long n = rows ? rows[r] : r;                                                \
+            const TYPE *from = packed + (n / COLS * words * COLS + n % COLS) * per;     \
+            for (long k = 0; k < k_count; k++)                                          \
+                plain[r * k_count + k] = from[k / per * COLS * per + k % per];          \
+        }                                                                               \
+    }
+
+REPACK(bf16, uint16_t)
+REPACK(f32, uint32_t)
+
+int packed_columns(void) { return COLS; }
+
+/* Whether packed_bf16 takes x as it is; otherwise widened to float. */
+int packed_pairs(void) { return X_STEP_BF16 == 1; }
+
+/* Ask for large pages, of which a stream's addresses need fewer. Only a wish. */
+void large_pages(void *start, long bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(start, (size_t)bytes, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}

@@ -1,0 +1,184 @@
+"""Weights packed once for reading: a layout of our kernel, held instead of the weight.
+
+A decoding step multiplies few rows by every weight, so it is bound by reading weights.
+Packed, each thread reads one contiguous stream in large pages, and eight rows cost what
+one does where the processor has the arithmetic (see ``packed.c``).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adaptspec.acceleration.native import Kernel, is_plain
+
+LARGE_PAGE_BYTES = 1 << 21
+SLAB_BYTES = 1 << 26
+
+
+class Slabs:
+    """Room for packed weights, in large pages where the system gives them.
+
+    Small weights share a slab, which is freed with the last of them. A page that isn't
+    written to takes no memory.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._slab: torch.Tensor | None = None
+        self._used = 0
+
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised vector of ``count`` elements."""
+        size = -(-count * dtype.itemsize // 64) * 64  # whole cache lines
+        if self._slab is None or self._used + size > len(self._slab):
+            whole = torch.empty(
+                max(size, SLAB_BYTES) + LARGE_PAGE_BYTES, dtype=torch.uint8
+            )
+            first = -whole.data_ptr() % LARGE_PAGE_BYTES
+            self._slab, self._used = whole[first : first + max(size, SLAB_BYTES)], 0
+            self._kernel.large_pages(self._slab)
+        found = self._slab[self._used :][: count * dtype.itemsize]
+        self._used += size
+        return found.view(dtype)
+
+
+class PackedWeight:
+    """A weight ``[out, in]`` of float32 or bfloat16, held by the layers that share it.
+
+    Whoever reads a layer's ``weight`` gets it, and all of them are ordinary layers from
+    then on: no weight is held twice, and what is written to it counts.
+    """
+
+    def __init__(self, weight: torch.Tensor, kernel: Kernel, slabs: Slabs) -> None:
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
+        self._trained, self._kernel = weight.requires_grad, kernel
+        plain = weight.detach()
+        room = slabs.take(kernel.packed_size(plain), plain.dtype)
+        self._packed: torch.Tensor | None = kernel.pack(plain, room)
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, 0 once it is unpacked."""
+        return 0 if self._packed is None else self._packed.nbytes
+
+    def share(self, layer: nn.Module) -> None:
+        """Count ``layer`` among those that hold it."""
+        self._layers.add(layer)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., in] -> [..., out]``; the bits of a row depend on that row alone."""
+        flat = x.reshape(-1, self.shape[1]).contiguous()
+        y = self._kernel.packed_linear(flat, self._held(), self.shape[0], bias)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, ``[...] -> [..., in]``."""
+        found = self._kernel.unpack(self._held(), self.shape, ids.reshape(-1))
+        return found.view(*ids.shape, self.shape[1])
+
+    def unpack(self) -> None:
+        """Make the layers that hold it ordinary ones; once is enough."""
+        if self._packed is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            plain = self._kernel.unpack(self._packed, self.shape)
+            weight = nn.Parameter(plain, self._trained)
+        self._packed = None
+        for layer in self._layers:
+            layer.__dict__["packed"] = None
+            layer._parameters["weight"] = weight
+
+    def _held(self) -> torch.Tensor:
+        assert self._packed is not None
+        return self._packed
+
+
+class _Packed(nn.Module):
+    """What layers that hold a packed weight have in common."""
+
+    packed: PackedWeight | None
+
+    def _hold(self, packed: PackedWeight) -> None:
+        self.packed = packed
+        packed.share(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.unpack()
+        return super().__getattr__(name)
+
+    def unpack(self) -> None:
+        """Be an ordinary layer again."""
+        if (packed := self.__dict__.get("packed")) is not None:
+            packed.unpack()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.unpack()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        self.unpack()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        nn.Module.__init__(twin)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A Linear layer that reads a packed weight."""
+
+    def __init__(self, linear: nn.Linear, packed: PackedWeight) -> None:
+        nn.Module.__init__(self)  # a Linear's own would allocate a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._hold(packed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., out]``."""
+        packed = self.packed
+        if packed is not None and (not _readable(x, packed) or not x.numel()):
+            self.unpack()
+        if self.packed is None:
+            return functional.linear(x, self.weight, self.bias)
+        return self.packed.product(x, self.bias)
+
+
+class PackedEmbedding(_Packed, nn.Embedding):
+    """An Embedding whose rows are those of a packed weight."""
+
+    def __init__(self, embedding: nn.Embedding, packed: PackedWeight) -> None:
+        nn.Module.__init__(self)
+        for name in nn.Embedding.__constants__:
+            setattr(self, name, getattr(embedding, name))
+        self._hold(packed)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[...] -> [..., embedding_dim]``."""
+        if self.packed is None:
+            return super().forward(ids)
+        return self.packed.rows(ids)
+
+
+def _readable(x: torch.Tensor, packed: PackedWeight) -> bool:
+    """Whether the kernel may read ``x``: of the weight's type, without a gradient."""
+    return (
+        x.dtype is packed.dtype
+        and is_plain(x)
+        and not (torch.is_grad_enabled() and (x.requires_grad or packed._trained))
+    )

@@ -1,0 +1,150 @@
+"""``adaptspec explain``: what would decode a prompt, and why, without decoding it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptspec.cli.generate import generate
+from adaptspec.cli.output import print_json, without_loading_bars
+from adaptspec.cli.texts import prompt_with_input, write
+
+if TYPE_CHECKING:
+    from adaptspec.decoder import Decoder
+    from adaptspec.host import Host
+    from adaptspec.profile import Profile
+    from adaptspec.selector import Choice
+
+# Options that mean what they mean to `generate`.
+SHARED = (
+    *("prompt", "model", "draft_model", "heads", "db", "prompt_class", "allow_lossy"),
+    *("dtype", "device", "threads", "trust_remote_code", "raw"),
+)
+
+
+def _with_options_of(
+    command: click.Command, names: Sequence[str]
+) -> Callable[[click.Command], click.Command]:
+    """Gives a command those parameters of another."""
+
+    def give(mine: click.Command) -> click.Command:
+        mine.params = [p for p in command.params if p.name in names] + mine.params
+        return mine
+
+    return give
+
+
+@_with_options_of(generate, SHARED)
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def explain(
+    host: Host,
+    prompt: str | None,
+    model: str | None,
+    draft_model: str | None,
+    heads: tuple[str, ...],
+    db: str | None,
+    prompt_class: str | None,
+    allow_lossy: bool,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    trust_remote_code: bool,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Say what `generate` would decode PROMPT with, and why; nothing is decoded.
+
+    Without PROMPT, what it would decode a prompt of the class with.
+    """
+    text = None if prompt is None else prompt_with_input(prompt)
+    from adaptspec.decoder import load
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if model is None:
+        from adaptspec.default_model import default_model_path
+
+        model = str(default_model_path(lambda line: click.echo(line, err=True)))
+    with without_loading_bars():
+        decoder = load(
+            model,
+            draft_model,
+            db,
+            dtype=dtype,
+            device=device,
+            host=host,
+            heads=heads,
+            allow_lossy=allow_lossy,
+            trust_remote_code=trust_remote_code,
+        )
+    if text is None:
+        choice = decoder.choose(prompt_class)
+    else:
+        # A stream that isn't read decodes nothing.
+        with decoder.stream(text, prompt_class=prompt_class, raw=raw) as stream:
+            choice = stream.choice
+    found = explained(decoder, choice)
+    if as_json:
+        print_json(found)
+        return
+    rows = {
+        "class": found["class"] or "none",
+        "strategy": found["strategy"] + ("" if choice.lossless else " (LOSSY)"),
+        "parameters": " ".join(f"{k}={v}" for k, v in found["params"].items())
+        or "none",
+        "reason": choice.reason,
+        "expected": _expected(found),
+    }
+    write("".join(f"{name + ':':<12}{value}\n" for name, value in rows.items()))
+
+
+def explained(decoder: Decoder, choice: Choice) -> dict[str, Any]:
+    """A choice with what was measured of it; the speed is None where nothing was."""
+    place = decoder.environment.place()
+    here = [p for p in decoder.profiles if p.environment.place() == place]
+    profile = _measured(here, choice)
+    measured = profile and profile.measurement
+    return {
+        "class": choice.prompt_class,
+        "strategy": choice.strategy,
+        "params": dict(choice.params),
+        "lossless": choice.lossless,
+        "reason": choice.reason,
+        "expected": measured
+        and {
+            "ratio": measured.ratio,
+            "objective": measured.objective,
+            "tokens_per_second": measured.tokens_per_second,
+            "prompts": measured.prompts,
+        },
+    }
+
+
+def _measured(profiles: Sequence[Profile], choice: Choice) -> Profile | None:
+    """The newest measurement of a choice's setting on its class."""
+    found = [
+        p
+        for p in profiles
+        if (p.prompt_class, p.strategy) == (choice.prompt_class, choice.strategy)
+        and dict(p.params) == dict(choice.params)
+        and not p.baseline
+    ]
+    return max(found, key=lambda p: (p.created, p.run), default=None)
+
+
+def _expected(found: dict[str, Any]) -> str:
+    expected = found["expected"]
+    if expected is None:
+        return "not measured here"
+    prompts = expected["prompts"]
+    return (
+        f"{expected['ratio']:.2f}x plain decoding, "
+        f"{expected['tokens_per_second']:.1f} tokens/s "
+        f"({prompts} prompt{'' if prompts == 1 else 's'})"
+    )

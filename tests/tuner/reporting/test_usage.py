@@ -1,0 +1,116 @@
+"""What is told to be typed next works as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptspec
+from adaptspec.cli.generate import generate
+from adaptspec_tuner.reporting.usage import PROMPT, Usage
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8
+).filter(str.strip)
+usages = st.builds(
+    Usage,
+    model=st.none() | texts,
+    draft_model=st.none() | texts,
+    heads=st.lists(texts, max_size=2).map(tuple),
+    dtype=st.sampled_from(["auto", "float32"]),
+    device=st.sampled_from([None, "cpu"]),
+    threads=st.none() | st.integers(1, 9),
+    trust_remote_code=st.booleans(),
+    db=st.none() | texts,
+)
+
+
+@given(usages, st.none() | texts)
+def test_the_command_gives_the_shell_what_was_asked(
+    usage: Usage, name: str | None
+) -> None:
+    program, command, *arguments = shlex.split(usage.command(name))
+    assert (program, command) == ("adaptspec", "generate")
+    read = generate.make_context("generate", arguments).params
+    assert read["prompt"] == PROMPT
+    assert read["prompt_class"] == name
+    wanted = usage.as_json()
+    assert {key: read[key] for key in wanted if key != "heads"} == {
+        key: value for key, value in wanted.items() if key != "heads"
+    }
+    assert read["heads"] == usage.heads
+
+
+@given(usages, st.none() | texts)
+def test_the_lines_of_python_ask_for_the_same(usage: Usage, name: str | None) -> None:
+    asked: dict[str, Any] = {}
+
+    class Decoder:
+        def generate(self, prompt: str, prompt_class: str | None = None) -> Any:
+            asked.update(prompt=prompt, prompt_class=prompt_class)
+            return type("Result", (), {"text": "text"})
+
+    def load(model: object, **more: Any) -> Decoder:
+        asked.update(more, model=model)
+        return Decoder()
+
+    def set_num_threads(threads: int) -> None:
+        asked["threads"] = threads
+
+    lines = [
+        line for line in usage.python(name) if not line.startswith(("import", "from"))
+    ]
+    modules = {
+        "adaptspec": type("adaptspec", (), {"load": staticmethod(load)}),
+        "torch": type("torch", (), {"set_num_threads": staticmethod(set_num_threads)}),
+        "default_model_path": lambda: None,
+        "print": lambda text: None,
+    }
+    exec("\n".join(lines), modules)
+    assert asked.pop("prompt") == PROMPT
+    assert asked.pop("prompt_class") == name
+    asked["heads"] = tuple(asked.get("heads", ()))
+    assert Usage(**asked) == usage
+
+
+def test_what_the_lines_import_is_there() -> None:
+    lines = [
+        line
+        for usage in (Usage(), Usage("m", threads=2))
+        for line in usage.python()
+        if line.startswith(("import", "from"))
+    ]
+    assert len(lines) == 4
+    exec("\n".join(lines), {})
+    assert callable(adaptspec.load)
+
+
+@given(usages)
+def test_a_record_comes_back(usage: Usage) -> None:
+    record = json.loads(json.dumps(usage.as_json()))
+    assert Usage.from_json({**record, "of_another_version": 1}) == usage
+
+
+@pytest.mark.slow
+def test_a_posix_shell_reads_the_command() -> None:
+    usage = Usage("it's $HOME; `x`", db="a b")
+    shown = subprocess.run(
+        ["sh", "-c", f'adaptspec() {{ printf "%s\\n" "$@"; }}; {usage.command("*")}'],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.splitlines() == [
+        *("generate", "--model", "it's $HOME; `x`", "--db", "a b", "--class", "*"),
+        PROMPT,
+    ]
+
+
+def test_the_command_of_the_embedded_model_is_short() -> None:
+    assert Usage().command() == f"adaptspec generate '{PROMPT}'"

@@ -1,0 +1,85 @@
+"""The command and the Python lines that decode with what a run found."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PROMPT = "Your prompt"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was tuned, as it was asked for: profiles hold for the same alone.
+
+    Args:
+        model: Folder or hub name; None is the embedded model.
+        db: As given; None is the user's own database.
+    """
+
+    model: str | None = None
+    draft_model: str | None = None
+    heads: tuple[str, ...] = ()
+    dtype: str = "auto"
+    device: str | None = None
+    threads: int | None = None
+    trust_remote_code: bool = False
+    db: str | None = None
+
+    def command(self, prompt_class: str | None = None) -> str:
+        """One line for a POSIX shell, which works as it is."""
+        words = ["adaptspec", "generate"]
+        for flag, value in (
+            ("--model", self.model),
+            ("--draft-model", self.draft_model),
+            *(("--heads", folder) for folder in self.heads),
+            ("--dtype", None if self.dtype == "auto" else self.dtype),
+            ("--device", self.device),
+            ("--threads", self.threads),
+            ("--db", self.db),
+            ("--class", prompt_class),
+        ):
+            if value is not None:
+                # A value that begins with a dash is none of its own to click.
+                dashed = str(value).startswith("-")
+                words += [f"{flag}={value}"] if dashed else [flag, str(value)]
+        if self.trust_remote_code:
+            words.append("--trust-remote-code")
+        return shlex.join([*words, PROMPT])
+
+    def python(self, prompt_class: str | None = None) -> list[str]:
+        """The same as lines of Python."""
+        lines = ["import adaptspec"]
+        if self.threads is not None:
+            lines = ["import torch", *lines, f"torch.set_num_threads({self.threads})"]
+        model = repr(self.model)
+        if self.model is None:
+            lines.append("from adaptspec.default_model import default_model_path")
+            model = "default_model_path()"
+        asked: dict[str, Any] = {
+            "draft_model": self.draft_model,
+            "db": self.db,
+            "dtype": None if self.dtype == "auto" else self.dtype,
+            "device": self.device,
+            "heads": list(self.heads) or None,
+            "trust_remote_code": self.trust_remote_code or None,
+        }
+        more = "".join(f", {k}={v!r}" for k, v in asked.items() if v is not None)
+        of_class = "" if prompt_class is None else f", prompt_class={prompt_class!r}"
+        return [
+            *lines,
+            f"decoder = adaptspec.load({model}{more})",
+            f"print(decoder.generate({PROMPT!r}{of_class}).text)",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """As kept with the run."""
+        return {**asdict(self), "heads": list(self.heads)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Usage:
+        """What :meth:`as_json` gave; what another version wrote beside is left out."""
+        known = {k: v for k, v in record.items() if k in cls.__dataclass_fields__}
+        return cls(**{**known, "heads": tuple(known.get("heads", ()))})
