@@ -153,7 +153,7 @@ class GuardMemory:
         self._tokens = RunningMean()  # of a drafted step
         self._last = 1  # of the last one
         self._since = 0  # drafted steps since a plain one was timed
-        self._doubt = False  # whether the last can't have been so fast
+        self._doubt = False  # whether plain steps may take something else by now
         self._untimed: list[DraftedStep] = []  # before any plain step was
         self._proposal = RunningMean()  # seconds of one that isn't a sequence's first
         self._reading = RunningMean(newest=1 / 4)  # seconds a prompt token, of a first
@@ -331,9 +331,11 @@ class GuardMemory:
             self._untimed.append(step)
             return 0.0
         took = step.seconds / plain
-        # No candidate makes a step faster: a pause was in the plain ones.
-        self._doubt = took < 0.8
-        took = min(took, self._pause * (1 + self.risk(step.nodes)))
+        # No candidate makes a step faster, so a pause was in the plain ones; or the
+        # machine has slowed down, plain steps included.
+        usual = 1 + self.risk(step.nodes)
+        self._doubt = took < 0.8 or (bool(self._losses) and took > 1.5 * usual)
+        took = min(took, self._pause * usual)
         size = step.nodes.bit_length()
         self._losses.setdefault(size, RunningMean()).add(max(0.0, took - 1))
         self._took.add(took)
