@@ -334,7 +334,7 @@ class GuardMemory:
         # No candidate makes a step faster, so a pause was in the plain ones; or the
         # machine has slowed down, plain steps included.
         usual = 1 + self.risk(step.nodes)
-        self._doubt = took < 0.8 or (bool(self._losses) and took > 1.5 * usual)
+        self._doubt = took < 0.8 or (bool(self._losses) and took > 2.5 * usual)
         took = min(took, self._pause * usual)
         size = step.nodes.bit_length()
         self._losses.setdefault(size, RunningMean()).add(max(0.0, took - 1))
