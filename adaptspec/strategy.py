@@ -67,11 +67,14 @@ class Observes:
         prefill_hidden: Prompt positions whose hidden states are delivered.
         prefill_logits: How many of the prompt's last positions get logits (at least
             the last one always does).
+        logits: Whether it reads logits at all; the engine has them anyway, a replay
+            only where they were recorded.
     """
 
     hidden_layers: tuple[int, ...] = ()
     prefill_hidden: Literal["none", "last", "all"] = "none"
     prefill_logits: int = 1
+    logits: bool = False
 
 
 def union(observes: Sequence[Observes]) -> Observes:
@@ -83,6 +86,7 @@ def union(observes: Sequence[Observes]) -> Observes:
             (one.prefill_hidden for one in observes), key=prefills.index, default="none"
         ),
         prefill_logits=max((one.prefill_logits for one in observes), default=1),
+        logits=any(one.logits for one in observes),
     )
 
 
@@ -237,9 +241,12 @@ class Strategy(ABC):
             everywhere.
         joins: Parameters with which its drafter joins a hybrid's tree, None if it
             doesn't. Joining drafters propose deterministically.
-        replays: True if the drafter reads only committed tokens and their hidden states
-            (of the prompt, the last token's at most). The tuner can then also score it
-            on a recording of plain decoding.
+        replays: True if the drafter reads only committed tokens, their hidden states
+            (of the prompt, the last token's at most) and, with :attr:`Observes.logits`,
+            logits, and does with those of committed tokens alone nearly as well. The
+            tuner can then also score it on a recording of plain decoding.
+        general: True if it serves prompts of any kind; the tuner confirms it in every
+            class, so that there is an answer for prompts of no class.
         knowledge: Version of the knowledge it keeps across requests, 0 for none; see
             :meth:`sync`.
     """
@@ -252,6 +259,7 @@ class Strategy(ABC):
     lossless: ClassVar[bool] = True
     joins: ClassVar[Mapping[str, Scalar] | None] = None
     replays: ClassVar[bool] = False
+    general: ClassVar[bool] = False
     knowledge: ClassVar[int] = 0
 
     def __init__(self, params: Any = None) -> None:

@@ -136,7 +136,7 @@ def tuned(
     )
     found: dict[str, Sample] = {}
     for name, (_, second) in halves.items():
-        best = tried.best[name, cls.name][0].params
+        best = tried.ranked(name, cls.name)[0].params
         click.echo(f"{name}: {cls.name} {dict(best)}", err=True)
         replayer.forget()
         found |= replay(replayer, Setting(cls.name, dict(best)), second)

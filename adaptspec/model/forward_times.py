@@ -25,6 +25,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 48, 64)
 QUICK_ROWS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
 CONTEXT = 128
 PREFILLED = 16  # tokens really read; the other rows are copies
+WALK, STRIDE = 509, 7919  # ids of a text that nobody gave: how many, how far apart
 ROUNDS = 12
 COMMON_ROWS = 16
 RARELY = 4  # larger sizes are timed in one round of so many
@@ -71,29 +72,37 @@ class LatencyTimer:
 
     Args:
         context: Cached tokens, fewer where the model has no room for them.
+        text: Token ids as the model will see them; each round is of others. A mixture
+            of experts reads the weights that its tokens choose. Default: ids from all
+            over the vocabulary.
     """
 
     def __init__(
-        self, model: ForwardModel, rows: Sequence[int] = ROWS, context: int = CONTEXT
+        self,
+        model: ForwardModel,
+        rows: Sequence[int] = ROWS,
+        context: int = CONTEXT,
+        text: Sequence[int] = (),
     ) -> None:
         if model.max_length is not None:
             rows = [count for count in rows if count < model.max_length] or [1]
             context = max(0, min(context, model.max_length - max(rows)))
         self.context = context
         self._model = model
-        self._cache = _filled(model, context, max(rows))
-        self._token = min(5, model.vocab_size - 1)
+        self._text = _Text(text, model.vocab_size)
+        self._cache = _filled(model, context, max(rows), self._text)
         self._times: dict[int, dict[int, float]] = {count: {} for count in rows}
         self._rounds = 0
-        _timed(model, self._cache, 1, context, self._token)  # warm-up
+        _timed(model, self._cache, self._text(0, 1), context)  # warm-up
 
     def round(self) -> None:
         """Time each size once, every other round from the largest down."""
         sizes = list(self._times)
+        start = self._rounds * COMMON_ROWS
         for count in sizes if self._rounds % 2 == 0 else reversed(sizes):
             if self._rounds % RARELY == 0 or count <= COMMON_ROWS:
                 self._times[count][self._rounds] = _timed(
-                    self._model, self._cache, count, self.context, self._token
+                    self._model, self._cache, self._text(start, count), self.context
                 )
         self._rounds += 1
 
@@ -147,9 +156,10 @@ def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
     size = MOVED[-1] + 1
     if model.max_length is not None:
         context = max(0, min(context, model.max_length - size))
-    cache = _filled(model, context, size)
-    token = min(5, model.vocab_size - 1)
-    tree = TokenTree.chain(token, [token] * (size - 1))
+    text = _Text((), model.vocab_size)
+    cache = _filled(model, context, size, text)
+    tokens = text(0, size)
+    tree = TokenTree.chain(tokens[0], tokens[1:])
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * MOVES):
         model.forward_tree(tree, cache)
@@ -203,22 +213,36 @@ def rising(seconds: Sequence[float]) -> list[float]:
     return [mean for mean, count in pools for _ in range(count)]
 
 
-def _filled(model: ForwardModel, context: int, room: int) -> TreeCache:
+class _Text:
+    """Tokens to time forwards on.
+
+    Args:
+        ids: A text's; without any, a walk over the vocabulary.
+    """
+
+    def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
+        self._ids = list(ids) or [at * STRIDE % vocab_size for at in range(WALK)]
+
+    def __call__(self, start: int, count: int) -> list[int]:
+        """``count`` tokens in their order, from the start again behind the end."""
+        return [self._ids[(start + at) % len(self._ids)] for at in range(count)]
+
+
+def _filled(model: ForwardModel, context: int, room: int, text: _Text) -> TreeCache:
     """A cache of ``context`` tokens with ``room`` for more."""
     cache = model.new_cache(context + room)
     if context:
         # What the rows hold doesn't matter, and reading so many would take long.
-        read = min(context, PREFILLED)
-        model.prefill([i % model.vocab_size for i in range(read)], cache)
+        model.prefill(text(0, min(context, PREFILLED)), cache)
         cache.repeat(context)
     return cache
 
 
 def _timed(
-    model: ForwardModel, cache: TreeCache, count: int, context: int, token: int
+    model: ForwardModel, cache: TreeCache, tokens: Sequence[int], context: int
 ) -> float:
-    """Seconds of one forward of ``count`` tokens."""
-    tree = TokenTree.chain(token, [token] * (count - 1))
+    """Seconds of one forward of ``tokens``."""
+    tree = TokenTree.chain(tokens[0], tokens[1:])
     started = perf_counter()
     _ = model.forward_tree(tree, cache).best  # waits for the device, too
     seconds = perf_counter() - started

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ CONTEXTS = (128, 1024, 4096)
 DRAFT_ROWS = (1, 2, 3, 4, 6, 8, 16)
 ROUNDS = 24  # at most
 LONGEST = 30.0  # seconds
+EXPLAINS = 1.3  # beyond that costs are measured anew
 KEY = "costs"
 FORMAT = 2
 
@@ -148,12 +150,14 @@ def measure_costs(
     *,
     contexts: Sequence[int] = CONTEXTS,
     longest: float = LONGEST,
+    text: Sequence[int] = (),
     doing: Callable[[str], None] = lambda text: None,
 ) -> HardwareCosts:
     """Measure both models' forwards in under a minute.
 
     Args:
         longest: Seconds after which nothing is timed once more.
+        text: The target's token ids of what will be decoded, see :class:`LatencyTimer`.
 
     Raises:
         AdaptSpecError: if the target can't verify drafts; nothing is to be chosen then.
@@ -166,7 +170,7 @@ def measure_costs(
     doing(f"measuring forwards of {model.name}")
     # In turns: a machine that is slow for some seconds is slow for all of it, and what
     # a draft costs in comparison stays right.
-    timers = [_timers(model, ROWS, contexts)]
+    timers = [_timers(model, ROWS, contexts, text)]
     if draft is not None and draft.capability.level != "plain":
         timers.append(_timers(draft, DRAFT_ROWS, contexts))
     time_rounds([timer for group in timers for timer in group], ROUNDS, longest)
@@ -181,6 +185,22 @@ def measure_costs(
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         perf_counter() - started,
     )
+
+
+def explained(
+    costs: ForwardCosts,
+    seen: Sequence[tuple[int, float]],
+    factor: float = EXPLAINS,
+) -> bool:
+    """Whether ``costs`` explain what forwards of one token took, within a factor.
+
+    Args:
+        seen: Cached tokens and seconds of a forward, each typical of one generation.
+    """
+    if not seen:
+        return True
+    off = median(seconds / costs.curve(cached)(1) for cached, seconds in seen)
+    return 1 / factor <= off <= factor
 
 
 def stored_costs(store: ProfileStore, environment: Environment) -> HardwareCosts | None:
@@ -223,14 +243,17 @@ def _owner(environment: Environment) -> str:
 
 
 def _timers(
-    model: LanguageModel, rows: Sequence[int], contexts: Sequence[int]
+    model: LanguageModel,
+    rows: Sequence[int],
+    contexts: Sequence[int],
+    text: Sequence[int] = (),
 ) -> list[LatencyTimer]:
     """One for each context that the model has room for."""
     from adaptspec.model.forward_times import LatencyTimer
 
     timers: dict[int, LatencyTimer] = {}
     for context in contexts:
-        timer = LatencyTimer(model, rows, context)
+        timer = LatencyTimer(model, rows, context, text)
         timers.setdefault(timer.context, timer)
     return [timers[context] for context in sorted(timers)]
 

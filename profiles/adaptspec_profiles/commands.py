@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -95,6 +96,50 @@ def show(profile_id: int, as_json: bool, db: str | None) -> None:
                 click.echo(f"  {name}: {item}")
         else:
             click.echo(f"{key}: {value}")
+
+
+@profiles.command()
+@json_option
+@db_option
+def costs(as_json: bool, db: str | None) -> None:
+    """List what forwards cost, as measured for each model and machine."""
+    from adaptspec.model.hardware_costs import stored_costs
+
+    with _store(db) as store:
+        places = {p.environment.key(): p.environment for p in store.profiles()}
+        known = [
+            (place, found)
+            for place in places.values()
+            if (found := stored_costs(store, place)) is not None
+        ]
+    if as_json:
+        print_json(
+            [
+                {"environment": asdict(place), **found.as_json()}
+                for place, found in known
+            ]
+        )
+        return
+    if not known:
+        click.echo("no costs yet; `adaptspec tune` measures them", err=True)
+        return
+    from rich.table import Table
+
+    for place, found in known:
+        for name, of in ((place.model_name, found.target), ("draft", found.draft)):
+            if of is None:
+                continue
+            table = Table(
+                "cached",
+                *("1 token" if count == 1 else str(count) for count in of.rows),
+                box=None,
+                title=f"{name} {place.dtype}, {place.device_name}, {place.threads} "
+                f"threads, {found.measured[:10]}: milliseconds of a forward",
+                title_justify="left",
+            )
+            for context, line in zip(of.contexts, of.seconds, strict=True):
+                table.add_row(str(context), *(f"{1e3 * each:.1f}" for each in line))
+            stdout_console().print(table)
 
 
 @profiles.command("export")

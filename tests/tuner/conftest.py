@@ -24,12 +24,12 @@ from adaptspec.testing.fakes import noisy_draft, tiny_model, tiny_tokenizer
 # Few settings are replayed: most of the time would go there, and finding the best is
 # what test_replay.py is for.
 PROGRAM = """
-import functools
 import adaptspec_plugins
 from adaptspec import cli, host
 from adaptspec_profiles import plugin as profiles
 from adaptspec_tuner import phases, plugin as tuner
-phases.presearch = functools.partial(phases.presearch, trials=12)
+presearch = phases.presearch
+phases.presearch = lambda *a, **k: presearch(*a, **{**k, "trials": 12})
 mine = host.Host({"bundled": adaptspec_plugins, "profiles": profiles, "tuner": tuner})
 host.Host.installed = classmethod(lambda cls: mine)
 cli.main(arguments)

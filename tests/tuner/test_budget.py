@@ -21,7 +21,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.tuning_run import Interrupted, TuningRun
+from adaptspec_tuner.tuning_run import Interrupted, TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 CLASSES = ("chat", "code", "maths")
@@ -71,7 +71,7 @@ def run(
     **more: Any,
 ) -> TuneResult:
     return tune_with(
-        TuningRun(
+        TuneInputs(
             trace,
             [Wide, Slower],
             WORKLOAD,
@@ -171,7 +171,7 @@ def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises(
 
 
 def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> None:
-    """A replay that promises knobs 10% more than they give."""
+    """A replay that promises knobs 10% more than they give, which the race tells."""
 
     class Replayed(Trace):
         def measure(self, setting: Setting, prompt: Prompt) -> Sample:
@@ -187,7 +187,8 @@ def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> Non
     ]
     assert told
     for found, row in told:
-        assert row.predicted == pytest.approx(1.1 * row.measurement.ratio)
+        assert row.predicted is not None
+        assert 1.0 < row.predicted / row.measurement.ratio < 1.03
         record = store.record(result.run, predicted_key(found.name))
         assert record is not None
         assert set(record) == set(found.predicted)

@@ -22,6 +22,17 @@ def test_plain_decoding_and_the_search_end_so_that_there_is_time_to_confirm() ->
     assert not time.searching
 
 
+def test_no_more_is_kept_back_than_confirming_takes() -> None:
+    clock = FakeClock()
+    time = TimeBudget(clock, 1000.0, confirming=0.45)
+    clock.advance(600.0)
+    assert not time.searching
+    time.keep_back(20.0, 100.0)
+    assert time.searching
+    clock.advance(301.0)
+    assert not time.searching
+
+
 def test_a_class_may_use_the_time_of_others_until_it_has_enough_prompts() -> None:
     clock = FakeClock()
     in_time = TimeBudget(clock, 100.0).confirming(10.0, enough=2)

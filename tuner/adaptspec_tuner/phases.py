@@ -1,72 +1,109 @@
-"""A tune's phases in turn: plain decoding, classes, replays, search, confirmation."""
+"""One tune from top to bottom: each phase is a function from values to values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
-from adaptspec.profile import Environment, ProfileStore
+from adaptspec.params import Scalar
+from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload, split
 from adaptspec_tuner.classes.phase import discover_classes
-from adaptspec_tuner.confirming.finalists import confirm_classes, least_confirmation
-from adaptspec_tuner.distributed.workers import close_search, open_search
-from adaptspec_tuner.measuring.profiler import Sample, in_a_line
-from adaptspec_tuner.replaying.presearch import as_records, presearch
+from adaptspec_tuner.confirming.finalists import (
+    confirm_classes,
+    confirming_takes,
+    decided_class,
+    finalists_of,
+)
+from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
+from adaptspec_tuner.records import plain_key
+from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
-from adaptspec_tuner.searching.search import Arm
-from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuningRun
+from adaptspec_tuner.searching.entrants import (
+    common_settings,
+    earlier_settings,
+    entrants,
+)
+from adaptspec_tuner.searching.search import Arm, Search
+from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
 if TYPE_CHECKING:
     from adaptspec_tuner.replaying.replayer import Replayer
 
 
-def tune_with(run: TuningRun) -> TuneResult:
+def tune_with(given: TuneInputs) -> TuneResult:
     """Find the fastest strategy for each class.
 
     Raises:
         Interrupted: on Ctrl-C.
         Stopped: if it ended on its way, or not all that it found could be stored.
     """
+    run = TuningRun(given)
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
-    workload = _unclassed(run.workload) if run.options.discovers else run.workload
+    workload = _unclassed(given.workload) if run.options.discovers else given.workload
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(workload)
+    result = TuneResult(
+        run=run.id,
+        environment=run.environment,
+        workload=workload.name,
+        db=run.store.url,
+        classes=[],
+        notes=run.notes,
+        unavailable=dict(given.unavailable),
+    )
     try:
         with run.progress:
-            plain = _decode_plainly(run, tuning)
+            plain = plain_decodings(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
-            run.time.keep_back(least_confirmation(run, tuning, held_out, plain))
-            predictor = _predictor(run, tuning, plain)
+            run.time.keep_back(*confirming_takes(run, tuning, held_out, plain))
+            replayer = replayer_of(run, tuning, plain)
             if run.options.discovers:
                 tuning, held_out = discover_classes(
-                    run, predictor, set(plain), tuning, held_out
+                    run, replayer, set(plain), tuning, held_out
                 )
-            _search(run, predictor, tuning, plain)
-            confirm_classes(run, tuning, held_out, plain)
-            if said := told_errors(run.result.prediction_errors):
+            # The classes in turn, so that any first prompts are of all kinds.
+            mixed = tuning.limit(len(tuning.prompts)).prompts
+            recorded = [p for p in mixed if p.id in plain]
+            over_all = replayed_over_all(run, replayer, recorded)
+            common = common_settings(given.strategies, over_all)
+            replayed = replayed_by_class(run, replayer, recorded, common)
+            search = raced(run, recorded, plain, common, replayed)
+            finalists = finalists_of(run, search, common)
+            for name, confirmed in confirm_classes(
+                run, finalists, tuning, held_out, plain
+            ):
+                result.classes.append(
+                    decided_class(run, search.arms, held_out, name, confirmed)
+                )
+            if said := told_errors(result.prediction_errors):
                 run.warn(f"replay: {said}")
     except BaseException as error:
         if stopped_by_user(error):
-            raise Interrupted(run.result) from None
+            raise Interrupted(result) from None
         if (reason := _in_words(error, run.store)) is None:
             raise
         kept = "" if run.unstored else "; what was measured is kept"
-        raise Stopped(f"{reason}{kept}", run.result) from error
+        raise Stopped(f"{reason}{kept}", result) from error
     finally:
         run.keep(lambda: close_search(run.store, run.id))
         run.keep(run.spending.end)
-        run.result.spent.update(run.spending.parts)
+        result.spent.update(run.spending.parts)
+        result.classes.sort(key=lambda found: held_out.classes.index(found.name))
     if run.unstored is not None:
         raise Stopped(
             f"not all of it is stored: {run.unstored}; the same command measures again "
             "what is missing",
-            run.result,
+            result,
         ) from run.unstored
-    return run.result
+    return result
 
 
 def _in_words(error: BaseException, store: ProfileStore) -> str | None:
@@ -111,7 +148,7 @@ def _unclassed(workload: Workload) -> Workload:
     return replace(workload, prompts=prompts)
 
 
-def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
+def plain_decodings(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     """Plain decoding of the tuning prompts by their ids, the classes in turn."""
     run.begin("plain")
     measured: dict[str, Sample] = {}
@@ -122,7 +159,7 @@ def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
             break
         try:
-            sample = run.search.plain(prompt)
+            sample = _plain(run, prompt)
         except ProfileStoreError:
             raise
         # A model's own code may raise anything; the other prompts are tuned on.
@@ -139,15 +176,30 @@ def _decode_plainly(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     return measured
 
 
-def _predictor(
+def _plain(run: TuningRun, prompt: Prompt) -> Sample:
+    """Plain decoding of ``prompt``, measured once per run."""
+    key = plain_key(prompt.prompt_class, prompt.id)
+    if (record := run.store.record(run.id, key)) is not None:
+        # A damaged record is measured again.
+        with suppress(KeyError, TypeError, ValueError):
+            return Sample.from_json(record)
+    run.doing(f"{prompt.prompt_class}: plain decoding")
+    sample = run.given.measurer.measure(PLAIN_SETTING, prompt)
+    run.store.put_record(run.id, key, sample.as_json())
+    return sample
+
+
+def replayer_of(
     run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> Replayer | None:
-    if run.replayer is None or not run.replaying or not run.time.searching:
+    """What predicts from these answers; None where nothing can."""
+    make = run.given.replayer
+    if make is None or not run.given.replaying or not run.time.searching:
         return None
     run.begin("costs")
     recorded = [(p, plain[p.id]) for p in tuning.prompts if p.id in plain]
     try:
-        return run.replayer(recorded)
+        return make(recorded)
     except ProfileStoreError:
         raise
     # Timing forwards behind long contexts may take more memory than there is.
@@ -158,75 +210,139 @@ def _predictor(
         return None
 
 
-def _search(
+def replayed_over_all(
+    run: TuningRun, replayer: Replayer | None, recorded: Sequence[Prompt]
+) -> Presearch | None:
+    """Trials without the target of every strategy that replays, over all classes."""
+    return _replayed(run, replayer, {EVERY_CLASS: recorded}, {}, part=0.4, trials=30)
+
+
+def replayed_by_class(
     run: TuningRun,
-    predictor: Replayer | None,
-    tuning: Workload,
-    plain: Mapping[str, Sample],
-) -> None:
-    """Trials of every strategy for every class; workers may join."""
-    recorded = [p for p in tuning.prompts if p.id in plain]
-    usable = affordable(
-        recorded,
-        {key: sample.seconds for key, sample in plain.items()},
-        len(run.strategies),
-        run.time.for_first_trials(),
+    replayer: Replayer | None,
+    recorded: Sequence[Prompt],
+    common: Mapping[str, Mapping[str, Scalar]],
+) -> Presearch | None:
+    """The same of each class, beginning with the settings for all classes."""
+    groups = _by_class(recorded)
+    first = {name: [params] for name, params in common.items()}
+    return _replayed(run, replayer, groups, first, part=1.0, trials=TRIALS)
+
+
+def _replayed(
+    run: TuningRun,
+    replayer: Replayer | None,
+    groups: Mapping[str, Sequence[Prompt]],
+    first: Mapping[str, Sequence[Mapping[str, Scalar]]],
+    part: float,
+    trials: int,
+) -> Presearch | None:
+    if replayer is None:
+        return None
+    run.begin("replay")
+    run.doing("trying settings against the recorded answers")
+    strategies = run.given.replaying
+    tried = presearch(
+        replayer,
+        strategies,
+        groups,
+        in_time=run.time.replaying(part * len(strategies) / len(run.given.strategies)),
+        clock=run.clock,
+        warn=run.warn,
+        seed=run.options.seed,
+        first=first,
+        trials=trials,
+        objective=run.options.objective,
     )
-    tried = None
-    if predictor is not None:
-        run.begin("replay")
-        run.doing("trying settings against the recorded answers")
-        tried = presearch(
-            predictor,
-            run.replaying,
-            {name: [p for p in recorded if p.prompt_class == name] for name in usable},
-            in_time=run.time.replaying(len(run.replaying) / len(run.strategies)),
-            clock=run.clock,
-            warn=run.warn,
-            seed=run.options.seed,
-        )
-        for key, record in as_records(tried).items():
-            run.store.put_record(run.id, key, record)
-        run.warn(
-            f"replay: {tried.trials} settings tried without the target in "
-            f"{tried.seconds:.0f} s"
-        )
-    for cls in run.strategies:
-        for name, prompts in usable.items():
-            best = tried.best.get((name, cls.name), []) if tried else []
-            run.search.add(name, cls, prompts, plain, best)
-    run.begin("trials")
-    open_search(run.store, run.id, usable)
-    untried = run.search.search()
-    close_search(run.store, run.id)
+    for key, record in as_records(tried).items():
+        run.store.put_record(run.id, key, record)
+    return tried
+
+
+def _by_class(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.prompt_class, []).append(prompt)
+    return groups
+
+
+def raced(
+    run: TuningRun,
+    recorded: Sequence[Prompt],
+    plain: Mapping[str, Sample],
+    common: Mapping[str, Mapping[str, Scalar]],
+    replayed: Presearch | None,
+) -> Search:
+    """The race of every class's strategies, and the search of the leaders' parameters.
+
+    Workers may join.
+    """
+    given, options, store = run.given, run.options, run.store
+    prompts = _by_class(recorded)
+
+    def may_try() -> bool:
+        most = options.budget_trials
+        return (most is None or search.tried < most) and run.time.searching
+
+    search = Search(
+        given.measurer,
+        store,
+        run.id,
+        in_time=may_try,
+        warn=run.warn,
+        doing=run.doing,
+        seed=options.seed,
+        most=options.trials,
+        objective=options.objective,
+        storage=store.studies() if isinstance(store, KeepsStudies) else None,
+        labels={
+            "model": run.environment.model_name,
+            "workload": given.workload.name,
+        },
+        pool=given.pool,
+        first=opening_prompts(
+            {
+                name: [plain[p.id].seconds for p in group]
+                for name, group in prompts.items()
+            },
+            1 + len(given.strategies),
+            run.time.for_opening(),
+        ),
+    )
+    profiles = [p for p in store.profiles() if p.run != run.id]
+    earlier = earlier_settings(profiles, run.environment, given.strategies)
+    for cls in given.strategies:
+        for name, group in prompts.items():
+            opening = entrants(
+                *(cls, name, common[cls.name], replayed),
+                earlier.get((name, cls.name), ()),
+            )
+            search.add(
+                *(name, cls, group, opening.settings, opening.predicted, opening.count)
+            )
+    run.begin("race")
+    open_search(store, run.id, prompts)
+    untried = search.race()
+    close_search(store, run.id)
     for line in untried_lines(untried):
         run.warn(line)
+    return search
 
 
-def affordable(
-    prompts: Sequence[Prompt],
-    seconds: Mapping[str, float],
-    strategies: int,
-    budget: float,
-) -> dict[str, list[Prompt]]:
-    """The prompts of each class that trials run on: all, or as many as time allows.
+def opening_prompts(
+    seconds: Mapping[str, Sequence[float]], settings: int, budget: float, most: int = 2
+) -> int:
+    """On how many prompts of each class new settings are measured: at least one.
 
-    One trial of every strategy on them takes about ``budget`` seconds at most; a class
-    keeps one prompt at least. A strategy seen on one prompt may still be confirmed, one
-    never tried can't.
+    Those that open the race of all classes take no longer than ``budget``, if that can
+    be; what is left goes to the close ones.
 
     Args:
-        seconds: Prompt id -> what plain decoding took.
+        seconds: Class -> what plain decoding of its prompts took.
+        settings: That open the race of a class, plain decoding counted.
     """
-    classes: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        classes.setdefault(prompt.prompt_class, []).append(prompt)
-    whole = strategies * sum(seconds[prompt.id] for prompt in prompts)
-    share = min(1.0, max(0.0, budget) / whole) if whole > 0 else 1.0
-    return {
-        name: found[: max(1, int(len(found) * share))]
-        for name, found in classes.items()
-    }
+    once = settings * sum(median(found) for found in seconds.values() if found)
+    return most if once <= 0 else max(1, int(min(most, budget / once)))
 
 
 def untried_lines(arms: Sequence[Arm]) -> list[str]:

@@ -1,11 +1,13 @@
 """Under which keys a run keeps its JSON records in the profile store.
 
 ``spent``                      seconds by part (time_spent.py)
-``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (searching/search.py)
+``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (phases.py)
 ``usage``                      what was tuned, as it was asked for (reporting/usage.py)
 ``classifier``                 what tells the classes, where they were discovered
 ``classified``                 prompt id -> class, where telling it took a forward
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
+``raced/CLASS``                setting key -> prompt id -> ratios of leaders measured
+                               again (searching/search.py)
 ``search``                     what workers join (distributed/workers.py)
 ``confirm/CLASS``              speeds on held-out prompts (confirming/confirm.py)
 ``predicted/CLASS``            setting key -> the ratio that the replay promised there
@@ -29,6 +31,11 @@ def plain_key(prompt_class: str, prompt_id: str) -> str:
 def replayed_key(prompt_class: str, strategy: str) -> str:
     """Of the replayed trials: ``{"trials": [...]}``."""
     return f"replayed/{prompt_class}/{strategy}"
+
+
+def raced_key(prompt_class: str) -> str:
+    """Of the leaders' further measurements."""
+    return f"raced/{prompt_class}"
 
 
 def confirmed_key(prompt_class: str) -> str:

@@ -16,10 +16,11 @@ class TimeBudget:
         clock: Seconds; the budget begins now.
         deadline: On the clock.
         plain: Most of the budget that goes to plain decoding.
-        confirming: Of the budget, kept back for the confirmation.
+        confirming: Of the budget, kept back for the confirmation; less where it needs
+            less.
         least_search: Of what is left after plain decoding, for the search at least,
             whatever confirming takes.
-        first_trials: Of the search, for one trial of every strategy.
+        opening: Of the search, for the settings that open the race of every class.
         replays: Of the search, for trials without the target, if all strategies replay.
         classes: Of the search, for the replays that classes are discovered by.
         late: Seconds past the deadline that a last prediction may take.
@@ -33,19 +34,21 @@ class TimeBudget:
         plain: float = 0.25,
         confirming: float = 0.45,
         least_search: float = 0.25,
-        first_trials: float = 0.6,
-        replays: float = 0.5,
+        opening: float = 0.6,
+        replays: float = 0.3,
         classes: float = 0.15,
         late: float = 1.0,
     ) -> None:
         self.clock, self.deadline = clock, deadline
-        self._least_search, self._first_trials = least_search, first_trials
+        self._least_search, self._opening = least_search, opening
         self._replays, self._classes, self._late = replays, classes, late
         left = max(0.0, self.left)
         self._plain_end = self._search_end = deadline
+        self._kept_back = 0.0
         if math.isfinite(left):
             self._plain_end -= left * (1 - plain)
-            self._search_end -= left * confirming
+            self._kept_back = left * confirming
+            self._search_end -= self._kept_back
 
     @property
     def left(self) -> float:
@@ -62,14 +65,21 @@ class TimeBudget:
         """Whether another prompt may be decoded plainly."""
         return self.clock() < self._plain_end
 
-    def keep_back(self, seconds: float) -> None:
-        """End the search so early that ``seconds`` are left for confirming."""
-        most = (1 - self._least_search) * max(0.0, self.left)
-        self._search_end = min(self._search_end, self.deadline - min(seconds, most))
+    def keep_back(self, least: float, whole: float = math.inf) -> None:
+        """End the search so early that there is time for confirming.
 
-    def for_first_trials(self) -> float:
-        """Seconds in which every strategy gets one trial."""
-        return (self._search_end - self.clock()) * self._first_trials
+        Args:
+            least: Seconds without which it is of no use.
+            whole: Seconds of all repeats; more than that isn't kept back.
+        """
+        most = (1 - self._least_search) * max(0.0, self.left)
+        kept = min(max(least, min(whole, self._kept_back)), most)
+        if math.isfinite(self.deadline):
+            self._search_end = self.deadline - kept
+
+    def for_opening(self) -> float:
+        """Seconds in which every class's race is opened."""
+        return (self._search_end - self.clock()) * self._opening
 
     def replaying(self, part: float) -> Callable[[], bool]:
         """Whether trials that begin now, without the target, may go on.

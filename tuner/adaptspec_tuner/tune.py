@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import (
+    CONTEXTS,
+    HardwareCosts,
+    explained,
     measure_costs,
     store_costs,
     stored_costs,
@@ -21,7 +24,7 @@ from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import work
 from adaptspec_tuner.measuring.models import Models
 from adaptspec_tuner.measuring.other_programs import OtherPrograms
-from adaptspec_tuner.measuring.profiler import Profiler, Sample, Setting
+from adaptspec_tuner.measuring.profiler import Profiler, Recording, Sample, Setting
 from adaptspec_tuner.measuring.prompts import check_model, measurable
 from adaptspec_tuner.options import (
     TuneOptions,
@@ -33,7 +36,7 @@ from adaptspec_tuner.options import (
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.time_budget import for_costs
-from adaptspec_tuner.tuning_run import MakesReplayer, TuningRun, run_id
+from adaptspec_tuner.tuning_run import MakesReplayer, TuneInputs, run_id
 
 if TYPE_CHECKING:
     from adaptspec.decoding.engine import Engine
@@ -159,7 +162,7 @@ def tune(
             doing("starting workers")
             pool = _pool(options, models, environment, progress.say)
         return tune_with(
-            TuningRun(
+            TuneInputs(
                 profiler,
                 chosen,
                 workload,
@@ -175,6 +178,7 @@ def tune(
                     *(engine, host, profiler, store, environment),
                     longest=for_costs(options.seconds),
                     doing=doing,
+                    warn=progress.say,
                 ),
                 pool=pool,
                 notes=notes,
@@ -213,27 +217,73 @@ def _replayer(
     *,
     longest: float,
     doing: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> MakesReplayer:
     """Makes replayers; the first measures forwards, where nobody has here.
+
+    It does so, too, where the stored costs don't explain plain decoding's forwards.
 
     Args:
         longest: Seconds that measuring may take.
     """
     from adaptspec_tuner.replaying.replayer import Replayer
 
+    known: list[HardwareCosts] = []
+
+    def costs_for(recordings: Collection[Recording]) -> HardwareCosts:
+        costs = stored_costs(store, environment)
+        if costs is not None and explained(costs.target, forwards_of(recordings)):
+            return costs
+        if costs is not None:
+            warn(
+                f"the forwards' costs of {costs.measured[:10]} don't explain what "
+                "plain decoding takes now; measuring them again"
+            )
+        doing("measuring forwards")
+        text = [t for one in recordings for t in (*one.prompt, *one.tokens)]
+        most = max(len(one.prompt) + one.most for one in recordings)
+        costs = measure_costs(
+            engine.model,
+            engine.draft,
+            contexts=contexts_for(most),
+            longest=longest,
+            text=text,
+        )
+        store_costs(store, environment, costs)
+        return costs
+
     def make(plain: Sequence[tuple[Prompt, Sample]]) -> Replayer | None:
         if engine.model.capability.level == "plain":
             return None
-        costs = stored_costs(store, environment)
-        if costs is None:
-            doing("measuring forwards")
-            costs = measure_costs(engine.model, engine.draft, longest=longest)
-            store_costs(store, environment, costs)
-        use_costs(costs, engine.model, engine.draft)
         recordings = {p.id: profiler.recording(p, s) for p, s in plain}
+        if not known:
+            known.append(costs_for(recordings.values()))
+        (costs,) = known
+        use_costs(costs, engine.model, engine.draft)
         return Replayer(engine, host, costs.target, recordings, costs.draft)
 
     return make
+
+
+def contexts_for(most: int, least: int = 2) -> list[int]:
+    """Numbers of cached tokens that forwards are timed behind.
+
+    Args:
+        most: Tokens of the longest prompt with its answer; the last slope goes on a
+            little, so up to twice the largest number.
+        least: How many numbers there are at least, for a slope.
+    """
+    needed = sum(2 * context < most for context in CONTEXTS) + 1
+    return list(CONTEXTS[: max(least, needed)])
+
+
+def forwards_of(recordings: Iterable[Recording]) -> list[tuple[int, float]]:
+    """Of each timed recording the cached tokens and seconds of a typical forward."""
+    return [
+        (len(one.prompt) + len(one.tokens) // 2, one.seconds_target / one.forwards)
+        for one in recordings
+        if one.forwards and one.seconds_target > 0
+    ]
 
 
 def _pool(

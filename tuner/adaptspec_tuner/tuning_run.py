@@ -1,4 +1,4 @@
-"""The state of one tuning run: its inputs, its id and its time budget."""
+"""What a tune is given, and what all of its phases need: store, clock, budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.distributed.workers import KeepsStudies
 from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.searching.search import Search, TrialPool
+from adaptspec_tuner.searching.search import TrialPool
 from adaptspec_tuner.time_budget import TimeBudget
 from adaptspec_tuner.time_spent import Spending
 
@@ -50,9 +49,9 @@ class Interrupted(Stopped):
         )
 
 
-@dataclass
-class TuningRun:
-    """One tune; everything that touches a model, clock or disk is passed in.
+@dataclass(frozen=True)
+class TuneInputs:
+    """What one tune is given; everything that touches a model, clock or disk.
 
     What an earlier one of the same ``id`` kept in ``store`` is continued, or forgotten
     where ``options.fresh``.
@@ -84,55 +83,38 @@ class TuningRun:
     notes: Sequence[str] = ()
     processor: Callable[[], float] | None = None
     others: Callable[[], OtherPrograms] | None = None
-    time: TimeBudget = field(init=False)
-    unstored: ProfileStoreError | None = field(init=False, default=None)
-    id: str = field(init=False)
-    spending: Spending = field(init=False)
-    result: TuneResult = field(init=False)
-    search: Search = field(init=False)
-
-    def __post_init__(self) -> None:
-        store, place, now = self.store, self.environment, self.clock()
-        self.id = run_id(place, self.workload, self.options)
-        if self.options.fresh:
-            store.delete_run(self.id)
-        started = now if self.started is None else self.started
-        self.time = TimeBudget(self.clock, started + self.options.seconds)
-        self.spending = Spending(store, self.id, self.clock, started)
-        self.result = TuneResult(
-            run=self.id,
-            environment=place,
-            workload=self.workload.name,
-            db=store.url,
-            classes=[],
-            notes=[],
-            unavailable=dict(self.unavailable),
-        )
-        for note in self.notes:
-            self.warn(note)
-        self.search = Search(
-            self.measurer,
-            store,
-            self.id,
-            in_time=self._may_try,
-            warn=self.warn,
-            doing=self.doing,
-            seed=self.options.seed,
-            most=self.options.trials,
-            objective=self.options.objective,
-            storage=store.studies() if isinstance(store, KeepsStudies) else None,
-            labels={"model": place.model_name, "workload": self.workload.name},
-            pool=self.pool,
-        )
 
     @property
     def replaying(self) -> list[type[Strategy]]:
         """The strategies that can be predicted."""
         return [cls for cls in self.strategies if cls.replays]
 
+
+class TuningRun:
+    """What every phase of a tune needs: its store, clock, budget and what it says.
+
+    Phases pass values to each other, none through here.
+    """
+
+    def __init__(self, given: TuneInputs) -> None:
+        self.given = given
+        self.store, self.environment = given.store, given.environment
+        self.options, self.clock = given.options, given.clock
+        self.progress = given.progress
+        self.id = run_id(self.environment, given.workload, self.options)
+        if self.options.fresh:
+            self.store.delete_run(self.id)
+        started = self.clock() if given.started is None else given.started
+        self.time = TimeBudget(self.clock, started + self.options.seconds)
+        self.spending = Spending(self.store, self.id, self.clock, started)
+        self.unstored: ProfileStoreError | None = None
+        self.notes: list[str] = []
+        for note in given.notes:
+            self.warn(note)
+
     def warn(self, text: str) -> None:
         """Say something that belongs in the result."""
-        self.result.notes.append(text)
+        self.notes.append(text)
         self.progress.say(text)
 
     def doing(self, text: str) -> None:
@@ -152,11 +134,6 @@ class TuningRun:
             write()
         except ProfileStoreError as error:
             self.unstored = self.unstored or error
-
-    def _may_try(self) -> bool:
-        most = self.options.budget_trials
-        in_budget = most is None or self.search.tried < most
-        return in_budget and self.time.searching
 
 
 def run_id(environment: Environment, workload: Workload, options: TuneOptions) -> str:

@@ -65,6 +65,8 @@ class Hybrid(Strategy):
     summary = "merges several drafters' proposals in one tree of what pays here"
     reference = "arXiv:2411.10666"
     Params = HybridParams
+    replays = True
+    general = True
     knowledge = 3  # 2 numbered token recycling's evidence otherwise
     params: HybridParams
 

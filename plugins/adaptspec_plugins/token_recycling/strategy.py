@@ -84,6 +84,7 @@ class TokenRecycling(Strategy):
     Params = TokenRecyclingParams
     params: TokenRecyclingParams
     joins: ClassVar[Mapping[str, Scalar] | None] = {"draft_length": 24}
+    replays = True
     knowledge = 1
 
     def __init__(self, params: TokenRecyclingParams | None = None) -> None:
@@ -93,7 +94,9 @@ class TokenRecycling(Strategy):
 
     def observes(self, model: LanguageModel) -> Observes:
         """Logits at the prompt's last positions."""
-        return Observes(prefill_logits=max(1, self.params.prefill_positions))
+        return Observes(
+            prefill_logits=max(1, self.params.prefill_positions), logits=True
+        )
 
     def start(self, target: Target) -> Drafter:
         """Draft from the one table of this instance, made on the first request."""

@@ -29,7 +29,8 @@ def test_noise_cannot_make_more_tokens_cheaper(monkeypatch: pytest.MonkeyPatch) 
     left = {count: list(times) for count, times in noisy.items()}
     warm_up = [True]
 
-    def timed(model: object, cache: object, count: int, *rest: int) -> float:
+    def timed(model: object, cache: object, tokens: list[int], _: int) -> float:
+        count = len(tokens)
         if warm_up.pop() if warm_up else False:
             return 100.0
         return left[count].pop(0)
@@ -47,7 +48,8 @@ def test_a_machine_slow_for_whole_rounds_leaves_the_shape_of_the_curve(
     counts: list[int] = []
     moods = [1.0, 2.5, 1.1, 0.9, 1.7, 1.0, 3.0, 1.0, 0.8]
 
-    def timed(model: object, cache: object, count: int, *rest: int) -> float:
+    def timed(model: object, cache: object, tokens: list[int], _: int) -> float:
+        count = len(tokens)
         counts.append(count)
         turn = counts.count(count) - (2 if count == 1 else 1)  # the warm-up
         mood = moods[(4 * turn if count == 64 else turn)]
@@ -67,13 +69,40 @@ def test_a_machine_slow_for_whole_rounds_leaves_the_shape_of_the_curve(
 def test_sizes_are_timed_up_and_down_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
-    def timed(model: object, cache: object, count: int, *rest: int) -> float:
+    def timed(model: object, cache: object, tokens: list[int], _: int) -> float:
+        count = len(tokens)
         counts.append(count)
         return 1.0
 
     monkeypatch.setattr(subject, "_timed", timed)
     measure_latency(tiny_model("llama"), rows=(1, 2, 4), rounds=3)
     assert counts == [1, *(1, 2, 4), *(4, 2, 1), *(1, 2, 4)]
+
+
+@pytest.mark.parametrize("text", [[3, 1, 4, 1, 5, 9, 2, 6], []])
+def test_forwards_are_timed_on_the_tokens_of_a_text_or_of_the_whole_vocabulary(
+    text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def timed(model: object, cache: object, tokens: list[int], _: int) -> float:
+        read.append(tokens)
+        return 1.0
+
+    monkeypatch.setattr(subject, "_timed", timed)
+    model = tiny_model("llama")
+    timer = subject.LatencyTimer(model, (1, 4), text=text)
+    for _ in range(8):
+        timer.round()
+    fours = [tokens for tokens in read if len(tokens) == 4]
+    if text:
+        twice = text + text
+        windows = [twice[at : at + 4] for at in range(len(text))]
+        assert all(tokens in windows for tokens in fours)
+    else:
+        every = {token for tokens in fours for token in tokens}
+        assert max(every) < model.vocab_size
+        assert len(every) > 8
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8))

@@ -14,6 +14,7 @@ from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import (
     ForwardCosts,
     HardwareCosts,
+    explained,
     measure_costs,
     store_costs,
     stored_costs,
@@ -30,6 +31,18 @@ OTHERS = {"draft": None, "measured": "", "seconds": 0}
 def test_between_contexts_it_is_a_line_and_beyond_them_it_goes_on() -> None:
     assert [COSTS.curve(c)(1) for c in (0, 100, 200, 300, 400)] == [1, 1, 1.5, 2, 2.5]
     assert COSTS.curve(200)(3) == pytest.approx((2.0 + 5.0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "explains"), [(0.7, False), (0.8, True), (1.25, True), (1.4, False)]
+)
+def test_costs_explain_forwards_that_take_about_as_long(
+    factor: float, explains: bool
+) -> None:
+    seen = [(c, factor * COSTS.curve(c)(1)) for c in (50, 200, 900)]
+    pause = (100, 40.0)
+    assert explained(COSTS, [*seen, pause]) is explains
+    assert explained(COSTS, [])
 
 
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 20))

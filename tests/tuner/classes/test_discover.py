@@ -32,7 +32,7 @@ from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tune import tune
-from adaptspec_tuner.tuning_run import TuningRun
+from adaptspec_tuner.tuning_run import TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
 
 RANDOM = random.Random(5)
@@ -140,7 +140,7 @@ def run(store: MemoryStore, prompts: Sequence[Prompt] = PROMPTS) -> TuneResult:
     clock = FakeClock()
     fast: Any = Trace(clock, 0.0)
     return tune_with(
-        TuningRun(
+        TuneInputs(
             Trace(clock, 1.0),
             [Drafts],
             Workload("w", tuple(prompts)),

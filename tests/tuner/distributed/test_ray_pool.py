@@ -18,7 +18,7 @@ from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 from adaptspec_tuner.distributed.ray_pool import Bench, RayPool
-from adaptspec_tuner.measuring.profiler import Sample, Setting
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, Setting
 from adaptspec_tuner.searching.search import Search
 from tuner_fakes import FakeMeasurer, Knob
 
@@ -26,7 +26,6 @@ ray = pytest.importorskip("ray", reason="needs adaptspec[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(2)]
-PLAIN = {p.id: Sample((1, 2), 10.0, 1.0) for p in PROMPTS}
 PLACE: list[Any] = ["m", None, "float32", "cpu", "this", 1, None, {}]
 
 
@@ -37,6 +36,8 @@ class Measured(FakeMeasurer):
         self.grave = grave
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
+        if setting == PLAIN_SETTING:
+            return Sample((1, 2), 10.0, 1.0)
         k = int(setting.params["k"])
         if self.grave is not None and k == 4:
             try:
@@ -82,12 +83,13 @@ def search(store: Any, pool: RayPool | None, warn: Any = pytest.fail) -> Search:
         in_time=lambda: True,
         warn=warn,
         doing=lambda text: None,
+        objective="speed",
         most=100,
         storage=store.studies() if isinstance(store, SqlStore) else None,
         pool=pool,
     )
-    found.add("chat", Knob, PROMPTS, PLAIN)
-    found.search()
+    found.add("chat", Knob, PROMPTS)
+    found.race()
     return found
 
 

@@ -122,7 +122,7 @@ def test_strategies_that_read_more_than_tokens_do_not_claim_to_replay() -> None:
     claimed = {name for name, cls in HOST.strategies.items() if cls.replays}
     assert claimed == {
         *("prompt_lookup", "suffix", "draft_model", "draft_tree", "universal_draft"),
-        *("medusa", "medusa_typical"),
+        *("medusa", "medusa_typical", "token_recycling", "hybrid"),
     }
 
 
@@ -335,7 +335,7 @@ def test_a_presearch_finds_the_draft_length_that_the_hardware_pays_for() -> None
             trials=80,
         )
         assert tried.trials > 10
-        found[kind] = tried.best["c", "prompt_lookup"][0]
+        found[kind] = tried.ranked("c", "prompt_lookup")[0]
     assert int(found["free"].params["draft_length"]) > 8
     assert found["free"].detail["ratio"] > 8
     assert found["dear"].params["draft_length"] in (2, 3)

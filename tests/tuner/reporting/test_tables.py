@@ -43,10 +43,9 @@ def found(name: str, strategy: str, ratio: float, **changes: Any) -> ClassResult
         profile(name, "other", 0.9),
         profile(name, strategy, ratio, **changes),
     ]
-    chosen = strategy if ratio > 1 else PLAIN
-    return ClassResult(
-        name, Choice(name, chosen, {}, f"why {chosen}"), tuple(rows[: 2 + (ratio > 1)])
-    )
+    won = rows[2 if ratio > 1 else 0]
+    choice = Choice(name, won.strategy, won.params, f"why {won.strategy}")
+    return ClassResult(name, choice, tuple(rows[: 2 + (ratio > 1)]))
 
 
 def result(*classes: ClassResult, **changes: Any) -> TuneResult:
@@ -119,7 +118,8 @@ def test_it_begins_with_what_was_gained_and_a_sentence_a_class() -> None:
 
 
 def test_one_prompt_is_one_prompt_and_without_an_interval_there_is_none() -> None:
-    (name, choice, rows) = ("a", Choice("a", "b", {}, ""), [])
+    chosen = profile("a", "b", 1.5)
+    (name, choice, rows) = ("a", Choice("a", "b", chosen.params, ""), [])
     for strategy in (PLAIN, "b"):
         one = profile("a", strategy, 1.5)
         few = replace(one.measurement, prompts=1, interval_low=None, interval_high=None)

@@ -16,7 +16,7 @@ from adaptspec.params import Params, Scalar
 from adaptspec.profile import Trial
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.sql import SqlStore
-from adaptspec_tuner.measuring.profiler import Sample, Setting
+from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, Setting
 from adaptspec_tuner.searching.search import Search
 from adaptspec_tuner.searching.space import suggest
 from adaptspec_tuner.searching.study import (
@@ -29,7 +29,6 @@ from adaptspec_tuner.searching.study import (
 from tuner_fakes import FakeMeasurer, Knob, KnobParams
 
 PROMPTS = [Prompt(str(i), "chat", text="x") for i in range(2)]
-PLAIN = {p.id: Sample((1, 2), 10.0, 1.0) for p in PROMPTS}
 
 
 class Measured(FakeMeasurer):
@@ -40,6 +39,8 @@ class Measured(FakeMeasurer):
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         time.sleep(self.pause)
+        if setting == PLAIN_SETTING:
+            return Sample((1, 2), 10.0, 1.0)
         return Sample((1, 2), 20.0 - abs(7 - int(setting.params["k"])), 1.0)
 
 
@@ -51,11 +52,12 @@ def search(store: SqlStore, most: int = 100, pause: float = 0.0) -> Search:
         in_time=lambda: True,
         warn=pytest.fail,
         doing=lambda text: None,
+        objective="speed",
         most=most,
         storage=store.studies(),
         labels={"model": "m"},
     )
-    found.add("chat", Knob, PROMPTS, PLAIN)
+    found.add("chat", Knob, PROMPTS)
     return found
 
 
@@ -95,7 +97,7 @@ def finished(db: str) -> dict[int, float | None]:
 def test_optunas_own_tools_find_the_trials_by_the_same_address(
     db: str, store: SqlStore
 ) -> None:
-    search(store, most=5).search()
+    search(store, most=5).race()
     trials = {t.number: t.detail["ratio"] for t in store.trials("r1")}
     seen = in_optuna(db)
     assert trials
@@ -108,9 +110,9 @@ def test_optunas_own_tools_find_the_trials_by_the_same_address(
 def test_a_search_that_is_continued_repeats_nothing_and_ends_at_the_best(
     store: SqlStore,
 ) -> None:
-    search(store, most=3).search()
+    search(store, most=3).race()
     first = store.trials("r1")
-    search(store).search()
+    search(store).race()
     trials = store.trials("r1")
     assert trials[: len(first)] == first
     settings = [t.params["k"] for t in trials]
@@ -143,7 +145,7 @@ def test_what_a_dead_process_began_is_tried_again_and_counted_once(
     again, same = study(store).ask()
     assert same == setting
     assert again.number != number
-    search(store).search()
+    search(store).race()
     done = [t for t in store.trials("r1") if dict(t.params) == setting]
     assert len(done) == 1
     assert number not in finished(db)
@@ -153,13 +155,13 @@ def test_what_was_stored_and_not_told_is_told_and_not_run_again(
     db: str, store: SqlStore
 ) -> None:
     number, setting = begun(store, DEAD)
-    detail = {"ratio": 1.7, "ratios": [1.7], "running": [1.7]}
+    detail = {"ratio": 1.7, "prompts": ["0"], "ratios": [1.7], "running": [1.7]}
     store.add_trial(
         Trial("r1", "chat", "knob", number, setting, "complete", 17.0, detail)
     )
     study(store)
     assert finished(db) == {number: 1.7}
-    search(store).search()
+    search(store).race()
     assert [dict(t.params) for t in store.trials("r1")].count(setting) == 1
 
 
@@ -191,7 +193,7 @@ def test_what_a_living_process_tries_is_left_to_it(store: SqlStore) -> None:
 def test_trials_that_others_run_count_towards_the_most(store: SqlStore) -> None:
     found = search(store, most=1)
     begun(store, another())
-    found.search()
+    found.race()
     assert store.trials("r1") == []
 
 
@@ -209,7 +211,7 @@ def test_trials_that_only_the_store_has_come_under_their_numbers(
 
 
 def test_a_forgotten_run_takes_its_studies_along(db: str, store: SqlStore) -> None:
-    search(store, most=2).search()
+    search(store, most=2).race()
     store.delete_run("r1")
     assert optuna.get_all_study_names(db) == []
 
@@ -234,7 +236,7 @@ def test_a_process_here_is_looked_up_and_one_elsewhere_judged_by_its_silence(
 def worker(db: str, pause: float) -> None:
     """What the tests' processes run."""
     store = SqlStore(db)
-    search(store, pause=pause).search()
+    search(store, pause=pause).race()
     store.close()
 
 
@@ -269,7 +271,7 @@ def test_a_killed_process_loses_nothing_finished_and_repeats_nothing(
         victim.kill()
         victim.wait()
         assert store.trials("r1")[: len(before)] == before
-    search(store).search()
+    search(store).race()
     trials = store.trials("r1")
     settings = [t.params["k"] for t in trials]
     assert len(settings) == len(set(settings))

@@ -69,7 +69,7 @@ def _classifier(
             ) from error
     gains: dict[str, dict[str, float]] = {}
     if predictor is not None:
-        settings = [setting for cls in run.replaying for setting in probed(cls)]
+        settings = [setting for cls in run.given.replaying for setting in probed(cls)]
         gains = replayed_gains(predictor, settings, prompts, run.time.discovering())
     found = discover(prompts, gains, run.options.seed)
     run.store.put_record(run.id, CLASSIFIER, found.classifier.as_json())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from statistics import median
+from statistics import fmean, median
 
 from adaptspec.errors import stopped_by_user
+from adaptspec.params import Scalar
 from adaptspec.profile import Profile
 from adaptspec.selector import FEWEST_PROMPTS, select
 from adaptspec.workloads import Prompt, Workload
@@ -23,7 +25,8 @@ from adaptspec_tuner.measuring.profiler import (
 )
 from adaptspec_tuner.records import confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import ClassResult, Tried
-from adaptspec_tuner.searching.search import HOPELESS, Arm
+from adaptspec_tuner.searching.search import HOPELESS, Arm, Search
+from adaptspec_tuner.searching.standings import Standings
 from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
@@ -31,44 +34,55 @@ REPEATS = 3
 BUSY = 0.1  # of the processors, worth telling
 
 
+@dataclass(frozen=True)
+class Finalist:
+    """A setting to be confirmed, with the ratio to plain decoding to expect of it."""
+
+    ratio: float
+    setting: Setting
+
+
 def confirm_classes(
-    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
-) -> None:
-    """Add a result for each class of ``held_out`` that there is time for.
+    run: TuningRun,
+    finalists: Mapping[str, Sequence[Finalist]],
+    tuning: Workload,
+    held_out: Workload,
+    plain: Mapping[str, Sample],
+) -> Iterator[tuple[str, dict[str, Confirmed]]]:
+    """Each class of ``held_out`` that there is time for, with what was confirmed.
 
     Args:
+        finalists: By class, the most important first; there may be time for fewer.
         plain: Tuning prompt id -> its plain decoding.
     """
+    baselines = run.given.baselines
     # A run that is continued begins with the classes it has no result of.
     done = {p.prompt_class for p in run.store.profiles(run=run.id)}
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
         share = run.time.left / (len(names) - index)
-        always = 1 + len(run.baselines)
-        ranked = _finalists(
-            [arm for arm in run.search.arms if arm.prompt_class == name],
-            _plain_times(share, once) - always,
-        )
-        finalists = [setting for _, setting in ranked]
-        expected = once * (always + sum(_share(ratio) for ratio, _ in ranked))
+        always = 1 + len(baselines)
+        chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)
+        expected = once * (always + sum(_share(found.ratio) for found in chosen))
         if index and FEWEST_PROMPTS * expected > run.time.left:
             left = ", ".join(names[index:])
             run.warn(f"no time to confirm {left}; the same command continues")
             break
         run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")
-        others = None if run.others is None else run.others()
+        watch = run.given.others
+        others = None if watch is None else watch()
         confirmed = confirm(
-            run.measurer,
-            [*finalists, *run.baselines],
+            run.given.measurer,
+            [*(found.setting for found in chosen), *baselines],
             _of_class(held_out, name),
             repeats=REPEATS,
             in_time=run.time.confirming(share, FEWEST_PROMPTS),
             warn=run.warn,
             objective=run.options.objective,
             clock=run.clock,
-            processor=run.processor,
+            processor=run.given.processor,
             expected=expected,
             seed=run.options.seed,
         )
@@ -83,27 +97,37 @@ def confirm_classes(
                 f"{name}: plain decoding fails or ends at once; nothing to compare"
             )
             continue
-        _keep(run, held_out, name, confirmed)
-    run.result.classes.sort(key=lambda found: held_out.classes.index(found.name))
+        yield name, confirmed
 
 
 def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
     return workload.by_class().get(name, ())
 
 
-def least_confirmation(
+def confirming_takes(
     run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
-) -> float:
-    """Seconds in which one setting and plain decoding of every class are confirmed.
+) -> tuple[float, float]:
+    """Seconds that confirming every class takes, at least and with all repeats.
 
-    On as many prompts as a choice takes; a trial that ends late is made up for.
+    At least: one setting and plain decoding on as many prompts as a choice takes; a
+    round of the race that ends late is made up for. With all repeats: all finalists, as
+    slow as plain decoding.
     """
-    whole = [
+    late = [
         sum(plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain)
         for name in held_out.classes
     ]
-    once = sum(_once(tuning, name, plain) for name in held_out.classes)
-    return FEWEST_PROMPTS * (2 + len(run.baselines)) * once + max(whole, default=0.0)
+    once = {name: _once(tuning, name, plain) for name in held_out.classes}
+    others = 1 + len(run.given.baselines)
+    least = FEWEST_PROMPTS * (others + 1) * sum(once.values())
+    whole = (
+        REPEATS
+        * (others + FINALISTS + 1)
+        * sum(
+            len(_of_class(held_out, name)) * seconds for name, seconds in once.items()
+        )
+    )
+    return least + max(late, default=0.0), whole
 
 
 def _once(tuning: Workload, name: str, plain: Mapping[str, Sample]) -> float:
@@ -118,30 +142,119 @@ def _plain_times(seconds: float, once: float) -> float:
     return seconds / (FEWEST_PROMPTS * once) if once > 0 else math.inf
 
 
-def _finalists(
-    arms: Sequence[Arm], times: float = math.inf
-) -> list[tuple[float, Setting]]:
-    """The best setting of the best strategies, and what they are to plain decoding;
-    hopeless ones only for want of any.
+def finalists_of(
+    run: TuningRun, search: Search, common: Mapping[str, Mapping[str, Scalar]]
+) -> dict[str, list[Finalist]]:
+    """What is confirmed of each class, the most important first.
 
-    Of a strategy that there was no time to try, what the replay promises most of.
+    The class's best setting; of every strategy for prompts of any kind its setting for
+    all classes; its best rivals of other strategies; and the setting for all classes of
+    the strategy that leads over all.
 
     Args:
-        times: They take no longer than plain decoding so many times; one is taken
-            anyway.
+        common: Strategy -> its setting for all classes.
     """
-    found: list[tuple[float, Setting]] = []
-    for arm in arms:
-        if arm.best is not None:
-            found.append((arm.ratio, Setting(arm.name, dict(arm.best.params))))
-        elif not arm.trials and arm.predicted:
-            key = max(arm.predicted, key=lambda key: arm.predicted[key])
-            found.append((arm.predicted[key], Setting.from_key(key)))
-    ranked = sorted(found, key=lambda pair: -pair[0])
-    worth = [pair for pair in ranked if pair[0] >= HOPELESS][:FINALISTS] or ranked[:1]
-    taken = itertools.accumulate(_share(ratio) for ratio, _ in worth)
+    arms: dict[str, list[Arm]] = {}
+    for arm in search.arms:
+        arms.setdefault(arm.prompt_class, []).append(arm)
+    standings = {name: search.standings(name) for name in arms}
+    shared = {
+        cls.name: Setting(cls.name, dict(common[cls.name]))
+        for cls in run.given.strategies
+    }
+    everywhere: list[Setting] = []
+    if len(arms) > 1:  # of one class all is its own
+        everywhere = [shared[c.name] for c in run.given.strategies if c.general]
+        everywhere += overall_leader(shared.values(), standings)
+    return {
+        name: finalists(
+            [best for arm in group if (best := _best_of(arm, standings[name]))],
+            [
+                Finalist(_expected(setting, arm, standings[name]), setting)
+                for setting in {s.key: s for s in everywhere}.values()
+                for arm in group
+                if arm.name == setting.strategy and not _failed(arm, setting)
+            ],
+        )
+        for name, group in arms.items()
+    }
+
+
+def finalists(
+    best: Sequence[Finalist],
+    common: Sequence[Finalist],
+    *,
+    rivals: int = FINALISTS,
+    worth: float = 1.02,
+) -> list[Finalist]:
+    """Who is confirmed of a class, the most important first.
+
+    Args:
+        best: The best setting of each strategy.
+        common: Settings that are confirmed in every class, whatever they do in this.
+        rivals: Of the best, as many strategies; hopeless ones only for want of any.
+        worth: How much better a strategy's own setting must be than its common one.
+    """
+    shared = {found.setting.strategy: found for found in common}
+    ranked: list[Finalist] = []
+    for found in sorted(best, key=lambda f: -f.ratio):
+        same = shared.get(found.setting.strategy)
+        # Close settings of one strategy are one candidate: the common one.
+        if same is not None and found.ratio < worth * same.ratio:
+            found = same
+        ranked.append(found)
+    hopeful = [f for f in ranked if f.ratio >= HOPELESS] or ranked[:1]
+    chosen = [*hopeful[:1], *common, *hopeful[1:rivals]]
+    return list({found.setting.key: found for found in chosen}.values())
+
+
+def overall_leader(
+    settings: Iterable[Setting], standings: Mapping[str, Standings]
+) -> list[Setting]:
+    """The setting with the best mean over all classes, of those raced in all."""
+    known = [
+        setting
+        for setting in settings
+        if standings and all(setting.key in found for found in standings.values())
+    ]
+
+    def mean(setting: Setting) -> float:
+        return fmean(math.log(f.estimate(setting.key)) for f in standings.values())
+
+    return [max(known, key=mean)] if known else []
+
+
+def _best_of(arm: Arm, standings: Standings) -> Finalist | None:
+    """The best setting of a strategy; one that was never tried by what is promised."""
+    keys = [Setting(arm.name, dict(trial.params)).key for trial in arm.trials]
+    if ranked := standings.ranked(dict.fromkeys(keys)):
+        return Finalist(standings.estimate(ranked[0]), Setting.from_key(ranked[0]))
+    promised = {key: arm.promised(key) or 0.0 for key in arm.predicted}
+    if not arm.trials and promised:
+        key = max(promised, key=lambda key: promised[key])
+        return Finalist(promised[key], Setting.from_key(key))
+    return None
+
+
+def _expected(setting: Setting, arm: Arm, standings: Standings) -> float:
+    """The ratio to expect of a setting: raced, else promised, else plain decoding's."""
+    if setting.key in standings:
+        return standings.estimate(setting.key)
+    return arm.promised(setting.key) or 1.0
+
+
+def _failed(arm: Arm, setting: Setting) -> bool:
+    return any(
+        trial.state == "failed" and dict(trial.params) == dict(setting.params)
+        for trial in arm.trials
+    )
+
+
+def _fitting(ranked: Sequence[Finalist], times: float) -> list[Finalist]:
+    """As many as take no longer than plain decoding ``times`` times; one anyway."""
+    taken = itertools.accumulate(_share(found.ratio) for found in ranked)
     fitting = sum(total <= times for total in taken)
-    return worth[: max(1, fitting)]
+    return list(ranked[: max(1, fitting)])
 
 
 def _share(ratio: float) -> float:
@@ -149,28 +262,35 @@ def _share(ratio: float) -> float:
     return 1 / min(1.0, max(ratio, HOPELESS))
 
 
-def _keep(
-    run: TuningRun, held_out: Workload, name: str, confirmed: Mapping[str, Confirmed]
-) -> None:
+def decided_class(
+    run: TuningRun,
+    arms: Sequence[Arm],
+    held_out: Workload,
+    name: str,
+    confirmed: Mapping[str, Confirmed],
+) -> ClassResult:
     """Store what was confirmed of a class, what was predicted of it, and the choice."""
+    given = run.given
     predicted: Mapping[str, float] = {}
-    if run.replayer is not None:
+    if given.replayer is not None:
         run.begin("replay")
         try:
-            predicted = _predict(run, _of_class(held_out, name), confirmed)
+            predicted = _predict(
+                run, _of_class(held_out, name), confirmed, corrections(arms)
+            )
         # A third party's strategy may raise anything; what was measured counts.
         except Exception as error:
             if stopped_by_user(error):
                 raise
             run.warn(f"{name}: nothing is predicted: {in_a_line(error)}")
         run.keep(lambda: run.store.put_record(run.id, predicted_key(name), predicted))
-    lossy = {cls.name for cls in run.strategies if not cls.lossless}
+    lossy = {cls.name for cls in given.strategies if not cls.lossless}
     now = datetime.now(timezone.utc)
     profiles = [
         Profile(
             run.environment,
-            run.workload.digest,
-            run.workload.name,
+            given.workload.digest,
+            given.workload.name,
             name,
             found.setting.strategy,
             dict(found.setting.params),
@@ -185,28 +305,32 @@ def _keep(
     record = as_record(confirmed)
     run.keep(lambda: run.store.put_record(run.id, confirmed_key(name), record))
     run.keep(lambda: run.store.add_profiles(profiles))
-    arms = [arm for arm in run.search.arms if arm.prompt_class == name]
-    run.result.classes.append(
-        ClassResult(
-            name,
-            select(profiles, run.environment, name),
-            tuple(profiles),
-            tried=[Tried.of(trial) for arm in arms for trial in arm.trials],
-            reused=name in held_out.reused,
-            predicted=predicted,
-        )
+    ours = [arm for arm in arms if arm.prompt_class == name]
+    return ClassResult(
+        name,
+        select(profiles, run.environment, name),
+        tuple(profiles),
+        tried=[Tried.of(trial) for arm in ours for trial in arm.trials],
+        reused=name in held_out.reused,
+        predicted=predicted,
     )
 
 
 def _predict(
-    run: TuningRun, held_out: Sequence[Prompt], confirmed: Mapping[str, Confirmed]
+    run: TuningRun,
+    held_out: Sequence[Prompt],
+    confirmed: Mapping[str, Confirmed],
+    factors: Mapping[str, float],
 ) -> dict[str, float]:
     """Predict what was just confirmed, on the same prompts, while there is time.
+
+    Args:
+        factors: Strategy -> what its predictions are multiplied with.
 
     Returns:
         Setting key -> how much better than plain decoding in the objective.
     """
-    names = {cls.name for cls in run.replaying}
+    names = {cls.name for cls in run.given.replaying}
     plain = confirmed[PLAIN_SETTING.key].samples
     prompts = [p for p in held_out if plain.get(p.id)]
     told = sorted(
@@ -217,9 +341,10 @@ def _predict(
         ),
         key=lambda f: f.measurement.seconds_draft,
     )
-    if run.replayer is None or not told:
+    make = run.given.replayer
+    if make is None or not told:
         return {}
-    predictor = run.replayer([(p, typical(plain[p.id])) for p in prompts])
+    predictor = make([(p, typical(plain[p.id])) for p in prompts])
     if predictor is None:
         return {}
     bare = {p.id: predictor.measure(PLAIN_SETTING, p) for p in prompts}
@@ -241,5 +366,28 @@ def _predict(
             ]
             for p in prompts
         ]
-        predicted[found.setting.key] = overall(gains)
+        factor = factors.get(found.setting.strategy, 1.0)
+        predicted[found.setting.key] = factor * overall(gains)
     return predicted
+
+
+def corrections(arms: Sequence[Arm], doubt: float = 1.0) -> dict[str, float]:
+    """Strategy -> how much more the race measured than was predicted of it.
+
+    Geometric means over settings of what a replay can't see: drafting beside a busy
+    target, reading more rows of the prompt, tokens learnt from rejected candidates.
+
+    Args:
+        doubt: As many settings that were predicted right count, too.
+    """
+    off: dict[str, list[float]] = {}
+    for arm in arms:
+        for trial in arm.trials:
+            promised = trial.detail.get("predicted")
+            if trial.state == "complete" and promised:
+                error = math.log(float(trial.detail["ratio"]) / float(promised))
+                off.setdefault(arm.name, []).append(error)
+    return {
+        name: math.exp(sum(errors) / (len(errors) + doubt))
+        for name, errors in off.items()
+    }

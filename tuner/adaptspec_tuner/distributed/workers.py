@@ -1,6 +1,6 @@
 """Workers: processes that run trials of a search which another process leads.
 
-The leader measures plain decoding, opens the search in the store, and confirms. A
+The leader records plain decoding, opens the search in the store, and confirms. A
 worker joins only a run with its own identifier, which covers model, device, dtype,
 threads, versions, prompts and options: so trials run on identical hardware only.
 """
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.profile import ProfileStore
-from adaptspec.workloads import DEFAULT_CLASS, Prompt, Workload
+from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.grpc_store import publish
-from adaptspec_tuner.measuring.profiler import Measurer, Sample
+from adaptspec_tuner.measuring.profiler import Measurer
 from adaptspec_tuner.options import TuneOptions
-from adaptspec_tuner.records import SEARCH, plain_key
+from adaptspec_tuner.records import SEARCH
 from adaptspec_tuner.searching.search import Search
 
 if TYPE_CHECKING:
@@ -39,21 +39,8 @@ class KeepsStudies(Protocol):
 def open_search(
     store: ProfileStore, run: str, prompts: Mapping[str, Sequence[Prompt]]
 ) -> None:
-    """Let workers join: these prompts of each class are tried.
-
-    Where studies are kept, what workers need is put beside them as well, for those that
-    see only the studies.
-    """
+    """Let workers join: these prompts of each class are tried."""
     classes = {name: [p.id for p in group] for name, group in prompts.items()}
-    known = {p.id: p for group in prompts.values() for p in group}
-    if isinstance(store, KeepsStudies):
-        plain = {
-            plain_key(name, key): record
-            for key, prompt in known.items()
-            for name in (prompt.prompt_class, DEFAULT_CLASS)
-            if (record := store.record(run, plain_key(name, key))) is not None
-        }
-        publish(store.studies(), run, plain)
     _put(store, run, {"open": True, "classes": classes})
 
 
@@ -65,6 +52,7 @@ def close_search(store: ProfileStore, run: str) -> None:
 
 
 def _put(store: ProfileStore, run: str, record: Mapping[str, Any]) -> None:
+    """Beside the studies, too, for workers that see only these."""
     store.put_record(run, SEARCH, record)
     if isinstance(store, KeepsStudies):
         publish(store.studies(), run, {SEARCH: record})
@@ -131,24 +119,12 @@ def work(
     record = store.record(run, SEARCH) or {"classes": {}}
     for name, ids in record["classes"].items():
         prompts = [replace(known[key], prompt_class=name) for key in ids]
-        plain = {key: _plain(store, run, known[key]) for key in ids}
         for cls in strategies:
-            search.add(name, cls, prompts, plain)
-    search.search()
+            search.add(name, cls, prompts)
+    search.race()
     return search.finished
 
 
 def _open(store: ProfileStore, run: str) -> bool:
     record = store.record(run, SEARCH)
     return record is not None and bool(record["open"])
-
-
-def _plain(store: ProfileStore, run: str, prompt: Prompt) -> Sample:
-    """The leader's plain decoding; where classes were discovered, it had none yet."""
-    for name in (prompt.prompt_class, DEFAULT_CLASS):
-        record = store.record(run, plain_key(name, prompt.id))
-        if record is not None:
-            return Sample.from_json(record)
-    raise AdaptSpecError(
-        f"run {run} has no plain decoding of prompt {prompt.id!r}; start its tune anew"
-    )

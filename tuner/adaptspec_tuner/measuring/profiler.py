@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from adaptspec.errors import AdaptSpecError
 from adaptspec.heads.protocol import bytes_of
@@ -155,6 +155,7 @@ class Measurer(Protocol):
         """Drop what strategies have learnt from earlier prompts."""
 
 
+@runtime_checkable
 class TurnMeasurer(Measurer, Protocol):
     """Also begins generations that take turns; the confirmation sees only this."""
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adaptspec_tuner.measuring.profiler import PLAIN_SETTING
+from adaptspec.profile import ANSWER
 from adaptspec_tuner.records import replayed_key
 from adaptspec_tuner.searching.search import Search
 
 if TYPE_CHECKING:
+    from adaptspec.params import Scalar
     from adaptspec.profile import Trial
     from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
     from adaptspec_tuner.replaying.replayer import Replayer
 
 TRIALS = 100  # of one strategy and class
-PROMISING = 2  # settings of each that are measured before any other
 
 
 class Presearch:
@@ -32,8 +32,12 @@ class Presearch:
     ) -> None:
         self.seconds, self.tried = seconds, tried
         self.trials = sum(map(len, tried.values()))
-        # The most promising, best first.
-        self.best = {key: _best(trials) for key, trials in tried.items()}
+
+    def ranked(self, prompt_class: str, strategy: str) -> list[Trial]:
+        """The complete trials of a strategy in a class, the most promising first."""
+        trials = self.tried.get((prompt_class, strategy), ())
+        complete = [trial for trial in trials if trial.state == "complete"]
+        return sorted(complete, key=lambda t: -float(t.detail["ratio"]))
 
 
 def as_records(tried: Presearch) -> dict[str, dict[str, Any]]:
@@ -64,12 +68,15 @@ def presearch(
     clock: Callable[[], float],
     warn: Callable[[str], None],
     seed: int = 0,
+    first: Mapping[str, Sequence[Mapping[str, Scalar]]] | None = None,
     trials: int = TRIALS,
+    objective: str = ANSWER,
 ) -> Presearch:
     """Search as with the model, by the same code, on predicted times.
 
     Args:
         prompts: Class -> its prompts; all must be recorded.
+        first: Strategy -> settings that are tried first in every class.
         trials: Most of one strategy and class.
     """
     started = clock()
@@ -83,25 +90,16 @@ def presearch(
         seed=seed,
         most=trials,
         hopeless=trials,  # a trial here costs next to nothing
+        objective=objective,
     )
-    plain = {
-        prompt.id: replayer.measure(PLAIN_SETTING, prompt)
-        for group in prompts.values()
-        for prompt in group
-    }
     for cls in strategies:
         for name, group in prompts.items():
-            search.add(name, cls, group, plain)
-    search.search()
+            search.add(name, cls, group, (first or {}).get(cls.name, ()))
+    search.search_alone()
     return Presearch(
         clock() - started,
         {(arm.prompt_class, arm.name): list(arm.trials) for arm in search.arms},
     )
-
-
-def _best(trials: Sequence[Trial]) -> list[Trial]:
-    complete = [trial for trial in trials if trial.state == "complete"]
-    return sorted(complete, key=lambda t: -float(t.detail["ratio"]))[:PROMISING]
 
 
 class _Nowhere:

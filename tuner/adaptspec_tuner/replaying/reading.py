@@ -30,6 +30,10 @@ class RecordedOutputs:
     tops: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
+    def without_logits(self) -> RecordedOutputs:
+        """For a drafter that reads none; rows of the vocabulary's width take time."""
+        return RecordedOutputs(self.first, self.hidden)
+
     def states(self, places: Sequence[int | None]) -> dict[int, torch.Tensor]:
         """Layer -> a row for each place in the text; zeros where it is None."""
         found = {}

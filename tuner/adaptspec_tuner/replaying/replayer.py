@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adaptspec.workloads import Prompt
 
 NOTHING = Observes()
+TOPS = 32  # as many as any drafter keeps
 
 
 class Replayer:
@@ -41,9 +42,9 @@ class Replayer:
         costs: Of the target's forwards.
         recordings: By prompt id; those that were timed tell what steps take here.
         draft_costs: Of the draft model's; without them it runs anew in every trial.
-        tops: Logits that drafters are shown after each committed token. What the target
-            thought of tokens that it didn't choose isn't known, so a drafter that
-            learns from those, too, does no better than in a real run.
+        tops: Logits that drafters that read any are shown after each committed token.
+            What the target thought of tokens that it didn't choose isn't known, so a
+            drafter that learns from those, too, does no better than in a real run.
         observes: What strategies to come will need, too: the target reads a text once.
     """
 
@@ -54,7 +55,7 @@ class Replayer:
         costs: ForwardCosts,
         recordings: Mapping[str, Recording],
         draft_costs: ForwardCosts | None = None,
-        tops: int = 0,
+        tops: int = TOPS,
         observes: Observes = NOTHING,
     ) -> None:
         self._host = host
@@ -67,6 +68,7 @@ class Replayer:
             draft = remembered = RememberedDraft(draft, draft_costs, self._clock)
         self._engine = Engine(self._target, draft, self._clock)
         self._recordings = recordings
+        self._plain: dict[str, Sample] = {}
         self._strategies: dict[str, Strategy] = {}
         self._controls: dict[int, Controls] = {}
         self._target.scale, self._target.extra = self._seen()
@@ -74,8 +76,12 @@ class Replayer:
             remembered.scale = self._target.scale
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
-        """One generation, predicted."""
-        return self._measure(setting, prompt.id)
+        """One generation, predicted; plain decoding of a prompt once."""
+        if setting != PLAIN_SETTING:
+            return self._measure(setting, prompt.id)
+        if prompt.id not in self._plain:
+            self._plain[prompt.id] = self._measure(setting, prompt.id)
+        return self._plain[prompt.id]
 
     def _seen(self) -> tuple[float, float]:
         """How plain decoding's steps compare with what the costs alone predict.
@@ -128,8 +134,9 @@ class Replayer:
     def _read(self, prompt: str, strategy: Strategy) -> RecordedOutputs | None:
         """What ``strategy`` reads of the target, which runs for it once at most."""
         observes = strategy.observes(self._real)
-        if not observes.hidden_layers and not self._tops:
+        if not observes.hidden_layers and not observes.logits:
             return None
+        shown = observes.logits
         observes = union([observes, self._observes])
         kept = self._readings.get(prompt)
         if kept is None or not _serves(kept[0], observes):
@@ -138,10 +145,10 @@ class Replayer:
                 self._recordings[prompt],
                 hidden_layers=observes.hidden_layers,
                 prompt_positions=observes.prefill_logits,
-                tops=self._tops,
+                tops=self._tops if observes.logits else 0,
             )
             self._readings[prompt] = kept = observes, reading
-        return kept[1]
+        return kept[1] if shown else kept[1].without_logits()
 
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
@@ -158,4 +165,5 @@ def _serves(given: Observes, wanted: Observes) -> bool:
     return (
         set(wanted.hidden_layers) <= set(given.hidden_layers)
         and wanted.prefill_logits <= given.prefill_logits
+        and wanted.logits <= given.logits
     )

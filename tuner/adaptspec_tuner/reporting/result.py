@@ -162,7 +162,11 @@ class ClassResult:
         return sorted(rows, key=lambda row: (not row.winner, -row.measurement.ratio))
 
     def _row(self, profile: Profile) -> Row:
-        won = not profile.baseline and profile.strategy == self.choice.strategy
+        won = (
+            not profile.baseline
+            and profile.strategy == self.choice.strategy
+            and dict(profile.params) == dict(self.choice.params)
+        )
         key = Setting(profile.strategy, profile.params).key
         predicted = None if profile.baseline else self.predicted.get(key)
         return Row(profile, won, predicted, self.positions.get(key, ()))

@@ -1,0 +1,28 @@
+"""What forwards are timed behind, and when they are timed again."""
+
+from __future__ import annotations
+
+import pytest
+
+from adaptspec_tuner.measuring.profiler import Recording
+from adaptspec_tuner.tune import contexts_for, forwards_of
+
+
+@pytest.mark.parametrize(
+    ("most", "contexts"),
+    [
+        (50, [128, 1024]),
+        (2048, [128, 1024]),
+        (2049, [128, 1024, 4096]),
+        (90_000, [128, 1024, 4096]),
+    ],
+)
+def test_forwards_are_timed_behind_as_many_tokens_as_prompts_need(
+    most: int, contexts: list[int]
+) -> None:
+    assert contexts_for(most) == contexts
+
+
+def test_only_answers_that_were_timed_tell_what_a_forward_takes() -> None:
+    timed = Recording([1] * 10, [2] * 21, 32, forwards=20, seconds_target=4.0)
+    assert forwards_of([timed, Recording([1], [2], 4)]) == [(20, 0.2)]
