@@ -193,6 +193,8 @@ class Decoder:
             and written to the store at times and at exit. It holds sums alone.
         opens: Opens the store to write to; None: ``store`` stays open.
         run: Only what this tuning run decided counts; default: the best evidence.
+        guard: Whether drafting is passed over while it loses time; False is for
+            measurements.
     """
 
     def __init__(
@@ -206,11 +208,12 @@ class Decoder:
         record: bool = True,
         opens: Opens | None = None,
         run: str | None = None,
+        guard: bool = True,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
         self._allow_lossy, self._run_id = allow_lossy, run
-        self.engine = Engine(model, draft)
+        self.engine = Engine(model, draft, guard=guard)
         self.environment = environment_of(model, draft)
         self.profiles: list[Profile] = []
         self.choices: list[ClassChoice] = []

@@ -127,15 +127,6 @@ class DraftingParams(Params):
     )
 
 
-class GatedParams(Params):
-    """Base for strategies whose drafts may cost more than they gain."""
-
-    gate: Annotated[bool, Tunable()] = Field(
-        default=False,
-        description="pause drafting while it gains no time, by measured times",
-    )
-
-
 def _spec(name: str, info: Any, description: str) -> ParamSpec:
     tunable = next((m for m in info.metadata if isinstance(m, Tunable)), None)
     kind, choices = _kind(name, info.annotation)

@@ -167,6 +167,8 @@ class Context:
         step: Steps done before this one.
         least: Chance of acceptance below which a candidate isn't worth one more forward
             of a draft model; 0 if unknown.
+        spare: Seconds that a draft model may take to read the prompt now; what takes
+            longer isn't expected to be repaid.
     """
 
     ids: Sequence[int]
@@ -174,6 +176,7 @@ class Context:
     max_nodes: int
     step: int
     least: float = 0.0
+    spare: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,20 @@ class Outcome:
 
 
 class Drafter(ABC):
-    """One sequence's drafting state."""
+    """One sequence's drafting state.
+
+    Attributes:
+        read_seconds: What of the last proposal's time went into reading the prompt with
+            a draft model. One that reads it in its first proposal needn't say so.
+    """
+
+    read_seconds: float = 0.0
 
     @abstractmethod
     def propose(self, context: Context) -> TokenTree:
         """Candidate continuations of ``context.ids``, rooted at its last token.
 
-        Not asked at every step: a gate or a hybrid may pass some over, so what was
+        Not asked at every step: the guard or a hybrid may pass some over, so what was
         committed is read from ``context.ids``.
         """
 

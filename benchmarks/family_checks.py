@@ -16,7 +16,6 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.params import GatedParams, Scalar
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -226,10 +225,7 @@ def witnessed(host: Host, name: str, seen: Seen) -> Strategy:
         return _Witness(cls.start(self, target), seen, len(target.prompt))
 
     made: type[Strategy] = type(cls.__name__, (cls,), {"start": start})
-    params: dict[str, Scalar] = {}
-    if issubclass(cls.Params, GatedParams):
-        params["gate"] = False
-    strategy = made(cls.Params.parse(params, name))
+    strategy = made(cls.Params())
     strategy.meet(host.strategies)
     return strategy
 
@@ -306,7 +302,7 @@ def _check_strategy(
             controls = Controls.greedy(NEW_TOKENS) if greedy else SAMPLED_CONTROLS
             seen = Seen()
             strategy = witnessed(host, name, seen)
-            run = Engine(model, draft).generate(strategy, ids, controls)
+            run = Engine(model, draft, guard=False).generate(strategy, ids, controls)
             report.accepted += run.stats.accepted
             tokens = tuple(run.token_ids)
             if greedy:
@@ -332,7 +328,9 @@ def _check_strategy(
 def _plain(model: LanguageModel, host: Host, ids: tuple[int, ...]) -> list[int]:
     """What plain sampling emits."""
     strategy = witnessed(host, "autoregressive", Seen())
-    return Engine(model).generate(strategy, ids, SAMPLED_CONTROLS).token_ids
+    return (
+        Engine(model, guard=False).generate(strategy, ids, SAMPLED_CONTROLS).token_ids
+    )
 
 
 def _turns(

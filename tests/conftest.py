@@ -141,6 +141,19 @@ class Forked:
         self._process.close()
 
 
+@pytest.fixture(autouse=True)
+def drafts_in_every_step(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafting saves no time on tiny models: the guard would pass most steps over."""
+    if request.node.get_closest_marker("guarded") is None:
+        from adaptspec.decoding.engine import Engine
+
+        *others, guard = Engine.__init__.__defaults__ or ()
+        assert guard is True
+        monkeypatch.setattr(Engine.__init__, "__defaults__", (*others, False))
+
+
 @pytest.fixture(scope="session")
 def _warm_server() -> None:
     """What processes are forked from; it ends with this process.

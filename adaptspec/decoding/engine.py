@@ -17,7 +17,7 @@ from adaptspec.decoding.acceptance import (
     accept_typical,
 )
 from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.gate import Gate, GateMemory
+from adaptspec.decoding.guard import Guard, GuardMemory, PlainTimes
 from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler, choosable, no_valid_token
 from adaptspec.decoding.stats import RunStats, StepStats
@@ -31,7 +31,6 @@ from adaptspec.errors import (
 from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
-from adaptspec.params import GatedParams
 from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_ids import Continuation
 from adaptspec.token_tree import Drawn, TokenTree
@@ -60,6 +59,9 @@ class Engine:
 
     Args:
         clock: Seconds; what drafters and statistics see. Default: ``perf_counter``.
+        guard: Whether drafting is passed over while it loses time, by measured times
+            (see :mod:`adaptspec.decoding.guard`). Without it every step drafts, which
+            is for measurements.
     """
 
     def __init__(
@@ -67,16 +69,18 @@ class Engine:
         model: LanguageModel,
         draft: LanguageModel | None = None,
         clock: Callable[[], float] | None = None,
+        guard: bool = True,
     ) -> None:
         self.model = model
         self.draft = draft
         self.clock = clock or perf_counter
-        # What the gate knows of each strategy's speed here.
-        self._gates: WeakKeyDictionary[Strategy, GateMemory] = WeakKeyDictionary()
+        self.guard = guard
+        self._plain_times = PlainTimes()
+        self._memories: WeakKeyDictionary[Strategy, GuardMemory] = WeakKeyDictionary()
 
-    def gate_memory(self, strategy: Strategy) -> GateMemory:
-        """What the gate knows of a strategy's speed here, across its generations."""
-        return self._gates.setdefault(strategy, GateMemory())
+    def guard_memory(self, strategy: Strategy) -> GuardMemory:
+        """What is known of a strategy's speed here, across its generations."""
+        return self._memories.setdefault(strategy, GuardMemory(self._plain_times))
 
     def generate(
         self,
@@ -166,6 +170,7 @@ class Run:
         self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
+        self._guard: Guard | None = None
 
     @property
     def result(self) -> Generation:
@@ -194,15 +199,15 @@ class Run:
                 clock=self._clock,
             )
         )
-        params = self._strategy.params
-        if isinstance(params, GatedParams) and params.gate:
-            drafter = Gate(
+        if self._engine.guard:
+            self._guard = drafter = Guard(
                 drafter,
-                self._engine.gate_memory(self._strategy),
+                self._engine.guard_memory(self._strategy),
                 self._clock,
                 prompt=self._prompt,
-                reads=self._draft is not None
-                and self._strategy.uses_draft(model, self._draft),
+                room=self._room,
+                reads=self._strategy.requires.draft is not None,
+                row=model.head_share,
             )
         try:
             emitted = self._prefill(drafter, cache, observes)
@@ -227,10 +232,13 @@ class Run:
 
     def _prefill(self, drafter: Drafter, cache: Any, observes: Observes) -> list[int]:
         shown = observes.hidden_layers if observes.prefill_hidden != "none" else ()
+        rows = max(1, observes.prefill_logits)
+        if self._guard is not None:
+            rows = self._guard.prompt_rows(rows)
         forward = self._model.prefill(
             list(self._ids),
             cache,
-            last=max(1, observes.prefill_logits),
+            last=rows,
             hidden_layers=shown,
         )
         last = forward.rows[self._prompt - 1]
@@ -261,6 +269,8 @@ class Run:
         nodes = self._controls.max_nodes
         if self._model.max_length is not None:  # some models count rows
             nodes = min(nodes, self._model.max_length - len(self._ids))
+        if self._guard is not None:
+            nodes = self._guard.most_nodes(nodes)
         rereads = cached in self._model.rereads
         if rereads:
             depth = 0
@@ -297,6 +307,9 @@ class Run:
         committed = self._clock()
         drafter.observe(self._outcome(tree, path, emitted, forward, forward.hidden))
         observed = self._clock()
+        if self._guard is not None:
+            self._stats.passed_over = self._guard.passed_over
+            self._stats.seconds_gained = self._guard.gained
         self._stats.steps.append(
             StepStats(
                 proposed=tree.proposed,

@@ -31,12 +31,22 @@ class RunStats:
     Args:
         seconds_prefill: From the beginning to the first token: the drafter's start, the
             prompt's forward, and what the drafter does with it.
+        passed_over: Steps for which the guard didn't ask the drafter.
+        seconds_gained: What the guard estimates that drafting gained over plain
+            decoding, below 0 where it lost; None without a guard.
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     seconds_prefill: float = 0.0
     steps: list[StepStats] = field(default_factory=list)
+    passed_over: int = 0
+    seconds_gained: float | None = None
+
+    @property
+    def drafted(self) -> int:
+        """Steps that verified candidates; the others decoded plainly."""
+        return sum(step.proposed > 0 for step in self.steps)
 
     @property
     def target_forwards(self) -> int:

@@ -123,6 +123,7 @@ class LanguageModel:
         self.digest = weights_digest(model)
         # Before any forward: buffers of growing rotations change with what is decoded.
         self.configuration = configuration_digest(model)
+        self.head_share = _head_share(model)
         self.linear = LinearReport(0, "unchanged")
         self.buckets: tuple[int, ...] = (
             CUDA_BUCKETS if self.device.type == "cuda" else ()
@@ -654,6 +655,20 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
             return weight.dtype  # type: ignore[no-any-return]
     kinds = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     return next(kinds, torch.float32)
+
+
+def _head_share(model: nn.Module) -> float:
+    """The LM head's share of the multiplications that a token takes; 0 if unknown."""
+    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    if not isinstance(head, torch.Tensor):
+        return 0.0
+    table = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+    weights = sum(p.numel() for p in model.parameters())
+    if isinstance(table, torch.Tensor) and table is not head:
+        weights -= table.numel()
+    return head.numel() / max(weights, head.numel())
 
 
 def _vocab_size(model: nn.Module, config: Any) -> int:

@@ -238,7 +238,7 @@ class StrategyContract:
     ) -> None:
         architecture = self._runnable()
         model, draft = self.models(architecture)
-        engine = Engine(model, draft)
+        engine = Engine(model, draft, guard=False)
         used = self.strategy(self.strategy.Params.parse(setting))
         controls = sampled(seed=1) if self.strategy.lossless else greedy()
         for prompt in (PROMPTS[3], PROMPTS[1], PROMPTS[3]):
@@ -248,7 +248,7 @@ class StrategyContract:
     def test_a_run_given_up_leaves_the_strategy_usable(self, setting: Setting) -> None:
         architecture = self._runnable()
         self._need_lossless(architecture)
-        engine = Engine(*self.models(architecture))
+        engine = Engine(*self.models(architecture), guard=False)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         calls = itertools.count()
 
@@ -288,7 +288,7 @@ class StrategyContract:
         draft: LanguageModel | None = None,
     ) -> Generation:
         model, own_draft = self.models(architecture)
-        engine = Engine(model, draft or own_draft)
+        engine = Engine(model, draft or own_draft, guard=False)
         strategy = self.strategy(self.strategy.Params.parse(setting))
         return engine.generate(strategy, prompt, controls)
 
@@ -457,7 +457,7 @@ def until(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 def plainly(architecture: str, prompt: Sequence[int], controls: Controls) -> list[int]:
     """What plain decoding emits under ``controls``."""
-    engine = Engine(target_and_draft(architecture)[0])
+    engine = Engine(target_and_draft(architecture)[0], guard=False)
     return engine.generate(plain_strategy(), prompt, controls).token_ids
 
 
@@ -512,7 +512,9 @@ def record(
         return Recorder(strategy.start(target))
 
     recorded: type[Strategy] = type("Recorded", (type(strategy),), {"start": start})
-    run = Engine(model, draft).generate(recorded(strategy.params), prompt, controls)
+    run = Engine(model, draft, guard=False).generate(
+        recorded(strategy.params), prompt, controls
+    )
     return run, trees
 
 

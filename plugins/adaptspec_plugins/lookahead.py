@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from adaptspec.acceleration.argmax import argmax_rows
-from adaptspec.params import GatedParams, Tunable
+from adaptspec.params import Params, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -27,7 +27,7 @@ from adaptspec.strategy import (
 )
 
 
-class LookaheadParams(GatedParams):
+class LookaheadParams(Params):
     """A step evaluates up to ``(window + guesses) * (ngram - 1)`` tokens."""
 
     window: Annotated[int, Tunable(1, 15, log=True)] = Field(

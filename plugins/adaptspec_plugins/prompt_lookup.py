@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -26,7 +26,7 @@ from adaptspec.strategy import (
 MOST_MATCHES = 64
 
 
-class PromptLookupParams(DraftingParams, GatedParams):
+class PromptLookupParams(DraftingParams):
     """Tuned bounds of the n-gram sizes don't overlap: every tuned pair is valid."""
 
     draft_length: Annotated[int, Tunable(2, 24, log=True)] = Field(

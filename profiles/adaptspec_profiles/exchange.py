@@ -19,7 +19,7 @@ from adaptspec_profiles.as_json import (
     profile_to_json,
 )
 from adaptspec_profiles.older import choices_of
-from adaptspec_profiles.renamed import renamed
+from adaptspec_profiles.renamed import renamed, without_gate
 
 FORMAT = "adaptspec-profiles-2"
 FORMAT_1 = "adaptspec-profiles-1"  # with other names of parameters
@@ -145,8 +145,10 @@ def read(file: IO[str]) -> Exchange:
     first = document["format"] == FORMAT_1
 
     def profile(record: Any) -> Profile:
-        if first and isinstance(record, dict):
-            params = renamed(record.get("strategy"), record.get("params"))
+        if isinstance(record, dict) and "params" in record:
+            params = without_gate(None, record["params"])
+            if first:
+                params = renamed(record.get("strategy"), params)
             record = {**record, "params": params}
         return profile_from_json(record)
 

@@ -1,11 +1,11 @@
-"""Names that parameters had before tables of step m003 and export format 2."""
+"""Parameters as earlier releases stored them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Strategy -> old name -> new name.
+# Strategy -> name before step m003 and export format 2 -> name since.
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "draft_model": {"k": "draft_length", "draft_law": "draft_sampling"},
     "draft_tree": {"nodes": "draft_length", "depth": "speculation_depth"},
@@ -25,3 +25,14 @@ def renamed(strategy: object, params: Any) -> Any:
     if not isinstance(params, Mapping):
         return params
     return {names.get(name, name): value for name, value in params.items()}
+
+
+def without_gate(strategy: object, params: Any) -> Any:
+    """A setting's parameters without the switch ``gate``, which step m004 drops."""
+    if not isinstance(params, Mapping):
+        return params
+    return {
+        name: value
+        for name, value in params.items()
+        if not (name == "gate" and isinstance(value, bool))
+    }

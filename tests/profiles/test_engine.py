@@ -24,7 +24,7 @@ from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
 NEWEST = GOLDEN.with_name("m006.sql")
-STEPS = ["m001", "m002", "m003", "m005", "m006"]
+STEPS = ["m001", "m002", "m003", "m004", "m005", "m006"]
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op

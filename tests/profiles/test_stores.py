@@ -98,7 +98,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002", "m003", "m005", "m006"]
+    assert migrate(migrated) == ["m001", "m002", "m003", "m004", "m005", "m006"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -229,6 +229,72 @@ def test_parameters_stored_under_old_names_get_the_new_ones(
         f"replayed/chat/{strategy}": {"trials": [{"number": 0, "params": new}]},
         "other": {"params": old},
     }
+    store.close()
+
+
+def test_the_gate_is_dropped_wherever_settings_are_stored(tmp_path: Path) -> None:
+    new = Host.installed().strategy("suffix").Params().model_dump()
+    old = {**new, "gate": True}
+    settings = [json.dumps(["suffix", params], sort_keys=True) for params in (old, new)]
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            (Path(__file__).parent / "golden" / "m003.sql").read_text()
+        )
+        connection.execute(
+            "update profiles set strategy = 'suffix', params = ?", [json.dumps(old)]
+        )
+        connection.execute(
+            "insert into tuning_trials"
+            " values (1, 'r1', 'a', 'suffix', 0, ?, 'failed', 1, '{}')",
+            [json.dumps(old)],
+        )
+        records = {
+            "predicted/chat": {settings[0]: 1.5},
+            "replayed/chat/suffix": {"trials": [{"number": 0, "params": old}]},
+        }
+        connection.executemany(
+            "insert into tuning_records values ('r1', ?, ?)",
+            [(key, json.dumps(value)) for key, value in records.items()],
+        )
+    connection.close()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    choices = optuna.distributions.CategoricalDistribution((False, True))
+    for name, attributes in (
+        ("r1/a/suffix", {"setting": old, "result": {"params": old, "value": 1}}),
+        ("another's", {}),
+    ):
+        study = optuna.create_study(storage=storage, study_name=name)
+        study.enqueue_trial({"gate": True}, user_attrs=attributes)
+        study.ask({"gate": choices})
+    storage.engine.dispose()
+    store = open_store(str(path))
+    assert [p.params for p in store.profiles()] == [new]
+    assert [t.params for t in store.trials("r1")] == [new]
+    assert store.record("r1", "predicted/chat") == {settings[1]: 1.5}
+    assert store.record("r1", "replayed/chat/suffix") == {
+        "trials": [{"number": 0, "params": new}]
+    }
+    store.close()
+    ours, theirs = (
+        optuna.load_study(storage=storage, study_name=name).get_trials()[0]
+        for name in ("r1/a/suffix", "another's")
+    )
+    assert ours.params == {}
+    assert ours.user_attrs == {"setting": new, "result": {"params": new, "value": 1}}
+    assert ours.system_attrs["fixed_params"] == {}
+    assert theirs.params == theirs.system_attrs["fixed_params"] == {"gate": True}
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize("form", [FORMAT, FORMAT_1])
+def test_an_exported_gate_is_left_out(tmp_path: Path, form: str) -> None:
+    path, db = tmp_path / "x.json", str(tmp_path / "p.db")
+    record = {**GOOD, "strategy": "suffix", "params": {"tree": True, "gate": False}}
+    path.write_text(json.dumps({"format": form, "profiles": [record]}))
+    run_command("import", str(path), "--db", db)
+    store = open_store(db)
+    assert [p.params for p in store.profiles()] == [{"tree": True}]
     store.close()
 
 

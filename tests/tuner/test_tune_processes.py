@@ -20,10 +20,10 @@ Rows = Callable[[Path, str], list[tuple[Any, ...]]]
 
 POLL_SECONDS = 0.05
 TRIALS = "select run, prompt_class, strategy, number, params from tuning_trials"
-# Drafts save no time on tiny models, so that a gate would end them at once.
-OPEN_GATE = """
-from adaptspec.decoding.gate import GateMemory
-GateMemory.wants = lambda *arguments: True
+# Drafts save no time on tiny models, so that the guard would end them at once.
+UNGUARDED = """
+from adaptspec.decoding.guard import GuardMemory
+GuardMemory.wants = lambda *arguments: True
 """
 PROFILES = "select id, run, prompt_class, strategy from profiles order by id"
 
@@ -110,7 +110,7 @@ def test_a_draft_model_is_tuned_and_changes_no_output(
         *arguments,
         *("--draft-model", tiny_pair[1], "--strategies", ",".join(drafting)),
         *("--budget", "10m", "--trials", "2"),
-        first=OPEN_GATE,
+        first=UNGUARDED,
     )
     out, told = running.communicate(timeout=600)
     assert running.returncode == 0, told

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class DraftModelParams(DraftingParams, GatedParams):
+class DraftModelParams(DraftingParams):
     """``draft_sampling`` and ``draft_temperature`` matter only under sampling."""
 
     draft_length: Annotated[int, Tunable(1, 12)] = Field(default=4, ge=1, le=64)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, GatedParams, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class DraftTreeParams(DraftingParams, GatedParams):
+class DraftTreeParams(DraftingParams):
     """``mode`` matters only under sampling: greedy drafts are always deterministic."""
 
     draft_length: Annotated[int, Tunable(4, 64, log=True)] = Field(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.strategy import Outcome, Strategy, Target
+from adaptspec.strategy import Context, Outcome, Strategy, Target
 from adaptspec_plugins.hybrid.chances import Calibration, shipped
 from adaptspec_plugins.hybrid.pace import Pace
 from adaptspec_plugins.hybrid.when_to_ask import CallValue
@@ -91,30 +91,37 @@ class MemberDrafter:
         """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
         return self._drafts or self.value.proposal.value > self._costly * plain
 
-    def wants_call(self, plan: TreePlan, pace: float, prompt: int) -> bool:
+    def wants_call(self, plan: TreePlan, pace: float, context: Context) -> bool:
         """Whether to ask a costly member; ``plan`` is the step without it.
 
         The first call reads the prompt, and the answer may end at any time: it is made
-        once the calls left out would have been worth as much as that reading.
+        once the calls left out would have been worth as much as that reading, if the
+        guard allows it.
 
         Args:
             pace: Tokens per second of the steps around.
-            prompt: Tokens that a first call reads.
+            context: Says what a first call reads, and how long it may take.
         """
         gain = self.value.gain(plan, pace)
-        reading = 0.0 if self._calls else self.value.reading(prompt)
+        reading = 0.0 if self._calls else self.value.reading(len(context.ids))
         self._missed += max(0.0, gain)
+        if reading > context.spare:
+            return False
         if gain > 0 and self._missed >= pace * reading:
             return True
         return self.value.affords(reading - gain / pace)
 
-    def proposed(self, seconds: float, candidates: int, prompt: int) -> None:
-        """A proposal of so many candidates took ``seconds``."""
+    def proposed(self, seconds: float, candidates: int, prompt: int) -> float:
+        """A proposal of so many candidates took ``seconds``.
+
+        Returns:
+            The seconds of reading the prompt, which a sequence's first call does.
+        """
         self._calls += 1
         if self._calls == 1:
-            self.value.read(seconds, prompt)
-        else:
-            self.value.proposed(seconds, candidates)
+            return self.value.read(seconds, prompt)
+        self.value.proposed(seconds, candidates)
+        return 0.0
 
     def judged(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """What was just proposed turned one plan into another."""

@@ -175,6 +175,7 @@ class _HybridDrafter(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         began = self._began = self._clock()
+        self.read_seconds = 0.0
         candidates = Candidates(context.ids[-1], context.room - 1)
         self._candidates = candidates
         most = min(self._max_nodes, context.max_nodes)
@@ -190,7 +191,7 @@ class _HybridDrafter(Drafter):
                 self._ask(member, context)
         plan = self._best(most, self._clock() - began)
         for member in costly:
-            if member.wants_call(plan, self._rate, len(context.ids)):
+            if member.wants_call(plan, self._rate, context):
                 self._ask(member, context)
                 before, plan = plan, self._best(most, self._clock() - began)
                 member.judged(before, plan, self._rate)
@@ -204,7 +205,7 @@ class _HybridDrafter(Drafter):
         if outcome.tree is not None and self._candidates is not None:
             self._forward.observe(len(outcome.tree), began - self._sent)
             self._learn(self._candidates, outcome.emitted)
-            self._candidates = None  # a gate may pass the next step over
+            self._candidates = None  # the guard may pass the next step over
         for member in self._drafters:
             member.observe(outcome)
         if outcome.tree is not None and self._plan is not None:
@@ -222,7 +223,8 @@ class _HybridDrafter(Drafter):
         least = self._rate * member.value.candidate.value
         began = self._clock()
         tree = member.drafter.propose(dataclasses.replace(context, least=least))
-        member.proposed(self._clock() - began, tree.proposed, len(context.ids))
+        seconds = self._clock() - began
+        self.read_seconds += member.proposed(seconds, tree.proposed, len(context.ids))
         self._candidates.add(tree, member.index, member.name)
 
     def _best(self, most: int, spent: float) -> TreePlan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from adaptspec_plugins.hybrid.pace import Mean
+from adaptspec.decoding.guard import Budget
+from adaptspec.running_mean import RunningMean
 from adaptspec_plugins.hybrid.plan import TreePlan
 
 
@@ -27,14 +28,17 @@ class CallValue:
         kinds: int = 6,
         trial_share: float = 0.005,
     ) -> None:
-        self.proposal = Mean()  # seconds of a proposal after the sequence's first
-        self.candidate = Mean()  # seconds for each candidate of those proposals
-        self._reading = Mean()  # seconds for each prompt token of a first proposal
-        self._tokens, self._seconds = Mean(hoped, hoped_calls), Mean()
-        self._by_kind = [(Mean(), Mean()) for _ in range(kinds)]
+        self.proposal = (
+            RunningMean()
+        )  # seconds of a proposal after the sequence's first
+        self.candidate = RunningMean()  # seconds for each candidate of those proposals
+        self._reading = (
+            RunningMean()
+        )  # seconds for each prompt token of a first proposal
+        self._tokens, self._seconds = RunningMean(hoped, hoped_calls), RunningMean()
+        self._by_kind = [(RunningMean(), RunningMean()) for _ in range(kinds)]
         self._weight = hoped_calls
-        self._trial_share = trial_share
-        self._allowance = 0.0  # seconds that calls may lose by now
+        self._budget = Budget(trial_share, least=0.0)  # seconds
 
     def gain(self, plan: TreePlan, pace: float) -> float:
         """Tokens a call is expected to bring beyond those its time is worth.
@@ -55,11 +59,11 @@ class CallValue:
 
     def affords(self, seconds: float) -> bool:
         """Whether so many may be lost to see whether calls pay by now."""
-        return seconds <= self._allowance
+        return self._budget.affords(seconds)
 
     def passed(self, seconds: float) -> None:
         """A step took ``seconds``."""
-        self._allowance += self._trial_share * seconds
+        self._budget.passed(seconds)
 
     def called(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """A call turned one plan into another, at that pace."""
@@ -70,7 +74,7 @@ class CallValue:
             mean.add(brought)
         for mean in (self._seconds, seconds):
             mean.add(took)
-        self._lose(took - brought / pace)
+        self._budget.pay(max(0.0, took - brought / pace))
 
     def proposed(self, seconds: float, candidates: int) -> None:
         """A proposal, not a sequence's first, took ``seconds``."""
@@ -78,14 +82,12 @@ class CallValue:
         if candidates:
             self.candidate.add_seconds(seconds / candidates)
 
-    def read(self, seconds: float, prompt: int) -> None:
-        """A sequence's first proposal, which reads the prompt, took ``seconds``."""
+    def read(self, seconds: float, prompt: int) -> float:
+        """A sequence's first proposal took ``seconds``; those of reading the prompt."""
         reading = max(0.0, seconds - self.proposal.value)
         self._reading.add(reading / prompt)
-        self._lose(reading)
-
-    def _lose(self, seconds: float) -> None:
-        self._allowance = max(0.0, self._allowance - max(0.0, seconds))
+        self._budget.pay(reading)
+        return reading
 
     def _kind(self, plan: TreePlan) -> int:
         return min(int(2 * (plan.tokens - 1.0)), len(self._by_kind) - 1)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from adaptspec.decoding.acceptance import Typical
 from adaptspec.heads.measured_paths import KIND
-from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -46,7 +46,7 @@ MISSING = (
 )
 
 
-class MedusaParams(DraftingParams, GatedParams):
+class MedusaParams(DraftingParams):
     """``draft_length`` decides most; ``dynamic`` trees shrink in doubt."""
 
     heads: Annotated[int, Tunable(1, 5)] = Field(

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from adaptspec.knowledge import KnowledgeWarning
-from adaptspec.params import DraftingParams, GatedParams, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -36,7 +36,7 @@ COUNTS = (1, 2, 4)
 _EMPTY = np.zeros(0, dtype=np.int32)
 
 
-class SuffixParams(DraftingParams, GatedParams):
+class SuffixParams(DraftingParams):
     """``max_depth`` and ``max_cached_tokens`` bound time and memory."""
 
     draft_length: Annotated[int, Tunable(2, 32, log=True)] = Field(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptspec.acceleration.top_tokens import COMPARED_TOKENS, likeliest, sureness
-from adaptspec.params import DraftingParams, GatedParams, Scalar, Tunable
+from adaptspec.params import DraftingParams, Scalar, Tunable
 from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_tree import TokenTree
 from adaptspec_plugins.token_recycling.commonest import Commonest
@@ -43,7 +43,7 @@ DEEPEST = 4  # told apart in a node's evidence
 LAST_RANK = 7  # the same
 
 
-class TokenRecyclingParams(DraftingParams, GatedParams):
+class TokenRecyclingParams(DraftingParams):
     """``draft_length`` decides most; ``successors`` matter little above 4."""
 
     successors: Annotated[int, Tunable(2, 12)] = Field(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field
 
-from adaptspec.params import DraftingParams, GatedParams, Tunable
+from adaptspec.params import DraftingParams, Tunable
 from adaptspec.strategy import (
     Context,
     Continuation,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
 
 
-class UniversalDraftParams(DraftingParams, GatedParams):
+class UniversalDraftParams(DraftingParams):
     """Both keep the target's distribution; ``text`` plain sampling's tokens, too."""
 
     mode: Annotated[Literal["text", "intersection"], Tunable()] = Field(

@@ -57,7 +57,7 @@ def test_every_class_races_every_strategy_and_confirms_the_general_one_and_rival
     world = World(seed)
     result = world.tune(480.0)
     assert world.took <= 1.02 * 480.0
-    assert len(result.classes) == 8
+    assert len(result.named) == 8
     general = set()
     for found in result.classes:
         assert set(found.trials) == {cls.name for cls in STRATEGIES}

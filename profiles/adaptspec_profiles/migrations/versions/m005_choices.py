@@ -15,7 +15,7 @@ from adaptspec_profiles.older import choices_of
 from adaptspec_profiles.schema import text
 
 revision = "m005"
-down_revision = "m003"
+down_revision = "m004"
 
 KEY = ("configuration", "kernel", "attention")
 

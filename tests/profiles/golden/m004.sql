@@ -1,0 +1,64 @@
+BEGIN TRANSACTION;
+CREATE TABLE adaptspec_version (
+	version_num VARCHAR(32) NOT NULL, 
+	CONSTRAINT adaptspec_version_pkc PRIMARY KEY (version_num)
+);
+INSERT INTO "adaptspec_version" VALUES('m004');
+CREATE TABLE environments (
+	id INTEGER NOT NULL, 
+	digest VARCHAR(64) NOT NULL, 
+	model VARCHAR(64) NOT NULL, 
+	model_name VARCHAR NOT NULL, 
+	draft VARCHAR(64), 
+	draft_name VARCHAR, 
+	dtype VARCHAR(32) NOT NULL, 
+	device VARCHAR(32) NOT NULL, 
+	device_name VARCHAR NOT NULL, 
+	threads INTEGER NOT NULL, 
+	versions JSON NOT NULL, heads VARCHAR(64), heads_name VARCHAR, 
+	PRIMARY KEY (id), 
+	UNIQUE (digest)
+);
+INSERT INTO "environments" VALUES(1,'8174349df43b4b0c89e1d4b3e598e8b97dbaac1978b87e519eb34645938dc1ec','m1','target','d1','draft','bfloat16','cpu','A CPU',2,'{"torch": "2.13"}','h1','heads');
+CREATE TABLE profiles (
+	id INTEGER NOT NULL, 
+	environment_id INTEGER NOT NULL, 
+	run VARCHAR(64) NOT NULL, 
+	workload VARCHAR(64) NOT NULL, 
+	workload_name VARCHAR NOT NULL, 
+	prompt_class VARCHAR NOT NULL, 
+	strategy VARCHAR NOT NULL, 
+	params JSON NOT NULL, 
+	lossless BOOLEAN NOT NULL, 
+	baseline BOOLEAN NOT NULL, 
+	created DATETIME NOT NULL, 
+	tokens_per_second FLOAT NOT NULL, 
+	ratio FLOAT NOT NULL, 
+	measurement JSON NOT NULL, 
+	PRIMARY KEY (id), 
+	CONSTRAINT uq_profiles_setting UNIQUE (run, prompt_class, strategy, baseline), 
+	FOREIGN KEY(environment_id) REFERENCES environments (id)
+);
+INSERT INTO "profiles" VALUES(1,1,'r1','w1','mine','chat','prompt_lookup','{"k": 4, "stop": 0.25, "policy": "recent", "on": true}',1,0,'2026-01-02 03:04:05.678901',20.0,1.5,'{"tokens_per_second": 20.0, "tokens_per_second_low": 18.0, "tokens_per_second_high": 22.0, "ratio": 1.5, "ratio_low": 1.2, "ratio_high": 1.7, "tokens_per_forward": 2.5, "acceptance": 0.6, "prompts": 4, "tokens": 400, "identical": 3, "near_ties": 1, "seconds_target": 10.0, "seconds_draft": 2.0, "seconds_rest": 0.5, "interval_low": 1.25, "interval_high": 1.65, "latency_p95": 80.0, "peak_memory": 2147483648, "objective": "latency"}');
+CREATE TABLE tuning_records (
+	run VARCHAR(64) NOT NULL, 
+	"key" VARCHAR(128) NOT NULL, 
+	value JSON NOT NULL, 
+	PRIMARY KEY (run, "key")
+);
+CREATE TABLE tuning_trials (
+	id INTEGER NOT NULL, 
+	run VARCHAR(64) NOT NULL, 
+	prompt_class VARCHAR NOT NULL, 
+	strategy VARCHAR NOT NULL, 
+	number INTEGER NOT NULL, 
+	params JSON NOT NULL, 
+	state VARCHAR(16) NOT NULL, 
+	value FLOAT, 
+	detail JSON NOT NULL, 
+	PRIMARY KEY (id), 
+	CONSTRAINT uq_tuning_trials_number UNIQUE (run, prompt_class, strategy, number)
+);
+CREATE INDEX ix_environments_model ON environments (model);
+CREATE INDEX ix_profiles_run ON profiles (run);
+COMMIT;
