@@ -157,12 +157,16 @@ class World(FakeMeasurer):
         return result
 
     def reached(self, result: TuneResult) -> float:
-        """The true ratio of what was chosen: geometric mean over the classes."""
-        chosen = [
-            self.ratio(found.name, Setting(found.choice.strategy, found.choice.params))
-            for found in result.classes
+        """The true ratio of what was confirmed as the fastest: geometric mean over the
+        classes. Whether that is sure enough to be chosen is decided elsewhere."""
+        fastest = [
+            max(found.profiles, key=lambda profile: profile.measurement.ratio)
+            for found in result.named
         ]
-        return math.exp(sum(map(math.log, chosen)) / len(chosen))
+        ratios = [
+            self.ratio(p.prompt_class, Setting(p.strategy, p.params)) for p in fastest
+        ]
+        return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
     def best(self) -> float:
         """The same of the best setting of each class."""

@@ -222,7 +222,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     def start(out: str) -> Any:
         options = (
             f"train medusa -m {folder} --data {prompts} --out {tmp_path / out} "
-            "--heads 2 --draft-vocab 0 --epochs 25 --batch-tokens 30 -n 10 "
+            "--heads 2 --draft-vocab 0 --epochs 60 --batch-tokens 30 -n 10 "
             "--answer-batch 2 --temperature 0.7 --threads 1"
         )
         return fork(SAVES_ALWAYS, arguments=options.split())
@@ -238,7 +238,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
         seen = footprint(work)
         while process.poll() is None and footprint(work) == seen:
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.2))
+        time.sleep(draw.uniform(0, 0.1))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
@@ -437,7 +437,7 @@ def test_the_command_trains_and_says_what_comes_next(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--data", "none.jsonl"], "can't read the data"),
+        (["--data", "none.jsonl"], "can't read the workload"),
         ([], "--self-prompts"),
         (["--answer-budget", "60 trials"], "--answer-budget must be a time"),
     ],

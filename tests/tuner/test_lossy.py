@@ -62,7 +62,7 @@ def test_lossy_strategies_are_left_out_unless_allowed(host: Host) -> None:
 
 
 @pytest.mark.slow
-def test_a_lossy_result_is_labelled_and_notchosen_strategies(
+def test_a_lossy_result_is_labelled_and_not_chosen(
     tuned: tuple[TuneResult, Path], host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, db = tuned
@@ -86,7 +86,8 @@ def test_a_lossy_result_is_labelled_and_notchosen_strategies(
     assert "medusa_typical (LOSSY)" in run("profiles", "list")
     listed: list[dict[str, Any]] = json.loads(run("profiles", "list", "--json"))
     lossy = [p for p in listed if not p["lossless"]]
-    assert [p["strategy"] for p in lossy] == ["medusa_typical"]
+    # Of its class, and over all classes.
+    assert {p["strategy"] for p in lossy} == {"medusa_typical"}
     assert "lossless: False" in run("profiles", "show", str(lossy[0]["id"]))
 
 

@@ -63,7 +63,7 @@ def test_loaded_as_it_was_tuned_a_model_finds_its_profiles(
 
     torch.set_num_threads(3 - threads)
     reason = said(load(model, **given))
-    assert "nothing is reliably faster on 'default'" in reason
+    assert "nothing is reliably faster in time per answer on 'default'" in reason
     assert "elsewhere" not in reason
     assert "nothing is profiled" not in reason
     # Of what differs it says what to pass, or that it was measured otherwise.

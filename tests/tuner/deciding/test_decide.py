@@ -156,6 +156,21 @@ def test_a_setting_that_some_classes_lack_is_not_compared_over_all() -> None:
     assert list(of(ratios)[EVERY_CLASS].found) == ["b"]
     apart = {"x": {"a": around(3.0)}, "y": {"b": around(1.5)}}
     assert of(apart)[EVERY_CLASS].chosen == "a"  # none was in both
+    rare = {"z": {"a": around(3.0)}, **{c: {"b": around(1.5)} for c in "wxy"}}
+    found = of(rare)[EVERY_CLASS]
+    assert list(found.found) == ["b"]
+    assert "on 3 of 4 classes" in found.reason
+    alone = {c: {c: around(3.0)} for c in "wxyz"}  # each known to a quarter
+    assert of(alone)[EVERY_CLASS].chosen is None
+
+
+def test_a_faster_setting_that_isnt_sure_is_named() -> None:
+    classes = {f"c{i}": {"a": around(1.4, 6, 0.1)} for i in range(6)}
+    wide = {"p0": [0.9], "p1": [3.0], "p2": [1.0], "p3": [3.4]}
+    found = of({**classes, "few": {"a": around(1.4, 4, 0.1), "b": wide}})["few"]
+    assert found.chosen == "a"
+    assert "b (" in found.reason
+    assert "isn't sure enough" in found.reason
 
 
 def test_what_is_faster_over_all_serves_where_few_prompts_dont_say_otherwise() -> None:

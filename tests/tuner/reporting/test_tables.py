@@ -166,14 +166,13 @@ def test_only_parameters_that_differ_from_the_defaults_are_shown() -> None:
     ]
 
 
-def test_the_class_that_gains_most_is_the_one_to_try() -> None:
+def test_what_to_type_next_needs_no_class() -> None:
     shown = result(
         found("json", "hybrid", 2.0), found("code", "suffix", 3.0), usage=Usage("m")
     )
-    assert sentences.best_class(shown) == "code"
     data = sentences.as_json(shown)
     assert data["said"] == sentences.opening(shown)
-    assert data["next"]["command"] == Usage("m").command("code")
+    assert data["next"]["command"] == Usage("m").command()
     assert data["next"]["command"] in "\n".join(printed(shown, 200))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -31,15 +32,13 @@ usages = st.builds(
 )
 
 
-@given(usages, st.none() | texts)
-def test_the_command_gives_the_shell_what_was_asked(
-    usage: Usage, name: str | None
-) -> None:
-    program, command, *arguments = shlex.split(usage.command(name))
+@given(usages)
+def test_the_command_gives_the_shell_what_was_asked(usage: Usage) -> None:
+    program, command, *arguments = shlex.split(usage.command())
     assert (program, command) == ("adaptspec", "generate")
     read = generate.make_context("generate", arguments).params
     assert read["prompt"] == PROMPT
-    assert read["prompt_class"] == name
+    assert read["prompt_class"] is None
     wanted = usage.as_json()
     assert {key: read[key] for key in wanted if key != "heads"} == {
         key: value for key, value in wanted.items() if key != "heads"
@@ -47,48 +46,30 @@ def test_the_command_gives_the_shell_what_was_asked(
     assert read["heads"] == usage.heads
 
 
-@given(usages, st.none() | texts)
-def test_the_lines_of_python_ask_for_the_same(usage: Usage, name: str | None) -> None:
+@given(usages)
+def test_the_lines_of_python_ask_for_the_same(usage: Usage) -> None:
     asked: dict[str, Any] = {}
 
     class Decoder:
-        def generate(self, prompt: str, prompt_class: str | None = None) -> Any:
-            asked.update(prompt=prompt, prompt_class=prompt_class)
+        def generate(self, prompt: str) -> Any:
+            asked.update(prompt=prompt)
             return type("Result", (), {"text": "text"})
 
-    def load(model: object, **more: Any) -> Decoder:
+    def load(model: object = None, **more: Any) -> Decoder:
+        signature(adaptspec.load).bind(model, **more)
         asked.update(more, model=model)
         return Decoder()
 
-    def set_num_threads(threads: int) -> None:
-        asked["threads"] = threads
-
-    lines = [
-        line for line in usage.python(name) if not line.startswith(("import", "from"))
-    ]
+    first, *lines = usage.python()
+    assert first == "import adaptspec"
     modules = {
         "adaptspec": type("adaptspec", (), {"load": staticmethod(load)}),
-        "torch": type("torch", (), {"set_num_threads": staticmethod(set_num_threads)}),
-        "default_model_path": lambda: None,
         "print": lambda text: None,
     }
     exec("\n".join(lines), modules)
     assert asked.pop("prompt") == PROMPT
-    assert asked.pop("prompt_class") == name
     asked["heads"] = tuple(asked.get("heads", ()))
     assert Usage(**asked) == usage
-
-
-def test_what_the_lines_import_is_there() -> None:
-    lines = [
-        line
-        for usage in (Usage(), Usage("m", threads=2))
-        for line in usage.python()
-        if line.startswith(("import", "from"))
-    ]
-    assert len(lines) == 4
-    exec("\n".join(lines), {})
-    assert callable(adaptspec.load)
 
 
 @given(usages)
@@ -101,13 +82,13 @@ def test_a_record_comes_back(usage: Usage) -> None:
 def test_a_posix_shell_reads_the_command() -> None:
     usage = Usage("it's $HOME; `x`", db="a b")
     shown = subprocess.run(
-        ["sh", "-c", f'adaptspec() {{ printf "%s\\n" "$@"; }}; {usage.command("*")}'],
+        ["sh", "-c", f'adaptspec() {{ printf "%s\\n" "$@"; }}; {usage.command()}'],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     assert shown.splitlines() == [
-        *("generate", "--model", "it's $HOME; `x`", "--db", "a b", "--class", "*"),
+        *("generate", "--model", "it's $HOME; `x`", "--db", "a b"),
         PROMPT,
     ]
 

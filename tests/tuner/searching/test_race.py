@@ -59,7 +59,7 @@ def test_every_class_races_every_strategy_and_confirms_the_general_one_and_rival
     assert world.took <= 1.02 * 480.0
     assert len(result.named) == 8
     general = set()
-    for found in result.classes:
+    for found in result.named:
         assert set(found.trials) == {cls.name for cls in STRATEGIES}
         confirmed = [p for p in found.profiles if p.strategy != "autoregressive"]
         assert len({p.strategy for p in confirmed} - {"general"}) >= 2
@@ -76,7 +76,7 @@ def test_plain_decoding_runs_beside_what_it_is_compared_with() -> None:
     """A machine that becomes half as fast after the answers were recorded."""
     world = Slower(0, classes=3, prompts=0.0, runs=0.0, pauses=0.0)
     result = world.tune(400.0)
-    for found in result.classes:
+    for found in result.named:
         for trial in found.tried:
             truth = world.ratio(found.name, Setting(trial.strategy, trial.params))
             assert trial.ratio == pytest.approx(truth, rel=1e-6)

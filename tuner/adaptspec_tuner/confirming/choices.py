@@ -82,7 +82,8 @@ def decide_classes(
     over_all = [
         _over_all(same, decided[EVERY_CLASS])
         for key in dict.fromkeys(_key(p) for p in every)
-        if len(same := [p for p in every if _key(p) == key]) == len(confirmed)
+        if (same := [p for p in every if _key(p) == key])
+        and (key in decided[EVERY_CLASS].found or len(same) == len(confirmed))
     ]
     prompts = {name: decided[name].prompts for name in confirmed}
     prompts[EVERY_CLASS] = sum(prompts.values())
@@ -179,7 +180,7 @@ def _pick(
 
 
 def _over_all(every: Sequence[Profile], decided: Decided) -> Profile:
-    """A setting over all classes, in equal parts."""
+    """A setting over the classes that it was measured in, in equal parts."""
     first = every[0]
     measured = [p.measurement for p in every]
     tokens = sum(m.tokens for m in measured)

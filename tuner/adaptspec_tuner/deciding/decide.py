@@ -114,6 +114,11 @@ def _decided(
     }
     picks: list[tuple[str, str]] = []
     left = faster | borrowed
+    unsure = {
+        key: of.ratio
+        for key, of in found.items()
+        if candidates[key].choosable and key not in left
+    }
     while left:
         best = max(left, key=lambda key: (found[key].ratio, key))
         tied = [
@@ -126,7 +131,10 @@ def _decided(
             tied, key=lambda key: _cheapest_first(key, candidates, found, tied)
         )
         left.remove(chosen)
-        reason = words.chosen(name, chosen, best, found, others, chosen in borrowed)
+        reason = words.chosen(
+            *(name, chosen, best, found, others, chosen in borrowed),
+            unsure=_higher(found[chosen].ratio * (1 + rule.tie), unsure),
+        )
         picks.append((chosen, reason))
     power = None if picks else pooled.power(name)
     every = {**found, **others}
@@ -138,6 +146,12 @@ def _decided(
         prompts=min((of.prompts for of in every.values()), default=0),
         power=power,
     )
+
+
+def _higher(ratio: float, others: Mapping[str, float]) -> str | None:
+    """The key of the highest that is above ``ratio``."""
+    key = max(others, key=lambda key: (others[key], key), default=None)
+    return None if key is None or others[key] <= ratio else key
 
 
 def _cheapest_first(
@@ -185,14 +199,18 @@ class _Words:
         found: Mapping[str, Found],
         others: Mapping[str, Found],
         borrowed: bool,
+        unsure: str | None,
     ) -> str:
         of = found[chosen]
         reason = (
             f"{self._how}, {of.ratio:.2f}x plain decoding{self._measure} on "
-            f"{self._where(name)} ({_interval(of)})"
+            f"{self._where(name, of.classes)} ({_interval(of)})"
         )
         if borrowed:
             reason += "; its own prompts don't tell for sure, all classes together do"
+        if unsure is not None:
+            known = f"{self._candidates[unsure].name} ({found[unsure].ratio:.2f}x)"
+            reason += f"; {known} isn't sure enough"
         if chosen != best:
             other = f"{self._candidates[best].name} ({found[best].ratio:.2f}x)"
             reason += f"; {other} is as fast within noise and costs more"
@@ -230,10 +248,15 @@ class _Words:
             )
         return reason + self._faster_engine(others, 1.0)
 
-    def _where(self, name: str) -> str:
+    def _where(self, name: str, measured: int | None = None) -> str:
         if name != EVERY_CLASS:
             return repr(name)
-        return "all classes" if len(self._classes) > 1 else repr(self._classes[0])
+        count = len(self._classes)
+        if count == 1:
+            return repr(self._classes[0])
+        if measured is None or measured == count:
+            return "all classes"
+        return f"{measured} of {count} classes"
 
     def _faster_engine(self, others: Mapping[str, Found], ours: float) -> str:
         faster = {

@@ -46,7 +46,8 @@ class Pooled:
         }
         most = max(map(len, of_key.values()), default=0)
         for key, indices in of_key.items():
-            if len(indices) == most:
+            # One that most classes lack says nothing of all of them.
+            if len(indices) == most and 2 * most >= len(names):
                 self._rows[EVERY_CLASS, key] = len(weights)
                 weights.append(np.bincount(indices, minlength=len(groups)) / most)
         self._weights = np.array(weights).reshape(len(weights), len(groups))
@@ -87,16 +88,17 @@ class Pooled:
             if of != name:
                 continue
             used = self._weights[row] > 0
-            prompts = int(self._evidence.prompts[used].min())
+            prompts, classes = int(self._evidence.prompts[used].sum()), int(used.sum())
             if not self._known:
                 ratio = math.exp(self._own[row])
-                found[key] = Found(ratio, None, None, prompts, False)
+                found[key] = Found(ratio, None, None, prompts, False, classes)
                 continue
             low, high = self._interval(row)
             log = min(max(self._mean[row], low), high) if corrected else self._own[row]
             found[key] = Found(
                 *(math.exp(log), math.exp(low), math.exp(high), prompts),
                 faster=bool(self._faster[row]),
+                classes=classes,
             )
         return found
 

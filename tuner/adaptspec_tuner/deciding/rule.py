@@ -38,7 +38,8 @@ class Found:
         low: Lower end of the 95% interval of the class's own prompts; None where
             nothing is known of the prompts' spread.
         high: Upper end.
-        prompts: How many it was measured on; the least of a class for all classes.
+        prompts: How many it was measured on.
+        classes: In how many classes.
         faster: Whether it is reliably faster than plain decoding.
     """
 
@@ -47,6 +48,7 @@ class Found:
     high: float | None
     prompts: int
     faster: bool
+    classes: int = 1
 
 
 @dataclass(frozen=True)

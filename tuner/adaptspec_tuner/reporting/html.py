@@ -30,15 +30,14 @@ def render(result: TuneResult) -> str:
     )
     colours = _colours(result)
     measured = sum(not t.replayed for found in result.classes for t in found.tried)
-    name = words.best_class(result)
     return pages.get_template("report.html").render(
         result=result,
         words=words,
         columns=tables.known_columns(result),
         keys={strategy: key(number) for strategy, number in colours.items()},
         colour_rules=colour_rules(max(MOST_CONTEXTS, len(colours))),
-        command=result.usage and result.usage.command(name),
-        python=result.usage and "\n".join(result.usage.python(name)),
+        command=result.usage and result.usage.command(),
+        python=result.usage and "\n".join(result.usage.python()),
         scale=_scale(result),
         bars=_bars,
         colours=colours,

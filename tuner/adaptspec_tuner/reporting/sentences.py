@@ -203,22 +203,11 @@ def summary(result: TuneResult) -> list[str]:
     return lines
 
 
-def best_class(result: TuneResult) -> str | None:
-    """The class that gains most; None where none does."""
-    won = [
-        (found.winner.measurement.ratio, found.name)
-        for found in result.named
-        if found.winner is not None and found.choice.strategy != PLAIN
-    ]
-    return max(won)[1] if won else None
-
-
 def as_json(result: TuneResult) -> dict[str, Any]:
     """The result as plain data, with what is said of it and what to type next."""
-    name, usage = best_class(result), result.usage
+    usage = result.usage
     return {
         "said": opening(result),
-        "next": usage
-        and {"command": usage.command(name), "python": usage.python(name)},
+        "next": usage and {"command": usage.command(), "python": usage.python()},
         **result.as_json(),
     }

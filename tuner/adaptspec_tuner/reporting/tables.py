@@ -149,13 +149,12 @@ def next_lines(result: TuneResult) -> list[str]:
     """What to type next; empty where it isn't known what was tuned."""
     if result.usage is None or not result.classes:
         return []
-    name = words.best_class(result)
     return [
         "",
         "Use it from the command line:",
-        f"  {result.usage.command(name)}",
+        f"  {result.usage.command()}",
         "or from Python:",
-        *(f"  {line}" for line in result.usage.python(name)),
+        *(f"  {line}" for line in result.usage.python()),
     ]
 
 

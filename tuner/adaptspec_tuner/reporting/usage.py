@@ -28,8 +28,11 @@ class Usage:
     trust_remote_code: bool = False
     db: str | None = None
 
-    def command(self, prompt_class: str | None = None) -> str:
-        """One line for a POSIX shell, which works as it is."""
+    def command(self) -> str:
+        """One line for a POSIX shell, which works as it is.
+
+        No class is given: the prompt's is told from its text.
+        """
         words = ["adaptspec", "generate"]
         for flag, value in (
             ("--model", self.model),
@@ -39,7 +42,6 @@ class Usage:
             ("--device", self.device),
             ("--threads", self.threads),
             ("--db", self.db),
-            ("--class", prompt_class),
         ):
             if value is not None:
                 # A value that begins with a dash is none of its own to click.
@@ -49,29 +51,23 @@ class Usage:
             words.append("--trust-remote-code")
         return shlex.join([*words, PROMPT])
 
-    def python(self, prompt_class: str | None = None) -> list[str]:
+    def python(self) -> list[str]:
         """The same as lines of Python."""
-        lines = ["import adaptspec"]
-        if self.threads is not None:
-            lines = ["import torch", *lines, f"torch.set_num_threads({self.threads})"]
-        model = repr(self.model)
-        if self.model is None:
-            lines.append("from adaptspec.default_model import default_model_path")
-            model = "default_model_path()"
         asked: dict[str, Any] = {
             "draft_model": self.draft_model,
             "db": self.db,
             "dtype": None if self.dtype == "auto" else self.dtype,
             "device": self.device,
+            "threads": self.threads,
             "heads": list(self.heads) or None,
             "trust_remote_code": self.trust_remote_code or None,
         }
-        more = "".join(f", {k}={v!r}" for k, v in asked.items() if v is not None)
-        of_class = "" if prompt_class is None else f", prompt_class={prompt_class!r}"
+        given = [] if self.model is None else [repr(self.model)]
+        given += [f"{k}={v!r}" for k, v in asked.items() if v is not None]
         return [
-            *lines,
-            f"decoder = adaptspec.load({model}{more})",
-            f"print(decoder.generate({PROMPT!r}{of_class}).text)",
+            "import adaptspec",
+            f"decoder = adaptspec.load({', '.join(given)})",
+            f"print(decoder.generate({PROMPT!r}).text)",
         ]
 
     def as_json(self) -> dict[str, Any]:
