@@ -90,7 +90,7 @@ def test_everything_but_what_is_typed_fits(width: int) -> None:
     pressed = "".join(shown.split())  # names may be folded
     assert "".join(LONG_CLASS.split()) in pressed
     assert LONG_STRATEGY in pressed
-    command = FULL.usage.command(LONG_CLASS) if FULL.usage else ""
+    command = FULL.usage.command() if FULL.usage else ""
     assert f"  {command}" in lines  # whole, to be copied
 
 
