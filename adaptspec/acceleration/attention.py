@@ -8,6 +8,10 @@ alike. Without it the query heads of a group become rows of one longer query.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -160,10 +164,12 @@ def use_our_attention(view: Any) -> str | None:
     """Switch a module tree of ours from SDPA to our attention.
 
     Returns:
-        Its name; None where SDPA stays.
+        Its name; None where SDPA stays, as in modules whose code asks for it by name.
     """
     config = getattr(view, "config", None)
     if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
+        return None
+    if any(_names_sdpa(name) for name in {type(m).__module__ for m in view.modules()}):
         return None
     text = config.get_text_config(decoder=True)
     if next(view.parameters()).device.type == "cpu" and _native():
@@ -176,6 +182,20 @@ def use_our_attention(view: Any) -> str | None:
     parts = [key for key in config.sub_configs if getattr(config, key, None) is text]
     view.set_attn_implementation(dict.fromkeys(["", *parts], name))
     return name
+
+
+@functools.cache
+def _names_sdpa(module: str) -> bool:
+    """Whether code compares its attention's name with "sdpa" (sparse attention does):
+    under another name it would compute something else. So might code that can't be
+    read."""
+    if module.partition(".")[0] == "torch":
+        return False
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True
+    return re.search(r"""["']sdpa["']""", source) is not None
 
 
 def _native() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,22 @@ def test_without_a_compiler_heads_are_grouped(
     assert use_our_attention(module) == "adaptspec_grouped"
     module.set_attn_implementation("eager")
     assert use_our_attention(module) is None
+
+
+def test_code_that_asks_for_sdpa_by_name_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Sparse attention hides keys only under names that it knows."""
+    (tmp_path / "sparse_layers.py").write_text(
+        "from torch import nn\n\n\nclass Sparse(nn.Module):\n"
+        "    def forward(self, x):\n"
+        '        return -x if self.implementation == "sdpa" else x\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import sparse_layers  # type: ignore[import-not-found]
+
+    module = tiny_module("llama")
+    assert use_our_attention(copy.deepcopy(module)) is not None
+    module.model.layers[0].sparse = sparse_layers.Sparse()
+    assert use_our_attention(module) is None
+    assert module.config._attn_implementation == "sdpa"
