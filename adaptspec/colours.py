@@ -1,4 +1,4 @@
-"""As many colours as are asked for that people tell apart, colour-blind ones as well.
+"""Colours for charts, as many as needed, that colour-blind people tell apart, too.
 
 Each is as far as can be from all before it, to the normal eye and to eyes without the
 red or the green cones (Machado, Oliveira and Fernandes 2009, severity 1), in OKLab

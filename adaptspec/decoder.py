@@ -584,7 +584,7 @@ def load(
             profiles if no plugin opens one. Where it can't be used, a warning says why,
             and decoding is plain.
         threads: Threads of torch, set for the whole process; None leaves them. Profiles
-            hold for the number that they were measured with.
+            measured with as many come first.
         learn: See :class:`Decoder`.
         heads: Folders of heads trained for the target, for the strategies that draft
             with them.

@@ -1,4 +1,4 @@
-"""What requests took, added up by setting and class, and held against the tuning."""
+"""Sums of what requests took by setting and class, compared with what was tuned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mean that follows what it sees."""
+"""A running mean: of all observations at first, then mostly of the last ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads one row of a workload, whichever of the usual layouts it has.
+"""Reads one row of a workload in any of the usual layouts.
 
 A row is a JSON object. Its layout is told by the key that holds the prompt:
 

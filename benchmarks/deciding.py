@@ -1,4 +1,4 @@
-"""What a tune's decisions are worth: simulated tunes whose truth is known.
+"""Simulates tunes whose truth is known, and counts how often they decide rightly.
 
     python benchmarks/deciding.py [--tunes 1000] [--world NAME]
 

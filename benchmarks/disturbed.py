@@ -1,4 +1,4 @@
-"""Whether a tune on a disturbed machine chooses what it chooses on a quiet one.
+"""Compares what a tune chooses on a disturbed machine and on a quiet one.
 
     python benchmarks/disturbed.py [--folder OUT] -- [arguments of `adaptspec tune`]
 

@@ -1,4 +1,4 @@
-"""What the guard loses where drafting doesn't pay, and costs where it does: simulated.
+"""Simulates what the guard loses where drafting doesn't pay, and costs where it does.
 
     python benchmarks/guard.py
 

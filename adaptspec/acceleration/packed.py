@@ -1,4 +1,4 @@
-"""Weights packed once for reading: a layout of our kernel, held instead of the weight.
+"""Linear layers and embeddings whose weights are packed as our kernel reads them.
 
 A decoding step multiplies few rows by every weight, so it is bound by reading weights.
 Packed, each thread reads one contiguous stream in large pages, and eight rows cost what

@@ -1,4 +1,4 @@
-"""Bounds what drafting may lose, by the times it measures itself.
+"""The guard: decides before each step whether to draft, so that drafting loses little.
 
 A drafter is asked while it doesn't lose more than a budget allows. Drafted steps that
 lose time draw on the budget, drafted steps that gain time refill it, and time that

@@ -1,4 +1,4 @@
-"""The export format: all that a choice needs, in one JSON document."""
+"""Export and import of profiles, choices and their records as one JSON document."""
 
 from __future__ import annotations
 

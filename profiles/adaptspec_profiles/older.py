@@ -1,4 +1,4 @@
-"""Choices made of profiles alone, as versions did that stored no choices."""
+"""Makes choices for profiles of older versions, which stored none, by their rule."""
 
 from __future__ import annotations
 

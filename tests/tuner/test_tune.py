@@ -1,4 +1,4 @@
-"""What forwards are timed behind, and when they are timed again."""
+"""Behind how many tokens forwards are timed, and which answers tell their times."""
 
 from __future__ import annotations
 

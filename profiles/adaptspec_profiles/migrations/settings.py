@@ -1,4 +1,4 @@
-"""Change the parameters of stored settings, wherever they are."""
+"""Helpers of migrations that change the parameters of all stored settings."""
 
 from __future__ import annotations
 

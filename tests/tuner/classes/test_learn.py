@@ -1,4 +1,4 @@
-"""Classes are learnt from prompts: how well, and what belongs to none."""
+"""A classifier is learnt from prompts; prompts unlike all classes get none."""
 
 from __future__ import annotations
 

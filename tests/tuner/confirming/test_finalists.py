@@ -1,4 +1,4 @@
-"""Who is confirmed of a class."""
+"""Which settings of a class are confirmed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who leads a race, and who is dropped."""
+"""Which setting leads a race, and which are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learns from prompts whose classes are known to tell the class of any other."""
+"""Learns a classifier of prompts from those of a workload with classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run confirmed, decided on for all its classes together."""
+"""Makes choices of the profiles that a run confirmed, for all classes together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last phase of a tune: all confirmed classes are decided on together."""
+"""The last phase of a tune: decides on all confirmed classes and stores the choices."""
 
 from __future__ import annotations
 

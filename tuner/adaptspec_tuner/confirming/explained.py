@@ -1,4 +1,4 @@
-"""Whether a ratio to plain decoding follows from its tokens and its forwards."""
+"""Finds ratios to plain decoding that an answer's steps don't explain."""
 
 from __future__ import annotations
 

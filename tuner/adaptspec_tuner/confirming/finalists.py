@@ -1,4 +1,4 @@
-"""The last phase of a tune: each class's finalists confirmed, predicted and stored."""
+"""The confirmation: each class's finalists picked, measured, predicted and stored."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What was measured turned into a choice: pure, for all classes of a tune together."""
+"""Turns measured ratios into choices: pure functions over all classes of a tune."""

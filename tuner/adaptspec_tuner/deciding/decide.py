@@ -1,4 +1,4 @@
-"""The choice of a tune, made for all its classes together."""
+"""Chooses a setting for each class and for all classes, with the reason in words."""
 
 from __future__ import annotations
 

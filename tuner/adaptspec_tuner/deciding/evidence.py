@@ -1,4 +1,4 @@
-"""Ratios per prompt as groups, a setting in a class each, and what their means tell."""
+"""Mean, spread and covariance of log ratios, for each setting in each class."""
 
 from __future__ import annotations
 

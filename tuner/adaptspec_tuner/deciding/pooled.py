@@ -1,4 +1,4 @@
-"""A tune's evidence pooled, and how good the luckiest looks where nothing is faster."""
+"""Tests which settings are reliably faster, against simulated tunes without a gain."""
 
 from __future__ import annotations
 

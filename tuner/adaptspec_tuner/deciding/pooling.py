@@ -1,4 +1,4 @@
-"""What settings bring in classes, estimated from all of them together."""
+"""A hierarchical model of log ratios, which estimates all settings together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides, and what is found: value types."""
+"""Value types of deciding: candidates, the rule's limits, and what is found."""
 
 from __future__ import annotations
 

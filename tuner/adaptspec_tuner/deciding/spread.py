@@ -1,4 +1,4 @@
-"""How far prompts of a class lie from each other, where few of each were measured."""
+"""Estimates the spread between a class's prompts where few were measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory generations take beside each other."""
+"""Memory of a cached token, and how much memory is free."""
 
 from __future__ import annotations
 

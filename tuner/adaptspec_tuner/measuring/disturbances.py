@@ -1,4 +1,4 @@
-"""Finds what the machine held up, and what it would have taken otherwise.
+"""Finds steps that the machine held up, and puts typical times in their place.
 
 A step is known by its parts: the target's forward, which takes about the same for all
 trees of a size, whatever the strategy, and drafting. Two things give a held-up one

@@ -12,7 +12,7 @@ PROMPT = "Your prompt"
 
 @dataclass(frozen=True)
 class Usage:
-    """What was tuned, as it was asked for: profiles hold for the same alone.
+    """The options of a tune that its use needs, too, as they were given.
 
     Args:
         model: Folder or hub name; None is the embedded model.

@@ -1,4 +1,4 @@
-"""Which settings open the race of a class: those of most promise."""
+"""Selects the settings of most promise, which open the race of a class."""
 
 from __future__ import annotations
 

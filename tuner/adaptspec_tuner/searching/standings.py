@@ -1,4 +1,4 @@
-"""Who leads a class's race, and who is so far behind that it is dropped.
+"""Ranks the settings of a class's race, and tells which are so slow as to be dropped.
 
 A race measures all candidates on the same prompts and drops one as soon as its paired
 differences to the leader show it slower, so that time goes to close rivals (Maron and

@@ -1,4 +1,4 @@
-"""No strategy has a switch for what the guard does for all of them."""
+"""Removes the parameter ``gate`` from stored settings: the guard took its place."""
 
 from __future__ import annotations
 

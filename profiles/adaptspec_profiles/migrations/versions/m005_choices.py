@@ -1,4 +1,4 @@
-"""What a tune decided is stored; a class may have several settings of a strategy."""
+"""Adds the table of choices; a class may have several settings of a strategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests took with a profile's setting."""
+"""Adds the table of what requests took with each profile's setting."""
 
 from __future__ import annotations
 
