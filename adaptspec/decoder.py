@@ -459,8 +459,9 @@ class Decoder:
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
-        """The newest that was learnt for the model, whatever it was tuned with."""
-        runs = {choice.run: choice.created for choice in self.choices}
+        """A pinned run's, else the newest that was learnt for the model, whatever it
+        was tuned with."""
+        runs = {choice.run: (choice.pinned, choice.created) for choice in self.choices}
         if self._run_id is not None:
             runs = {run: at for run, at in runs.items() if run == self._run_id}
         for run in sorted(runs, key=lambda run: (runs[run], run), reverse=True):

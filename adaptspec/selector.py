@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.params import Scalar
 from adaptspec.profile import (
+    ANSWER,
     EVERY_CLASS,
     HOLDS,
     PLAIN,
@@ -144,9 +146,10 @@ def best_evidence(
     """The one of several choices for the same class that is used.
 
     A pinned run's counts before all others. Then what was measured with as many threads
-    as here, with versions that aren't stale, and with what is attached here. Of those
-    that rest on at least half as many prompts as the best of them the newest is used;
-    but one that never tried what an older one chose must have found a higher ratio.
+    as here, with versions that aren't stale, with what is attached here, and by the
+    time of the whole answer. Of those that rest on at least half as many prompts as the
+    best of them the newest is used; but one that never tried what an older one chose
+    must have found a higher ratio of the same objective.
     """
     kept = sorted(choices, key=lambda choice: (choice.created, choice.run))
     wishes: Sequence[Callable[[ClassChoice], bool]] = (
@@ -155,6 +158,7 @@ def best_evidence(
         lambda c: not stale_versions(c.environment, environment),
         lambda c: c.environment.draft == environment.draft,
         lambda c: c.environment.heads == environment.heads,
+        lambda c: c.objective == ANSWER,
     )
     for wish in wishes:
         kept = [choice for choice in kept if wish(choice)] or kept
@@ -163,7 +167,8 @@ def best_evidence(
     best = kept[0]
     for newer in kept[1:]:
         tried = not best.picks or best.picks[0].strategy in newer.tried
-        if tried or _gain(newer) > _gain(best):
+        comparable = newer.objective == best.objective
+        if tried or (comparable and _gain(newer) > _gain(best)):
             best = newer
     return best
 
@@ -203,11 +208,21 @@ def _of_class(
     # An older version decided nothing over all classes.
     for name in (EVERY_CLASS, "default"):
         if found := [choice for choice in here if choice.prompt_class == name]:
-            return found, said
+            return _broadest(found, here), said
     most = max(here, key=lambda c: (c.prompts, c.created, c.prompt_class)).prompt_class
     if len(classes) > 1:
         said.append(f"the choice for {most!r} is used, which rests on most prompts")
     return [choice for choice in here if choice.prompt_class == most], said
+
+
+def _broadest(
+    found: Sequence[ClassChoice], here: Sequence[ClassChoice]
+) -> list[ClassChoice]:
+    """Those over all classes of runs that have at least half as many as the run with
+    most: a run of few classes says little of the others. What is pinned stays."""
+    classes = Counter(choice.run for choice in here)
+    most = max(classes[choice.run] for choice in found)
+    return [c for c in found if c.pinned or 2 * classes[c.run] >= most]
 
 
 def _missing(pick: Pick, then: Environment, now: Environment) -> str:

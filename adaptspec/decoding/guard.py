@@ -119,6 +119,7 @@ class GuardMemory:
         pause: A drafted step counts as so many times the usual one at most.
         kept: What of a sequence's gains, and of those of an average answer before, may
             be lost again, up to ``most_kept`` plain steps.
+        readings_saved: For how many readings of a prompt may be saved.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class GuardMemory:
         pause: float = 2.0,
         kept: float = 0.25,
         most_kept: float = 5.0,
+        readings_saved: float = 4.0,
     ) -> None:
         self.plain = plain or PlainTimes()
         self.credit, self.share = credit, share
@@ -142,6 +144,7 @@ class GuardMemory:
         self._candidate, self._fewest = candidate, fewest
         self._prompt_token, self._look_share = prompt_token, look_share
         self._pause, self._kept, self._most_kept = pause, kept, most_kept
+        self._readings_saved = readings_saved
         self.budget = Budget(share, float("inf"), least=-credit)
         self._failed = False  # whether the last drafted step lost
         # Reading long prompts with a draft model must be saved for.
@@ -192,6 +195,9 @@ class GuardMemory:
             owed: Plain steps for its prompt that were not repaid.
         """
         self.savings.pay(owed)
+        # The debts of several prompts don't add up, or it would take too long to try
+        # again.
+        self.savings.balance = max(self.savings.balance, -owed)
         if emitted:
             self._length.add(emitted)
             if drafted and (plain := self.plain.step):
@@ -214,6 +220,8 @@ class GuardMemory:
         """So many plain steps went into a prompt; those that gains are to repay."""
         if self._coming(emitted) > cost:
             return cost
+        # What was saved is no licence to lose many readings one after the other.
+        self.savings.limit(self._readings_saved * cost)
         (self.savings if self.savings.affords(cost) else self.budget).pay(cost)
         return 0.0
 
@@ -248,7 +256,8 @@ class GuardMemory:
         """Plain steps that what is left of an answer is expected to gain."""
         # An answer longer than usual is thought to be half done.
         left = max(self._length.value - emitted, float(emitted))
-        return self._value.value * min(left, self._expected - emitted)
+        left = max(0.0, min(left, self._expected - emitted))
+        return self._value.value * left
 
     def most_nodes(self, most: int) -> int:
         """How many candidates the next step may verify, of ``most`` otherwise."""

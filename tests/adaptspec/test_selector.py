@@ -211,6 +211,33 @@ def test_a_newer_tune_replaces_an_older_one_only_by_better_evidence(
     assert select([newer, GOOD], HERE, "chat").strategy == used
 
 
+def test_what_the_whole_answer_took_counts_before_other_objectives() -> None:
+    answer = decided(pick("a", 1.5), prompts=9, objective="answer")
+    latency = decided(pick("b", 3.0), day=1, prompts=9, objective="latency")
+    assert select([answer, latency], HERE, "chat").strategy == "a"
+    assert select([latency], HERE, "chat").strategy == "b"
+    # Ratios of different objectives aren't compared, either.
+    speed = decided(pick("a", 1.5), prompts=9, objective="speed")
+    untried = replace(latency, tried=["b"])
+    assert select([speed, untried], HERE, "chat").strategy == "a"
+
+
+def test_a_run_of_few_classes_does_not_speak_for_all() -> None:
+    broad = [
+        decided(pick("a"), prompt_class=name, prompts=4)
+        for name in ("chat", "code", "json", EVERY_CLASS)
+    ]
+    narrow = [
+        decided(pick("b"), day=1, prompt_class=name, prompts=40)
+        for name in ("chat", EVERY_CLASS)
+    ]
+    choices = [*broad, *narrow]
+    assert select(choices, HERE, None).strategy == "a"
+    assert select(choices, HERE, "chat").strategy == "b"
+    pinned = [replace(choice, pinned=True) for choice in narrow]
+    assert select([*broad, *pinned], HERE, None).strategy == "b"
+
+
 picks = st.lists(
     st.builds(
         pick,

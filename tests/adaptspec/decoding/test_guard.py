@@ -236,6 +236,27 @@ def test_a_draft_model_reads_prompts_where_answers_repay_it() -> None:
     assert time <= 10 + 0.05 * 400 + 80 * 1.48 * 1.05
 
 
+def test_losses_are_no_gains_in_an_answer_longer_than_usual() -> None:
+    decoding = Decoding(0.2, 8)
+    for _ in range(4):
+        decoding.run(40)
+    memory = decoding.memory
+    memory.begin(4000)
+    plain = memory.plain.step
+    assert plain is not None
+    # Drafting lost so far: nothing that is still to come is expected to gain.
+    assert memory.spare(2000) <= plain * max(memory.budget.most, 0.0)
+
+
+def test_debts_of_several_prompts_do_not_add_up() -> None:
+    decoding = Decoding(0.02, 4)
+    decoding.run(20, lambda at: 4)
+    memory = decoding.memory
+    for _ in range(10):
+        memory.ended(20, 0.0, drafted=True, owed=30.0)
+    assert memory.savings.balance == -30.0
+
+
 def test_what_drafting_gained_is_told() -> None:
     decoding = Decoding(0.05, 4)
     decoding.run(100, lambda at: 0)

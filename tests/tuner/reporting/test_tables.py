@@ -129,6 +129,14 @@ def test_one_prompt_is_one_prompt_and_without_an_interval_there_is_none() -> Non
     )
 
 
+def test_a_choice_of_an_earlier_run_that_stays_is_named() -> None:
+    kept = found("json", "hybrid", 2.0)
+    kept = replace(kept, choice=Choice("json", "suffix", {}, "better", True, "r7"))
+    assert sentences.sentence(kept) == "json: suffix, kept from run r7, 4 prompts"
+    assert "earlier runs" in sentences.gain(result(kept))
+    assert "times as fast" in sentences.gain(result(kept, found("a", "hybrid", 2.0)))
+
+
 def test_where_nothing_is_faster_it_says_so() -> None:
     lines = printed(result(found("maths", PLAIN, 1.0), usage=Usage()), 80)
     assert lines[0] == (

@@ -114,6 +114,7 @@ def work(
         most=options.trials,
         objective=options.objective,
         storage=store.studies(),
+        repeats=0,  # the leader alone measures rivals again
     )
     known = {prompt.id: prompt for prompt in workload.prompts}
     record = store.record(run, SEARCH) or {"classes": {}}

@@ -37,8 +37,10 @@ def gain(result: TuneResult) -> str:
         if (won := found.winner) is not None and found.choice.strategy != PLAIN
     ]
     count = len(result.named)
-    if not ratios:
+    if all(found.choice.strategy == PLAIN for found in result.named):
         return "Nothing was reliably faster than plain decoding, so that is chosen."
+    if not ratios:
+        return "What earlier runs chose stays in use: they have the better evidence."
     ratios += [1.0] * (count - len(ratios))
     mean = math.exp(sum(map(math.log, ratios)) / count)
     over = f" (geometric mean of {count} classes)" if count > 1 else ""
@@ -55,8 +57,11 @@ def sentence(found: ClassResult) -> str:
     won = found.winner
     prompts = max((p.measurement.prompts for p in found.profiles), default=0)
     counted = f"{prompts} prompt" + ("" if prompts == 1 else "s")
-    if found.choice.strategy == PLAIN or won is None:
+    if found.choice.strategy == PLAIN:
         return f"{shown_class(found.name)}: plain decoding, {counted}"
+    if won is None:
+        kept = f"{found.choice.strategy}, kept from run {found.choice.run}"
+        return f"{shown_class(found.name)}: {kept}, {counted}"
     return f"{shown_class(found.name)}: {label(won)}, {ratio(won, 'x')}, {counted}"
 
 

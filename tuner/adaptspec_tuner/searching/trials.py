@@ -147,6 +147,10 @@ def measured(
             together=measurer.fits(order, prompt),
             needed=PLAIN_SETTING.key,
         )
+        # Without plain decoding the others may not have begun.
+        plain = runs.get(PLAIN_SETTING.key)
+        if plain is not None and plain.error is not None:
+            return {PLAIN_SETTING.key: plain.error}
         return {
             key: sample_of(run.result) if run.error is None else run.error
             for key, run in runs.items()
