@@ -220,7 +220,8 @@ def _broadest(
 ) -> list[ClassChoice]:
     """Those over all classes of runs that have at least half as many as the run with
     most: a run of few classes says little of the others. What is pinned stays."""
-    classes = Counter(choice.run for choice in here)
+    named = (choice.run for choice in here if choice.prompt_class != EVERY_CLASS)
+    classes = Counter(named)
     most = max(classes[choice.run] for choice in found)
     return [c for c in found if c.pinned or 2 * classes[c.run] >= most]
 

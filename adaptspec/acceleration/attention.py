@@ -50,13 +50,13 @@ def native_attention(
     rows = query.shape[2]
     compiled = kernel()
     if (
-        query.shape[0] == 1
+        _shapes_fit(query, key, value)
         and rows <= MOST_ROWS
         and (attention_mask is not None or rows == 1)
         and not dropout
         and not _weighs(kwargs)
         and compiled.attends(query, key, value)
-        and (sight := _sight(compiled, attention_mask, key.shape[2])) is not None
+        and (sight := _sight(compiled, attention_mask, rows, key.shape[2])) is not None
     ):
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         attended = compiled.attend(query[0], key[0], value[0], sight.seen, scale)
@@ -97,7 +97,7 @@ def grouped_attention(
         or not 1 < rows <= MOST_ROWS
         or attention_mask is None
         or attention_mask.dim() != 4
-        or attention_mask.shape[1] != 1
+        or attention_mask.shape[1:3] != (1, rows)
         or dropout
         or _weighs(kwargs)
     ):
@@ -129,19 +129,32 @@ class _Sight:
         self.seen = seen
 
 
+def _shapes_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether one sequence's rows attend to as many keys as values, by whole groups."""
+    return (
+        query.shape[0] == key.shape[0] == value.shape[0] == 1
+        and key.shape[1:3] == value.shape[1:3]
+        and query.shape[3] == key.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+        and min(query.shape[2], key.shape[2]) > 0
+    )
+
+
 def _weighs(arguments: dict[str, Any]) -> bool:
     """Whether more than products and a mask decides what is attended to."""
     return any(
         arguments.get(name) is not None
-        for name in ("position_bias", "softcap", "s_aux", "head_mask")
+        for name in ("position_bias", "softcap", "s_aux", "sinks", "head_mask")
     )
 
 
-def _sight(compiled: Kernel, mask: torch.Tensor | None, length: int) -> _Sight | None:
+def _sight(
+    compiled: Kernel, mask: torch.Tensor | None, rows: int, length: int
+) -> _Sight | None:
     """Kept on the mask for the next layer; None where the kernel can't follow it."""
     if mask is None:
         return _Sight(None)
-    if mask.dim() != 4 or mask.shape[:2] != (1, 1) or mask.shape[3] != length:
+    if mask.dim() != 4 or mask.shape != (1, 1, rows, length):
         return None
     known: tuple[_Sight | None] | None = getattr(mask, "adaptspec_sight", None)
     if known is None:

@@ -14,14 +14,15 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from adaptspec.acceleration.file_pages import FilePages
 from adaptspec.acceleration.native import (
+    LINEAR_TYPES,
     Kernel,
     NativeUnavailableError,
     is_plain,
     kernel,
+    multiply_plain,
 )
 from adaptspec.acceleration.packed import (
     PackedEmbedding,
@@ -31,8 +32,6 @@ from adaptspec.acceleration.packed import (
 )
 
 Kind = Literal["native", "packed", "none"]
-
-TYPES = (torch.bfloat16, torch.float32)
 
 # More rows than a step verifies: torch's product then reads a weight where it lies at
 # least as fast, unless it has no instructions for the type.
@@ -49,7 +48,10 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class ProductChoice:
-    """The product for one type, up to how many rows, and why."""
+    """The product for one type, up to how many rows of a plain weight, and why.
+
+    A packed weight serves any number; it may be read plainly again.
+    """
 
     kind: Kind
     most_rows: int
@@ -65,22 +67,11 @@ class NativeLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._kernel, self._most_rows = compiled, most_rows
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        weight = self.weight
-        rows = x.numel() // self.in_features
-        if (
-            not 0 < rows <= self._most_rows
-            or x.dtype is not weight.dtype
-            # The caller may have moved, quantised or released it since.
-            or not (is_plain(x) and is_plain(weight) and weight.is_contiguous())
-        ):
-            return functional.linear(x, weight, self.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return functional.linear(x, weight, self.bias)
-        flat = x.reshape(rows, self.in_features).contiguous()
-        y = self._kernel.linear(flat, weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return multiply_plain(
+            self._kernel, input, self.weight, self.bias, self._most_rows
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,10 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
         return LinearReport(
             0, "none: no Linear layer of float32 or bfloat16 on the CPU"
         )
-    dtype = next(iter(by_weight.values()))[0].layer.weight.dtype
+    elements: Counter[torch.dtype] = Counter()
+    for places in by_weight.values():
+        elements[places[0].layer.weight.dtype] += places[0].layer.weight.numel()
+    dtype = elements.most_common(1)[0][0]
     choice = choose(dtype, own_weights)
     if choice.kind == "none":
         return LinearReport(0, f"none: {choice.reason}")
@@ -135,7 +129,7 @@ def accelerate_linears(module: nn.Module, *, own_weights: bool) -> LinearReport:
             if isinstance(layer, nn.Linear):
                 replaced += 1
                 faster[number] = (
-                    PackedLinear(layer, packed)
+                    PackedLinear(layer, packed, choice.most_rows)
                     if packing
                     else NativeLinear(layer, compiled, choice.most_rows)
                 )
@@ -168,12 +162,13 @@ def choose(dtype: torch.dtype, own_weights: bool) -> ProductChoice:
             "native", MOST_VERIFIED_ROWS, "matrix units (AMX) take weights as they lie"
         )
     paired = dtype is torch.bfloat16 and compiled.pairs
-    if own_weights:
-        how = "in pairs (AVX-512-BF16)" if paired else "in float32"
-        return ProductChoice("packed", 1 << 30, f"packed for one stream, added {how}")
     # Without instructions for bfloat16 torch's product is slow for many rows, too.
     emulated = dtype is torch.bfloat16 and not compiled.pairs
     reach = 1 << 30 if emulated else MOST_VERIFIED_ROWS
+    if own_weights:
+        how = "in pairs (AVX-512-BF16)" if paired else "in float32"
+        how = f"packed for one stream, added {how}"
+        return ProductChoice("packed", reach, how)
     return ProductChoice("native", reach, "the caller's weights are read as they lie")
 
 
@@ -202,7 +197,7 @@ def _replaceable(child: nn.Linear | nn.Embedding) -> bool:
     if child._forward_hooks or child._forward_pre_hooks:
         return False
     weight = child._parameters.get("weight")
-    if weight is None or weight.dtype not in TYPES:
+    if weight is None or weight.dtype not in LINEAR_TYPES:
         return False
     if isinstance(child, nn.Embedding):
         plain = child.max_norm is None and not child.sparse

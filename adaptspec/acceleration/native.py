@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,10 @@ COMPILER_SECONDS = 120
 TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in the kernels
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+# Of weights that the kernels multiply by.
+LINEAR_TYPES = (torch.bfloat16, torch.float32)
 
 
 class NativeUnavailableError(Exception):
@@ -145,6 +149,10 @@ class Kernel:
             function.argtypes = [_POINTER, *[_LONG] * 4, _POINTER, _INT]
             function.restype = None
 
+    def __reduce__(self) -> tuple[Callable[[], Kernel], tuple[()]]:
+        """A copy is the process's own kernel."""
+        return kernel, ()
+
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
@@ -155,7 +163,7 @@ class Kernel:
         """
         rows, inner = x.shape
         outer = weight.shape[0]
-        y = torch.empty((rows, outer), dtype=x.dtype)
+        y = torch.empty((rows, outer), dtype=x.dtype, device="cpu")
         # Held until the call is over: the kernel reads them by their addresses.
         if self.tiles and x.dtype is torch.bfloat16:
             function, room = self._on_tiles, self._room_for_pairs(rows, inner)
@@ -213,7 +221,7 @@ class Kernel:
                 if int(least) < 0 or int(most) >= shape[0]:
                     raise IndexError(f"rows {int(least)} to {int(most)} of {shape[0]}")
         count = shape[0] if places is None else len(places)
-        plain = torch.empty((count, shape[1]), dtype=packed.dtype)
+        plain = torch.empty((count, shape[1]), dtype=packed.dtype, device="cpu")
         _, unpack = self._pack[packed.dtype]
         unpack(
             packed.data_ptr(),
@@ -239,7 +247,7 @@ class Kernel:
         rows, inner = x.shape
         per = 4 // x.dtype.itemsize
         words = -(-inner // per)
-        y = torch.empty((rows, outer), dtype=x.dtype)
+        y = torch.empty((rows, outer), dtype=x.dtype, device="cpu")
         # Held until the call is over: the kernel reads it by its address.
         read = x if words * per == inner else functional.pad(x, (0, 1))
         if x.dtype is torch.bfloat16 and not self.pairs:
@@ -265,8 +273,8 @@ class Kernel:
         function = self._seen.get(mask.dtype)
         if function is None or not is_plain(mask) or mask.stride(1) != 1:
             return None
-        keys = torch.empty((rows, length), dtype=torch.int32)
-        counts = torch.empty(rows, dtype=torch.int32)
+        keys = torch.empty((rows, length), dtype=torch.int32, device="cpu")
+        counts = torch.empty(rows, dtype=torch.int32, device="cpu")
         told = function(
             mask.data_ptr(),
             mask.stride(0),
@@ -310,8 +318,9 @@ class Kernel:
         """
         heads, rows, size = query.shape
         groups, length, width = value.shape
-        read = self._read(query.transpose(0, 1).reshape(rows * heads, size))
-        out = torch.empty((rows, heads, width), dtype=query.dtype)
+        flat = query.transpose(0, 1).reshape(rows * heads, size)
+        read = self._read(flat.contiguous())
+        out = torch.empty((rows, heads, width), dtype=query.dtype, device="cpu")
         self._attend[query.dtype](
             read.data_ptr(),
             read.shape[1],
@@ -355,7 +364,7 @@ class Kernel:
         Largest first, of equals the first first. Only what :meth:`ranks` allows.
         """
         rows, columns = x.shape
-        places = torch.empty((rows, count), dtype=torch.int64)
+        places = torch.empty((rows, count), dtype=torch.int64, device="cpu")
         self._largest[x.dtype](
             x.data_ptr(),
             rows,
@@ -372,7 +381,7 @@ class Kernel:
         side = min(rows, TILE_ROWS)
         filled = -(-rows // side) * side
         depth = -(-inner // TILE_DEPTH) * TILE_DEPTH
-        return torch.empty(filled * depth, dtype=torch.bfloat16)
+        return torch.empty(filled * depth, dtype=torch.bfloat16, device="cpu")
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the products read it: widened where they don't multiply pairs of
@@ -383,20 +392,35 @@ class Kernel:
         step = self.lanes * (2 if halves else 1)
         stride = -(-inner // step) * step
         if halves and not self.pairs:
-            wide = torch.empty((rows, stride), dtype=torch.float32)
+            wide = torch.empty((rows, stride), dtype=torch.float32, device="cpu")
             self._widen(x.data_ptr(), wide.data_ptr(), rows, inner, stride)
             return wide
         return x if stride == inner else functional.pad(x, (0, stride - inner))
 
 
-@functools.cache
 def kernel() -> Kernel:
     """The kernel, compiled at first use and kept in the user's cache folder.
 
     Raises:
         NativeUnavailableError: without a compiler, where it fails, or where the cache
-            folder can't be written.
+            folder can't be written. Nothing is tried twice in a process.
     """
+    found = _found()
+    if isinstance(found, NativeUnavailableError):
+        raise found
+    return found
+
+
+@functools.cache
+def _found() -> Kernel | NativeUnavailableError:
+    try:
+        return load_kernel()
+    except NativeUnavailableError as error:
+        return error
+
+
+def load_kernel() -> Kernel:
+    """What :func:`kernel` returns, loaded once more."""
     if os.environ.get(SWITCH) == "0":
         raise NativeUnavailableError(f"switched off by {SWITCH}=0")
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
@@ -413,14 +437,43 @@ def kernel() -> Kernel:
         ) from None
 
 
+def multiply_plain(
+    compiled: Kernel,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    most_rows: int,
+) -> torch.Tensor:
+    """``x [..., in]`` times a plain ``weight [out, in]``, plus ``bias [out]``.
+
+    By torch where the kernel can't read them, a gradient is wanted, or there are more
+    than ``most_rows``. The caller may have moved, quantised or released a weight.
+    """
+    given = [x, weight] if bias is None else [x, weight, bias]
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if (
+        not 0 < rows <= most_rows
+        or x.dtype not in LINEAR_TYPES
+        or any(each.dtype is not x.dtype or not is_plain(each) for each in given)
+        or not all(each.is_contiguous() for each in given[1:])
+        or weight.dim() != 2
+        or x.shape[-1] != weight.shape[1]
+        or (bias is not None and bias.shape != weight.shape[:1])
+        or (torch.is_grad_enabled() and any(each.requires_grad for each in given))
+    ):
+        return functional.linear(x, weight, bias)
+    y = compiled.linear(x.reshape(rows, x.shape[-1]).contiguous(), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def largest(x: torch.Tensor, count: int) -> torch.Tensor | None:
     """:meth:`Kernel.largest`, or None where ``x`` or this process isn't ready for it.
 
     The kernel comes with a model; nothing is compiled for this.
     """
-    if not kernel.cache_info().currsize:
+    compiled = _found() if _found.cache_info().currsize else None
+    if not isinstance(compiled, Kernel):
         return None
-    compiled = kernel()
     return compiled.largest(x, count) if compiled.ranks(x, count) else None
 
 
@@ -433,7 +486,7 @@ def _intact(folder: Path, name: str) -> Path | None:
     for path in sorted(folder.glob(f"{name}-*.so")):
         if path.stem == f"{name}-{_digest(path)}":
             return path
-        path.unlink()
+        path.unlink(missing_ok=True)
     return None
 
 

@@ -8,14 +8,14 @@ one does where the processor has the arithmetic (see ``packed.c``).
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from adaptspec.acceleration.native import Kernel, is_plain
+from adaptspec.acceleration.native import Kernel, is_plain, multiply_plain
 
 LARGE_PAGE_BYTES = 1 << 21
 SLAB_BYTES = 1 << 26
@@ -37,9 +37,8 @@ class Slabs:
         """An uninitialised vector of ``count`` elements."""
         size = -(-count * dtype.itemsize // 64) * 64  # whole cache lines
         if self._slab is None or self._used + size > len(self._slab):
-            whole = torch.empty(
-                max(size, SLAB_BYTES) + LARGE_PAGE_BYTES, dtype=torch.uint8
-            )
+            room = max(size, SLAB_BYTES) + LARGE_PAGE_BYTES
+            whole = torch.empty(room, dtype=torch.uint8, device="cpu")
             first = -whole.data_ptr() % LARGE_PAGE_BYTES
             self._slab, self._used = whole[first : first + max(size, SLAB_BYTES)], 0
             self._kernel.large_pages(self._slab)
@@ -57,7 +56,8 @@ class PackedWeight:
 
     def __init__(self, weight: torch.Tensor, kernel: Kernel, slabs: Slabs) -> None:
         self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
-        self._trained, self._kernel = weight.requires_grad, kernel
+        self.trained, self.kernel = weight.requires_grad, kernel
+        self._unpacking = threading.Lock()
         plain = weight.detach()
         room = slabs.take(kernel.packed_size(plain), plain.dtype)
         self._packed: torch.Tensor | None = kernel.pack(plain, room)
@@ -72,32 +72,45 @@ class PackedWeight:
         """Count ``layer`` among those that hold it."""
         self._layers.add(layer)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x [..., in] -> [..., out]``; the bits of a row depend on that row alone."""
-        flat = x.reshape(-1, self.shape[1]).contiguous()
-        y = self._kernel.packed_linear(flat, self._held(), self.shape[0], bias)
-        return y.view(*x.shape[:-1], self.shape[0])
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """``x [..., in] -> [..., out]``; the bits of a row depend on that row alone.
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight, ``[...] -> [..., in]``."""
-        found = self._kernel.unpack(self._held(), self.shape, ids.reshape(-1))
+        None where it is unpacked by now.
+        """
+        if (held := self._packed) is None:
+            return None
+        outer, inner = self.shape
+        if not x.numel() and x.shape[-1] == inner:
+            return x.new_empty((*x.shape[:-1], outer))
+        flat = x.reshape(-1, inner).contiguous()
+        y = self.kernel.packed_linear(flat, held, outer, bias)
+        return y.view(*x.shape[:-1], outer)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Rows of the weight, ``[...] -> [..., in]``; None where it is unpacked."""
+        if (held := self._packed) is None:
+            return None
+        found = self.kernel.unpack(held, self.shape, ids.reshape(-1))
         return found.view(*ids.shape, self.shape[1])
+
+    def plain(self) -> nn.Parameter | None:
+        """A plain copy of the weight; None where it is unpacked."""
+        if (held := self._packed) is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return nn.Parameter(self.kernel.unpack(held, self.shape), self.trained)
 
     def unpack(self) -> None:
         """Make the layers that hold it ordinary ones; once is enough."""
-        if self._packed is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            plain = self._kernel.unpack(self._packed, self.shape)
-            weight = nn.Parameter(plain, self._trained)
-        self._packed = None
-        for layer in self._layers:
-            layer.__dict__["packed"] = None
-            layer._parameters["weight"] = weight
-
-    def _held(self) -> torch.Tensor:
-        assert self._packed is not None
-        return self._packed
+        with self._unpacking:
+            if (weight := self.plain()) is None:
+                return
+            for layer in self._layers:
+                layer._parameters["weight"] = weight
+                layer.__dict__["packed"] = None
+            self._packed = None
 
 
 class _Packed(nn.Module):
@@ -132,31 +145,45 @@ class _Packed(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        self.unpack()
+        """An ordinary layer; this one stays packed."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         nn.Module.__init__(twin)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = dict(self.__dict__)
+        packed = state.pop("packed")
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin.__dict__["packed"] = None
+        if packed is not None:
+            if id(packed) not in memo:
+                memo[id(packed)] = packed.plain()
+            twin._parameters["weight"] = memo[id(packed)]
         return twin
 
 
 class PackedLinear(_Packed, nn.Linear):
-    """A Linear layer that reads a packed weight."""
+    """A Linear layer that reads a packed weight.
 
-    def __init__(self, linear: nn.Linear, packed: PackedWeight) -> None:
+    Args:
+        most_rows: Once it is unpacked, up to how many rows our kernel multiplies.
+    """
+
+    def __init__(self, linear: nn.Linear, packed: PackedWeight, most_rows: int) -> None:
         nn.Module.__init__(self)  # a Linear's own would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self._kernel, self._most_rows = packed.kernel, most_rows
         self._hold(packed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        packed = self.packed
-        if packed is not None and (not _readable(x, packed) or not x.numel()):
-            self.unpack()
-        if self.packed is None:
-            return functional.linear(x, self.weight, self.bias)
-        return self.packed.product(x, self.bias)
+        if (packed := self.packed) is not None:
+            if not _readable(input, packed, self.bias):
+                self.unpack()
+            elif (found := packed.product(input, self.bias)) is not None:
+                return found
+        return multiply_plain(
+            self._kernel, input, self.weight, self.bias, self._most_rows
+        )
 
 
 class PackedEmbedding(_Packed, nn.Embedding):
@@ -168,17 +195,23 @@ class PackedEmbedding(_Packed, nn.Embedding):
             setattr(self, name, getattr(embedding, name))
         self._hold(packed)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[...] -> [..., embedding_dim]``."""
-        if self.packed is None:
-            return super().forward(ids)
-        return self.packed.rows(ids)
+        if (packed := self.packed) is not None:
+            ids = is_plain(input) and input.dtype in (torch.int32, torch.int64)
+            if not ids or (torch.is_grad_enabled() and packed.trained):
+                self.unpack()
+            elif (found := packed.rows(input)) is not None:
+                return found
+        return super().forward(input)
 
 
-def _readable(x: torch.Tensor, packed: PackedWeight) -> bool:
+def _readable(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> bool:
     """Whether the kernel may read ``x``: of the weight's type, without a gradient."""
+    given = [x] if bias is None else [x, bias]
+    wanted = packed.trained or any(each.requires_grad for each in given)
     return (
-        x.dtype is packed.dtype
-        and is_plain(x)
-        and not (torch.is_grad_enabled() and (x.requires_grad or packed._trained))
+        all(each.dtype is packed.dtype and is_plain(each) for each in given)
+        and (bias is None or bias.is_contiguous())
+        and not (torch.is_grad_enabled() and wanted)
     )

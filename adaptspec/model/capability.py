@@ -114,7 +114,7 @@ def probe(model: ForwardModel) -> Capability:
 
 def _subject(model: ForwardModel) -> tuple[ForwardModel | None, str | None]:
     """What to look at thoroughly, and what can't be seen on anything at hand."""
-    size = sum(parameter.numel() for parameter in model.model.parameters())
+    size = model.parameter_count
     named = miniature.boundaries(model.config)
     name = max(named, key=lambda n: named[n], default="")
     longest = named.get(name, 0)

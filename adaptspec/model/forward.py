@@ -90,6 +90,7 @@ class ForwardModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
+    parameter_count: int
     buckets: tuple[int, ...]
     use_masks: bool
     takes_positions: bool

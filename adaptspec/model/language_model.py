@@ -124,6 +124,8 @@ class LanguageModel:
         # Before any forward: buffers of growing rotations change with what is decoded.
         self.configuration = configuration_digest(model)
         self.head_share = _head_share(model)
+        # Packed weights are no parameters.
+        self.parameter_count = sum(p.numel() for p in model.parameters())
         self.linear = LinearReport(0, "unchanged")
         self.buckets: tuple[int, ...] = (
             CUDA_BUCKETS if self.device.type == "cuda" else ()

@@ -153,6 +153,50 @@ def test_a_rows_bits_depend_on_it_and_what_it_sees_alone(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TYPES)
+def test_a_query_that_is_cut_from_a_wider_one_is_read_as_it_lies(
+    dtype: torch.dtype,
+) -> None:
+    wide, key, value = tensors(2, dtype, ((5, 4, 3 * 64), (4, 7, 64), (4, 7, 64)))
+    query = wide[..., 64:128].transpose(0, 1)  # [heads, rows, d] of [rows, heads, 3d]
+    kernel = native.kernel()
+    found = kernel.attend(query, key, value, None, 0.1)
+    assert torch.equal(found, kernel.attend(query.contiguous(), key, value, None, 0.1))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("heads", "rows", "groups", "keys", "values", "mask"),
+    [
+        (2, 3, 4, 5, 5, (1, 1, 3, 5)),  # fewer heads than groups
+        (3, 3, 2, 5, 5, (1, 1, 3, 5)),
+        (2, 3, 2, 5, 4, (1, 1, 3, 5)),  # fewer values than keys
+        (2, 3, 2, 5, 5, (1, 1, 1, 5)),  # one mask for all rows
+    ],
+)
+def test_shapes_that_do_not_fit_are_torchs(
+    heads: int,
+    rows: int,
+    groups: int,
+    keys: int,
+    values: int,
+    mask: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "adaptspec.acceleration.attention.grouped_attention",
+        lambda *_, **__: ("torch", None),
+    )
+    query, key, value = tensors(
+        0,
+        torch.float32,
+        ((1, heads, rows, 8), (1, groups, keys, 8), (1, groups, values, 8)),
+    )
+    found, _ = native_attention(Layer(), query, key, value, torch.zeros(mask))
+    assert found == "torch"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
 def test_scores_of_any_size_give_finite_weights(dtype: torch.dtype) -> None:
     query = torch.full((1, 1, 16), 30.0, dtype=dtype)
     key = torch.linspace(-30, 30, 40).to(dtype)[None, :, None].expand(1, 40, 16)

@@ -182,7 +182,7 @@ def test_builds_without_matrix_units_or_with_narrower_registers_compute_the_same
     flags = [f for f in native.FLAGS if not f.startswith("-march")]
     monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={machine}"))
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
-    built = native.kernel.__wrapped__()
+    built = native.load_kernel()
     assert (built.lanes, built.columns) == (lanes, 2 * lanes)
     assert not built.tiles
     assert not built.pairs
@@ -203,7 +203,7 @@ def test_without_leave_to_use_tiles_the_kernel_does_without(
     torch.manual_seed(0)
     weight, x = (torch.randn(n, 611).to(torch.bfloat16) for n in (37, 40))
     on_tiles = native.kernel().linear(x, weight, None)
-    refused = native.kernel.__wrapped__()
+    refused = native.load_kernel()
     refused.tiles = False
     monkeypatch.delattr(refused, "_on_tiles")
     without = refused.linear(x, weight, None)
@@ -275,7 +275,6 @@ READS: dict[str, Callable[[nn.Linear], Any]] = {
     "weight": lambda layer: layer.weight,
     "state": lambda layer: layer.state_dict()["weight"],
     "function": lambda layer: functional.linear(torch.eye(6), layer.weight).T,
-    "copy": lambda layer: copy.deepcopy(layer).weight,
     "moved": lambda layer: layer.to("cpu").weight,
     "parameters": lambda layer: dict(layer.double().named_parameters())["weight"],
 }
@@ -283,7 +282,7 @@ READS: dict[str, Callable[[nn.Linear], Any]] = {
 
 def pack_layer(linear: nn.Linear) -> PackedLinear:
     kernel = native.kernel()
-    return PackedLinear(linear, PackedWeight(linear.weight, kernel, Slabs(kernel)))
+    return PackedLinear(linear, PackedWeight(linear.weight, kernel, Slabs(kernel)), 64)
 
 
 @needs_compiler
@@ -303,6 +302,118 @@ def test_whoever_reads_a_packed_weight_gets_it_and_it_is_held_once(how: str) -> 
     assert layer.packed is None
     found = layer(x.to(layer.weight.dtype)).detach()
     torch.testing.assert_close(found.float(), wanted)
+
+
+@needs_compiler
+def test_a_copy_of_packed_layers_is_plain_and_leaves_them_packed(
+    choose: Choose,
+) -> None:
+    choose("packed")
+    model = Tied()
+    ids = torch.arange(9)
+    with torch.inference_mode():
+        accelerate_linears(model, own_weights=True)
+        wanted = model(ids)
+        twin = copy.deepcopy(model)
+        assert twin.head.weight is twin.embedding.weight
+        torch.testing.assert_close(twin(ids), wanted)
+        twin.float()
+        assert isinstance(model.head, PackedLinear)
+        assert model.head.packed is not None
+        assert torch.equal(model(ids), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_unpacked_layer_keeps_the_bits_of_a_row(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = pack_layer(nn.Linear(197, 53).to(dtype))
+    layer.unpack()
+    x = torch.randn(9, 197).to(dtype)
+    with torch.inference_mode():
+        alone = torch.cat([layer(row[None]) for row in x])
+        assert torch.equal(layer(x), alone)
+
+
+@needs_compiler
+def test_no_rows_leave_a_layer_packed() -> None:
+    layer = pack_layer(nn.Linear(8, 4))
+    with torch.inference_mode():
+        assert layer(torch.empty(2, 0, 8)).shape == (2, 0, 4)
+    assert layer.packed is not None
+
+
+@needs_compiler
+def test_a_bias_is_trained_if_it_wants_to_be() -> None:
+    linear = nn.Linear(8, 4)
+    linear.weight.requires_grad_(False)
+    layer = pack_layer(linear)
+    layer(torch.ones(2, 8)).sum().backward()
+    assert layer.bias.grad is not None
+
+
+@needs_compiler
+def test_layers_named_arguments_are_torchs() -> None:
+    layer, embedding = pack_layer(nn.Linear(8, 4)), Tied()
+    accelerate_linears(embedding, own_weights=True)
+    with torch.inference_mode():
+        assert layer(input=torch.ones(1, 8)).shape == (1, 4)
+        assert embedding.embedding(input=torch.tensor([1])).shape == (1, 32)
+
+
+@needs_compiler
+def test_kernels_write_to_the_cpu_whatever_the_default_device() -> None:
+    weight, x = torch.randn(5, 8), torch.randn(2, 8)
+    query = torch.randn(2, 3, 8)
+    mask = torch.zeros(3, 3)
+    kernel = native.kernel()
+    with torch.device("meta"):
+        for multiply in (as_it_lies, packed_of):
+            assert multiply(kernel, x, weight, None).device.type == "cpu"
+        seen = kernel.seen(mask)
+        assert kernel.attend(query, query, query, seen, 1.0).device.type == "cpu"
+        assert kernel.largest(x, 2).device.type == "cpu"
+
+
+def packed_of(
+    kernel: native.Kernel,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    held = PackedWeight(weight, kernel, Slabs(kernel))
+    found = held.product(x, bias)
+    assert found is not None
+    return found
+
+
+@needs_compiler
+def test_a_layer_whose_type_was_changed_is_torchs(choose: Choose) -> None:
+    choose("native")
+    model = nn.Sequential(nn.Linear(8, 8))
+    accelerate_linears(model, own_weights=False)
+    model.double()
+    assert model(torch.ones(1, 8, dtype=torch.float64)).dtype is torch.float64
+
+
+def test_a_kernel_that_is_missing_is_looked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def load() -> native.Kernel:
+        asked.append(1)
+        raise native.NativeUnavailableError("none")
+
+    monkeypatch.setattr(native, "load_kernel", load)
+    native._found.cache_clear()
+    try:
+        for _ in range(3):
+            with pytest.raises(native.NativeUnavailableError, match="none"):
+                native.kernel()
+        assert len(asked) == 1
+    finally:
+        native._found.cache_clear()
 
 
 @needs_compiler
@@ -584,13 +695,13 @@ def test_without_a_compiler_the_reason_is_reported(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(native.NativeUnavailableError, match="no C compiler"):
-        native.kernel.__wrapped__()
+        native.load_kernel()
 
 
 def test_the_native_kernel_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTSPEC_NATIVE", "0")
     with pytest.raises(native.NativeUnavailableError, match="ADAPTSPEC_NATIVE=0"):
-        native.kernel.__wrapped__()
+        native.load_kernel()
 
 
 def test_a_compiler_that_fails_is_named(
@@ -602,7 +713,7 @@ def test_a_compiler_that_fails_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path / "cache"))
     with pytest.raises(native.NativeUnavailableError, match="no such option"):
-        native.kernel.__wrapped__()
+        native.load_kernel()
 
 
 def test_a_library_that_cant_be_loaded_is_no_native_kernel(
@@ -613,7 +724,7 @@ def test_a_library_that_cant_be_loaded_is_no_native_kernel(
     if not any(shutil.which(name) for name in native.COMPILERS):
         pytest.skip("no compiler here")
     with pytest.raises(native.NativeUnavailableError, match="can't be used"):
-        native.kernel.__wrapped__()
+        native.load_kernel()
 
 
 def write_junk(_: str, folder: Path, name: str) -> Path:
@@ -637,7 +748,7 @@ def test_a_damaged_library_in_the_cache_is_compiled_again(
     kept: float | str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ADAPTSPEC_CACHE", str(tmp_path))
-    native.kernel.__wrapped__()
+    native.load_kernel()
     (library,) = (tmp_path / "native").iterdir()
     whole = library.read_bytes()
     if kept == "zeros":  # a power cut
@@ -673,7 +784,7 @@ def test_the_kernel_and_the_default_model_share_one_cache_folder(
     monkeypatch.setattr(native, "_compile", compile_to)
     if any(shutil.which(name) for name in native.COMPILERS):
         with pytest.raises(native.NativeUnavailableError, match="enough"):
-            native.kernel.__wrapped__()
+            native.load_kernel()
         assert folders == [tmp_path / "home" / "x" / "native"]
     assert cache_folder.cache_root() == tmp_path / "home" / "x"
     monkeypatch.setenv("ADAPTSPEC_CACHE", "here")
@@ -690,7 +801,7 @@ def test_a_cache_folder_that_cant_be_made_is_told_in_one_line(
     monkeypatch.setenv("ADAPTSPEC_CACHE", place)
     if any(shutil.which(name) for name in native.COMPILERS):
         with pytest.raises(native.NativeUnavailableError) as refused:
-            native.kernel.__wrapped__()
+            native.load_kernel()
         assert "\n" not in str(refused.value)
     with pytest.raises(ModelLoadError, match="ADAPTSPEC_CACHE") as raised:
         default_model.default_model_path()
@@ -698,7 +809,7 @@ def test_a_cache_folder_that_cant_be_made_is_told_in_one_line(
 
 
 def test_callers_weights_are_never_packed() -> None:
-    for dtype in subject.TYPES:  # packing would hold them twice
+    for dtype in native.LINEAR_TYPES:  # packing would hold them twice
         assert subject.choose(dtype, False).kind in ("native", "none")
 
 
@@ -714,8 +825,8 @@ class Processor:
     [
         (True, True, torch.bfloat16, True, ("native", 64)),
         (True, True, torch.bfloat16, False, ("native", 64)),
-        (True, True, torch.float32, True, ("packed", 1 << 30)),
-        (False, True, torch.bfloat16, True, ("packed", 1 << 30)),
+        (True, True, torch.float32, True, ("packed", 64)),
+        (False, True, torch.bfloat16, True, ("packed", 64)),
         (False, True, torch.bfloat16, False, ("native", 64)),
         (False, False, torch.bfloat16, True, ("packed", 1 << 30)),
         # torch's product widens every weight there, however many rows there are
