@@ -27,7 +27,7 @@ from adaptspec.default_model import default_model_path
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
-from adaptspec.in_use import Opens, Uses, describe, fails, use_of
+from adaptspec.in_use import Opens, Uses, describe, fails, plain_of, use_of
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
@@ -328,12 +328,12 @@ class Decoder:
         profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
         if profile is None:
             return None
+        plain = plain_of(profile, self.profiles)
         seen = (profile.id, name)
         for use in self._uses.totals():
-            if (use.profile, use.prompt_class) == seen and fails(profile, use):
-                return (
-                    f"in use it is worse than plain decoding: {describe(profile, use)}"
-                )
+            if (use.profile, use.prompt_class) == seen and fails(profile, plain, use):
+                said = describe(profile, plain, use)
+                return f"in use it is worse than plain decoding: {said}"
         return None
 
     def generate(
@@ -527,7 +527,10 @@ class Decoder:
         if self._uses is None or profile.id is None:
             return
         use = use_of(profile.id, choice.prompt_class or EVERY_CLASS, stats)
-        if use is not None and fails(profile, self._uses.add(use)):
+        if use is None:
+            return
+        plain = plain_of(profile, self.profiles)
+        if fails(profile, plain, self._uses.add(use)):
             self._choices.clear()
 
     def _strategy(self, choice: Choice) -> Strategy:

@@ -22,7 +22,7 @@ from adaptspec.environment import environment_of
 from adaptspec.errors import ProfileStoreError
 from adaptspec.in_use import Uses, describe, expected_ratio, fails, use_of
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.profile import PLAIN, ProfileStore, Use
+from adaptspec.profile import PLAIN, Profile, ProfileStore, Use
 from adaptspec.testing.fakes import FakeClock, random_ids, tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
@@ -30,6 +30,15 @@ from adaptspec_profiles.memory import MemoryStore
 from decided import keep
 
 PROMPT = random_ids(12)
+
+
+def plainly(profile: Profile) -> Profile:
+    """Plain decoding beside it, that decoded at two thirds of the example's speed."""
+    slower = replace(profile.measurement, tokens_per_second=20 / 1.5)
+    return replace(profile, strategy=PLAIN, params={}, measurement=slower)
+
+
+PLAINLY = plainly(example_profile())
 
 
 def stats(*steps: tuple[int, int, int, float]) -> RunStats:
@@ -79,17 +88,17 @@ def test_sums_are_the_same_in_any_order(one: Use, two: Use, three: Use) -> None:
 def test_a_forward_without_candidates_costs_what_plain_decodings_does() -> None:
     profile = example_profile()  # a forward of 2.5 candidates costs 5/3
     stopped = replace(use(40, 4000, 4000), proposed=0)
-    assert expected_ratio(profile, stopped) == pytest.approx(1.0)
-    assert not fails(profile, stopped)
+    assert expected_ratio(profile, PLAINLY, stopped) == pytest.approx(1.0)
+    assert not fails(profile, PLAINLY, stopped)
     doubled = replace(use(40, 4000, 4000), proposed=20_000)
-    assert expected_ratio(profile, doubled) == pytest.approx(3 / 7)
+    assert expected_ratio(profile, PLAINLY, doubled) == pytest.approx(3 / 7)
 
 
 def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
     profile = example_profile()  # 1.5x at 2.5 tokens per forward
-    assert expected_ratio(profile, use(9, 250, 100)) == pytest.approx(1.5)
-    assert expected_ratio(profile, use(9, 200, 100)) == pytest.approx(1.2)
-    said = describe(profile, use(9, 200, 100))
+    assert expected_ratio(profile, PLAINLY, use(9, 250, 100)) == pytest.approx(1.5)
+    assert expected_ratio(profile, PLAINLY, use(9, 200, 100)) == pytest.approx(1.2)
+    said = describe(profile, PLAINLY, use(9, 200, 100))
     assert "tuned 1.50x" in said
     assert "9 requests, 1.20x expected from 2.00 tokens per forward" in said
 
@@ -105,8 +114,40 @@ def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
     ],
 )
 def test_a_verdict_needs_requests_and_a_clear_loss(seen: Use, failing: bool) -> None:
-    assert fails(example_profile(), seen) is failing
-    assert not fails(example_profile(strategy=PLAIN), seen)
+    assert fails(example_profile(), PLAINLY, seen) is failing
+    assert not fails(PLAINLY, PLAINLY, seen)
+
+
+def test_ratios_of_another_objective_decide_nothing() -> None:
+    """An answer's ratio includes the prefill; decoding was 1.5 times as fast."""
+    measured = replace(example_profile().measurement, ratio=3.0, objective="answer")
+    profile = example_profile(measurement=measured)
+    as_tuned = use(40, 4000, 1600)
+    assert expected_ratio(profile, PLAINLY, as_tuned) == pytest.approx(1.5)
+    low = replace(profile, measurement=replace(measured, ratio=0.5))
+    assert not fails(low, PLAINLY, as_tuned)
+    assert fails(low, PLAINLY, use(40, 4000, 3200))
+    assert "tuned 1.50x" in describe(low, PLAINLY, as_tuned)
+
+
+def test_without_plain_decodings_speed_nothing_is_refused() -> None:
+    profile, seen = example_profile(), use(40, 4000, 4000)
+    assert expected_ratio(profile, None, seen) is None
+    assert not fails(profile, None, seen)
+    assert describe(profile, None, seen).startswith("in use 40 requests, 1.00 tokens")
+    stood = replace(PLAINLY.measurement, tokens_per_second=0.0)
+    assert not fails(profile, replace(PLAINLY, measurement=stood), seen)
+
+
+def test_a_decoder_that_knows_no_plain_decoding_refuses_nothing(
+    model: LanguageModel,
+) -> None:
+    store = MemoryStore()
+    first, _ = tuned(model, store)
+    store.add_uses([bad(first)])
+    decoder = Decoder(model, store=store)
+    decoder.profiles = [p for p in decoder.profiles if p.strategy != PLAIN]
+    assert decoder.choose("chat").strategy == "prompt_lookup"
 
 
 class Counting:
@@ -205,6 +246,7 @@ def tuned(model: LanguageModel, store: ProfileStore) -> list[int]:
     second = replace(first, strategy="suffix", params={})
     slower = replace(first.measurement, ratio=1.3)
     both = [first, replace(second, measurement=slower)]
+    store.add_profiles([plainly(first)])
     keep(store, both)
     return store.add_profiles(both)
 
