@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from threading import Lock, Thread
+from threading import RLock, Thread
 
 from adaptspec.decoding.stats import RunStats
 from adaptspec.profile import PLAIN, Profile, ProfileStore, Use
@@ -149,9 +150,11 @@ class Uses:
         self._total = {(use.profile, use.prompt_class): use for use in known}
         self._unwritten: dict[tuple[int, str], Use] = {}
         self._last = clock()
-        self._lock, self._process = Lock(), os.getpid()
+        # A stream that is dropped while another request is added adds its own.
+        self._lock, self._process = RLock(), os.getpid()
         self._writer: Thread | None = None
         self.problem: str | None = None  # why nothing is written any more
+        _all.add(self)
 
     def add(self, use: Use) -> Use:
         """Add a request; return the sums of its profile and class with it."""
@@ -165,8 +168,7 @@ class Uses:
             idle = self._writer is None or not self._writer.is_alive()
             if due and idle:
                 self._last = self._clock()
-                self._writer = Thread(target=self.write, daemon=True)
-                self._writer.start()
+                self._writer = self._started()
         return total
 
     def totals(self) -> list[Use]:
@@ -180,10 +182,10 @@ class Uses:
             self._forget_parents()
             if self.problem is not None or not self._unwritten:
                 return
-            uses, self._unwritten = list(self._unwritten.values()), {}
+            uses, self._unwritten = self._unwritten, {}
         try:
             with self._opens() as store:
-                store.add_uses(uses)
+                store.add_uses(list(uses.values()))
         # A third party's store may raise anything; no request depends on it.
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
@@ -194,7 +196,32 @@ class Uses:
             self._writer.join(timeout=5.0)
         self.write()
 
+    def _started(self) -> Thread | None:
+        """A thread that writes; None where there can't be another one now."""
+        writer = Thread(target=self.write, daemon=True)
+        try:
+            writer.start()
+        except RuntimeError:
+            return None
+        return writer
+
+    def renew_lock(self) -> None:
+        """In a forked process: the thread that held the lock may not be there."""
+        self._lock = RLock()
+
     def _forget_parents(self) -> None:
         """In a forked process, leave what the parent added to the parent."""
         if os.getpid() != self._process:
             self._process, self._unwritten, self._writer = os.getpid(), {}, None
+
+
+_all: weakref.WeakSet[Uses] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for uses in _all:
+        uses.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

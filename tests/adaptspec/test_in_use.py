@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,73 @@ def test_what_a_parent_added_is_not_written_by_its_fork(
     uses.add(use(1, 10, 5, number))
     uses.close()
     assert [u.requests for u in store.uses()] == [1]
+
+
+def test_a_writer_that_cannot_be_started_fails_no_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, clock = MemoryStore(), FakeClock()
+    (number,) = store.add_profiles([example_profile()])
+    uses = Uses(Counting(store), every=1.0, clock=clock)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    clock.advance(2.0)
+    assert uses.add(use(1, 10, 5, number)).requests == 1
+    uses.close()
+    assert [u.requests for u in store.uses()] == [1]
+
+
+def in_time(work: Callable[[], object]) -> bool:
+    """Whether ``work`` ends at all."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout=30.0)
+    return not thread.is_alive()
+
+
+def test_a_stream_that_is_dropped_while_another_is_added_waits_for_nothing() -> None:
+    dropped: list[Use] = []
+
+    def clock() -> float:
+        """Asked for within ``add``: there the garbage collector may run, too."""
+        while dropped:
+            uses.add(dropped.pop())
+        return 0.0
+
+    uses = Uses(Counting(MemoryStore()), clock=clock)
+    dropped.append(use(1, 10, 5))
+    assert in_time(lambda: uses.add(use(1, 10, 5)))
+    assert [u.requests for u in uses.totals()] == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_adds_can_add() -> None:
+    held, over = threading.Event(), threading.Event()
+
+    def clock() -> float:
+        if threading.current_thread() is other:
+            held.set()
+            over.wait(30.0)
+        return 0.0
+
+    other = threading.Thread(target=lambda: uses.add(use(1, 10, 5)))
+    uses = Uses(Counting(MemoryStore()), clock=clock)
+    other.start()
+    held.wait(30.0)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # ends a child that hangs
+        uses.add(use(1, 10, 5))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    over.set()
+    other.join()
+    assert status == 0
 
 
 @pytest.fixture
