@@ -448,7 +448,8 @@ class Decoder:
         if any([model.follow() for model in models]):
             self.environment = environment_of(self.model, self.draft)
             self._choices.clear()
-            self.save()
+            if self._keeper is not None:
+                self._keeper.save()  # not the uses: a request is waiting
             self._strategies.clear()  # what they learnt is of the earlier version
             self._open_keeper()
 

@@ -425,3 +425,18 @@ def test_plain_decoding_is_added_up_where_it_was_measured(
     decoder.save()
     (found,) = store.uses()
     assert (found.profile, found.tokens_per_forward) == (number, 1.0)
+
+
+def test_a_model_that_changes_makes_no_request_wait_for_the_store(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    tuned(model, store)
+    opens = Counting(store)
+    decoder = Decoder(model, store=store, opens=opens)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    monkeypatch.setattr(LanguageModel, "follow", lambda model: True)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    assert opens.opened == 0
+    decoder.save()
+    assert [u.requests for u in store.uses()] == [2]
