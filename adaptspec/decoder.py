@@ -225,8 +225,7 @@ class Decoder:
             try:
                 self._read_store(store)
                 if record:
-                    self._uses = Uses(opens or _kept_open(store), store.uses())
-                    weakref.finalize(self, self._uses.close)  # at exit, too
+                    self._open_uses(store, opens or _kept_open(store))
             except ProfileStoreError as error:
                 self.give_up_store(error)
         self._keeper: KnowledgeKeeper | None = None
@@ -241,6 +240,16 @@ class Decoder:
         self._unprofiled = BAD_STORE
         self._told.add(BAD_STORE)
         warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
+
+    def _open_uses(self, store: ProfileStore, opens: Opens) -> None:
+        """Read what was recorded; where it can't be, choices count without it."""
+        try:
+            self._uses = Uses(opens, store.uses())
+        except ProfileStoreError as error:
+            said = f"what requests take isn't recorded or judged: {error}"
+            warnings.warn(said, StoreWarning, stacklevel=4)
+            return
+        weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
         self.profiles = store.profiles(model=self.model.digest)

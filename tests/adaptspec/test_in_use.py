@@ -20,7 +20,7 @@ import adaptspec
 from adaptspec.decoder import Decoder, PlainDecodingWarning
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.environment import environment_of
-from adaptspec.errors import ProfileStoreError
+from adaptspec.errors import ProfileStoreError, StoreWarning
 from adaptspec.in_use import Uses, describe, expected_ratio, fails, use_of
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.profile import PLAIN, Profile, ProfileStore, Use
@@ -440,3 +440,19 @@ def test_a_model_that_changes_makes_no_request_wait_for_the_store(
     assert opens.opened == 0
     decoder.save()
     assert [u.requests for u in store.uses()] == [2]
+
+
+def test_choices_count_where_what_was_recorded_cannot_be_read(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    tuned(model, store)
+
+    def damaged() -> list[Use]:
+        raise ProfileStoreError("uses: database disk image is malformed")
+
+    monkeypatch.setattr(store, "uses", damaged)
+    with pytest.warns(StoreWarning, match=r"isn't recorded or judged: uses: database"):
+        decoder = Decoder(model, store=store)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    assert result.choice.strategy == "prompt_lookup"
