@@ -27,7 +27,7 @@ from adaptspec.default_model import default_model_path
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
-from adaptspec.in_use import Opens, Uses, describe, fails, use_of
+from adaptspec.in_use import Opens, Uses, describe, fails, plain_of, use_of
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
@@ -225,8 +225,7 @@ class Decoder:
             try:
                 self._read_store(store)
                 if record:
-                    self._uses = Uses(opens or _kept_open(store), store.uses())
-                    weakref.finalize(self, self._uses.close)  # at exit, too
+                    self._open_uses(store, opens or _kept_open(store))
             except ProfileStoreError as error:
                 self.give_up_store(error)
         self._keeper: KnowledgeKeeper | None = None
@@ -241,6 +240,16 @@ class Decoder:
         self._unprofiled = BAD_STORE
         self._told.add(BAD_STORE)
         warnings.warn(f"{BAD_STORE}: {error}", NoStoreWarning, stacklevel=4)
+
+    def _open_uses(self, store: ProfileStore, opens: Opens) -> None:
+        """Read what was recorded; where it can't be, choices count without it."""
+        try:
+            self._uses = Uses(opens, store.uses())
+        except ProfileStoreError as error:
+            said = f"what requests take isn't recorded or judged: {error}"
+            warnings.warn(said, StoreWarning, stacklevel=4)
+            return
+        weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
         self.profiles = store.profiles(model=self.model.digest)
@@ -328,12 +337,12 @@ class Decoder:
         profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
         if profile is None:
             return None
+        plain = plain_of(profile, self.profiles)
         seen = (profile.id, name)
         for use in self._uses.totals():
-            if (use.profile, use.prompt_class) == seen and fails(profile, use):
-                return (
-                    f"in use it is worse than plain decoding: {describe(profile, use)}"
-                )
+            if (use.profile, use.prompt_class) == seen and fails(profile, plain, use):
+                said = describe(profile, plain, use)
+                return f"in use it is worse than plain decoding: {said}"
         return None
 
     def generate(
@@ -448,7 +457,8 @@ class Decoder:
         if any([model.follow() for model in models]):
             self.environment = environment_of(self.model, self.draft)
             self._choices.clear()
-            self.save()
+            if self._keeper is not None:
+                self._keeper.save()  # not the uses: a request is waiting
             self._strategies.clear()  # what they learnt is of the earlier version
             self._open_keeper()
 
@@ -528,7 +538,10 @@ class Decoder:
         if self._uses is None or profile.id is None:
             return
         use = use_of(profile.id, choice.prompt_class or EVERY_CLASS, stats)
-        if use is not None and fails(profile, self._uses.add(use)):
+        if use is None:
+            return
+        plain = plain_of(profile, self.profiles)
+        if fails(profile, plain, self._uses.add(use)):
             self._choices.clear()
 
     def _strategy(self, choice: Choice) -> Strategy:

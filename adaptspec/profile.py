@@ -320,8 +320,8 @@ class ProfileStore(Protocol):
         """Store ``profiles`` at once; return their ids.
 
         One of the same run, class, setting and baseline flag is replaced and keeps its
-        id; so is an older one of the strategy, which was measured again with other
-        parameters.
+        id. An older one of the strategy, which was measured again with other
+        parameters, is forgotten. An id never comes to mean another setting.
         """
 
     def profiles(

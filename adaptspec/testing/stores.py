@@ -129,7 +129,7 @@ class ProfileStoreContract:
         assert [p.run for p in store.profiles(run="r3")] == ["r3"]
         assert store.profiles(model="nowhere") == []
 
-    def test_a_setting_measured_again_replaces_the_older_one_and_keeps_its_id(
+    def test_a_setting_measured_again_keeps_its_id_and_another_gets_its_own(
         self, store: ProfileStore
     ) -> None:
         first = store.add_profiles([example_profile()])
@@ -138,7 +138,9 @@ class ProfileStoreContract:
         assert first != other
         later = example_profile().created + timedelta(seconds=1)
         again = example_profile(params={"k": 9}, created=later)
-        assert store.add_profiles([again]) == first  # the strategy, measured again
+        (new,) = store.add_profiles([again])  # the strategy, measured again
+        assert new not in first + other
+        assert store.profile(first[0]) is None
         kept = store.profiles(run="r1")
         assert sorted((p.baseline, p.params.get("k")) for p in kept) == [
             (False, 9),
@@ -343,6 +345,17 @@ class ProfileStoreContract:
         store.add_profiles([example_profile(created=later)])
         assert store.uses() == [other]
         store.delete_run("r2")
+        assert store.uses() == []
+
+    def test_the_id_of_a_deleted_profile_is_never_given_again(
+        self, store: ProfileStore
+    ) -> None:
+        (old,) = store.add_profiles([example_profile()])
+        store.delete_run("r1")
+        (new,) = store.add_profiles([example_profile(run="r2")])
+        assert new != old
+        # A decoder that still goes by the old id adds nothing to the new one's.
+        store.add_uses([Use(old, "chat", 1, 2, 3, 4, 5, 0.5, 2.0, -1.0, 1.0)])
         assert store.uses() == []
 
     def test_records_are_replaced_and_runs_deleted(self, store: ProfileStore) -> None:

@@ -69,8 +69,7 @@ class MemoryStore:
             and known.created < profile.created
         ]
         if profile_id is None:
-            profile_id = min(older, default=self._next)
-            self._next = max(self._next, profile_id + 1)
+            profile_id, self._next = self._next, self._next + 1
         # Measured again: what was seen of the older settings in use doesn't count.
         self._forget_uses(set(older))
         for gone in set(older) - {profile_id}:

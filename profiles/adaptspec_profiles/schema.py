@@ -61,6 +61,7 @@ class ProfileRow(Base):
             *("run", "prompt_class", "strategy", "setting", "baseline"),
             name="uq_profiles_setting",
         ),
+        {"sqlite_autoincrement": True},  # a deleted profile's id names no other
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)

@@ -456,18 +456,21 @@ def _same(session: Session, profile: Profile) -> int | None:
 
 
 def _put(session: Session, profile: Profile) -> int:
-    """Store a profile; one of its setting keeps the id that it has."""
+    """Store a profile; the same setting keeps its id, and another gets one of its own.
+
+    A running decoder goes by ids: none may come to mean another setting.
+    """
     environment = _environment(session, profile.environment)
     fields = {**_profile_fields(profile), "environment_id": environment}
     outdated = and_(_of_strategy(profile), ProfileRow.created < fields["created"])
     known = _same(session, profile)
-    if known is None:
-        known = session.scalar(select(func.min(ProfileRow.id)).where(outdated))
+    # Measured again: what was seen of the older settings in use doesn't count.
+    replaced = select(ProfileRow.id).where(outdated)
+    session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
     if known is not None:
-        # Measured again: what was seen of the older settings in use doesn't count.
-        replaced = select(ProfileRow.id).where(outdated)
-        session.execute(delete(UseRow).where(UseRow.profile_id.in_(replaced)))
-        session.execute(delete(ProfileRow).where(outdated, ProfileRow.id != known))
+        outdated = and_(outdated, ProfileRow.id != known)
+    session.execute(delete(ProfileRow).where(outdated))
+    if known is not None:
         session.execute(
             update(ProfileRow).where(ProfileRow.id == known).values(**fields)
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ import adaptspec
 from adaptspec.decoder import Decoder, PlainDecodingWarning
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.environment import environment_of
-from adaptspec.errors import ProfileStoreError
+from adaptspec.errors import ProfileStoreError, StoreWarning
 from adaptspec.in_use import Uses, describe, expected_ratio, fails, use_of
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.profile import PLAIN, ProfileStore, Use
+from adaptspec.profile import PLAIN, Profile, ProfileStore, Use
 from adaptspec.testing.fakes import FakeClock, random_ids, tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
@@ -30,6 +31,15 @@ from adaptspec_profiles.memory import MemoryStore
 from decided import keep
 
 PROMPT = random_ids(12)
+
+
+def plainly(profile: Profile) -> Profile:
+    """Plain decoding beside it, that decoded at two thirds of the example's speed."""
+    slower = replace(profile.measurement, tokens_per_second=20 / 1.5)
+    return replace(profile, strategy=PLAIN, params={}, measurement=slower)
+
+
+PLAINLY = plainly(example_profile())
 
 
 def stats(*steps: tuple[int, int, int, float]) -> RunStats:
@@ -79,17 +89,17 @@ def test_sums_are_the_same_in_any_order(one: Use, two: Use, three: Use) -> None:
 def test_a_forward_without_candidates_costs_what_plain_decodings_does() -> None:
     profile = example_profile()  # a forward of 2.5 candidates costs 5/3
     stopped = replace(use(40, 4000, 4000), proposed=0)
-    assert expected_ratio(profile, stopped) == pytest.approx(1.0)
-    assert not fails(profile, stopped)
+    assert expected_ratio(profile, PLAINLY, stopped) == pytest.approx(1.0)
+    assert not fails(profile, PLAINLY, stopped)
     doubled = replace(use(40, 4000, 4000), proposed=20_000)
-    assert expected_ratio(profile, doubled) == pytest.approx(3 / 7)
+    assert expected_ratio(profile, PLAINLY, doubled) == pytest.approx(3 / 7)
 
 
 def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
     profile = example_profile()  # 1.5x at 2.5 tokens per forward
-    assert expected_ratio(profile, use(9, 250, 100)) == pytest.approx(1.5)
-    assert expected_ratio(profile, use(9, 200, 100)) == pytest.approx(1.2)
-    said = describe(profile, use(9, 200, 100))
+    assert expected_ratio(profile, PLAINLY, use(9, 250, 100)) == pytest.approx(1.5)
+    assert expected_ratio(profile, PLAINLY, use(9, 200, 100)) == pytest.approx(1.2)
+    said = describe(profile, PLAINLY, use(9, 200, 100))
     assert "tuned 1.50x" in said
     assert "9 requests, 1.20x expected from 2.00 tokens per forward" in said
 
@@ -105,8 +115,40 @@ def test_it_is_expected_in_proportion_to_tokens_per_forward() -> None:
     ],
 )
 def test_a_verdict_needs_requests_and_a_clear_loss(seen: Use, failing: bool) -> None:
-    assert fails(example_profile(), seen) is failing
-    assert not fails(example_profile(strategy=PLAIN), seen)
+    assert fails(example_profile(), PLAINLY, seen) is failing
+    assert not fails(PLAINLY, PLAINLY, seen)
+
+
+def test_ratios_of_another_objective_decide_nothing() -> None:
+    """An answer's ratio includes the prefill; decoding was 1.5 times as fast."""
+    measured = replace(example_profile().measurement, ratio=3.0, objective="answer")
+    profile = example_profile(measurement=measured)
+    as_tuned = use(40, 4000, 1600)
+    assert expected_ratio(profile, PLAINLY, as_tuned) == pytest.approx(1.5)
+    low = replace(profile, measurement=replace(measured, ratio=0.5))
+    assert not fails(low, PLAINLY, as_tuned)
+    assert fails(low, PLAINLY, use(40, 4000, 3200))
+    assert "tuned 1.50x" in describe(low, PLAINLY, as_tuned)
+
+
+def test_without_plain_decodings_speed_nothing_is_refused() -> None:
+    profile, seen = example_profile(), use(40, 4000, 4000)
+    assert expected_ratio(profile, None, seen) is None
+    assert not fails(profile, None, seen)
+    assert describe(profile, None, seen).startswith("in use 40 requests, 1.00 tokens")
+    stood = replace(PLAINLY.measurement, tokens_per_second=0.0)
+    assert not fails(profile, replace(PLAINLY, measurement=stood), seen)
+
+
+def test_a_decoder_that_knows_no_plain_decoding_refuses_nothing(
+    model: LanguageModel,
+) -> None:
+    store = MemoryStore()
+    first, _ = tuned(model, store)
+    store.add_uses([bad(first)])
+    decoder = Decoder(model, store=store)
+    decoder.profiles = [p for p in decoder.profiles if p.strategy != PLAIN]
+    assert decoder.choose("chat").strategy == "prompt_lookup"
 
 
 class Counting:
@@ -191,6 +233,73 @@ def test_what_a_parent_added_is_not_written_by_its_fork(
     assert [u.requests for u in store.uses()] == [1]
 
 
+def test_a_writer_that_cannot_be_started_fails_no_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, clock = MemoryStore(), FakeClock()
+    (number,) = store.add_profiles([example_profile()])
+    uses = Uses(Counting(store), every=1.0, clock=clock)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    clock.advance(2.0)
+    assert uses.add(use(1, 10, 5, number)).requests == 1
+    uses.close()
+    assert [u.requests for u in store.uses()] == [1]
+
+
+def in_time(work: Callable[[], object]) -> bool:
+    """Whether ``work`` ends at all."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout=30.0)
+    return not thread.is_alive()
+
+
+def test_a_stream_that_is_dropped_while_another_is_added_waits_for_nothing() -> None:
+    dropped: list[Use] = []
+
+    def clock() -> float:
+        """Asked for within ``add``: there the garbage collector may run, too."""
+        while dropped:
+            uses.add(dropped.pop())
+        return 0.0
+
+    uses = Uses(Counting(MemoryStore()), clock=clock)
+    dropped.append(use(1, 10, 5))
+    assert in_time(lambda: uses.add(use(1, 10, 5)))
+    assert [u.requests for u in uses.totals()] == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_adds_can_add() -> None:
+    held, over = threading.Event(), threading.Event()
+
+    def clock() -> float:
+        if threading.current_thread() is other:
+            held.set()
+            over.wait(30.0)
+        return 0.0
+
+    other = threading.Thread(target=lambda: uses.add(use(1, 10, 5)))
+    uses = Uses(Counting(MemoryStore()), clock=clock)
+    other.start()
+    held.wait(30.0)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # ends a child that hangs
+        uses.add(use(1, 10, 5))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    over.set()
+    other.join()
+    assert status == 0
+
+
 @pytest.fixture
 def model() -> LanguageModel:
     return LanguageModel(tiny_module("llama"), tiny_tokenizer())
@@ -205,6 +314,7 @@ def tuned(model: LanguageModel, store: ProfileStore) -> list[int]:
     second = replace(first, strategy="suffix", params={})
     slower = replace(first.measurement, ratio=1.3)
     both = [first, replace(second, measurement=slower)]
+    store.add_profiles([plainly(first)])
     keep(store, both)
     return store.add_profiles(both)
 
@@ -315,3 +425,34 @@ def test_plain_decoding_is_added_up_where_it_was_measured(
     decoder.save()
     (found,) = store.uses()
     assert (found.profile, found.tokens_per_forward) == (number, 1.0)
+
+
+def test_a_model_that_changes_makes_no_request_wait_for_the_store(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    tuned(model, store)
+    opens = Counting(store)
+    decoder = Decoder(model, store=store, opens=opens)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    monkeypatch.setattr(LanguageModel, "follow", lambda model: True)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    assert opens.opened == 0
+    decoder.save()
+    assert [u.requests for u in store.uses()] == [2]
+
+
+def test_choices_count_where_what_was_recorded_cannot_be_read(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    tuned(model, store)
+
+    def damaged() -> list[Use]:
+        raise ProfileStoreError("uses: database disk image is malformed")
+
+    monkeypatch.setattr(store, "uses", damaged)
+    with pytest.warns(StoreWarning, match=r"isn't recorded or judged: uses: database"):
+        decoder = Decoder(model, store=store)
+    result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    assert result.choice.strategy == "prompt_lookup"

@@ -142,12 +142,14 @@ def test_newer_evidence_is_not_overwritten_by_an_import(tmp_path: Path) -> None:
         choice = of_day(day, reason=f"of day {day}")
         store.put_choices([replace(choice, run="r1")])
         store.put_record(owner, COSTS, {"measured": f"2026-01-0{day + 1}"})
+        store.put_record("r1", "classifier", {"created": f"2026-01-0{day + 1}"})
         store.close()
     moved(old, new, tmp_path)
     store = open_store(new)
     assert [p.params for p in store.profiles()] == [{"k": 1}]
     assert [c.reason for c in store.choices()] == ["of day 1"]
     assert store.record(owner, COSTS) == {"measured": "2026-01-02"}
+    assert store.record("r1", "classifier") == {"created": "2026-01-02"}
     store.close()
     moved(new, old, tmp_path)
     store = open_store(old)

@@ -24,7 +24,7 @@ from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.host import Host
-from adaptspec.profile import Environment, ProfileStore, Trial, Use
+from adaptspec.profile import PLAIN, Environment, ProfileStore, Trial, Use
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.as_json import profile_from_json, profile_to_json
@@ -116,6 +116,21 @@ def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
         )
     migrated.dispose()
     created.dispose()
+
+
+def test_an_older_releases_file_gives_no_id_twice_either(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            (Path(__file__).parent / "golden" / "m004.sql").read_text()
+        )
+    connection.close()
+    store = open_store(str(path))
+    (old,) = store.profiles()
+    store.delete_run(old.run)
+    (new,) = store.add_profiles([example_profile()])
+    assert new != old.id
+    store.close()
 
 
 def test_a_step_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
@@ -616,7 +631,10 @@ def test_uses_of_earlier_releases_files_are_empty_and_of_this_ones_read(
 def test_show_sets_what_is_seen_in_use_beside_what_was_tuned(tmp_path: Path) -> None:
     path = str(tmp_path / "p.db")
     store = open_store(path)
-    (number,) = store.add_profiles([example_profile()])
+    tuned = example_profile()
+    slower = replace(tuned.measurement, tokens_per_second=20 / 1.5)
+    plain = replace(tuned, strategy=PLAIN, params={}, measurement=slower)
+    number, _ = store.add_profiles([tuned, plain])
     store.add_uses(
         [Use(number, "chat", 412, 9000, 4500, 11_250, 3, 0.5, 600.0, 1.0, 1.0)]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -329,7 +330,10 @@ def learn_classes(run: TuningRun) -> None:
     run.begin("classes")
     found = learn(run.given.workload.prompts)
     if found is not None:
-        run.keep(lambda: run.store.put_record(run.id, CLASSIFIER, found.as_json()))
+        # With the time, so that an import replaces an older one.
+        now = datetime.now(timezone.utc).isoformat()
+        record = {**found.as_json(), "created": now}
+        run.keep(lambda: run.store.put_record(run.id, CLASSIFIER, record))
         run.warn(found.evidence.describe())
 
 

@@ -38,7 +38,7 @@ CREATE TABLE environments (
 );
 INSERT INTO "environments" VALUES(1,'4f1a24d81ecb03321577ed2ad37dee0ba6c4047c8e1dcc419e1add044e943d76','m1','target','d1','draft','bfloat16','cpu','A CPU',2,'{"torch": "2.13"}','h1','heads','c1','packed bfloat16','sdpa');
 CREATE TABLE "profiles" (
-	id INTEGER NOT NULL, 
+	id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
 	environment_id INTEGER NOT NULL, 
 	run VARCHAR(64) NOT NULL, 
 	workload VARCHAR(64) NOT NULL, 
@@ -53,7 +53,6 @@ CREATE TABLE "profiles" (
 	ratio FLOAT NOT NULL, 
 	measurement JSON NOT NULL, 
 	setting VARCHAR(64) NOT NULL, 
-	PRIMARY KEY (id), 
 	CONSTRAINT uq_profiles_setting UNIQUE (run, prompt_class, strategy, setting, baseline), 
 	FOREIGN KEY(environment_id) REFERENCES environments (id)
 );
@@ -80,4 +79,6 @@ CREATE TABLE tuning_trials (
 CREATE INDEX ix_environments_model ON environments (model);
 CREATE INDEX ix_profiles_run ON profiles (run);
 CREATE INDEX ix_choices_run ON choices (run);
+DELETE FROM "sqlite_sequence";
+INSERT INTO "sqlite_sequence" VALUES('profiles',1);
 COMMIT;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -166,6 +167,8 @@ def test_a_tune_learns_classes_that_the_decoder_tells() -> None:
     record = store.record(result.run, KEY)
     assert record is not None
     assert Classifier.from_json(record).evidence.prompts == 8
+    created = datetime.fromisoformat(record["created"])  # imports go by it
+    assert created.utcoffset() == timedelta(0)
     assert any("told from its text" in note for note in result.notes)
     report = build(store)
     assert report.classifier is not None

@@ -33,7 +33,9 @@ def upgrade() -> None:
         digest = setting_digest(params) if named else f"damaged {row.id}"
         here = profiles.c.id == row.id
         op.execute(profiles.update().where(here).values(setting=digest))
-    with op.batch_alter_table("profiles") as batch:
+    # On SQLite the table is made anew, and never gives an id twice from here on.
+    kept = {"sqlite_autoincrement": True}
+    with op.batch_alter_table("profiles", table_kwargs=kept) as batch:
         batch.alter_column("setting", existing_type=text(64), nullable=False)
         batch.drop_constraint("uq_profiles_setting", type_="unique")
         batch.create_unique_constraint(
