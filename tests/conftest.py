@@ -147,11 +147,16 @@ def drafts_in_every_step(
 ) -> None:
     """Drafting saves no time on tiny models: the guard would pass most steps over."""
     if request.node.get_closest_marker("guarded") is None:
+        from adaptspec.decoder import Decoder
         from adaptspec.decoding.engine import Engine
 
         *others, guard = Engine.__init__.__defaults__ or ()
         assert guard is True
         monkeypatch.setattr(Engine.__init__, "__defaults__", (*others, False))
+        named = Decoder.__init__.__kwdefaults__
+        assert named["guard"] is True
+        unguarded = {**named, "guard": False}
+        monkeypatch.setattr(Decoder.__init__, "__kwdefaults__", unguarded)
 
 
 @pytest.fixture(scope="session")
