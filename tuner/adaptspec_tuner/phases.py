@@ -21,6 +21,7 @@ from adaptspec_tuner.confirming.finalists import (
     finalists_of,
     stored_class,
 )
+from adaptspec_tuner.confirming.kept import kept_class
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
 from adaptspec_tuner.records import CLASSIFIER, plain_key
@@ -78,9 +79,9 @@ def tune_with(given: TuneInputs) -> TuneResult:
             for name, confirmed in confirm_classes(
                 run, finalists, tuning, held_out, plain
             ):
-                found, records[name] = stored_class(
+                found, records[name] = kept_class(
                     run, search.arms, held_out, name, confirmed
-                )
+                ) or stored_class(run, search.arms, held_out, name, confirmed)
                 # After each class, so that a tune that is stopped keeps its choices.
                 result.classes[:] = decided(run, [*result.classes, found], records)
             if said := told_errors(result.prediction_errors):

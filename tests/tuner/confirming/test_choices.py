@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
@@ -70,7 +70,7 @@ def decided(store: MemoryStore) -> dict[str, ClassChoice]:
     choices, profiles = decide_classes(
         confirmed,
         {name: store.record("r1", confirmed_key(name)) or {} for name in confirmed},
-        tried=["fast", "draft_model", "loose"],
+        tried={name: ["fast", "draft_model", "loose"] for name in confirmed},
         lossy=["loose"],
         needs=lambda setting: (setting.strategy == "draft_model", False),
     )
@@ -154,3 +154,37 @@ def test_another_engine_that_is_faster_is_told() -> None:
     found = decided(run_of({"chat": [(FAST, 1.5), (engine, 3.0)]}))["chat"]
     assert [p.strategy for p in found.picks] == ["fast"]
     assert "another engine is faster: engine 3.0" in found.picks[0].reason
+
+
+def test_over_all_classes_two_settings_of_a_strategy_are_both_kept() -> None:
+    store = run_of(
+        {
+            "chat": [(FAST, 2.0)],
+            "code": [(FAST, 1.8), (OTHER, 1.2)],
+            "maths": [(OTHER, 1.2)],
+        }
+    )
+    later = store.profiles(prompt_class="maths")
+    store.add_profiles([replace(p, created=NOW + timedelta(1)) for p in later])
+    decided(store)
+    over_all = store.profiles(prompt_class=EVERY_CLASS)
+    assert {p.params["k"] for p in over_all if p.strategy == "fast"} == {2, 5}
+    decided(store)  # the newer setting must not replace the other
+    assert store.profiles(prompt_class=EVERY_CLASS) == over_all
+
+
+def test_over_all_classes_only_what_every_one_tried_was_tried() -> None:
+    store = run_of({"chat": [(FAST, 2.0)], "code": [(FAST, 1.8)]})
+    names = ("chat", "code")
+    choices, _ = decide_classes(
+        {name: store.profiles(prompt_class=name) for name in names},
+        {name: store.record("r1", confirmed_key(name)) or {} for name in names},
+        tried={"chat": ["fast"], "code": ["loose", "fast"]},
+        lossy=[],
+        needs=lambda _: (False, False),
+    )
+    assert {choice.prompt_class: list(choice.tried) for choice in choices} == {
+        "chat": ["fast"],
+        "code": ["fast", "loose"],
+        EVERY_CLASS: ["fast"],
+    }

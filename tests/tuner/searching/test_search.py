@@ -17,6 +17,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.measuring.profiler import Sample, Setting, near_tie
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
+from adaptspec_tuner.records import raced_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.space import distributions, tuned
 from adaptspec_tuner.tuning_run import Interrupted, TuneInputs
@@ -132,6 +133,16 @@ def test_an_interrupted_run_continues_without_measuring_again() -> None:
     assert len({t.number for t in trials}) == len(trials)
     assert len({json.dumps(dict(t.params)) for t in trials}) == len(trials)
     assert result.named[0].choice.strategy == "knob"
+
+
+def test_a_leader_whose_strategy_is_gone_is_not_measured_again() -> None:
+    store, trace = MemoryStore(), Trace(FakeClock())
+    found = run(trace, store, trials=2)
+    (name,) = [found.name for found in found.named]
+    prompts = store.trials(found.run)[0].detail["prompts"]
+    gone = {Setting("gone", {}).key: {prompt: [2.0] for prompt in prompts}}
+    store.put_record(found.run, raced_key(name), gone)
+    assert run(trace, store, trials=12).named[0].choice.strategy == "knob"
 
 
 @pytest.mark.parametrize("budget", [0.0, 5.0, 20.0, 60.0])

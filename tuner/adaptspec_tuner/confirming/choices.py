@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from adaptspec.profile import (
@@ -40,7 +41,7 @@ SUMS = (
 def decide_classes(
     confirmed: Mapping[str, Sequence[Profile]],
     records: Mapping[str, Mapping[str, Any]],
-    tried: Collection[str],
+    tried: Mapping[str, Collection[str]],
     lossy: Collection[str],
     needs: Callable[[Setting], tuple[bool, bool]],
 ) -> tuple[list[ClassChoice], list[Profile]]:
@@ -49,7 +50,7 @@ def decide_classes(
     Args:
         confirmed: Class -> its profiles, plain decoding among them.
         records: Class -> what ``confirm.as_record`` made.
-        tried: Strategies of the tune.
+        tried: Class -> strategies that were tried in it; over all, those of every one.
         lossy: Those that change the distribution of sampled output.
         needs: Of a setting, whether it runs the draft model, and whether heads.
 
@@ -79,14 +80,17 @@ def decide_classes(
         for name, profiles in confirmed.items()
         for p in profiles
     ]
+    # One time: of a strategy's settings, the store keeps those of the newest.
+    newest = max(p.created for p in every)
     over_all = [
-        _over_all(same, decided[EVERY_CLASS])
+        _over_all(same, decided[EVERY_CLASS], newest)
         for key in dict.fromkeys(_key(p) for p in every)
         if (same := [p for p in every if _key(p) == key])
         and (key in decided[EVERY_CLASS].found or len(same) == len(confirmed))
     ]
     prompts = {name: decided[name].prompts for name in confirmed}
     prompts[EVERY_CLASS] = sum(prompts.values())
+    everywhere = set.intersection(*(set(tried[name]) for name in confirmed))
     choices = [
         ClassChoice(
             environment=every[0].environment,
@@ -99,7 +103,7 @@ def decide_classes(
             ],
             reason=of.plain,
             prompts=prompts[name],
-            tried=sorted(tried),
+            tried=sorted(everywhere if name == EVERY_CLASS else tried[name]),
             objective=every[0].measurement.objective,
         )
         for name, of in decided.items()
@@ -179,7 +183,7 @@ def _pick(
     )
 
 
-def _over_all(every: Sequence[Profile], decided: Decided) -> Profile:
+def _over_all(every: Sequence[Profile], decided: Decided, created: datetime) -> Profile:
     """A setting over the classes that it was measured in, in equal parts."""
     first = every[0]
     measured = [p.measurement for p in every]
@@ -205,7 +209,7 @@ def _over_all(every: Sequence[Profile], decided: Decided) -> Profile:
     profile = replace(
         first,
         prompt_class=EVERY_CLASS,
-        created=max(p.created for p in every),
+        created=created,
         lossless=all(p.lossless for p in every),
         measurement=merged,
         id=None,

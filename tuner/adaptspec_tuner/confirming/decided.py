@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec.profile import EVERY_CLASS, PLAIN, ClassChoice, Profile
+from adaptspec.profile import EVERY_CLASS, PLAIN, ClassChoice, Profile, Trial
 from adaptspec.selector import Choice, select
 from adaptspec_tuner.confirming.choices import decide_classes
-from adaptspec_tuner.records import confirmed_key
+from adaptspec_tuner.confirming.kept import Kept, kept_classes
 from adaptspec_tuner.reporting.result import ClassResult
 from adaptspec_tuner.tuning_run import TuningRun
 
@@ -29,42 +29,59 @@ def decided(
         records: Class -> what was confirmed of it, as it is recorded.
     """
     given = run.given
-    confirmed: dict[str, list[Profile]] = {}
+    kept: dict[str, Kept] = {}
     known: list[ClassChoice] = []
-    records = dict(records)
+    trials: list[Trial] = []
     try:
-        for profile in run.store.profiles(run=run.id):
-            confirmed.setdefault(profile.prompt_class, []).append(profile)
+        kept = kept_classes(run)
         known = run.store.choices(model=run.environment.model)
-        for name in confirmed.keys() - records.keys():
-            records[name] = run.store.record(run.id, confirmed_key(name)) or {}
+        trials = run.store.trials(run.id)
     except ProfileStoreError as error:
         run.unstored = run.unstored or error
     named = [found for found in classes if found.name != EVERY_CLASS]
-    confirmed |= {found.name: list(found.profiles) for found in named}
-    confirmed.pop(EVERY_CLASS, None)
+    confirmed = {name: found.profiles for name, found in kept.items()}
+    confirmed |= {found.name: found.profiles for found in named}
     choices, profiles = decide_classes(
         confirmed,
-        records,
-        [cls.name for cls in given.strategies],
+        {name: found.record for name, found in kept.items()} | dict(records),
+        _tried(run, confirmed, trials),
         [cls.name for cls in given.strategies if not cls.lossless],
         given.needs,
     )
+    # Before they are stored: a pinned run is pinned with the classes that join it.
+    pinned = any(choice.pinned for choice in known if choice.run == run.id)
+    choices = [replace(choice, pinned=pinned) for choice in choices]
     run.keep(lambda: run.store.add_profiles(profiles))
     run.keep(lambda: run.store.put_choices(choices))
-    pinned = {choice.run for choice in known if choice.pinned}
-    choices = [replace(choice, pinned=choice.run in pinned) for choice in choices]
-    choices += [choice for choice in known if choice.run != run.id]
+    new = {choice.prompt_class for choice in choices}
+    known = [c for c in known if c.run != run.id or c.prompt_class not in new]
     if len(confirmed) > 1:
         named.append(ClassResult(EVERY_CLASS, Choice(EVERY_CLASS, PLAIN), ()))
     return [
         replace(
             found,
-            choice=_chosen(run, choices, found.name),
+            choice=_chosen(run, [*choices, *known], found.name),
             profiles=tuple(p for p in profiles if p.prompt_class == found.name),
         )
         for found in named
     ]
+
+
+def _tried(
+    run: TuningRun,
+    confirmed: Mapping[str, Sequence[Profile]],
+    trials: Sequence[Trial],
+) -> dict[str, set[str]]:
+    """Class -> strategies that were tried in it, whatever came of it."""
+    names = {cls.name for cls in run.given.strategies}
+    tried = {
+        name: {p.strategy for p in profiles if not p.baseline}
+        for name, profiles in confirmed.items()
+    }
+    for trial in trials:
+        if trial.prompt_class in tried:
+            tried[trial.prompt_class].add(trial.strategy)
+    return {name: found & names for name, found in tried.items()}
 
 
 def _chosen(run: TuningRun, choices: Sequence[ClassChoice], name: str) -> Choice:

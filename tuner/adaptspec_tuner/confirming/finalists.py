@@ -16,6 +16,7 @@ from adaptspec.profile import PLAIN, Profile
 from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
+from adaptspec_tuner.confirming.kept import kept_classes
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Sample,
@@ -51,13 +52,15 @@ def confirm_classes(
 ) -> Iterator[tuple[str, dict[str, Confirmed]]]:
     """Each class of ``held_out`` that there is time for, with what was confirmed.
 
+    With nothing where there is no time to confirm it once more.
+
     Args:
         finalists: By class, the most important first; there may be time for fewer.
         plain: Tuning prompt id -> its plain decoding.
     """
     baselines = run.given.baselines
     # A run that is continued begins with the classes it has no result of.
-    done = {p.prompt_class for p in run.store.profiles(run=run.id)}
+    done = kept_classes(run)
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain)
@@ -65,9 +68,16 @@ def confirm_classes(
         always = 1 + len(baselines)
         chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)
         expected = once * (always + sum(_share(found.ratio) for found in chosen))
-        if index and FEWEST_PROMPTS * expected > run.time.left:
-            left = ", ".join(names[index:])
-            run.warn(f"no time to confirm {left}; the same command continues")
+        if (index or name in done) and FEWEST_PROMPTS * expected > run.time.left:
+            missing = [left for left in names[index:] if left not in done]
+            again = [left for left in names[index:] if left in done]
+            if missing:
+                left = ", ".join(missing)
+                run.warn(f"no time to confirm {left}; the same command continues")
+            if again:
+                left = ", ".join(again)
+                run.warn(f"no time to confirm {left} again; what was confirmed stays")
+            yield from ((left, {}) for left in again)
             break
         run.begin("confirm")
         run.doing(f"{name}: confirming on held-out prompts")

@@ -273,7 +273,8 @@ class Search:
     def standings(self, prompt_class: str) -> Standings:
         """What the settings of a class reached, by whomever they were measured."""
         found = Standings()
-        for arm in self._arms(prompt_class):
+        arms = self._arms(prompt_class)
+        for arm in arms:
             for trial in arm.trials:
                 if trial.state == "failed":
                     continue
@@ -284,7 +285,11 @@ class Search:
                     dropped=trial.state == "pruned",
                 )
         record = self._store.record(self._run, raced_key(prompt_class)) or {}
+        names = {arm.name for arm in arms}
         for key, prompts in record.items():
+            # A run that is continued may have known strategies that are gone.
+            if Setting.from_key(key).strategy not in names:
+                continue
             for prompt, ratios in prompts.items():
                 found.add(key, [prompt] * len(ratios), ratios)
         for name, key in self._gave_way:
