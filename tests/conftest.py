@@ -150,13 +150,10 @@ def drafts_in_every_step(
         from adaptspec.decoder import Decoder
         from adaptspec.decoding.engine import Engine
 
-        *others, guard = Engine.__init__.__defaults__ or ()
-        assert guard is True
-        monkeypatch.setattr(Engine.__init__, "__defaults__", (*others, False))
-        named = Decoder.__init__.__kwdefaults__
-        assert named["guard"] is True
-        unguarded = {**named, "guard": False}
-        monkeypatch.setattr(Decoder.__init__, "__kwdefaults__", unguarded)
+        for cls in (Engine, Decoder):
+            *others, guard = cls.__init__.__defaults__ or ()
+            assert guard is True
+            monkeypatch.setattr(cls.__init__, "__defaults__", (*others, False))
 
 
 @pytest.fixture(scope="session")
