@@ -138,8 +138,6 @@ TILE(F32, tile_f32, float)
         }                                                                               \
     }
 
-#define SAME(v) (v)
-
 LINEAR(BF16, linear_bf16, uint16_t, tile_bf16, narrow, widen)
 LINEAR(F32, linear_f32, float, tile_f32, SAME, SAME)
 

@@ -200,7 +200,5 @@ static inline vfloat numbers_bf16(const uint16_t *p, long count) {
         }                                                                               \
     }
 
-#define SAME(v) (v)
-
 DEFINE_ATTEND(BF16, attend_bf16, uint16_t, numbers_bf16, narrow)
 DEFINE_ATTEND(F32, attend_f32, float, numbers_f32, SAME)

@@ -128,8 +128,6 @@ TILE(F32, tile_f32)
         }                                                                               \
     }
 
-#define SAME(v) (v)
-
 PACKED(BF16, packed_bf16, uint16_t, tile_bf16, narrow, widen)
 PACKED(F32, packed_f32, float, tile_f32, SAME, SAME)
 

@@ -39,6 +39,8 @@ static inline float widen(uint16_t h) {
     return f;
 }
 
+#define SAME(v) (v) /* where floats are neither widened nor narrowed */
+
 static inline uint16_t narrow(float f) {
     uint32_t w;
     memcpy(&w, &f, sizeof w);

@@ -20,17 +20,8 @@ from adaptspec.acceleration.attention import (
     use_our_attention,
 )
 from adaptspec.testing.fakes import tiny_module
+from kernels import available, needs_compiler
 
-
-def available() -> bool:
-    try:
-        native.kernel()
-    except native.NativeUnavailableError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not available(), reason="no native kernel here")
 TYPES = [torch.bfloat16, torch.float32]
 
 

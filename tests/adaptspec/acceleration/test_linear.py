@@ -49,19 +49,9 @@ from adaptspec.testing.fakes import (
     tiny_tokenizer,
 )
 from adaptspec.token_tree import TokenTree
+from kernels import available, needs_compiler
 
 Choose = Callable[[str], None]
-
-
-def available() -> bool:
-    try:
-        native.kernel()
-    except native.NativeUnavailableError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not available(), reason="no native kernel here")
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from adaptspec.acceleration import native
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import VOCAB, random_ids, tiny_module
 from adaptspec.token_tree import TokenTree
+from kernels import needs_compiler
 
 # Families all of whose products and attention our kernels compute. Of others (Conv1D of
 # GPT-2, experts, attention of their own) torch rounds float32 by the number of rows.
@@ -22,15 +22,7 @@ FAMILIES = [
 PROMPT = random_ids(20)
 
 
-def available() -> bool:
-    try:
-        native.kernel()
-    except native.NativeUnavailableError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not available(), reason="no native kernel here")
+pytestmark = needs_compiler
 
 
 def random_tree(nodes: int, seed: int) -> TokenTree:
