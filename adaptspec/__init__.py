@@ -9,10 +9,10 @@ from adaptspec.errors import AdaptSpecError
 
 if TYPE_CHECKING:
     from adaptspec.decoder import Decoder as Decoder
-    from adaptspec.decoder import Result as Result
     from adaptspec.decoder import load as load
     from adaptspec.hookspecs import hookimpl as hookimpl
     from adaptspec.selector import Choice as Choice
+    from adaptspec.streaming.stream import Result as Result
 
 __all__ = [
     "AdaptSpecError",
@@ -29,7 +29,7 @@ __all__ = [
 _LAZY = {
     "Choice": "adaptspec.selector",
     "Decoder": "adaptspec.decoder",
-    "Result": "adaptspec.decoder",
+    "Result": "adaptspec.streaming.stream",
     "hookimpl": "adaptspec.hookspecs",
     "load": "adaptspec.decoder",
 }

@@ -26,7 +26,7 @@ NO_CONTROLS = (
 )
 
 if TYPE_CHECKING:
-    from adaptspec.decoder import Result, Stream
+    from adaptspec.streaming.stream import Result, Stream
 
 
 @click.command()

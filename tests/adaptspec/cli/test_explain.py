@@ -15,11 +15,11 @@ import adaptspec_profiles.plugin
 from adaptspec.cli import build_cli
 from adaptspec.cli.explain import SHARED
 from adaptspec.cli.generate import generate
-from adaptspec.decoder import Stream
 from adaptspec.environment import environment_of
 from adaptspec.host import Host
 from adaptspec.model.loading import load_model
 from adaptspec.profile import PLAIN
+from adaptspec.streaming.stream import Stream
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaptspec.streaming import TextPieces
+from adaptspec.streaming.text_pieces import TextPieces
 
 WORDS = ["[UNK]", "<eos>", "a", "b", "n", "t", "s", "don", "it", "é", "你", "\ufffd"]
 MARKS = [".", "?", "!", ",", "'", "n't", "'s", "'m", "'re"]
