@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,15 +20,29 @@ import torch
 
 from adaptspec.errors import ModelLoadError
 from adaptspec.model import miniature
-from adaptspec.model.rotary import switching_lengths
+from adaptspec.model.mixing import mixing
+from adaptspec.model.quantised import quantised_by
+from adaptspec.model.reference import (
+    COMPARED_STEPS,
+    MOST_TOLERATED,
+    PROMPT_TOKENS,
+    ROUTING_TOLERANCE,
+    TOLERANCE,
+    generated,
+    in_one_line,
+    logit_distance,
+    random_tokens,
+    room,
+    short_length,
+    tolerance_of,
+    whole_logits,
+)
 from adaptspec.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from adaptspec.model.forward import Capability, Forward, ForwardModel
 
-PROMPT_TOKENS = 12
 GLANCE_TOKENS = 5
-COMPARED_STEPS = 4  # of generate
 NODES, DEPTH = 48, 10  # of the tree for a thorough look
 BRIEF_PARENTS = (-1, 0, 0, 1, 2, 4)  # the deeper branch second: keeping it moves rows
 
@@ -39,15 +52,6 @@ THOROUGH_PARAMETERS = (
 QUICKLY_CROSSED, MOST_CROSSED = 128, 1024  # tokens of a window: at ease, at most
 # Work of a thorough look where there is no choice: parameters times tokens read.
 AFFORDABLE_PARAMETER_TOKENS = 4e9
-
-# Relative error of logits that rounding explains; a wrong mask or position gives more.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-# In half precision rounding alone moves logits; how far is measured on the model.
-HALF_TOLERANCE = 0.1
-NOISE_ALLOWED = 3.0
-MOST_TOLERATED = 0.4
-# One forward twice with other tokens elsewhere: nothing but routing may move a bit.
-ROUTING_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,18 @@ def probe(model: ForwardModel) -> Capability:
     from adaptspec.model.forward import Capability
 
     subject, unseen = _subject(model)
-    _check_causal(subject or model)
+    mixed = mixing(model)
+    _check_causal(subject or model, mixed is not None and subject in (None, model))
     reasons: list[str] = []
     failed: dict[str, list[str]] = {}  # problem -> the ways that have it
     first = 0
     if getattr(model.model, "_is_stateful", False):
         first = 3
         reasons.append("its layers keep a state that can't be rolled back")
-    if unseen and first < 3:
-        first = 3
-        reasons.append(unseen)
+    for obstacle in (mixed, unseen):
+        if obstacle and first < 3:
+            first = 3
+            reasons.append(obstacle)
     for place in range(first, len(WAYS)):
         way = WAYS[place]
         if subject is None:
@@ -109,6 +115,7 @@ def probe(model: ForwardModel) -> Capability:
         failed.setdefault(problem, []).append(str(way))
     raise ModelLoadError(
         f"{model.name} can't be decoded as its own generate does: {way} fail: {problem}"
+        f"{quantised_by(model.model)}"
     )
 
 
@@ -146,7 +153,7 @@ def _exact_copy(model: ForwardModel) -> ForwardModel | None:
     try:
         copied = copy.deepcopy(model.model).float()
         exact = model.over(copied)
-        _whole(exact, [_tokens(exact, _short(exact))])
+        whole_logits(exact, [random_tokens(exact, short_length(exact))])
     except Exception:  # packed or quantised weights, a module that can't be copied
         return None
     return exact
@@ -158,7 +165,7 @@ def _miniature(model: ForwardModel) -> ForwardModel | None:
         return None
     try:
         small = model.over(made)
-        _whole(small, [_tokens(small, PROMPT_TOKENS)])
+        whole_logits(small, [random_tokens(small, PROMPT_TOKENS)])
     except Exception:  # built, but its forward doesn't run: it tells nothing
         return None
     return small
@@ -167,7 +174,7 @@ def _miniature(model: ForwardModel) -> ForwardModel | None:
 def _thorough(model: ForwardModel, way: Way) -> str | None:
     """What is wrong with ``way`` at any length where something may change."""
     for length in _lengths(model):
-        prompt = _tokens(model, length)
+        prompt = random_tokens(model, length)
         problem = _disagreement(model, prompt) if way.level != "plain" else None
         problem = problem or _try(model, way, prompt, _wide(model, way, length))
         if problem is not None:
@@ -177,36 +184,31 @@ def _thorough(model: ForwardModel, way: Way) -> str | None:
 
 def _brief(model: ForwardModel, way: Way) -> str | None:
     """The same for one short prompt and a small tree."""
-    prompt = _tokens(model, _short(model))
+    prompt = random_tokens(model, short_length(model))
     return _try(model, way, prompt, _narrow(model, way))
 
 
 def _glance(model: ForwardModel, way: Way) -> str | None:
-    """Whether the model itself, in its own type, is anywhere near its whole forward.
+    """Whether the model itself, in its own type, is anywhere near its whole forward,
+    or where it decodes token by token, near its ``generate``.
 
     A few forwards of few tokens: what another model of the class can't show is a module
     that was replaced, packed or quantised, and a type that overflows.
     """
     prompt, tree = (
-        _tokens(model, min(GLANCE_TOKENS, _short(model))),
+        random_tokens(model, min(GLANCE_TOKENS, short_length(model))),
         _narrow(model, way),
     )
     try:
         if way.level == "plain":
-            plain = model.plain_cache(uncached=way.uncached)
-            found = [
-                model.prefill(given, plain).logits[-1]
-                for given in (prompt, [prompt[0]])
-            ]
-            whole = _whole(model, [[*prompt, prompt[0]]])[0][-2:]
-            errors = [_distance(*pair) for pair in zip(found, whole, strict=True)]
+            errors = _plain_errors(model, way, prompt)
         else:
             model.use_masks = way.masked
             cache = model.new_cache(len(prompt) + len(tree))
             model.prefill(prompt, cache)
             errors = _errors(model, tree, prompt, model.forward_tree(tree, cache))
     except Exception as error:
-        return _told(error)
+        return in_one_line(error)
     # Rounding moves a few rows a lot, a fault moves most of them.
     typical = sorted(errors)[len(errors) // 2]
     if typical > TOLERANCE.get(model.dtype, MOST_TOLERATED) or math.isinf(max(errors)):
@@ -224,12 +226,12 @@ def _try(
         model.use_masks = way.masked
         return _compare(model, tree, prompt)
     except Exception as error:
-        return _told(error)
+        return in_one_line(error)
 
 
 def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | None:
     """What is wrong with verifying ``tree`` behind ``prompt``, or None."""
-    tolerance = _tolerance(model, prompt)
+    tolerance = tolerance_of(model, prompt)
     cache = model.new_cache(len(prompt) + len(tree) + 4)
     model.prefill(prompt, cache)
     forward = model.forward_tree(tree, cache)
@@ -246,8 +248,8 @@ def _compare(model: ForwardModel, tree: TokenTree, prompt: list[int]) -> str | N
     cache.keep(len(prompt), kept)
     after = model.forward_tree(TokenTree.root_only(prompt[0]), cache)
     text = [*prompt, *(tree.tokens[node] for node in kept), prompt[0]]
-    expected = _whole(model, [text])
-    error = _distance(after.logits[0], expected[0][-1])
+    expected = whole_logits(model, [text])
+    error = logit_distance(after.logits[0], expected[0][-1])
     if error > tolerance:
         return f"logits differ by {error:.2g} after a path was kept"
     return None
@@ -262,10 +264,10 @@ def _errors(
     leaves = sorted(set(range(len(tree))) - set(tree.parents))
     texts = [[*prompt, *(tree.tokens[n] for n in lines[leaf])] for leaf in leaves]
     errors = [0.0] * len(tree)
-    for leaf, logits in zip(leaves, _whole(model, texts), strict=True):
+    for leaf, logits in zip(leaves, whole_logits(model, texts), strict=True):
         for node in lines[leaf]:
             expected = logits[len(prompt) + tree.depths[node]]
-            error = _distance(forward.logits[forward.rows[node]], expected)
+            error = logit_distance(forward.logits[forward.rows[node]], expected)
             errors[node] = max(errors[node], error)
     return errors
 
@@ -294,7 +296,7 @@ def _leak(
     for other, line in enumerate(tree.ancestors()):
         if node in line:
             continue
-        error = _distance(forward.logits[forward.rows[other]], before[other])
+        error = logit_distance(forward.logits[forward.rows[other]], before[other])
         if error > (tolerance if experts else ROUTING_TOLERANCE):
             return "the logits of a node move with another branch's token"
     cache.truncate(len(prompt))
@@ -315,85 +317,59 @@ def _last_branch(tree: TokenTree) -> int | None:
 
 def _plain(model: ForwardModel, way: Way, prompt: list[int]) -> str | None:
     """What is wrong with decoding one token at a time."""
-    tokens, expected = _generated(model, prompt)
+    tolerance = tolerance_of(model, prompt)
+    for step, error in enumerate(_plain_errors(model, way, prompt)):
+        if error > tolerance:
+            return f"logits differ by {error:.2g} (relative) at token {step + 1}"
+    return None
+
+
+def _plain_errors(model: ForwardModel, way: Way, prompt: list[int]) -> list[float]:
+    """How far logits are from those of ``generate``, token by token."""
+    tokens, expected = generated(model, prompt)
     cache = model.plain_cache(uncached=way.uncached)
-    tolerance = _tolerance(model, prompt)
+    errors = []
     given = prompt
     for step, logits in enumerate(expected):
         forward = model.prefill(given, cache)
-        error = _distance(forward.logits[-1], logits)
-        if error > tolerance:
-            return f"logits differ by {error:.2g} (relative) at token {step + 1}"
+        errors.append(logit_distance(forward.logits[-1], logits))
         given = [tokens[step]]
-    return None
+    return errors
 
 
 def _disagreement(model: ForwardModel, prompt: list[int]) -> str | None:
     """How the logits of ``generate`` differ from those of one forward, or None."""
     try:
-        tokens, logits = _generated(model, prompt)
-        whole = _whole(model, [[*prompt, *tokens]])[0][len(prompt) - 1 :]
+        tokens, logits = generated(model, prompt)
+        whole = whole_logits(model, [[*prompt, *tokens]])[0][len(prompt) - 1 :]
     except Exception as error:
-        return _told(error)
+        return in_one_line(error)
     for step, row in enumerate(logits):
-        distance = _distance(row, whole[step])
-        if distance > _tolerance(model, prompt):
-            return f"its generate differs by {distance:.2g} at token {step + 1}"
+        error = logit_distance(row, whole[step])
+        if error > tolerance_of(model, prompt):
+            return f"its generate differs by {error:.2g} at token {step + 1}"
     return None
 
 
-def _generated(
-    model: ForwardModel, prompt: list[int]
-) -> tuple[list[int], list[torch.Tensor]]:
-    """A few tokens of the model's own ``generate``, and the logits they are from.
+def _check_causal(model: ForwardModel, mixed: bool) -> None:
+    """Raise unless what a token gives is settled by the tokens up to it.
 
-    A model without ``generate``, or whose own raises, is taken at its whole forward.
+    Args:
+        mixed: Whether the tokens of one pass move each other's logits anyway.
     """
-    from transformers import GenerationConfig
-
-    module: Any = model.model
-    stored = getattr(module, "generation_config", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-            output = module.generate(
-                torch.tensor([prompt], device=model.device),
-                attention_mask=torch.ones((1, len(prompt)), device=model.device).long(),
-                max_new_tokens=COMPARED_STEPS,
-                do_sample=False,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        logits = [rows[0] for rows in output.logits]
-        return [int(token) for token in output.sequences[0, len(prompt) :]], logits
-    except Exception:
-        tokens: list[int] = []
-        logits = []
-        for _ in range(COMPARED_STEPS):
-            logits.append(_whole(model, [[*prompt, *tokens]])[0][-1])
-            tokens.append(int(logits[-1].argmax()))
-        return tokens, logits
-    finally:
-        if stored is not None:
-            module.generation_config = stored
-
-
-def _check_causal(model: ForwardModel) -> None:
-    """Raise unless what a token gives is settled by the tokens up to it."""
-    tokens = _tokens(model, _short(model))
+    tokens = random_tokens(model, short_length(model))
     other = [*tokens[:-1], (tokens[-1] + 7) % model.vocab_size]
     try:
-        first, second = (_whole(model, [ids])[0] for ids in (tokens, other))
+        first, second = (whole_logits(model, [ids])[0] for ids in (tokens, other))
     except Exception as error:
         raise ModelLoadError(
-            f"{model.name} doesn't run: {_told(error)} (a decoder that takes token "
-            "ids alone is expected)"
+            f"{model.name} doesn't run: {in_one_line(error)} (a decoder that takes "
+            f"token ids alone is expected{quantised_by(model.model)})"
         ) from error
-    moved = max(_distance(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
-    experts = miniature.has_experts(model.config)
-    if moved > (MOST_TOLERATED if experts else ROUTING_TOLERANCE):
+    pairs = zip(first[:-1], second[:-1], strict=True)
+    moved = max(logit_distance(a, b) for a, b in pairs)
+    routed = mixed or miniature.has_experts(model.config)
+    if moved > (MOST_TOLERATED if routed else ROUTING_TOLERANCE):
         raise ModelLoadError(
             f"{model.name} isn't a causal language model: its logits at a token change "
             "with the tokens after it; load a decoder-only model (an encoder such as "
@@ -401,81 +377,22 @@ def _check_causal(model: ForwardModel) -> None:
         )
 
 
-def _tolerance(model: ForwardModel, prompt: list[int]) -> float:
-    exact = TOLERANCE.get(model.dtype)
-    if exact is not None:
-        return exact
-    # What the same token's logits differ by between forwards of two lengths.
-    longer = _whole(model, [[*prompt, *_tokens(model, 5)]])[0]
-    noise = max(
-        _distance(_whole(model, [prompt[:count]])[0][-1], longer[count - 1])
-        for count in (len(prompt) // 2, len(prompt))
-    )
-    return min(max(HALF_TOLERANCE, NOISE_ALLOWED * noise), MOST_TOLERATED)
-
-
-def _whole(model: ForwardModel, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits ``[tokens, vocab]`` of each text, in one forward without cache or mask.
-
-    Shorter texts are filled up behind their end, where a causal model can't look.
-    """
-    longest = max(map(len, texts))
-    rows = [[*text, *([text[-1]] * (longest - len(text)))] for text in texts]
-    ids = torch.tensor(rows, device=model.device)
-    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if model.takes_positions:  # as generate does: some count them from elsewhere
-        places = torch.arange(longest, device=model.device)
-        given["position_ids"] = places.expand(len(rows), longest)
-    logits = model.evaluate(**given).logits
-    return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error of logits; infinite where other ones aren't finite numbers."""
-    found, expected = found.float(), expected.float()
-    finite = expected.isfinite()
-    if not torch.equal(found.isfinite(), finite):
-        return float("inf")
-    found, expected = found[finite], expected[finite]
-    scale = (expected - expected.mean()).norm().clamp_min(1e-9)
-    return float((found - expected).norm() / scale) if finite.any() else 0.0
-
-
 def _lengths(model: ForwardModel) -> list[int]:
     """Prompts that end just before each boundary, and some far behind all."""
     bounds = sorted(set(miniature.boundaries(model.config).values()))
-    lengths = {_short(model)}
+    lengths = {short_length(model)}
     if bounds:
         lengths |= {bound - 3 for bound in bounds if bound > PROMPT_TOKENS}
         lengths |= {bounds[-1] + 3, 2 * bounds[-1] - 3}
-    return sorted(n for n in lengths if 1 <= n <= _room(model) - 2 * COMPARED_STEPS)
-
-
-def _short(model: ForwardModel) -> int:
-    return max(1, min(PROMPT_TOKENS, _room(model) // 2))
-
-
-def _room(model: ForwardModel) -> int:
-    """Positions there are, up to the first at which a rotation switches."""
-    switches = switching_lengths(model.config)
-    return min([miniature.configured_length(model.config) or 1 << 30, *switches])
-
-
-def _tokens(model: ForwardModel, count: int) -> list[int]:
-    """Random tokens; the lowest ids and padding, which mean something, are left out."""
-    generator = torch.Generator().manual_seed(0)
-    first = min(4, model.vocab_size // 2)
-    drawn = torch.randint(first, model.vocab_size, (count,), generator=generator)
-    padding = getattr(model.config, "pad_token_id", None)
-    return [int(t) if int(t) != padding else first - 1 for t in drawn]
+    return sorted(n for n in lengths if 1 <= n <= room(model) - 2 * COMPARED_STEPS)
 
 
 def _wide(model: ForwardModel, way: Way, length: int) -> TokenTree:
     """A random tree as wide and deep as strategies propose, or a chain as long."""
     draw = random.Random(length)
-    nodes = max(1, min(NODES, _room(model) - length - COMPARED_STEPS))
+    nodes = max(1, min(NODES, room(model) - length - COMPARED_STEPS))
     if way.level == "chain":
-        root, *rest = _tokens(model, min(nodes, DEPTH + 1))
+        root, *rest = random_tokens(model, min(nodes, DEPTH + 1))
         return TokenTree.chain(root, rest)
     parents, depths = [-1], [0]
     while len(parents) < nodes:
@@ -483,16 +400,13 @@ def _wide(model: ForwardModel, way: Way, length: int) -> TokenTree:
         if depths[parent] < DEPTH:
             parents.append(parent)
             depths.append(depths[parent] + 1)
-    return TokenTree(_tokens(model, nodes), parents)
+    return TokenTree(random_tokens(model, nodes), parents)
 
 
 def _narrow(model: ForwardModel, way: Way) -> TokenTree:
     if way.level == "chain":
-        root, *rest = _tokens(model, 4)
+        root, *rest = random_tokens(model, 4)
         return TokenTree.chain(root, rest)
-    return TokenTree(_tokens(model, len(BRIEF_PARENTS)), BRIEF_PARENTS)
+    return TokenTree(random_tokens(model, len(BRIEF_PARENTS)), BRIEF_PARENTS)
 
 
-def _told(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
+from adaptspec.model.quantised import is_quantised
 
 # What every module has; hooks and contents are looked at apart.
 _COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
@@ -92,7 +93,7 @@ def view_of(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
-    quantised = _is_quantised(model)
+    quantised = is_quantised(model)
     kept = [module for module in model.modules() if _stays(module, quantised)]
     memo.update((id(module), module) for module in kept)
     try:
@@ -212,15 +213,6 @@ def _compiled(forward: Any) -> bool:
     if original is None or owner is None:
         return False
     return original.__func__ is type(owner).forward
-
-
-def _is_quantised(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return bool(
-        getattr(model, "hf_quantizer", None)
-        or getattr(model, "is_quantized", False)
-        or getattr(config, "quantization_config", None)
-    )
 
 
 def _stays(module: nn.Module, quantised: bool) -> bool:
