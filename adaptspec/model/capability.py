@@ -20,8 +20,6 @@ import torch
 
 from adaptspec.errors import ModelLoadError
 from adaptspec.model import miniature
-from adaptspec.model.mixing import mixing
-from adaptspec.model.quantised import quantised_by
 from adaptspec.model.reference import (
     COMPARED_STEPS,
     MOST_TOLERATED,
@@ -37,6 +35,7 @@ from adaptspec.model.reference import (
     tolerance_of,
     whole_logits,
 )
+from adaptspec.model.views import told_of
 from adaptspec.token_tree import TokenTree
 
 if TYPE_CHECKING:
@@ -88,15 +87,15 @@ def probe(model: ForwardModel) -> Capability:
     from adaptspec.model.forward import Capability
 
     subject, unseen = _subject(model)
-    mixed = mixing(model)
-    _check_causal(subject or model, mixed is not None and subject in (None, model))
+    rounded = model.unverifiable
+    _check_causal(subject or model, rounded is not None and subject in (None, model))
     reasons: list[str] = []
     failed: dict[str, list[str]] = {}  # problem -> the ways that have it
     first = 0
     if getattr(model.model, "_is_stateful", False):
         first = 3
         reasons.append("its layers keep a state that can't be rolled back")
-    for obstacle in (mixed, unseen):
+    for obstacle in (rounded, unseen):
         if obstacle and first < 3:
             first = 3
             reasons.append(obstacle)
@@ -115,7 +114,7 @@ def probe(model: ForwardModel) -> Capability:
         failed.setdefault(problem, []).append(str(way))
     raise ModelLoadError(
         f"{model.name} can't be decoded as its own generate does: {way} fail: {problem}"
-        f"{quantised_by(model.model)}"
+        f"{told_of(model.model)}"
     )
 
 
@@ -203,6 +202,10 @@ def _glance(model: ForwardModel, way: Way) -> str | None:
         if way.level == "plain":
             errors = _plain_errors(model, way, prompt)
         else:
+            # One token is multiplied by other kernels than several, quantised or not.
+            exact = model.dtype in TOLERANCE
+            if exact and (problem := _disagreement(model, prompt)):
+                return problem
             model.use_masks = way.masked
             cache = model.new_cache(len(prompt) + len(tree))
             model.prefill(prompt, cache)
@@ -351,11 +354,11 @@ def _disagreement(model: ForwardModel, prompt: list[int]) -> str | None:
     return None
 
 
-def _check_causal(model: ForwardModel, mixed: bool) -> None:
+def _check_causal(model: ForwardModel, rounded: bool) -> None:
     """Raise unless what a token gives is settled by the tokens up to it.
 
     Args:
-        mixed: Whether the tokens of one pass move each other's logits anyway.
+        rounded: Whether tokens of one pass may move each other's logits anyway.
     """
     tokens = random_tokens(model, short_length(model))
     other = [*tokens[:-1], (tokens[-1] + 7) % model.vocab_size]
@@ -364,16 +367,17 @@ def _check_causal(model: ForwardModel, mixed: bool) -> None:
     except Exception as error:
         raise ModelLoadError(
             f"{model.name} doesn't run: {in_one_line(error)} (a decoder that takes "
-            f"token ids alone is expected{quantised_by(model.model)})"
+            f"token ids alone is expected{told_of(model.model)})"
         ) from error
     pairs = zip(first[:-1], second[:-1], strict=True)
     moved = max(logit_distance(a, b) for a, b in pairs)
-    routed = mixed or miniature.has_experts(model.config)
+    routed = rounded or miniature.has_experts(model.config)
     if moved > (MOST_TOLERATED if routed else ROUTING_TOLERANCE):
         raise ModelLoadError(
             f"{model.name} isn't a causal language model: its logits at a token change "
             "with the tokens after it; load a decoder-only model (an encoder such as "
             "BERT needs is_decoder=True and weights trained for it)"
+            f"{told_of(model.model)}"
         )
 
 
@@ -408,5 +412,3 @@ def _narrow(model: ForwardModel, way: Way) -> TokenTree:
         root, *rest = random_tokens(model, 4)
         return TokenTree.chain(root, rest)
     return TokenTree(random_tokens(model, len(BRIEF_PARENTS)), BRIEF_PARENTS)
-
-

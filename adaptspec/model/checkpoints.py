@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adaptspec.errors import ModelLoadError
+from adaptspec.model.quantised import method_in
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MISSING_WEIGHTS_NAMED = 3  # missing weights that a message names
@@ -36,6 +37,12 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        raise ModelLoadError(
+            f"a model folder is expected, {path!r} is a GGUF file; read it with "
+            "AutoModelForCausalLM.from_pretrained(folder, gguf_file=...) and pass the "
+            "model, with its tokenizer"
+        )
     if Path(path).is_file():
         raise ModelLoadError(
             f"a model folder is expected, {path!r} is a file; "
@@ -63,8 +70,10 @@ def read_model(
         named = ", ".join(missing[:MISSING_WEIGHTS_NAMED]) + (
             ", ..." if missing[MISSING_WEIGHTS_NAMED:] else ""
         )
+        method = _quantiser(Path(path))
+        told = "" if method is None else f"it is quantised by {method}: "
         raise ModelLoadError(
-            f"can't load the model {path!r}: it lacks {len(missing)} weights of "
+            f"can't load the model {path!r}: {told}it lacks {len(missing)} weights of "
             f"{type(model).__name__} ({named}), which would be random; "
             "give a folder with all of them"
         )
@@ -145,6 +154,11 @@ def _reason(error: BaseException, path: str, place: torch.device) -> str:
     text = _first_line(error)
     if _asks_for_trust(error):
         return TRUST
+    if method := _quantiser(Path(path)):
+        return (
+            f"it is quantised by {method}: {text} (install what that needs, take "
+            "another device, or give the model unquantised)"
+        )
     if damaged := _damaged(Path(path)):
         return f"{damaged} is damaged or cut short; fetch it again"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -157,6 +171,14 @@ def _reason(error: BaseException, path: str, place: torch.device) -> str:
     if isinstance(error, ImportError):
         return f"{text} (install what it needs, or give a model without)"
     return f"{text} (give a folder that from_pretrained reads)"
+
+
+def _quantiser(folder: Path) -> str | None:
+    """How the weights of a folder were quantised, None if they weren't."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return method_in(settings.get("quantization_config"))
+    return None
 
 
 def _asks_for_trust(error: BaseException) -> bool:

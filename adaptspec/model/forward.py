@@ -100,6 +100,10 @@ class ForwardModel(Protocol):
     def max_length(self) -> int | None:
         """Most positions the model was made for."""
 
+    @property
+    def unverifiable(self) -> str | None:
+        """Why passes over drafts aren't what the model gives without, or None."""
+
     def over(self, module: nn.Module) -> ForwardModel:
         """The same kind of model over another module, run as it is."""
 

@@ -25,6 +25,7 @@ from adaptspec.model.masks import (
     tree_mask,
 )
 from adaptspec.model.module_state import ModuleState
+from adaptspec.model.offloaded import device_of
 from adaptspec.model.prompts import Prompt, encode_prompt
 from adaptspec.model.rotary import (
     context_length,
@@ -33,9 +34,11 @@ from adaptspec.model.rotary import (
     growing_rotations,
     reread_boundaries,
 )
+from adaptspec.model.verifiable import unverifiable
 from adaptspec.model.views import (
     accepted_arguments,
     drops,
+    replaced_layers,
     snapshot,
     unfit,
     unwrapped,
@@ -61,6 +64,12 @@ CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 # larger parts to be busy.
 PART_TOKENS, CUDA_PARTS = 512, 8
 FEW_PARTS = 4
+
+
+# Found out once, and again where the caller changes the model.
+KNOWN_OF_A_MODEL = (
+    *("capability", "unverifiable", "latency", "reaches", "input_size", "rereads"),
+)
 
 
 class LanguageModel:
@@ -117,8 +126,7 @@ class LanguageModel:
         self._seen = None if self._own_weights else snapshot(model)
         self.config = model.config.get_text_config(decoder=True)
         self.generation_config = getattr(model, "generation_config", None)
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, _dtype_of(model)
+        self.device, self.dtype = device_of(model), _dtype_of(model)
         self.vocab_size = _vocab_size(model, self.config)
         self.digest = weights_digest(model)
         # Before any forward: buffers of growing rotations change with what is decoded.
@@ -136,7 +144,10 @@ class LanguageModel:
             _use_masked_attention(self.model)
             if self._own_weights:
                 self.model.eval()
-            if self._accelerate:
+            # Where activations are rounded, what rounding our kernels do moves more.
+            if self._accelerate and replaced_layers(self.model):
+                self.__dict__["unverifiable"] = unverifiable(self.over(self.model))
+            if self._accelerate and self.__dict__.get("unverifiable") is None:
                 use_our_attention(self.model)
                 self.linear = accelerate_linears(
                     self.model, own_weights=self._own_weights
@@ -170,7 +181,7 @@ class LanguageModel:
         """
         if self._seen is None or snapshot(self.source) == self._seen:
             return False
-        for name in ("capability", "latency", "reaches", "input_size", "rereads"):
+        for name in KNOWN_OF_A_MODEL:
             self.__dict__.pop(name, None)
         self.use_masks = True
         self._build()
@@ -209,6 +220,11 @@ class LanguageModel:
             ModelLoadError: if it isn't causal, or nothing agrees with ``generate``.
         """
         return probe(self)
+
+    @functools.cached_property
+    def unverifiable(self) -> str | None:
+        """Why passes over drafts aren't what the model gives without, or None."""
+        return unverifiable(self)
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def load_model(
         if tokenizer is None:
             tokenizer = _tokenizer_of(unwrapped(model), trust_remote_code)
         return LanguageModel(model, tokenizer, accelerate=accelerate)
+    if not isinstance(model, str | os.PathLike):
+        raise ModelLoadError(
+            f"a folder, a hub name or a transformers model is expected, got "
+            f"{type(model).__module__}.{type(model).__name__}; {_way_out(model)}"
+        )
     path = str(model)
     loaded = read_model(path, dtype, device_named(device), trust_remote_code)
     if tokenizer is None:
@@ -48,6 +54,16 @@ def load_model(
         Path(path).name if Path(path).exists() else path,
         own_weights=True,
         accelerate=accelerate,
+    )
+
+
+def _way_out(given: object) -> str:
+    """What to pass in place of another library's object."""
+    if isinstance(getattr(given, "model", None), nn.Module):  # a pipeline, a quantiser
+        return "pass its .model"
+    return (
+        "pass the module it was made from, since graphs that were exported (ONNX, "
+        "OpenVINO, torch.export) and other engines (vLLM, llama.cpp) run their own code"
     )
 
 

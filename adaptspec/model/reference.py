@@ -78,7 +78,9 @@ def tolerance_of(model: ForwardModel, prompt: list[int]) -> float:
     return min(max(HALF_TOLERANCE, NOISE_ALLOWED * noise), MOST_TOLERATED)
 
 
-def whole_logits(model: ForwardModel, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def whole_logits(
+    model: ForwardModel, texts: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
     """Logits ``[tokens, vocab]`` of each text, in one forward without cache or mask.
 
     Shorter texts are filled up behind their end, where a causal model can't look.

@@ -17,11 +17,16 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
-from adaptspec.model.quantised import is_quantised
+from adaptspec.model.offloaded import is_offloaded, missing_weights
+from adaptspec.model.quantised import is_quantised, quantised_by
 
 # What every module has; hooks and contents are looked at apart.
 _COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 _SIMPLE = (bool, int, float, str)
+# Classes of torch and DeepSpeed whose forward needs those of other processes.
+_SPLITTING = frozenset(
+    ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule")
+)
 _ORDINARY = ("torch.nn.modules.", "transformers.models.")
 
 
@@ -42,15 +47,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def unfit(model: nn.Module) -> str | None:
     """What stands in the way of decoding with it, said of it; None if nothing does."""
-    missing = sum(p.is_meta for p in model.parameters())
-    if missing:
+    if missing := missing_weights(model):
         return (
-            f"has {missing} weights outside of memory (offloaded to disk or CPU, or "
-            "never loaded); load it without device_map and offload_folder, in a "
-            "smaller dtype or on a device with room"
+            f"has {missing} weights on the meta device, which no hook brings into "
+            "memory; load them"
+        )
+    if shared := _shared_by_processes(model):
+        return (
+            f"is split over processes ({shared}), which would each decide by their own "
+            "clock what to draft; load it whole in each (without tp_plan, FSDP or "
+            "DeepSpeed), or over one process's devices with device_map"
         )
     for name, config in _adapter_settings(model):
-        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+        kind = _kind(config)
         if getattr(config, "is_prompt_learning", False):
             why = "puts virtual tokens before every pass"
         elif getattr(config, "alora_invocation_tokens", None) or kind == "XLORA":
@@ -62,6 +71,22 @@ def unfit(model: nn.Module) -> str | None:
             "generate, or activate another adapter"
         )
     return None
+
+
+def told_of(model: nn.Module) -> str:
+    """Clauses on its quantiser and adapters, for a message on a model that doesn't
+    run; empty where it has none."""
+    kinds = [f"{name!r} ({_kind(c)})" for name, c in _adapter_settings(model)]
+    if not kinds:
+        return quantised_by(model)
+    return (
+        f"{quantised_by(model)}; it has the adapter {', '.join(kinds)}: decode it with "
+        "its own generate, or activate another adapter"
+    )
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config, "peft_type", "")).rpartition(".")[2]
 
 
 def _adapter_settings(model: Any) -> list[tuple[str, Any]]:
@@ -77,16 +102,32 @@ def _adapter_settings(model: Any) -> list[tuple[str, Any]]:
     return [(name, known[name]) for name in names if name in known]
 
 
+def _shared_by_processes(model: nn.Module) -> str | None:
+    """What splits the weights over several processes, None if nothing does."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _SPLITTING:
+                return cls.__name__
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed"
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and mesh.size() > 1:
+            return type(parameter).__name__
+    return None
+
+
 def view_of(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every weight with ``model``.
 
     Quantised layers and others that tie their own state to a weight are shared whole: a
     copy would take that state from the original. ``model`` itself comes back where a
-    copy wouldn't be one: weights on several devices, a ``forward`` replaced by a
-    function (which calls the original's modules), or modules that can't be copied.
+    copy wouldn't be one: weights on several devices or offloaded, a ``forward``
+    replaced by a function (which calls the original's modules), or modules that can't
+    be copied.
     """
     places = getattr(model, "hf_device_map", None)
-    if places and len(set(places.values())) > 1:
+    if (places and len(set(places.values())) > 1) or is_offloaded(model):
         return model  # hooks that move weights between devices don't survive a copy
     if any(_calls_the_original(module) for module in model.modules()):
         return model
@@ -111,6 +152,15 @@ def view_of(model: nn.Module) -> nn.Module:
         if _compiled(module.__dict__.get("forward")):
             del module.forward  # the class's own again
     return view
+
+
+def replaced_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers with weights that neither torch nor the family's code defines."""
+    return [
+        module
+        for module in model.modules()
+        if (module._parameters or module._buffers) and _stays(module, quantised=True)
+    ]
 
 
 def drops(model: nn.Module) -> bool:
@@ -243,6 +293,8 @@ def _is_special(tensor: torch.Tensor) -> bool:
 def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return (id(tensor),)
+    if tensor.is_meta:  # a hook puts another one there after each pass
+        return tuple(tensor.shape), tensor.dtype
     version = -1 if tensor.is_inference() else tensor._version
     return id(tensor), version, tensor.data_ptr(), tensor.dtype
 

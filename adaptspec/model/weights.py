@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
+from adaptspec.model import offloaded
 from adaptspec.model.views import adapters
 
 
@@ -23,10 +25,10 @@ def weights_digest(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     digest.update(type(model).__name__.encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(offloaded.weights(model), key=itemgetter(0)):
         name = name.replace("_orig_mod.", "")  # compiled or not
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        for part in _plain_parts(parameter.detach()):
+        for part in _plain_parts(parameter):
             digest.update(_sampled(part))
     for text in adapters(model):
         digest.update(text.encode())

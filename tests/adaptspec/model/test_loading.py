@@ -219,22 +219,6 @@ def test_too_little_memory_is_told(
     assert "doesn't fit into the memory of cpu" in refusal(folder)
 
 
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-def test_offloaded_weights_are_refused_by_name(
-    place: str, folder: Path, tmp_path: Path
-) -> None:
-    from accelerate import cpu_offload, disk_offload
-
-    module = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    if place == "disk":
-        disk_offload(module, str(tmp_path / "off"), torch.device("cpu"))
-    else:
-        cpu_offload(module, torch.device("cpu"))
-    told = refusal(module)
-    assert "outside of memory" in told
-    assert "device_map" in told
-
-
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_attention_that_takes_no_mask_gives_way_to_one_that_does(
