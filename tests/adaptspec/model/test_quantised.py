@@ -364,3 +364,14 @@ def test_a_folder_that_cant_be_read_is_refused_with_its_quantiser(
     with pytest.raises(ModelLoadError, match=f"quantised by {method}: ") as refused:
         load_model(tmp_path, tokenizer=tiny_tokenizer())
     assert "\n" not in str(refused.value)
+
+
+def test_every_method_of_this_transformers_is_on_the_page_of_models() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    named = {
+        name.partition("_")[0] if "bits" in name else name
+        for name in AUTO_QUANTIZER_MAPPING
+    }
+    assert {name for name in named if f"`{name}`" not in page} == set()

@@ -129,6 +129,7 @@ def test_weights_that_are_nowhere_are_refused() -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow  # torch's compiler is imported
 def test_layers_compiled_one_by_one_decode_as_they_are() -> None:
     module = tiny_module("qwen3")
     for layer in module.model.layers:
