@@ -344,6 +344,13 @@ class Decoder:
 
         return self.model.turns.take(tell)
 
+    def _timed_tell(
+        self, text: str | None, ids: Sequence[int]
+    ) -> tuple[Told | None, float]:
+        """:meth:`_tell`, and the seconds that it took."""
+        started = perf_counter()
+        return self._tell(text, ids), perf_counter() - started
+
     def _tell(self, text: str | None, ids: Sequence[int]) -> Told | None:
         """What the text tells, or without one the last message of the ids."""
         if self._classifier is None:
@@ -426,9 +433,7 @@ class Decoder:
         ids = take(lambda: self.model.encode(prompt, **encoding))
         told, seconds = None, 0.0
         if prompt_class is None and strategy is None and self._classifier is not None:
-            started = perf_counter()
-            told = take(lambda: self._tell(prompt_text(prompt), ids))
-            seconds = perf_counter() - started
+            told, seconds = take(lambda: self._timed_tell(prompt_text(prompt), ids))
         if told is not None:
             prompt_class = told.prompt_class
         choice, profile = self._chosen(prompt_class, strategy, params)
@@ -446,7 +451,7 @@ class Decoder:
 
         shown = None
         if settings.stop_strings and not include_stop:
-            shown = StopText(self.model, Stopping(self.model, settings))
+            shown = StopText(self.model, Stopping(self.model, settings), ids)
         return Stream(self.model, run, choice, seconds, ended, shown)
 
     def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:

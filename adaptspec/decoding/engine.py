@@ -437,7 +437,7 @@ class Run:
         Where no token can be chosen behind accepted ones, these are emitted first.
         """
         past = Continuation(self._ids, tokens)
-        if tokens and self._stopping(past, self._prompt) is not None:
+        if tokens and self._stopping(past) is not None:
             return None
         try:
             return ask(past, logits)
@@ -472,7 +472,7 @@ class Run:
         for token in tokens:
             self._ids.append(token)
             emitted.append(token)
-            self._finish = self._stopping(self._ids, self._prompt)
+            self._finish = self._stopping(self._ids)
             if self._finish is None and len(self._ids) - self._prompt >= self._room:
                 self._finish = "length"
             if self._finish is not None:

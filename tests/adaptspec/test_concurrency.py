@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_threads_that_share_a_decoder_get_what_each_gets_alone(
 ) -> None:
     # Coupled drafts emit plain sampling's tokens; others draw noise of their own.
     coupled = {"draft_model": {"draft_sampling": "coupled"}}.get(strategy)
-    chance = {"temperature": 1.5, "do_sample": True, "seed": 5}
+    chance: dict[str, Any] = {"temperature": 1.5, "do_sample": True, "seed": 5}
     alone = [
         decoder.generate(
             prompt, strategy="autoregressive", max_new_tokens=TOKENS, **chance
@@ -132,7 +133,7 @@ def test_threads_that_share_a_decoder_get_what_each_gets_alone(
             found = decoder.generate(PROMPTS[number], **asked, **chance, params=coupled)
             assert found.token_ids == alone[number]
 
-    in_threads([lambda n=n: work(n) for n in range(4)])
+    in_threads([partial(work, number) for number in range(4)])
 
 
 @pytest.mark.slow
@@ -153,7 +154,7 @@ def test_threads_may_use_different_strategies_and_streams_at_once(
             assert "".join(stream) == texts[number]
             assert stream.result.token_ids == greedy[number]
 
-    in_threads([lambda n=n: work(n) for n in range(4)])
+    in_threads([partial(work, number) for number in range(4)])
 
 
 @pytest.mark.slow
@@ -171,7 +172,7 @@ def test_two_decoders_over_one_model_may_run_in_threads() -> None:
             assert found.token_ids == expected[number]
 
     each = zip([*decoders, *shared], range(4), strict=True)
-    in_threads([lambda o=o, n=n: work(o, n) for o, n in each])
+    in_threads([partial(work, one, number) for one, number in each])
 
 
 def interleaved(streams: list[Stream], order: list[int]) -> None:
@@ -293,7 +294,7 @@ def test_knowledge_is_exchanged_while_other_threads_decode(
         finally:
             done.set()
 
-    in_threads([save, *(lambda n=n: work(n) for n in range(2))])
+    in_threads([save, partial(work, 0), partial(work, 1)])
     decoder.save()
     assert alone
     assert all(alone)
@@ -324,7 +325,7 @@ def test_a_thread_that_ends_without_reading_on_frees_its_stream(
 
     gc.disable()
     try:
-        in_threads([lambda s=s: work(s) for s in ("draft_model", "suffix", "hybrid")])
+        in_threads([partial(work, s) for s in ("draft_model", "suffix", "hybrid")])
         assert len(caches) >= 4  # the draft models' too
         assert [each() for each in caches if each() is not None] == []
     finally:

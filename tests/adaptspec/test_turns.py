@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_threads_come_in_the_order_in_which_they_asked() -> None:
     threads = [started(lambda: turns.take(lambda: leave.wait(LONG)))]
     for number in range(5):
         waiting(turns, number + 1)
-        threads.append(started(lambda n=number: turns.take(lambda: order.append(n))))
+        threads.append(started(partial(turns.take, partial(order.append, number))))
     waiting(turns, 6)
     leave.set()
     joined(*threads)
@@ -65,7 +66,7 @@ def test_of_two_that_ask_again_and_again_neither_gets_ahead() -> None:
             turns.take(lambda: step(name))
         ended.set()
 
-    joined(*[started(lambda n=name: work(n)) for name in "ab"])
+    joined(*[started(partial(work, name)) for name in "ab"])
     assert "".join(taken) in ("ab" * 50, "ba" * 50)
 
 
@@ -96,7 +97,12 @@ def test_what_is_left_for_later_runs_at_once_where_nobody_works() -> None:
     turns, seen = Turns(), list[str]()
     turns.soon(lambda: seen.append("now"))
     assert seen == ["now"]
-    turns.take(lambda: (turns.soon(lambda: seen.append("after")), seen.append("step")))
+
+    def step() -> None:
+        turns.soon(lambda: seen.append("after"))
+        seen.append("step")
+
+    turns.take(step)
     assert seen == ["now", "step", "after"]
 
 

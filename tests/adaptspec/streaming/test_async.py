@@ -105,7 +105,8 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[TreeCac
 
 
 def freed(caches: list[weakref.ref[TreeCache]], gated: Gated) -> bool:
-    return not any(each() is not None for each in [*caches, *gated.drafters])
+    owned: list[weakref.ref[Any]] = [*caches, *gated.drafters]
+    return all(each() is None for each in owned)
 
 
 def test_the_pieces_are_those_that_for_gives(decoder: Decoder) -> None:
@@ -134,7 +135,7 @@ def test_two_streams_share_the_loop(decoder: Decoder) -> None:
         return stream.result.token_ids
 
     async def main() -> list[list[int]]:
-        return await asyncio.gather(*map(read, prompts))
+        return await asyncio.gather(*(read(prompt) for prompt in prompts))
 
     assert asyncio.run(main()) == alone
 

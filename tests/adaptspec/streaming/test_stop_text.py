@@ -96,34 +96,40 @@ def decoder(kind: str) -> Decoder:
 
 
 def said(
-    kind: str, ids: Sequence[int], stops: Sequence[str], **more: Any
+    kind: str,
+    ids: Sequence[int],
+    stops: Sequence[str],
+    prompt: Sequence[int] = PROMPT,
+    **more: Any,
 ) -> tuple[list[str], Any]:
     """The pieces and the result of a stream in which the model says ``ids``."""
     stream = decoder(kind).stream(
-        PROMPT,
+        list(prompt),
         strategy=PLAIN,
         max_new_tokens=len(ids),
         stop_strings=list(stops) or None,
-        logits_processor=[Forced(len(PROMPT), ids)],
+        logits_processor=[Forced(len(prompt), ids)],
         **more,
     )
     return list(stream), stream.result
 
 
-def own(kind: str, ids: Sequence[int], stops: Sequence[str]) -> list[int]:
+def own(
+    kind: str, ids: Sequence[int], stops: Sequence[str], prompt: Sequence[int] = PROMPT
+) -> list[int]:
     """What the model's own ``generate`` makes of the same."""
     model = decoder(kind).model
     output = model.source.generate(  # type: ignore[operator]
-        torch.tensor([PROMPT]),
-        attention_mask=torch.ones((1, len(PROMPT)), dtype=torch.long),
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
         max_new_tokens=len(ids),
         do_sample=False,
         pad_token_id=0,
         stop_strings=list(stops),
         tokenizer=model.tokenizer,
-        logits_processor=LogitsProcessorList([Forced(len(PROMPT), ids)]),
+        logits_processor=LogitsProcessorList([Forced(len(prompt), ids)]),
     )
-    return [int(token) for token in output[0, len(PROMPT) :]]
+    return [int(token) for token in output[0, len(prompt) :]]
 
 
 @st.composite
@@ -197,6 +203,26 @@ def test_stop_strings_are_held_back_until_it_is_certain_what_they_are(
     assert (generated.text, generated.token_ids) == (result.text, result.token_ids)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "texts", "stops", "text"),
+    [
+        (["a", "ST"], ["OP", "b"], ["STOP"], ""),
+        (["a", "ST"], ["a", "OP", "b"], ["STOP"], "aOPb"),
+        (["a", "STOP"], ["b", "OP"], ["STOP"], "bOP"),
+        (["\n"], ["\n", "b", "\n\n", "a"], ["\n\n"], ""),
+        (["\n", "</s>"], ["\n", "b", "\n\n", "a"], ["\n\n"], "\nb"),
+        (["STOP"], ["a", "STOP"], ["STOP"], "a"),
+    ],
+)
+def test_a_stop_string_may_begin_in_the_prompt_as_for_generate(
+    prompt: list[str], texts: list[str], stops: list[str], text: str
+) -> None:
+    ids, before = spelt(*texts), spelt(*prompt)
+    pieces, result = said("bytes", ids, stops, before)
+    assert "".join(pieces) == result.text == text
+    assert result.token_ids == own("bytes", ids, stops, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])
 @settings(max_examples=80, deadline=None)
@@ -212,7 +238,8 @@ def test_pieces_join_to_the_text_and_never_show_a_stop_string(
     if result.finish != "stop":
         assert result.text == whole
     elif not any("<" in stop or ">" in stop for stop in stops):
-        raw = decoder(kind).model.decode(result.token_ids, skip_special=False)
+        output = [*PROMPT, *result.token_ids]
+        raw = decoder(kind).model.decode(output, skip_special=False)
         cut = raw[min(raw.index(stop) for stop in stops if stop in raw) :]
         for special in ("</s>", "<|end|>"):
             cut = cut.replace(special, "")
@@ -228,4 +255,8 @@ def test_pieces_join_to_the_text_and_never_show_a_stop_string(
 @given(data=st.data())
 def test_token_ids_are_those_of_the_models_own_generate(data: st.DataObject) -> None:
     ids, stops = data.draw(speech("bytes"))
-    assert said("bytes", ids, stops)[1].token_ids == own("bytes", ids, stops)
+    at = data.draw(st.integers(0, len(ids) - 1))
+    prompt, ids = [*PROMPT, *ids[:at]], ids[at:]
+    pieces, result = said("bytes", ids, stops, prompt)
+    assert result.token_ids == own("bytes", ids, stops, prompt)
+    assert "".join(pieces) == result.text
