@@ -24,9 +24,11 @@ _numbers = count()
 class _Turn:
     """A thread's place in the queue."""
 
+    __slots__ = ("has_come", "thread")
+
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.has_come = threading.Event()
+        self.has_come: threading.Event | None = None  # made where it must be waited for
 
 
 class Turns:
@@ -80,7 +82,9 @@ class Turns:
     def _wait(self, turn: _Turn) -> None:
         self._queue.append(turn)
         if self._queue[0] is not turn:
-            turn.has_come.wait()
+            turn.has_come = threading.Event()
+            if self._queue[0] is not turn:  # looked at again: nobody tells twice
+                turn.has_come.wait()
 
     def _leave(self, turn: _Turn) -> None:
         """Let the next one work. ``turn`` may not have come, or not be in the queue."""
@@ -97,9 +101,11 @@ class Turns:
         except ValueError:
             return
         try:
-            self._queue[0].has_come.set()
+            told = self._queue[0].has_come
         except IndexError:
             return
+        if told is not None:
+            told.set()
 
     def _catch_up(self) -> None:
         """Run what is left, unless somebody is there who will."""
