@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
 import warnings
@@ -23,6 +24,7 @@ from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation, Run
 from adaptspec.decoding.stats import RunStats
+from adaptspec.decoding.stopping import Stopping
 from adaptspec.default_model import default_model_path
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
@@ -43,7 +45,9 @@ from adaptspec.profile import (
     ProfileStore,
 )
 from adaptspec.selector import Choice, select
+from adaptspec.streaming.stop_text import StopText
 from adaptspec.streaming.stream import Result, Stream
+from adaptspec.turns import take_all
 
 if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
@@ -174,9 +178,11 @@ class Decoder:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
         if self._unprofiled is not None:
             return Choice(prompt_class, PLAIN, {}, self._unprofiled), None
-        if prompt_class not in self._choices:
-            self._choices[prompt_class] = self._selected(prompt_class)
-        return self._choices[prompt_class]
+        found = self._choices.get(prompt_class)
+        if found is None:  # other threads may clear them at any time
+            found = self.model.turns.take(lambda: self._selected(prompt_class))
+            self._choices[prompt_class] = found
+        return found
 
     def _selected(self, prompt_class: str | None) -> tuple[Choice, Profile | None]:
         """The best that was decided and doesn't fail in use."""
@@ -235,6 +241,7 @@ class Decoder:
         params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        include_stop: bool = False,
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
@@ -250,6 +257,8 @@ class Decoder:
             params: The strategy's parameters; those left out have their defaults.
             max_new_tokens: Default: the model's configuration, else 128.
             temperature: 0 is greedy; default: as the model's configuration says.
+            include_stop: Leave the stop string that ended the output in its text. The
+                token ids hold it either way.
             raw: Read a text as it is, without the chat template.
             tools: What the model may call: JSON schemas, or functions with type hints.
             template_arguments: Further arguments of the model's chat template, such as
@@ -267,6 +276,7 @@ class Decoder:
             params,
             max_new_tokens,
             temperature,
+            include_stop,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
         )
@@ -282,6 +292,7 @@ class Decoder:
         params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        include_stop: bool = False,
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
@@ -289,8 +300,9 @@ class Decoder:
     ) -> Stream:
         """The same, as pieces of text as soon as they are accepted.
 
-        A piece comes per token, or per few where a character spans several tokens.
-        The prompt is read with the first one asked for.
+        A piece comes per token, or per few where a character spans several tokens or
+        a stop string may have begun. The prompt is read with the first one asked for.
+        ``async for`` reads it without keeping the event loop waiting.
         """
         return self._run(
             prompt,
@@ -299,9 +311,19 @@ class Decoder:
             params,
             max_new_tokens,
             temperature,
+            include_stop,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
         )
+
+    async def astream(self, prompt: Prompt, **asked: Any) -> Stream:
+        """:meth:`stream`, whose start doesn't keep the event loop waiting, either.
+
+        The first request of a model takes seconds to find out what it can verify.
+        """
+        loop = asyncio.get_running_loop()
+        begin = functools.partial(self.stream, prompt, **asked)
+        return await loop.run_in_executor(self.model.turns.worker, begin)
 
     def classify(self, prompt: Prompt, **encoding: Any) -> Told | None:
         """What the prompt's text tells of its class.
@@ -315,8 +337,19 @@ class Decoder:
         """
         self._follow()
         text = prompt_text(prompt)
-        ids = self.model.encode(prompt, **encoding) if text is None else []
-        return self._tell(text, ids)
+
+        def tell() -> Told | None:
+            ids = self.model.encode(prompt, **encoding) if text is None else []
+            return self._tell(text, ids)
+
+        return self.model.turns.take(tell)
+
+    def _timed_tell(
+        self, text: str | None, ids: Sequence[int]
+    ) -> tuple[Told | None, float]:
+        """:meth:`_tell`, and the seconds that it took."""
+        started = perf_counter()
+        return self._tell(text, ids), perf_counter() - started
 
     def _tell(self, text: str | None, ids: Sequence[int]) -> Told | None:
         """What the text tells, or without one the last message of the ids."""
@@ -335,7 +368,8 @@ class Decoder:
     def _follow(self) -> None:
         """Take over changes of the caller's models; profiles are of one version."""
         models = [m for m in (self.model, self.draft) if m is not None]
-        if any([model.follow() for model in models]):
+        turns = [model.turns for model in models]
+        if take_all(turns, lambda: any([model.follow() for model in models])):
             self.environment = environment_of(self.model, self.draft)
             self._choices.clear()
             if self._keeper is not None:
@@ -346,7 +380,9 @@ class Decoder:
     def _open_keeper(self) -> None:
         if self._folder is not None:
             folder = self._folder / "knowledge"
-            self._keeper = KnowledgeKeeper(folder, self.model.digest)
+            self._keeper = KnowledgeKeeper(
+                folder, self.model.digest, in_turn=self.model.turns.take
+            )
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
@@ -381,6 +417,7 @@ class Decoder:
         params: Mapping[str, Any] | None,
         max_new_tokens: int | None,
         temperature: float | None,
+        include_stop: bool,
         encoding: Mapping[str, Any],
         controls: Mapping[str, Any],
     ) -> Stream:
@@ -391,12 +428,12 @@ class Decoder:
             temperature=temperature,
             **controls,
         )
-        ids = self.model.encode(prompt, **encoding)
+        # Tokenizers of transformers mustn't be used by two threads at once.
+        take = self.model.turns.take
+        ids = take(lambda: self.model.encode(prompt, **encoding))
         told, seconds = None, 0.0
         if prompt_class is None and strategy is None and self._classifier is not None:
-            started = perf_counter()
-            told = self._tell(prompt_text(prompt), ids)
-            seconds = perf_counter() - started
+            told, seconds = take(lambda: self._timed_tell(prompt_text(prompt), ids))
         if told is not None:
             prompt_class = told.prompt_class
         choice, profile = self._chosen(prompt_class, strategy, params)
@@ -412,7 +449,10 @@ class Decoder:
             if profile is not None:
                 self._record(profile, choice, generation.stats)
 
-        return Stream(self.model, run, choice, seconds, ended)
+        shown = None
+        if settings.stop_strings and not include_stop:
+            shown = StopText(self.model, Stopping(self.model, settings), ids)
+        return Stream(self.model, run, choice, seconds, ended, shown)
 
     def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
         """Add a request to the sums; choose anew where its setting fails by them."""
@@ -428,12 +468,13 @@ class Decoder:
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
         key = (choice.strategy, repr(sorted(choice.params.items())))
-        if key not in self._strategies:
-            strategy = self.host.create(choice.strategy, choice.params)
-            if self._keeper is not None:
-                self._keeper.adopt(strategy)
-            self._strategies[key] = strategy
-        return self._strategies[key]
+        if (known := self._strategies.get(key)) is not None:
+            return known
+        strategy = self.host.create(choice.strategy, choice.params)
+        used = self._strategies.setdefault(key, strategy)  # another thread's, perhaps
+        if used is strategy and self._keeper is not None:
+            self._keeper.adopt(strategy)
+        return used
 
     def _lossy(self) -> set[str]:
         return {name for name, cls in self.host.strategies.items() if not cls.lossless}

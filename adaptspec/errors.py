@@ -47,6 +47,14 @@ class SequenceStateError(AdaptSpecError, RuntimeError):
     """A sequence can't go on: its model was changed, or holds another's state."""
 
 
+class ForkedProcessError(AdaptSpecError, RuntimeError):
+    """A model on a GPU can't be used in a process forked from its own."""
+
+
+class ForkedProcessWarning(UserWarning):
+    """A forked process has none of torch's threads, so it decodes with one."""
+
+
 class PluginError(AdaptSpecError, RuntimeError):
     """A plugin failed to load or broke its contract."""
 

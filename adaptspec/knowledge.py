@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
     from adaptspec.strategy import Strategy
 
+InTurn = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+
 FORMAT = "adaptspec-knowledge-1"
 LOCK_SECONDS = 30.0
 EVERY_SECONDS = 60.0
+
+
+def _at_once(merge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return merge()
 
 
 class KnowledgeWarning(StoreWarning):
@@ -48,8 +54,18 @@ class KnowledgeFile:
             "version": str(strategy.knowledge),
         }
 
-    def exchange(self, strategy: Strategy) -> None:
+    def exchange(
+        self, strategy: Strategy, in_turn: InTurn = _at_once, wait: bool = True
+    ) -> bool:
         """Merge the file into ``strategy`` and write what it then knows.
+
+        Args:
+            in_turn: Runs what it is given while nobody decodes with the strategy.
+                Reading and writing the file keeps nobody from it.
+            wait: Whether to wait where another process or thread has the file.
+
+        Returns:
+            Whether it was done.
 
         Raises:
             KnowledgeError: if the folder can't be written or stays locked.
@@ -58,9 +74,14 @@ class KnowledgeFile:
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
-                self._write(self._merged(strategy))
+            seconds = LOCK_SECONDS if wait else 0.0
+            with FileLock(f"{self.path}.lock", timeout=seconds):
+                stored = self._read()
+                self._write(in_turn(lambda: self._merged(strategy, stored)))
+            return True
         except Timeout:
+            if not wait:
+                return False
             raise KnowledgeError(
                 f"{self.path} is locked by another process for {LOCK_SECONDS:g} s; "
                 "what was learnt is kept in memory (without learn=True nothing is kept)"
@@ -72,8 +93,19 @@ class KnowledgeFile:
                 "leave out learn=True"
             ) from error
 
-    def _merged(self, strategy: Strategy) -> dict[str, Any]:
-        stored = self._read()
+    def _merged(
+        self, strategy: Strategy, stored: dict[str, torch.Tensor] | None
+    ) -> dict[str, Any]:
+        """What it knows and the file holds, in tensors that no step writes to."""
+        import torch
+
+        known = self._synced(strategy, stored)
+        whole = torch.contiguous_format
+        return {name: x.clone(memory_format=whole) for name, x in known.items()}
+
+    def _synced(
+        self, strategy: Strategy, stored: dict[str, torch.Tensor] | None
+    ) -> dict[str, Any]:
         if stored is None:
             return strategy.sync(None)
         try:
@@ -159,6 +191,7 @@ class KnowledgeKeeper:
         folder: Where the files are.
         model: Digest of the target.
         clock: Seconds, for :meth:`refresh`.
+        in_turn: See :meth:`KnowledgeFile.exchange`.
     """
 
     def __init__(
@@ -166,8 +199,10 @@ class KnowledgeKeeper:
         folder: Path,
         model: str,
         clock: Callable[[], float] = time.monotonic,
+        in_turn: InTurn = _at_once,
     ) -> None:
         self._folder, self._model, self._clock = folder, model, clock
+        self._in_turn = in_turn
         self._kept: list[tuple[Strategy, KnowledgeFile]] = []
         self._last = clock()
         self._told = False
@@ -180,22 +215,26 @@ class KnowledgeKeeper:
                 self._kept.append((strategy, file))
 
     def refresh(self) -> None:
-        """:meth:`save` if the last exchange is ``EVERY_SECONDS`` old."""
-        if self._kept and self._clock() - self._last >= EVERY_SECONDS:
-            self.save()
+        """:meth:`save` if the last exchange is ``EVERY_SECONDS`` old.
 
-    def save(self) -> None:
+        A file that another process or thread has just now is left for the next time.
+        """
+        if self._kept and self._clock() - self._last >= EVERY_SECONDS:
+            self.save(wait=False)
+
+    def save(self, wait: bool = True) -> None:
         """Merge and write all files now."""
         for strategy, file in self._kept:
-            self._exchange(strategy, file)
+            self._exchange(strategy, file, wait)
         self._last = self._clock()
 
-    def _exchange(self, strategy: Strategy, file: KnowledgeFile) -> bool:
+    def _exchange(
+        self, strategy: Strategy, file: KnowledgeFile, wait: bool = True
+    ) -> bool:
         try:
-            file.exchange(strategy)
+            return file.exchange(strategy, self._in_turn, wait)
         except KnowledgeError as error:
             if not self._told:
                 warnings.warn(str(error), KnowledgeWarning, stacklevel=4)
                 self._told = True
             return False
-        return True

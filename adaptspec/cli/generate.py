@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="End the output with this text; may be given several times.",
+    help="End the output before this text; may be given several times.",
 )
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option(

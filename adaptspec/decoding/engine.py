@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,12 +29,14 @@ from adaptspec.errors import (
     SequenceStateError,
     UnavailableStrategyError,
 )
+from adaptspec.model.forked import heed_fork
 from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
 from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
 from adaptspec.token_ids import Continuation
 from adaptspec.token_tree import Drawn, TokenTree
+from adaptspec.turns import take_all
 
 Answer = TypeVar("Answer")
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
@@ -134,13 +137,8 @@ class Run:
         self._engine = engine
         self._follow = follow
         self._model, self._draft = model, engine.draft
-        for one in (model, engine.draft):
-            if one is not None:
-                one.follow()
-        self._digest = model.digest
-        if reason := type(strategy).unavailable(model, engine.draft):
-            raise UnavailableStrategyError(f"{strategy.name}: {reason}")
         self._strategy = strategy
+        self._in_turn(self._look_at_models)
         if not ids:
             raise InvalidPromptError("a prompt must have at least one token, got none")
         self._clock = engine.clock
@@ -172,17 +170,53 @@ class Run:
         self._stopping = Stopping(model, controls)
         self._guard: Guard | None = None
 
+    def _in_turn(self, step: Callable[[], Answer]) -> Answer:
+        """Run ``step`` while no other thread uses the models."""
+        models = [one for one in (self._model, self._draft) if one is not None]
+        return take_all([one.turns for one in models], step)
+
+    def _look_at_models(self) -> None:
+        """Take over what their owner has changed, and see whether they serve."""
+        for one in (self._model, self._draft):
+            if one is not None:
+                heed_fork(one.device)
+                one.follow()
+        self._digest = self._model.digest
+        if reason := type(self._strategy).unavailable(self._model, self._draft):
+            raise UnavailableStrategyError(f"{self._strategy.name}: {reason}")
+
     @property
     def result(self) -> Generation:
         """What was generated (so far, if the iteration was given up)."""
         return Generation(
             self._ids[self._prompt :],
             self._stats,
-            self._finish or "unfinished",
+            self.finish,
             self._sampler.seed,
         )
 
+    @property
+    def finish(self) -> Finish:
+        """What has ended it, so far."""
+        return self._finish or "unfinished"
+
     def __iter__(self) -> Generator[list[int], None, None]:
+        drafter, step, emitted = self._in_turn(self._begin)
+        try:
+            yield emitted
+            while self._finish is None:
+                yield self._in_turn(step)
+        except GeneratorExit:
+            # Garbage collection may be what gives it up, in the middle of any step.
+            self._model.turns.soon(drafter.close)
+            raise
+        except BaseException:
+            self._in_turn(drafter.close)
+            raise
+        self._in_turn(drafter.close)
+
+    def _begin(self) -> tuple[Drafter, Callable[[], list[int]], list[int]]:
+        """Read the prompt; the drafter, what decodes a step, and the first token."""
         started = self._clock()
         model = self._model
         level = model.capability.level
@@ -211,17 +245,11 @@ class Run:
             )
         try:
             emitted = self._prefill(drafter, cache, observes)
-            self._stats.seconds_prefill = self._clock() - started
-            yield emitted
-            while self._finish is None:
-                if model.digest != self._digest:
-                    raise SequenceStateError(
-                        f"{model.name} was changed (weights or adapters) while this "
-                        "generation ran; finish it before the change, or start again"
-                    )
-                yield self._step(drafter, cache, observes, level)
-        finally:
+        except BaseException:
             drafter.close()
+            raise
+        self._stats.seconds_prefill = self._clock() - started
+        return drafter, partial(self._step, drafter, cache, observes, level), emitted
 
     def _new_cache(self) -> Any:
         if self._model.capability.level == "plain":
@@ -260,6 +288,11 @@ class Run:
     def _step(
         self, drafter: Drafter, cache: Any, observes: Observes, level: str
     ) -> list[int]:
+        if self._model.digest != self._digest:
+            raise SequenceStateError(
+                f"{self._model.name} was changed (weights or adapters) while this "
+                "generation ran; finish it before the change, or start again"
+            )
         if self._failed is not None:
             raise self._failed
         started = self._clock()
@@ -404,7 +437,7 @@ class Run:
         Where no token can be chosen behind accepted ones, these are emitted first.
         """
         past = Continuation(self._ids, tokens)
-        if tokens and self._stopping(past, self._prompt) is not None:
+        if tokens and self._stopping(past) is not None:
             return None
         try:
             return ask(past, logits)
@@ -439,7 +472,7 @@ class Run:
         for token in tokens:
             self._ids.append(token)
             emitted.append(token)
-            self._finish = self._stopping(self._ids, self._prompt)
+            self._finish = self._stopping(self._ids)
             if self._finish is None and len(self._ids) - self._prompt >= self._room:
                 self._finish = "length"
             if self._finish is not None:

@@ -55,7 +55,9 @@ FIELDS: Mapping[str, Field] = {
     "min_new_tokens": _honoured("no end of sequence before so many new tokens"),
     "min_length": _honoured("the same, those of the prompt included"),
     "max_time": _honoured("seconds; the step under way is finished; `finish`: `time`"),
-    "stop_strings": _honoured("the output ends with the token that completes one"),
+    "stop_strings": _honoured(
+        "the output ends with the token that completes one; its text ends before it"
+    ),
     "early_stopping": _without(BEAMS),
     # How tokens are chosen.
     "do_sample": _honoured("False is greedy, whatever the temperature"),

@@ -15,6 +15,7 @@ from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.capability import probe
+from adaptspec.model.forked import heed_fork
 from adaptspec.model.forward import Capability, Forward, PlainCache
 from adaptspec.model.forward_times import LatencyCurve, measure_latency
 from adaptspec.model.masks import (
@@ -51,6 +52,7 @@ from adaptspec.model.weights import (
     weights_digest,
 )
 from adaptspec.token_tree import TokenTree
+from adaptspec.turns import turns_of
 
 if TYPE_CHECKING:
     from adaptspec.heads.protocol import TrainedHeads
@@ -109,6 +111,8 @@ class LanguageModel:
                 "models are supported"
             )
         self.source = model
+        # Taken around each step, whoever decodes with the model.
+        self.turns = turns_of(model)
         self.tokenizer = tokenizer
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         # Turned off by the probe for models that build masks of their own only.
@@ -121,6 +125,7 @@ class LanguageModel:
     def _build(self) -> None:
         """What decoding runs, made from ``source`` as it is now."""
         model: Any = self.source
+        heed_fork(next(model.parameters()).device)
         if problem := unfit(model):
             raise ModelLoadError(f"{self.name} {problem}")
         self._seen = None if self._own_weights else snapshot(model)

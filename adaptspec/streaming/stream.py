@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from adaptspec.decoding.engine import Finish, Generation, Run
 from adaptspec.decoding.stats import RunStats
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import Choice
+from adaptspec.streaming.stop_text import StopText
 from adaptspec.streaming.text_pieces import TextPieces
+from adaptspec.turns import Turns
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was generated, with what, and how it went."""
+    """What was generated, with what, and how it went.
+
+    ``text`` is that of ``token_ids`` without special tokens. Where a stop string ended
+    it, that and what its last token brought behind it are left out unless they were
+    asked for (``include_stop``); ``token_ids`` hold them either way, as with the
+    model's own ``generate``.
+    """
 
     text: str
     token_ids: list[int]
@@ -26,17 +40,22 @@ class Result:
     seed: int | None = None  # of the sampling; None: greedy, and none was given
 
 
-class Stream(Iterator[str]):
+class Stream(Iterator[str], AsyncIterator[str]):
     """Pieces of text as soon as they are accepted; afterwards what they came to.
 
     Use it in a ``with`` block, or :meth:`close` it, to give it up early; a stream that
     is dropped is given up, too. An error in decoding is raised once and ends it.
+    ``async for`` and ``async with`` decode in a thread, so that the event loop goes on;
+    a task that is cancelled while it waits for a piece gives the stream up.
+
+    Several threads may read and close it; each piece goes to one of them.
 
     Args:
         choice: What decodes.
         seconds_classifying: As in :class:`Result`.
         on_end: Called once with what was generated, when the stream has ended or was
             given up.
+        stop_text: Keeps stop strings out of the text; None leaves them in.
     """
 
     def __init__(
@@ -46,44 +65,39 @@ class Stream(Iterator[str]):
         choice: Choice,
         seconds_classifying: float,
         on_end: Callable[[Generation], None] | None = None,
+        stop_text: StopText | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
-        self._model, self._on_end = model, on_end
+        self._model, self._stop_text = model, stop_text
+        # What is to be called, once it has ended.
+        self._on_end = [] if on_end is None else [on_end]
         self._run: Run | None = run
         self._steps = iter(run)
         self._unread: list[int] = []  # tokens that no piece has been made of
-        self._pieces = TextPieces(model.tokenizer)
+        certain = None if stop_text is None else stop_text.certain
+        self._pieces = TextPieces(model.tokenizer, certain)
         self._generation = run.result
 
     def __next__(self) -> str:
         """The next piece."""
-        while self._step():
-            unread, self._unread = self._unread, []
-            if piece := self._pieces.add(unread):
+        while (piece := self._in_turn(self._advance)) is not None:
+            if piece:
                 return piece
-        if piece := self._pieces.rest(self.result.text):
-            return piece
         raise StopIteration
 
     def finish(self) -> None:
         """Decode to the end in place of reading pieces; they can be read afterwards."""
-        while self._step():
+        while self._in_turn(self._step):
             pass
 
     def close(self) -> None:
         """Give it up: nothing more is decoded, and the cache is freed.
 
-        What was decoded stays in :attr:`result` and can be read as pieces. Closing an
-        ended stream does nothing.
+        A step that another thread is at comes to its end first. What was decoded stays
+        in :attr:`result` and can be read as pieces. Closing an ended stream does
+        nothing.
         """
-        if self._run is None:
-            return
-        try:
-            self._steps.close()
-        finally:
-            self._generation, self._run = self._run.result, None
-            if self._on_end is not None:
-                self._on_end(self._generation)
+        self._in_turn(self._give_up)
 
     def __enter__(self) -> Stream:
         """Itself."""
@@ -93,10 +107,33 @@ class Stream(Iterator[str]):
         """Close it."""
         self.close()
 
+    def __aiter__(self) -> Stream:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece, decoded by another thread step by step."""
+        while (piece := await self._off_the_loop(self._advance)) is not None:
+            if piece:
+                return piece
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """:meth:`close` without keeping the event loop waiting."""
+        await self._off_the_loop(self._give_up)
+
+    async def __aenter__(self) -> Stream:
+        """Itself."""
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Close it."""
+        await self.aclose()
+
     def __del__(self) -> None:
-        """Close it, if it was made at all."""
+        """Close it, if it was made at all; wait for nobody."""
         if "_generation" in self.__dict__ and not sys.is_finalizing():
-            self.close()
+            self._close_soon()
 
     @property
     def result(self) -> Result:
@@ -105,9 +142,24 @@ class Stream(Iterator[str]):
         ``finish`` is ``unfinished`` until the last token is decoded, and stays so if
         the stream was given up.
         """
+        return self._turns.take(self._so_far)
+
+    @property
+    def _turns(self) -> Turns:
+        return self._model.turns
+
+    @property
+    def _finish(self) -> Finish:
+        return self._generation.finish if self._run is None else self._run.finish
+
+    def _so_far(self) -> Result:
         generation = self._generation if self._run is None else self._run.result
+        if generation.finish == "stop" and self._stop_text is not None:
+            text = self._stop_text.before(generation.token_ids)
+        else:
+            text = self._model.decode(generation.token_ids)
         return Result(
-            text=self._model.decode(generation.token_ids),
+            text=text,
             token_ids=generation.token_ids,
             choice=self.choice,
             stats=generation.stats,
@@ -116,6 +168,43 @@ class Stream(Iterator[str]):
             seed=generation.seed,
         )
 
+    def _in_turn(self, step: Callable[[], Answer]) -> Answer:
+        """Run ``step`` while no other thread is at one; then tell, if it was the last.
+
+        What is told may write files, which others needn't wait for.
+        """
+        try:
+            return self._turns.take(step)
+        finally:
+            self._tell_end()
+
+    async def _off_the_loop(self, step: Callable[[], Answer]) -> Answer:
+        """The same in a thread. Whoever is cancelled meanwhile gives the stream up."""
+        # The worker may look at its last task a little longer than the task takes: it
+        # must not keep alive a stream that has been dropped meanwhile.
+        steps = [partial(self._in_turn, step)]
+        call = partial(copy_context().run, lambda: steps.pop()())
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._turns.worker, call)
+        except asyncio.CancelledError:
+            self._close_soon()
+            raise
+
+    def _close_soon(self) -> None:
+        """Give it up when no step runs, without waiting for one."""
+        self._turns.soon(self._give_up)
+        self._turns.soon(self._tell_end)
+
+    def _advance(self) -> str | None:
+        """Decode a step: what can be shown now, or None where nothing is left."""
+        if self._step():
+            if self._stop_text is not None and self._finish == "stop":
+                return ""  # what a stop string ended is known as a whole only
+            unread, self._unread = self._unread, []
+            return self._pieces.add(unread)
+        return self._pieces.rest(self._so_far().text) or None
+
     def _step(self) -> bool:
         """Decode one step; False if there is none left."""
         if self._run is None:
@@ -123,10 +212,28 @@ class Stream(Iterator[str]):
         try:
             tokens = next(self._steps, None)
         except BaseException:
-            self.close()
+            self._give_up()
             raise
         if tokens is None:
-            self.close()
+            self._give_up()
             return False
         self._unread += tokens
         return True
+
+    def _give_up(self) -> None:
+        """Free what decodes; what was generated stays."""
+        if self._run is None:
+            return
+        try:
+            self._steps.close()
+        finally:
+            self._generation, self._run = self._run.result, None
+
+    def _tell_end(self) -> None:
+        """Say once what was generated, if it has ended."""
+        if self._run is None and self._on_end:
+            try:
+                on_end = self._on_end.pop()  # by one thread only
+            except IndexError:
+                return
+            on_end(self._generation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 CONTEXT_TOKENS = (
@@ -18,6 +18,12 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _CLEAN_REACH = 8
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Token id -> text, of the special tokens, which a result's text leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {i: str(token.content) for i, token in added.items() if token.special}
+
+
 class TextPieces:
     """Turns tokens into pieces of text that never have to be taken back.
 
@@ -28,12 +34,15 @@ class TextPieces:
 
     Args:
         tokenizer: None gives no text at all.
+        certain: Takes text that no token can change any more, and returns what may be
+            shown of it and of what it held back before.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-        self._skipped = {i for i, token in added.items() if token.special}
+    def __init__(
+        self, tokenizer: Any, certain: Callable[[str], str] | None = None
+    ) -> None:
+        self._tokenizer, self._certain = tokenizer, certain
+        self._skipped = special_tokens(tokenizer).keys()
         self._window: list[int] = []  # the last tokens
         self._shown = 0  # characters of the window's text that are given out
         self._cleans = tokenizer is not None and _cleans(tokenizer)
@@ -45,6 +54,8 @@ class TextPieces:
         if self._tokenizer is None:
             return ""
         piece = "".join(self._add(token) for token in tokens)
+        if self._certain is not None:
+            piece = self._certain(piece)
         self._length += len(piece)
         return piece
 

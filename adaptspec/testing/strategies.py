@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adaptspec.decoding.controls import Controls
-from adaptspec.decoding.engine import Engine, Generation
+from adaptspec.decoding.engine import Engine, Generation, Run
 from adaptspec.decoding.processing import Processors
 from adaptspec.decoding.sampling import Sampler
 from adaptspec.errors import InvalidParamsError, UnavailableStrategyError
@@ -244,6 +244,22 @@ class StrategyContract:
         for prompt in (PROMPTS[3], PROMPTS[1], PROMPTS[3]):
             fresh = self._decode(setting, prompt, controls, architecture)
             assert engine.generate(used, prompt, controls).token_ids == fresh.token_ids
+
+    def test_sequences_in_turns_come_out_as_each_alone(self, setting: Setting) -> None:
+        """Two of one prompt and one of another, step by step and of one instance."""
+        architecture = self._runnable()
+        model, draft = self.models(architecture)
+        engine = Engine(model, draft, guard=False)
+        shared = self.strategy(self.strategy.Params.parse(setting))
+        controls = sampled(seed=1) if self.strategy.lossless else greedy()
+        prompts = (PROMPTS[3], PROMPTS[1], PROMPTS[3])
+        runs = [Run(engine, shared, prompt, controls) for prompt in prompts]
+        left = [iter(run) for run in runs]
+        while left:
+            left = [steps for steps in left if next(steps, None) is not None]
+        for prompt, run in zip(prompts, runs, strict=True):
+            alone = self._decode(setting, prompt, controls, architecture)
+            assert run.result.token_ids == alone.token_ids, prompt
 
     def test_a_run_given_up_leaves_the_strategy_usable(self, setting: Setting) -> None:
         architecture = self._runnable()

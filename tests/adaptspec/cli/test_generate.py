@@ -294,7 +294,7 @@ def test_stops_sampling_and_threads_are_passed_on(
     assert run(model, "w5", "--json", *chosen, tokens=12) == 0
     cut = json.loads(capsys.readouterr().out)
     assert cut["finish"] == "stop"
-    assert cut["text"].split() == words[: words.index(words[3]) + 1]
+    assert cut["text"].split() == words[: words.index(words[3])]
     assert run(model, "w5", "--json", "-t", "9", "--top-k", "1", tokens=12) == 0
     assert json.loads(capsys.readouterr().out)["text"] == whole["text"]
     sampled = ["--json", "-t", "9", "--top-p", "0.0001", "--threads", "1"]
