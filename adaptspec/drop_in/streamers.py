@@ -14,7 +14,7 @@ import torch
 from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer
 
 
-class ReaderGone(Exception):  # noqa: N818 - no error: it ends generation
+class ReaderGone(Exception):
     """Raised by ``put`` when the reader has stopped."""
 
 
