@@ -127,6 +127,8 @@ def check_inputs(input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if value is None or name in PREPARED or name in CONFIGURED:
             continue
+        if isinstance(value, Mapping) and not value:
+            continue  # of pictures, where there are none
         if name == "inputs_embeds":
             why = "drafts and verification are of token ids"
             raise refusal(name, value, why, "pass input_ids")

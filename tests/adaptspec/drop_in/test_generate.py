@@ -158,6 +158,7 @@ def controls(draw: st.DrawFn) -> dict[str, Any]:
 )
 @given(controls(), st.booleans())
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Unfeasible length:UserWarning")
 def test_any_controls_give_generates_output(
     monkeypatch: pytest.MonkeyPatch, given_controls: dict[str, Any], padded: bool
 ) -> None:
@@ -166,13 +167,13 @@ def test_any_controls_give_generates_output(
         inputs = {"inputs": BATCH, "attention_mask": MASK}
     arguments = {**inputs, **given_controls}
     speedup = fast()
+    torch.manual_seed(7)
+    try:
+        plain(speedup, **arguments)
+    except (ValueError, RuntimeError):
+        return  # generate itself refuses the combination, or every token is masked
     with pytest.MonkeyPatch.context() as patch:
-        try:
-            expected, output = both(patch, speedup, **arguments)
-        except UnsupportedControlError:
-            raise
-        except ValueError:
-            return  # generate itself refuses the combination
+        expected, output = both(patch, speedup, **arguments)
     assert torch.equal(output, expected)
 
 
@@ -193,15 +194,15 @@ def test_scores_and_logits_are_generates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert type(output) is type(expected)
     assert torch.equal(output.sequences, expected.sequences)
     assert accepted(speedup) > 3
-    for ours, theirs in ((output.scores, expected.scores), (output.logits,) * 2):
+    kinds = ((output.scores, expected.scores), (output.logits, expected.logits))
+    for ours, theirs in kinds:
         assert len(ours) == len(theirs) == 12
         for mine, its in zip(ours, theirs, strict=True):
             assert mine.shape == its.shape == (1, VOCAB)
             assert mine.dtype == its.dtype
             assert torch.equal(mine == -torch.inf, its == -torch.inf)
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
-    for mine, its in zip(output.logits, expected.logits, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+    assert (output.scores[0] == -torch.inf).sum() == VOCAB - 5
     assert output.past_key_values is None
 
 
