@@ -367,7 +367,7 @@ def test_a_field_that_a_later_transformers_adds_is_refused(
 ) -> None:
     from adaptspec.decoding import controls
 
-    monkeypatch.setattr(controls, "_foreign", lambda: frozenset({"new_penalty"}))
+    monkeypatch.setattr(controls, "foreign_fields", lambda: frozenset({"new_penalty"}))
     model = with_config(new_penalty=1.5)
     with pytest.raises(
         UnsupportedControlError, match=r"new_penalty=1.5.*new_penalty=N"
