@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,7 @@ def generated(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-            output = module.generate(
+            output = _own_generate(module)(
                 torch.tensor([prompt], device=model.device),
                 attention_mask=torch.ones((1, len(prompt)), device=model.device).long(),
                 max_new_tokens=COMPARED_STEPS,
@@ -63,6 +64,12 @@ def generated(
     finally:
         if stored is not None:
             module.generation_config = stored
+
+
+def _own_generate(module: Any) -> Callable[..., Any]:
+    """That of its class: on the object itself it may be bound to a decoder."""
+    own = getattr(type(module), "generate", None)
+    return module.generate if own is None else functools.partial(own, module)
 
 
 def tolerance_of(model: ForwardModel, prompt: list[int]) -> float:

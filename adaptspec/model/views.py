@@ -20,8 +20,9 @@ from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
 from adaptspec.model.offloaded import is_offloaded, missing_weights
 from adaptspec.model.quantised import is_quantised, quantised_by
 
-# What every module has; hooks and contents are looked at apart.
-_COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
+# What every module has; hooks and contents are looked at apart. Decoding runs no
+# ``generate``, which someone may have replaced.
+_COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "generate"}
 _SIMPLE = (bool, int, float, str)
 # Classes of torch and DeepSpeed whose forward needs those of other processes.
 _SPLITTING = frozenset(
