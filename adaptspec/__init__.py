@@ -10,6 +10,7 @@ from adaptspec.errors import AdaptSpecError
 if TYPE_CHECKING:
     from adaptspec.decoder import Decoder as Decoder
     from adaptspec.decoder import load as load
+    from adaptspec.drop_in.speed_up import speed_up as speed_up
     from adaptspec.hookspecs import hookimpl as hookimpl
     from adaptspec.selector import Choice as Choice
     from adaptspec.streaming.stream import Result as Result
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "hookimpl",
     "load",
+    "speed_up",
 ]
 
 # Heavy names come when asked for: `adaptspec --help` must not wait for torch, and
@@ -32,6 +34,7 @@ _LAZY = {
     "Result": "adaptspec.streaming.stream",
     "hookimpl": "adaptspec.hookspecs",
     "load": "adaptspec.decoder",
+    "speed_up": "adaptspec.drop_in.speed_up",
 }
 
 

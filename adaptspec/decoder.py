@@ -24,6 +24,8 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation, Run
 from adaptspec.decoding.stats import RunStats
 from adaptspec.default_model import default_model_path
+from adaptspec.drop_in.arguments import refuse_dropped
+from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
@@ -113,6 +115,7 @@ class Decoder:
         self._folder = store.folder if store is not None and learn else None
         self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
+        self.last: list[Result] = []
         self._choices: dict[str | None, tuple[Choice, Profile | None]] = {}
 
     def give_up_store(self, error: ProfileStoreError) -> None:
@@ -303,6 +306,59 @@ class Decoder:
             controls,
         )
 
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Sequence[Any] = (),
+        stopping_criteria: Sequence[Any] = (),
+        generation_config: Any = None,
+        prompt_class: str | None = None,
+        strategy: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        adaptspec_streamer: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        """Decode inside ``model.generate(..., custom_generate=decoder)``.
+
+        Transformers calls it with what it has prepared. Of what it doesn't hand on, an
+        assistant model and a streamer are refused; stop strings and streamers need
+        :func:`adaptspec.speed_up`. :attr:`last` has the result of each row afterwards.
+
+        Args:
+            model: The object whose ``generate`` was called: this decoder's model.
+            input_ids: ``[rows, length]``, padded on the left.
+            generation_config: As prepared; None: the model's own.
+            prompt_class: As in :meth:`generate`, and so the next two.
+            adaptspec_streamer: Gets accepted tokens as transformers' streamers do,
+                without the prompt.
+            **arguments: Of the model's forward.
+
+        Returns:
+            As ``generate`` does.
+
+        Raises:
+            UnsupportedControlError: naming what can't be honoured.
+        """
+        self._follow()
+
+        def opens(ids: list[int], controls: Controls) -> Stream:
+            return self._start(ids, controls, prompt_class, strategy, params)
+
+        refuse_dropped(sys._getframe(1))
+        output, self.last = decode_prepared(
+            self.model,
+            opens,
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config or self.model.generation_config,
+            adaptspec_streamer,
+            arguments,
+        )
+        return output
+
     def classify(self, prompt: Prompt, **encoding: Any) -> Told | None:
         """What the prompt's text tells of its class.
 
@@ -392,10 +448,23 @@ class Decoder:
             **controls,
         )
         ids = self.model.encode(prompt, **encoding)
+        text = prompt_text(prompt)
+        return self._start(ids, settings, prompt_class, strategy, params, text)
+
+    def _start(
+        self,
+        ids: list[int],
+        settings: Controls,
+        prompt_class: str | None,
+        strategy: str | None,
+        params: Mapping[str, Any] | None,
+        text: str | None = None,
+    ) -> Stream:
+        """Begin to decode; ``text`` is the prompt's where it isn't ids alone."""
         told, seconds = None, 0.0
         if prompt_class is None and strategy is None and self._classifier is not None:
             started = perf_counter()
-            told = self._tell(prompt_text(prompt), ids)
+            told = self._tell(text, ids)
             seconds = perf_counter() - started
         if told is not None:
             prompt_class = told.prompt_class

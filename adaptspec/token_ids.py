@@ -42,36 +42,44 @@ class GrowingTensor:
 
     Asked with a :class:`Continuation` each time, of one list that is only appended to,
     it writes the new tokens alone. Any other sequence is copied whole.
+
+    Args:
+        before: Ids that come first in every tensor.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, before: Sequence[int] = ()) -> None:
+        self._device, self._before = device, list(before)
         self._held: Sequence[int] | None = None  # whose beginning the buffer holds
         self._count = 0
         self._buffer = torch.empty(0, dtype=torch.long, device=device)
 
     def of(self, ids: Sequence[int]) -> torch.Tensor:
-        """``[1, len(ids)]``.
+        """``[1, length]`` of ``before`` and ``ids``.
 
         It keeps its values while each later call has ``ids`` at its beginning.
         """
         if not isinstance(ids, Continuation):
-            return torch.tensor([list(ids)], dtype=torch.long, device=self._device)
+            whole = [[*self._before, *ids]]
+            return torch.tensor(whole, dtype=torch.long, device=self._device)
+        first = len(self._before)
         if ids.ids is not self._held:
             self._held, self._count = ids.ids, 0
-        if len(ids) > len(self._buffer):
+        if first + len(ids) > len(self._buffer):
             # Ordinary tensors may be written to in any mode, those of inference not.
             with torch.inference_mode(False):
                 larger = torch.empty(
-                    2 * len(ids), dtype=torch.long, device=self._device
+                    2 * (first + len(ids)), dtype=torch.long, device=self._device
                 )
-            larger[: self._count] = self._buffer[: self._count]
+            kept = first + self._count if self._count else 0
+            larger[:kept] = self._buffer[:kept]
             self._buffer = larger
+        if self._count == 0:
+            self._write(0, self._before)
         self._count = min(self._count, ids.split)
-        self._write(self._count, ids.ids[self._count : ids.split])
+        self._write(first + self._count, ids.ids[self._count : ids.split])
         self._count = ids.split
-        self._write(ids.split, ids.tokens)
-        return self._buffer[None, : len(ids)]
+        self._write(first + ids.split, ids.tokens)
+        return self._buffer[None, : first + len(ids)]
 
     def _write(self, at: int, tokens: Sequence[int]) -> None:
         if tokens:

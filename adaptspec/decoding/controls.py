@@ -16,6 +16,7 @@ from adaptspec.decoding.generation_fields import FIELDS, refuse_unsupported
 from adaptspec.errors import UnsupportedControlError
 
 if TYPE_CHECKING:
+    from adaptspec.decoding.prepared import Prepared
     from adaptspec.model.language_model import LanguageModel
 
 DEFAULT_NEW_TOKENS = 128
@@ -71,6 +72,9 @@ class Controls:
             ``max_new_tokens``.
         max_time: Seconds after which no further step is begun.
         extra: Other fields of ``GenerationConfig`` that are honoured (:data:`EXTRA`).
+        prepared: What transformers made of a caller's controls. Only the length, the
+            ends of sequence, ``max_nodes``, and whether the temperature is 0, are then
+            taken from this object.
     """
 
     max_new_tokens: int = DEFAULT_NEW_TOKENS
@@ -87,6 +91,7 @@ class Controls:
     max_length: int | None = None
     max_time: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -157,7 +162,7 @@ class Controls:
         theirs = _fields(config)
         stored = _fields(model.generation_config) | theirs
         explicit = given.get("do_sample", theirs.get("do_sample"))
-        names = {f.name for f in fields(cls)} - {"extra"}
+        names = {f.name for f in fields(cls)} - {"extra", "prepared"}
         if unknown := sorted(set(given) - names - set(FIELDS)):
             known = {n for n, f in FIELDS.items() if f.effect == "honoured"}
             raise UnsupportedControlError(
@@ -166,7 +171,7 @@ class Controls:
             )
         force = {k: v for k, v in (stored | given).items() if v is not None}
         refuse_unsupported(force, given)
-        if foreign := sorted(_foreign() & set(force)):
+        if foreign := sorted(foreign_fields() & set(force)):
             raise UnsupportedControlError(
                 f"{foreign[0]}={force[foreign[0]]!r} is a field that this version of "
                 f"adaptspec doesn't know; pass {foreign[0]}=None"
@@ -237,12 +242,12 @@ def _fields(config: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(config).items()
-        if value is not None and (name in FIELDS or name in _foreign())
+        if value is not None and (name in FIELDS or name in foreign_fields())
     }
 
 
 @functools.cache
-def _foreign() -> frozenset[str]:
+def foreign_fields() -> frozenset[str]:
     """Fields that the installed transformers has and this version doesn't know."""
     return frozenset(
         name

@@ -164,13 +164,21 @@ class Run:
         self._finish: Finish | None = None
         limited = controls.with_limit(self._room)
         processors = Processors(limited, self._prompt, model.device)
-        self._sampler = Sampler(processors, controls.seed, self._ids)
-        self._pure = processors.pure
+        prepared = controls.prepared
+        pick = None if prepared is None else prepared.pick
+        self._sampler = Sampler(processors, controls.seed, self._ids, pick)
+        # A lossy rule asks about tokens that may not be kept.
+        self._may_ask_ahead = processors.pure and prepared is None
         self._failed: NoValidTokenError | None = None  # at the next token
         self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
         self._stopping = Stopping(model, controls)
         self._guard: Guard | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token is decoded."""
+        return self._finish is not None
 
     @property
     def result(self) -> Generation:
@@ -349,8 +357,7 @@ class Run:
             return Accepted(accepted.path[: sound + 1], None)
         here = len(self._ids)
         rule = self._strategy.acceptance
-        # A lossy rule asks about tokens that may not be kept.
-        if rule is not None and not self._sampler.greedy and self._pure:
+        if rule is not None and not self._sampler.greedy and self._may_ask_ahead:
             return accept_typical(
                 tree,
                 rule,

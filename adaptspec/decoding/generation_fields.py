@@ -131,6 +131,33 @@ FIELDS: Mapping[str, Field] = {
     "_from_model_config": _without("who wrote the configuration"),
 }
 
+ASSISTED = "AdaptSpec drafts by itself"
+ATTENDED = "attentions and hidden states aren't kept"
+
+# Where it differs inside transformers' own ``generate``: see :mod:`adaptspec.drop_in`.
+DROP_IN: Mapping[str, Field] = {
+    "max_time": _honoured("seconds since the call; asked at each accepted token"),
+    "top_k": _honoured("of sampling; as `generate` fills it in"),
+    "temperature": _honoured("of sampling, which `do_sample=True` alone asks for"),
+    "num_return_sequences": _honoured("each row is decoded by itself"),
+    "guidance_scale": _honoured("one prompt at a time; nothing is drafted for less"),
+    "watermarking_config": _honoured("as `generate` does; SynthID for one prompt"),
+    "encoder_repetition_penalty": _honoured("as `generate` does, of the prompt"),
+    "encoder_no_repeat_ngram_size": _honoured("as `generate` does, of the prompt"),
+    "return_dict_in_generate": _honoured("without a cache"),
+    "output_scores": _honoured("0 for rows that have ended"),
+    "output_logits": _honoured("0 for rows that have ended"),
+    "output_attentions": _refused(ATTENDED, False),
+    "output_hidden_states": _refused(ATTENDED, False),
+    "pad_token_id": _honoured("stands behind rows that have ended"),
+    "bos_token_id": _honoured("the prompt where none is given"),
+    "use_mtp": _refused(ASSISTED, False),
+    "prompt_lookup_num_tokens": _refused(ASSISTED),
+    "assistant_early_exit": _refused(ASSISTED),
+    "assistant_ensemble_weight": _refused(ASSISTED),
+    "speculation_type": _refused(ASSISTED),
+}
+
 # Overrides under which no stored field is refused and none depends on the clock: what
 # measures decoding, or asks for the ends of the output alone, passes them.
 ONE_SEQUENCE: Mapping[str, Any] = {

@@ -79,6 +79,8 @@ def steps_of(controls: Controls, prompt: int, device: torch.device) -> list[Step
     Raises:
         UnsupportedControlError: for a value that a processor refuses.
     """
+    if controls.prepared is not None:
+        return [Step("", one) for one in controls.prepared.processors]
     try:
         found = _merged(_penalties(controls, prompt, device), controls.logits_processor)
         if controls.temperature != 0:
@@ -251,12 +253,19 @@ class Processors:
         self._steps = (
             steps_of(controls, prompt_length, device) if steps is None else steps
         )
-        self._past = GrowingTensor(device)
+        prepared = controls.prepared
+        self._device = device if prepared is None else prepared.device
+        padding = () if prepared is None else prepared.padding
+        self._past = GrowingTensor(self._device, padding)
+        # Of drafts nothing is recorded.
+        whole = prepared if steps is None else None
+        self._recorded = None if whole is None else whole.recorded
 
     @property
     def trivial(self) -> bool:
-        """Whether scores are the logits as they are."""
-        return not self._steps
+        """Whether scores are the logits as they are, and none are recorded."""
+        recorded = self._recorded is not None and self._recorded.wanted
+        return not self._steps and not recorded
 
     @property
     def pure(self) -> bool:
@@ -277,11 +286,15 @@ class Processors:
         Raises:
             UnsupportedControlError: if a control doesn't fit the vocabulary.
         """
-        scores = logits.float()
-        if not self._steps:
-            return scores
+        raw = logits.to(self._device, torch.float32)
+        scores = self._applied(ids, raw) if self._steps else raw
+        if self._recorded is not None:
+            self._recorded.add(raw, scores)
+        return scores
+
+    def _applied(self, ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         past = self._past.of(ids)
-        scores = scores[None].clone()
+        scores = logits[None].clone()
         for name, processor in self._steps:
             try:
                 scores = processor(past, scores)

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,12 +40,18 @@ class Sampler:
         seed: None draws one from torch's own generator, so that ``torch.manual_seed``
             makes runs reproducible; greedy decoding needs none.
         prompt: Part of the noise's key: prompts of one length have noise of their own.
+        pick: Another noise that picks the target's tokens:
+            see :class:`~adaptspec.decoding.prepared.Prepared`.
     """
 
     def __init__(
-        self, processors: Processors, seed: int | None, prompt: Sequence[int] = ()
+        self,
+        processors: Processors,
+        seed: int | None,
+        prompt: Sequence[int] = (),
+        pick: Callable[[torch.Tensor, int], int] | None = None,
     ) -> None:
-        self._processors = processors
+        self._processors, self._pick = processors, pick
         if seed is None and not processors.greedy:
             seed = int(torch.randint(SEEDS, ()))
         self.seed = seed
@@ -114,6 +120,8 @@ class Sampler:
 
     def coupled(self, probs: torch.Tensor, position: int) -> int:
         """The token the target's own noise at ``position`` picks from ``probs``."""
+        if self._pick is not None:
+            return self._pick(probs, position)
         return race(probs, key(self._key, position, TARGET))
 
     def uniform(self, position: int, attempt: int) -> float:

@@ -10,10 +10,11 @@ noise of its own type, and its logits mustn't move with a token they can't see.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -357,7 +358,7 @@ def _generated(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-            output = module.generate(
+            output = _own_generate(module)(
                 torch.tensor([prompt], device=model.device),
                 attention_mask=torch.ones((1, len(prompt)), device=model.device).long(),
                 max_new_tokens=COMPARED_STEPS,
@@ -378,6 +379,12 @@ def _generated(
     finally:
         if stored is not None:
             module.generation_config = stored
+
+
+def _own_generate(module: Any) -> Callable[..., Any]:
+    """That of its class: on the object itself it may be bound to a decoder."""
+    own = getattr(type(module), "generate", None)
+    return module.generate if own is None else functools.partial(own, module)
 
 
 def _check_causal(model: ForwardModel) -> None:

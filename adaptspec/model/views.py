@@ -18,8 +18,9 @@ from torch import nn
 
 from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
 
-# What every module has; hooks and contents are looked at apart.
-_COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
+# What every module has; hooks and contents are looked at apart. Decoding runs no
+# ``generate``, which someone may have replaced.
+_COMMON = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "generate"}
 _SIMPLE = (bool, int, float, str)
 _ORDINARY = ("torch.nn.modules.", "transformers.models.")
 

@@ -65,6 +65,17 @@ class Stream(Iterator[str]):
             return piece
         raise StopIteration
 
+    def next_tokens(self) -> list[int]:
+        """Decode one step in place of reading pieces: its tokens, none at the end."""
+        read = len(self._unread)
+        self._step()
+        return self._unread[read:]
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens come."""
+        return self._run is None or self._run.ended
+
     def finish(self) -> None:
         """Decode to the end in place of reading pieces; they can be read afterwards."""
         while self._step():

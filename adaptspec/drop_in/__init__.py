@@ -1,0 +1,1 @@
+"""Decoding in place of transformers' ``generate``, with the arguments it is given."""
