@@ -30,7 +30,7 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
         heads_name=name_of(model.heads.values()),
         configuration=model.configuration,
         kernel=model.linear.kind.partition(":")[0],
-        attention=str(getattr(model.config, "_attn_implementation", None) or "own"),
+        attention=str(getattr(model.model.config, "_attn_implementation", None) or "own"),
         versions={
             **{name: version(name) for name in packages},
             "python": platform.python_version(),
