@@ -1,4 +1,4 @@
-"""lm-evaluation-harness through the drop-in: are outputs equal, and what does each take.
+"""lm-evaluation-harness through the drop-in: equal outputs, and what each takes.
 
 Two generation tasks are made of Spec-Bench's prompts and read by the harness's own task
 machinery, from a YAML file and JSON lines each. Its ``hf`` model runs them with a model
@@ -153,7 +153,9 @@ def in_turns(count: int, size: int) -> Iterator[range]:
 
 
 @click.command()
-@click.argument("workload", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "workload", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder.")
 @click.option("--db", help="Profile database.")

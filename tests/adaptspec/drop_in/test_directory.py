@@ -16,11 +16,13 @@ import adaptspec_profiles.plugin
 from adaptspec.cli import build_cli
 from adaptspec.drop_in.directory import SETTINGS, DirectoryError, read_settings
 from adaptspec.environment import environment_of
+from adaptspec.heads.checkpoints import write_heads
 from adaptspec.host import Host
 from adaptspec.model.hardware_costs import KEY as COSTS
 from adaptspec.model.hardware_costs import costs_owner
 from adaptspec.model.loading import load_model
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
+from adaptspec.testing.heads import tiny_heads
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from decided import keep
@@ -122,6 +124,28 @@ def test_a_copy_needs_nothing_outside_and_can_be_moved(
     assert load_model(str(settings.draft_model)).digest == load_model(draft).digest
 
 
+@pytest.mark.parametrize("copy", [[], ["--copy"]])
+def test_heads_are_found_again(
+    export: Export, model: Path, tmp_path: Path, copy: list[str]
+) -> None:
+    target = load_model(model, accelerate=False)
+    write_heads(
+        tmp_path / "trained",
+        tiny_heads(target),
+        base_model="tiny",
+        vocab_size=target.vocab_size,
+        paths=None,
+        ranks=None,
+        record={},
+    )
+    done = export(tmp_path / "out", "--heads", tmp_path / "trained", *copy)
+    assert done.exit_code == 0, done.output
+    (found,) = read_settings(tmp_path / "out").heads
+    assert Path(found).is_relative_to(tmp_path / "out") == bool(copy)
+    expected = HOST.open_heads(tmp_path / "trained", target).digest
+    assert HOST.open_heads(found, target).digest == expected
+
+
 def test_a_copy_takes_the_models_profiles_and_no_others(
     export: Export, tmp_path: Path
 ) -> None:
@@ -201,9 +225,7 @@ def test_links_into_the_place_are_seen(export: Export, tmp_path: Path) -> None:
     assert weights(tmp_path / "copy").exists()
 
 
-def test_the_database_is_never_removed(
-    export: Export, db: str, tmp_path: Path
-) -> None:
+def test_the_database_is_never_removed(export: Export, db: str, tmp_path: Path) -> None:
     done = export(Path(db).parent, "--force")
     assert done.exit_code == 1
     assert Path(db).exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import shutil
 import string
 import threading
@@ -201,9 +201,7 @@ def test_what_cannot_be_honoured_is_named(fast: Any) -> None:
         fast.generate(PROMPT, num_beams=2, max_new_tokens=4)
 
 
-def test_everything_is_loaded_once(
-    fast: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_loaded_once(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     load = exported.load
 
@@ -254,9 +252,7 @@ def test_a_relative_path_that_is_left_says_what_to_do(
         loaded.generate(PROMPT, max_new_tokens=2)
 
 
-def test_a_draft_model_that_is_gone_says_so(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_draft_model_that_is_gone_says_so(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "adaptspec" / "draft")
     loaded = read(tmp_path / "out", trust_remote_code=True)
@@ -270,8 +266,6 @@ def test_without_adaptspec_it_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers looks for what the file imports before it runs it."""
-    import importlib
-
     real: Callable[..., Any] = importlib.import_module
 
     def missing(name: str, *given: Any) -> Any:
@@ -284,4 +278,3 @@ def test_without_adaptspec_it_says_what_to_install(
     )
     with pytest.raises(ImportError, match="pip install adaptspec"):
         read(folder, trust_remote_code=True)
-    assert importlib.util.find_spec("adaptspec")
