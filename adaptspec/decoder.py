@@ -115,7 +115,7 @@ class Decoder:
         self._folder = store.folder if store is not None and learn else None
         self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
-        self.last: list[Result] = []
+        self.last: list[Result] = []  # of each row of the latest ended __call__
         self._choices: dict[str | None, tuple[Choice, Profile | None]] = {}
 
     def give_up_store(self, error: ProfileStoreError) -> None:
@@ -310,9 +310,9 @@ class Decoder:
         self,
         model: Any,
         input_ids: torch.Tensor,
-        logits_processor: Sequence[Any] = (),
-        stopping_criteria: Sequence[Any] = (),
-        generation_config: Any = None,
+        logits_processor: Sequence[Any],
+        stopping_criteria: Sequence[Any],
+        generation_config: Any,
         prompt_class: str | None = None,
         strategy: str | None = None,
         params: Mapping[str, Any] | None = None,
@@ -328,7 +328,6 @@ class Decoder:
         Args:
             model: The object whose ``generate`` was called: this decoder's model.
             input_ids: ``[rows, length]``, padded on the left.
-            generation_config: As prepared; None: the model's own.
             prompt_class: As in :meth:`generate`, and so the next two.
             adaptspec_streamer: Gets accepted tokens as transformers' streamers do,
                 without the prompt.
@@ -353,7 +352,7 @@ class Decoder:
             input_ids,
             logits_processor,
             stopping_criteria,
-            generation_config or self.model.generation_config,
+            generation_config,
             adaptspec_streamer,
             arguments,
         )

@@ -20,8 +20,8 @@ from adaptspec.model.views import drops, unwrapped
 
 CACHES = ("cache", "past_key_values", "cache_params")
 
-# Arguments of the model's forward that ``generate`` prepares itself, and that a verified
-# pass sets anew.
+# Arguments of the model's forward that ``generate`` prepares itself, and that each
+# verified pass sets anew.
 PREPARED = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES)
 # Of the configuration, too, where they are looked at.
 CONFIGURED = ("output_attentions", "output_hidden_states")
@@ -127,6 +127,8 @@ def check_inputs(input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if value is None or name in PREPARED or name in CONFIGURED:
             continue
+        if isinstance(value, Mapping) and not value:
+            continue  # of pictures, where there are none
         if name == "inputs_embeds":
             why = "drafts and verification are of token ids"
             raise refusal(name, value, why, "pass input_ids")

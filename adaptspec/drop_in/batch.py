@@ -11,6 +11,7 @@ import torch
 from adaptspec.decoding.prepared import Recorded
 from adaptspec.drop_in.by_row import Endings
 from adaptspec.drop_in.noise import Noise
+from adaptspec.drop_in.streamers import ReaderGone
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.streaming.stream import Result, Stream
 
@@ -23,20 +24,20 @@ class RowDecoding:
     def __init__(self, stream: Stream, recorded: Recorded) -> None:
         self.stream, self.recorded = stream, recorded
         self._waiting: list[int] = []
-        self._read: list[int] = []
+        self.read: list[int] = []
 
     def step(self) -> list[int]:
         """All tokens of the next step; none where the row has ended."""
         tokens = self.stream.next_tokens()
-        self._read += tokens
+        self.read += tokens
         return tokens
 
     def token(self) -> int:
         """The next token. There must be one: see :attr:`ended`."""
         while not self._waiting:
             self._waiting = self.stream.next_tokens()
-        self._read.append(self._waiting.pop(0))
-        return self._read[-1]
+        self.read.append(self._waiting.pop(0))
+        return self.read[-1]
 
     @property
     def ended(self) -> bool:
@@ -46,21 +47,22 @@ class RowDecoding:
     def result(self, target: LanguageModel) -> Result:
         """What came of it, without tokens that nobody read."""
         result = self.stream.result
-        if len(result.token_ids) == len(self._read):
+        if len(result.token_ids) == len(self.read):
             return result
-        text = target.decode(self._read)
-        return replace(result, token_ids=self._read, text=text, finish="stop")
+        text = target.decode(self.read)
+        return replace(result, token_ids=self.read, text=text, finish="stop")
 
 
 def decode_row(row: RowDecoding, noise: Noise | None, emit: Emit) -> list[list[int]]:
     """A batch of one: tokens are emitted as many at a time as are accepted."""
-    tokens: list[int] = []
     while accepted := row.step():
-        tokens += accepted
         if noise is not None:
-            noise.forget(len(tokens))
-        emit(torch.tensor(accepted))
-    return [tokens]
+            noise.forget(len(row.read))
+        try:
+            emit(torch.tensor(accepted))
+        except ReaderGone:
+            break
+    return [row.read]
 
 
 def decode_rows(

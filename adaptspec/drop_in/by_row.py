@@ -20,7 +20,7 @@ from transformers.generation import logits_process as hf
 from adaptspec.decoding.processing import PURE
 from adaptspec.drop_in.arguments import refusal
 
-# Attributes of transformers' processors that have a row for each of the batch.
+# Attributes of transformers' processors that have a row for each row or prompt.
 ROW_BY_ROW = ("prompt_ignore_length", "encoder_input_ids")
 # Functions of a row alone, and of the clock.
 OF_ONE_ROW = (MaxTimeCriteria, StopStringCriteria)
@@ -34,10 +34,10 @@ def row_processors(processors: Sequence[Any], row: int, rows: int) -> list[Any]:
     """
     if rows == 1:
         return list(processors)
-    return [_of_row(processor, row) for processor in processors]
+    return [_of_row(processor, row, rows) for processor in processors]
 
 
-def _of_row(processor: Any, row: int) -> Any:
+def _of_row(processor: Any, row: int, rows: int) -> Any:
     kind = type(processor)
     if kind is hf.PrefixConstrainedLogitsProcessor:
         allowed, beams = processor._prefix_allowed_tokens_fn, processor._num_beams
@@ -48,8 +48,9 @@ def _of_row(processor: Any, row: int) -> Any:
         return hf.PrefixConstrainedLogitsProcessor(of_row, 1)
     if kind is hf.EncoderNoRepeatNGramLogitsProcessor:
         own = copy.copy(processor)
+        prompt = row * processor.batch_size // rows
         own.batch_size = 1
-        own.generated_ngrams = [processor.generated_ngrams[row]]
+        own.generated_ngrams = [processor.generated_ngrams[prompt]]
         return own
     if kind not in PURE and kind is not WatermarkLogitsProcessor:
         raise refusal(
@@ -62,7 +63,8 @@ def _of_row(processor: Any, row: int) -> Any:
         value = getattr(processor, name, None)
         if isinstance(value, torch.Tensor):
             processor = copy.copy(processor)
-            setattr(processor, name, value[row : row + 1])
+            at = row * len(value) // rows  # there may be one for each prompt only
+            setattr(processor, name, value[at : at + 1])
     return processor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -75,7 +74,7 @@ def decode_prepared(
     asked, limit = _limits(target, rows, input_ids.shape[1], ends, generation_config)
     sampled = bool(generation_config.do_sample)
     device = input_ids.device
-    noise = Noise(len(rows), target.vocab_size, device) if sampled else None
+    noise = Noise(len(rows), device) if sampled else None
     returns = bool(generation_config.return_dict_in_generate)
     with ExitStack() as stack:
         decodings = []
@@ -89,7 +88,7 @@ def decode_prepared(
                 row_processors(logits_processor, number, len(rows)),
                 ends.own,
                 row.padding,
-                None if noise is None else _picks(noise, number, len(row.ids)),
+                None if noise is None else noise.of_row(number, len(row.ids)),
                 recorded,
             )
             controls = Controls(
@@ -118,7 +117,7 @@ def decode_prepared(
         )
     if streamer is not None:
         streamer.end()
-    new = torch.tensor(emitted, dtype=input_ids.dtype, device=device)
+    new = torch.tensor(emitted, device=device)
     sequences = torch.cat([input_ids, new], -1)
     if not returns:
         return sequences, results
@@ -151,13 +150,3 @@ def _limits(
     if target.max_length is None or target.max_length <= longest:
         return asked, asked  # where there is no room the engine says so
     return asked, min(asked, target.max_length - longest)
-
-
-def _picks(noise: Noise, row: int, prompt: int) -> Any:
-    return functools.partial(_pick, noise, row, prompt)
-
-
-def _pick(
-    noise: Noise, row: int, prompt: int, probs: torch.Tensor, position: int
-) -> int:
-    return noise.pick(probs, position - prompt, row)

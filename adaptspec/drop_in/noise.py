@@ -9,6 +9,7 @@ a draft may ask about a later place first.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -18,12 +19,12 @@ class Noise:
 
     Args:
         rows: Rows of the batch.
-        vocab: Tokens a row of probabilities has.
         device: Where probabilities are; its generator is drawn from.
     """
 
-    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, vocab), device
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._vocab = 0  # what a row of the target's probabilities has
         self._numbers: dict[int, torch.Tensor] = {}  # step -> [rows, vocab]
         self._states: dict[int, torch.Tensor] = {}  # before the step was drawn
         self._drawn = 0
@@ -37,12 +38,21 @@ class Noise:
     def pick(self, probs: torch.Tensor, step: int, row: int) -> int:
         """The id that ``generate`` samples from ``probs [vocab]`` at a step.
 
-        A draft model's may be shorter or longer than the target's.
+        The target asks first. A draft's ``probs`` may be shorter or longer.
         """
+        self._vocab = self._vocab or len(probs)
         numbers = self._at(step)[row]
         size = min(len(probs), len(numbers))
         ratios = probs[:size].to(numbers) / numbers[:size]
         return int(ratios.argmax())
+
+    def of_row(self, row: int, prompt: int) -> Callable[[torch.Tensor, int], int]:
+        """The same for one row: of probabilities and a place in the row's own ids.
+
+        Args:
+            prompt: Ids of its prompt.
+        """
+        return lambda probs, place: self.pick(probs, place - prompt, row)
 
     def forget(self, steps: int) -> None:
         """Let go of what the first ``steps`` needed."""
@@ -64,7 +74,7 @@ class Noise:
     def _at(self, step: int) -> torch.Tensor:
         while self._drawn <= step:
             self._states[self._drawn] = self._state()
-            numbers = torch.empty(self._shape, device=self._device)
+            numbers = torch.empty((self._rows, self._vocab), device=self._device)
             self._numbers[self._drawn] = numbers.exponential_(1)
             self._drawn += 1
             self._left = self._state()

@@ -8,11 +8,12 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, StopStringCriteria
+from transformers import GenerationConfig, GenerationMixin, StopStringCriteria
 
 from adaptspec.decoder import Decoder, load
 from adaptspec.drop_in.arguments import CACHES, check_model, refusal
 from adaptspec.errors import UnsupportedControlError
+from adaptspec.model.views import unwrapped
 
 OWN = ("prompt_class", "strategy", "params")
 
@@ -37,11 +38,13 @@ class SpeedUp:
         params: Mapping[str, Any] | None = None,
     ) -> None:
         check_model(decoder.model, model)
-        self.model, self.decoder = model, decoder
+        # A compiled module asks the one inside for its generate.
+        self.model: Any = unwrapped(model)
+        self.decoder = decoder
         self._defaults = dict(zip(OWN, (prompt_class, strategy, params), strict=True))
-        own = getattr(type(model), "generate", None)
-        self._plain = model.generate if own is None else types.MethodType(own, model)
-        self.__signature__ = inspect.signature(self._plain)
+        # Not what may be bound to this very object.
+        self._plain = types.MethodType(type(self.model).generate, self.model)
+        self.__signature__ = _signature(self._plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own ``generate``, with its arguments, and more.
@@ -112,7 +115,7 @@ class SpeedUp:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has its own ``generate``."""
-        return types.MethodType, (type(self.model).generate, self.model)
+        return _itself, (self._plain,)
 
     def _bind_stop_strings(self, given: dict[str, Any]) -> None:
         """Pass stop strings as a criterion: a callable gets no tokenizer."""
@@ -181,6 +184,19 @@ def speed_up(
     return SpeedUp(model, decoder, prompt_class, strategy, params).bind()
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _signature(plain: Any) -> inspect.Signature:
+    """Its own, or that of transformers where a wrapper hands on whatever it gets."""
+    own = inspect.signature(plain)
+    if all(p.kind is not p.VAR_POSITIONAL for p in own.parameters.values()):
+        return own
+    mixin = inspect.signature(GenerationMixin.generate)
+    return mixin.replace(parameters=list(mixin.parameters.values())[1:])
+
+
 def _refuse_undecoded(given: Mapping[str, Any]) -> None:
     """Refuse arguments that transformers uses up before it calls what decodes."""
     drafts = "AdaptSpec drafts by itself"
@@ -189,7 +205,7 @@ def _refuse_undecoded(given: Mapping[str, Any]) -> None:
         ("assistant_tokenizer", drafts),
         ("synced_gpus", "one process decodes"),
     ):
-        if given.get(name):
+        if given.get(name) not in (None, False):
             raise refusal(name, given[name], why, "leave it out")
     for name in CACHES:
         if given.get(name) is not None:

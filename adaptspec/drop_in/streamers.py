@@ -1,0 +1,84 @@
+"""Transformers' iterators over text, for readers that may stop before the end.
+
+Of transformers' own, generation doesn't learn that nobody reads any more: it decodes to
+the end. Here it stops with the next tokens that are accepted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import torch
+from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer
+
+
+class ReaderGone(Exception):
+    """Raised by ``put`` when the reader has stopped."""
+
+
+class ClosableStreamer(TextIteratorStreamer):
+    """Pieces of text; leaving the loop over them, or ``close``, ends generation.
+
+    Arguments are those of :class:`~transformers.TextIteratorStreamer`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Say that nothing more is read."""
+        self._closed.set()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Add tokens.
+
+        Raises:
+            ReaderGone: when it was closed.
+        """
+        if self._closed.is_set():
+            raise ReaderGone
+        super().put(value)
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        """The pieces, as they come."""
+        try:
+            while (piece := next(self, None)) is not None:
+                yield piece
+        finally:
+            self.close()
+
+
+class AsyncClosableStreamer(AsyncTextIteratorStreamer):
+    """The same for ``async for``.
+
+    Arguments are those of :class:`~transformers.AsyncTextIteratorStreamer`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Say that nothing more is read."""
+        self._closed.set()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Add tokens.
+
+        Raises:
+            ReaderGone: when it was closed.
+        """
+        if self._closed.is_set():
+            raise ReaderGone
+        super().put(value)
+
+    async def __aiter__(self) -> AsyncIterator[str]:  # type: ignore[override]
+        """The pieces, as they come."""
+        try:
+            while (piece := await anext(self, None)) is not None:
+                yield piece
+        finally:
+            self.close()

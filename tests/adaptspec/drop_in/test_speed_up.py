@@ -1,0 +1,250 @@
+"""A bound ``generate`` takes transformers' arguments, and can be unbound."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+
+import adaptspec
+from adaptspec.drop_in.speed_up import SpeedUp
+from adaptspec.errors import UnsupportedControlError
+from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
+from adaptspec_profiles.memory import MemoryStore
+from foretold import Foretold, foretelling, tell
+
+PROMPT = torch.tensor([random_ids(12)])
+TOKENIZER = tiny_tokenizer()
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of 64 bytes, as transformers' stop strings need it."""
+    signs = string.ascii_letters + string.digits + ".!"
+    inner = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def module() -> Any:
+    made = tiny_module("llama")
+    made.generation_config.pad_token_id = 0
+    made.generation_config.do_sample = False
+    return made
+
+
+@pytest.fixture
+def bound(module: Any, monkeypatch: pytest.MonkeyPatch) -> SpeedUp:
+    """The module's ``generate``, drafting what the module says itself."""
+    tell(monkeypatch, module.generate(PROMPT, max_new_tokens=30), 12)
+    decoder = foretelling(module, TOKENIZER)
+    return SpeedUp(module, decoder, strategy=Foretold.name).bind()
+
+
+def own(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What its class's ``generate`` gives."""
+    return type(module).generate(module, *args, **kwargs)
+
+
+def test_one_line_changes_what_decodes_and_another_changes_it_back(module: Any) -> None:
+    expected = module.generate(PROMPT, max_new_tokens=20)
+    speedup = adaptspec.speed_up(
+        module, TOKENIZER, db=MemoryStore(), strategy="prompt_lookup"
+    )
+    assert module.generate is speedup
+    assert torch.equal(module.generate(PROMPT, max_new_tokens=20), expected)
+    [result] = speedup.decoder.last
+    assert result.token_ids == expected[0, 12:].tolist()
+    assert result.choice.strategy == "prompt_lookup"
+    speedup.restore()
+    assert "generate" not in vars(module)
+    assert torch.equal(module.generate(PROMPT, max_new_tokens=20), expected)
+    speedup.restore()  # once more does nothing
+
+
+def test_binding_twice_leaves_one(bound: SpeedUp) -> None:
+    module = bound.model
+    with adaptspec.speed_up(module, db=MemoryStore(), strategy="suffix") as second:
+        assert module.generate is second
+        bound.restore()
+        assert module.generate is second
+        module.generate(PROMPT, max_new_tokens=3)
+        assert second.decoder.last[0].choice.strategy == "suffix"
+    assert "generate" not in vars(module)
+
+
+def test_a_generate_of_someone_elses_is_not_replaced(module: Any) -> None:
+    module.generate = print
+    with pytest.raises(UnsupportedControlError, match=r"del model\.generate"):
+        adaptspec.speed_up(module, db=MemoryStore())
+    assert module.generate is print
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda generate: generate(PROMPT, GenerationConfig(max_new_tokens=9)),
+        lambda generate: generate(inputs=PROMPT, max_new_tokens=9),
+        lambda generate: generate(input_ids=PROMPT, max_length=21),
+        lambda generate: generate(
+            input_ids=PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            generation_config=GenerationConfig(max_new_tokens=9, eos_token_id=5),
+        ),
+        lambda generate: generate(PROMPT.int(), max_new_tokens=9),
+    ],
+)
+def test_every_way_to_call_it_works(bound: SpeedUp, call: Any) -> None:
+    expected = call(lambda *args, **kwargs: own(bound.model, *args, **kwargs))
+    output = call(bound.model.generate)
+    assert torch.equal(output, expected)
+    assert output.dtype == expected.dtype
+
+
+def test_the_models_own_limits_and_ends_are_in_force(bound: SpeedUp) -> None:
+    whole = own(bound.model, PROMPT, max_new_tokens=20)
+    config = bound.model.generation_config
+    config.max_new_tokens, config.eos_token_id = 15, int(whole[0, 12 + 8])
+    output = bound.model.generate(PROMPT)
+    assert torch.equal(output, own(bound.model, PROMPT))
+    assert output.shape[1] <= 12 + 9
+
+
+@pytest.mark.parametrize("where", ["argument", "object", "model"])
+@pytest.mark.parametrize("known", ["call", "decoder"])
+def test_stop_strings_end_the_output_wherever_they_come_from(
+    bound: SpeedUp, where: str, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tokenizer = bound.model, bytes_tokenizer()
+    whole = own(module, PROMPT, max_new_tokens=20)
+    stop = tokenizer.decode(whole[0, 12 + 6 : 12 + 8])
+    given: dict[str, Any] = {"max_new_tokens": 20}
+    if where == "argument":
+        given["stop_strings"] = [stop]
+    elif where == "object":
+        given = {
+            "generation_config": GenerationConfig(stop_strings=stop, max_new_tokens=20)
+        }
+    else:
+        module.generation_config.stop_strings = [stop]
+    expected = own(module, PROMPT, **given, tokenizer=tokenizer)
+    monkeypatch.setattr(
+        bound.decoder.model, "tokenizer", None if known == "call" else tokenizer
+    )
+    if known == "call":
+        given["tokenizer"] = tokenizer
+    output = module.generate(PROMPT, **given)
+    assert torch.equal(output, expected)
+    assert output.shape[1] < 32
+    assert bound.decoder.last[0].finish == "stop"
+
+
+def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
+    def loop(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return input_ids + 1
+
+    output = bound.model.generate(PROMPT, max_new_tokens=3, custom_generate=loop)
+    assert torch.equal(output, PROMPT + 1)
+
+
+def pickled(module: Any) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+def test_a_copy_of_the_model_has_its_own_generate(bound: SpeedUp, way: Any) -> None:
+    twin = way(bound.model)
+    assert not isinstance(twin.generate, SpeedUp)
+    assert twin.generate.__self__ is twin
+    assert bound.model.generate is bound
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin.generate(PROMPT, max_new_tokens=3)[0, 12:].any()
+    assert bound.model.generate(PROMPT, max_new_tokens=3)[0, 12:].any()
+
+
+def test_changed_weights_are_followed(bound: SpeedUp) -> None:
+    before = bound.model.generate(PROMPT, max_new_tokens=10)
+    with torch.no_grad():
+        bound.model.lm_head.weight.mul_(-1)
+    after = bound.model.generate(PROMPT, max_new_tokens=10)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, own(bound.model, PROMPT, max_new_tokens=10))
+
+
+def test_binding_changes_nothing_that_decoding_depends_on(
+    bound: SpeedUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound.model.generate(PROMPT, max_new_tokens=3)
+    monkeypatch.setattr(
+        type(bound.decoder.model), "_build", lambda self: pytest.fail("built again")
+    )
+    bound.restore()
+    bound.bind()
+    bound.model.generate(PROMPT, max_new_tokens=3)
+
+
+def test_a_text_generation_pipeline_decodes_through_it(bound: SpeedUp) -> None:
+    texts = ["w5 w6 w7 w5 w6", "w9 w10"]
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    made = pipeline("text-generation", model=bound.model, tokenizer=TOKENIZER)
+    output = made(texts, **arguments)
+    assert bound.decoder.last
+    bound.restore()
+    plain = pipeline("text-generation", model=bound.model, tokenizer=TOKENIZER)
+    assert output == plain(texts, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_a_compiled_model_is_bound_inside(module: Any) -> None:
+    compiled: Any = torch.compile(module)
+    expected = module.generate(PROMPT, max_new_tokens=5)
+    with adaptspec.speed_up(compiled, db=MemoryStore(), strategy="suffix") as speedup:
+        assert torch.equal(compiled.generate(PROMPT, max_new_tokens=5), expected)
+        assert speedup.decoder.last
+    assert "generate" not in vars(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_model_with_adapters_is_bound_outside(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(module, config)
+    expected = adapted.generate(input_ids=PROMPT, max_new_tokens=12)
+    tell(monkeypatch, expected, 12)
+    decoder = foretelling(adapted)
+    with SpeedUp(adapted, decoder, strategy=Foretold.name).bind():
+        assert torch.equal(adapted.generate(PROMPT, max_new_tokens=12), expected)
+        assert sum(s.accepted for s in decoder.last[0].stats.steps) > 3
+        with adapted.disable_adapter():
+            bare = adapted.generate(input_ids=PROMPT, max_new_tokens=12)
+    assert not torch.equal(bare, expected)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_a_real_model_answers_as_it_does_by_itself(real_model_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(real_model_path)
+    model = AutoModelForCausalLM.from_pretrained(real_model_path, dtype=torch.float32)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.padding_side = "left"
+    questions = ["Repeat: a b c d e f. a b c d e f.", "What is rain? Say it in a line."]
+    inputs = tokenizer(questions, return_tensors="pt", padding=True)
+    asked: dict[str, Any] = {**inputs, "max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(**asked)
+    with adaptspec.speed_up(model, tokenizer, db=MemoryStore(), strategy="suffix"):
+        assert torch.equal(model.generate(**asked), expected)
