@@ -159,6 +159,7 @@ def in_turns(count: int, size: int) -> Iterator[range]:
 @click.option("-m", "--model", help="Model folder; default: the embedded model.")
 @click.option("--draft-model", help="Draft model folder.")
 @click.option("--db", help="Profile database.")
+@click.option("-s", "--strategy", help="Use this one, whatever was measured.")
 @click.option("--samples", default=50, show_default=True, help="Of each task.")
 @click.option("--tokens", default=64, show_default=True, help="Most of an answer.")
 @click.option("--batch", default=1, show_default=True, help="The harness's batch size.")
@@ -168,6 +169,7 @@ def main(
     model: str | None,
     draft_model: str | None,
     db: str | None,
+    strategy: str | None,
     samples: int,
     tokens: int,
     batch: int,
@@ -190,7 +192,9 @@ def main(
     for fast in (False, True):
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         if fast:
-            adaptspec.speed_up(loaded, tokenizer, draft_model=draft_model, db=db)
+            adaptspec.speed_up(
+                loaded, tokenizer, strategy=strategy, draft_model=draft_model, db=db
+            )
         sides.append(side_of(loaded, tokenizer, batch))
     plain, fast_one = sides
     print(f"{samples} samples a task, {tokens} tokens at most, batches of {batch}")
