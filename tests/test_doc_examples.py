@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import adaptspec_profiles.plugin
@@ -17,7 +18,13 @@ from adaptspec.decoding.engine import Engine
 from adaptspec.environment import environment_of
 from adaptspec.errors import HeadsLoadError
 from adaptspec.host import Host
-from adaptspec.testing.fakes import hf_greedy, random_ids, tiny_model
+from adaptspec.testing.fakes import (
+    hf_greedy,
+    random_ids,
+    tiny_model,
+    tiny_module,
+    tiny_tokenizer,
+)
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 
@@ -94,6 +101,37 @@ def test_the_heads_of_the_page_are_read_or_left_or_refused(
     file.write_text("3 3")
     with pytest.raises(HeadsLoadError, match="tokens expected, got 2"):
         host.open_heads(tmp_path, model)
+
+
+def test_the_lines_of_the_page_of_generate_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (DOCS / "drop-in.md").read_text()
+    bound, single, stopped = [
+        block.split("```", 1)[0] for block in page.split("```python\n")[1:]
+    ]
+    tokenizer = tiny_tokenizer()
+    tiny_module("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "adaptspec.host.Host.open_store", lambda self, url=None: MemoryStore()
+    )
+    names: dict[str, Any] = {
+        "NAME": str(tmp_path),
+        "TEXT": "w5 w6 w7 w5 w6",
+        "enough": lambda piece: True,
+    }
+    with pytest.warns(UserWarning, match="plain decoding"):
+        exec(bound, names)
+        assert [len(row.token_ids) for row in names["speedup"].decoder.last] == [200]
+        output, _ = names.pop("output"), names["speedup"].restore()
+        exec(single, names)
+        assert torch.equal(names["output"], output)
+        names["speedup"].bind()
+        exec(stopped, names)
+        names["thread"].join(60)
+    [row] = names["speedup"].decoder.last
+    assert 0 < len(row.token_ids) <= 200
 
 
 @pytest.mark.parametrize("section", ["1.", "2.", "3.", "4."])

@@ -106,7 +106,7 @@ class SpeedUp:
         self.decoder.save()
 
     def __enter__(self) -> SpeedUp:
-        """Itself, bound."""
+        """Itself, for a block at whose end it is restored."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -181,6 +181,7 @@ def speed_up(
         UnsupportedControlError: if its ``generate`` was replaced by something else.
     """
     decoder = load(model, tokenizer=tokenizer, **load_arguments)
+    _ = decoder.model.capability  # what can't be decoded is refused here, not later
     return SpeedUp(model, decoder, prompt_class, strategy, params).bind()
 
 

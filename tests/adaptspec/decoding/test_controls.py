@@ -367,7 +367,7 @@ def test_a_field_that_a_later_transformers_adds_is_refused(
 ) -> None:
     from adaptspec.decoding import controls
 
-    monkeypatch.setattr(controls, "_foreign", lambda: frozenset({"new_penalty"}))
+    monkeypatch.setattr(controls, "foreign_fields", lambda: frozenset({"new_penalty"}))
     model = with_config(new_penalty=1.5)
     with pytest.raises(
         UnsupportedControlError, match=r"new_penalty=1.5.*new_penalty=N"
@@ -465,9 +465,11 @@ def test_a_processor_sees_long_ids_without_reading_them_again() -> None:
     assert committed.read <= first + 50
 
 
-@given(st.lists(ids, min_size=1, max_size=40), st.data())
-def test_growing_ids_are_the_ids(start: list[int], data: st.DataObject) -> None:
-    growing, committed = GrowingTensor(CPU), list(start)
+@given(st.lists(ids, min_size=1, max_size=40), st.lists(ids, max_size=3), st.data())
+def test_growing_ids_are_the_ids(
+    start: list[int], before: list[int], data: st.DataObject
+) -> None:
+    growing, committed = GrowingTensor(CPU, before), list(start)
     for _ in range(6):
         tail = data.draw(st.lists(ids, max_size=4))
         view = Continuation(committed, tail)
@@ -478,7 +480,8 @@ def test_growing_ids_are_the_ids(start: list[int], data: st.DataObject) -> None:
         )
         assert view[2:-1] == [*committed, *tail][2:-1]
         found = growing.of(view)
-        assert found.tolist() == [[*committed, *tail]]
+        assert found.tolist() == [[*before, *committed, *tail]]
+        assert growing.of([*committed]).tolist() == [[*before, *committed]]
         assert found.dtype == torch.long
         committed += tail[: data.draw(st.integers(0, len(tail)))]
 

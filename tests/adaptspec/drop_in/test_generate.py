@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -18,6 +19,9 @@ from transformers import (
     WatermarkingConfig,
 )
 
+import adaptspec.drop_in.arguments as checks
+from adaptspec.decoding.generation_fields import DROP_IN, FIELDS
+from adaptspec.drop_in.arguments import check_configuration
 from adaptspec.drop_in.speed_up import SpeedUp
 from adaptspec.errors import UnsupportedControlError
 from adaptspec.testing.fakes import ARCHITECTURES, VOCAB, random_ids, tiny_module
@@ -467,6 +471,44 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     with pytest.raises(UnsupportedControlError, match=name) as refused:
         fast()(**{"inputs": ONE, "max_new_tokens": 3, **arguments})
     assert "\n" not in str(refused.value)
+
+
+def test_every_field_that_is_refused_here_is_refused_unless_it_is_off() -> None:
+    assert set(DROP_IN) <= set(FIELDS)
+    refused = {
+        name: field
+        for name, field in {**FIELDS, **DROP_IN}.items()
+        if field.effect == "refused"
+    }
+    assert len(refused) > 10
+    for name, field in refused.items():
+        config = GenerationConfig(return_dict_in_generate=True)
+        for value in field.neutral:
+            setattr(config, name, value)
+            check_configuration(config)
+        setattr(config, name, 1 if name == "token_healing" else 7)
+        with pytest.raises(UnsupportedControlError, match=f"^{name}="):
+            check_configuration(config)
+
+
+def test_a_field_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "foreign_fields", lambda: {"new_in_transformers"})
+    config = GenerationConfig()
+    config.new_in_transformers = 3
+    with pytest.raises(UnsupportedControlError, match=r"^new_in_transformers=3.*None"):
+        check_configuration(config)
+
+
+def test_positions_of_the_mask_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, output = both(
+        monkeypatch,
+        fast(),
+        inputs=BATCH,
+        attention_mask=MASK,
+        position_ids=(MASK.cumsum(-1) - 1).clamp_min(0),
+        max_new_tokens=6,
+    )
+    assert torch.equal(output, expected)
 
 
 def test_a_callers_cache_is_refused() -> None:
