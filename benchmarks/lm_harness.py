@@ -84,8 +84,6 @@ def prompts_of(workload: Path, classes: Sequence[str], count: int) -> list[str]:
 
 def write_task(folder: Path, name: str, prompts: Sequence[str], tokens: int) -> None:
     """A task as the harness reads it: a YAML file, and its documents beside it."""
-    import yaml
-
     documents = folder / f"{name}.jsonl"
     documents.write_text(
         "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts),
@@ -107,7 +105,8 @@ def write_task(folder: Path, name: str, prompts: Sequence[str], tokens: int) -> 
         "metric_list": [{"metric": "bypass"}],
         "metadata": {"version": 1.0},
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    # YAML holds all of JSON.
+    (folder / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
 
 
 def side_of(model: nn.Module, tokenizer: Any, batch: int) -> Side:

@@ -21,8 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from adaptspec._version import __version__
 from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.errors import AdaptSpecError
-from adaptspec.model.hardware_costs import KEY as COSTS
-from adaptspec.model.hardware_costs import costs_owner
+from adaptspec.model.hardware_costs import COSTS_RECORD, costs_owner
 from adaptspec.model.loading import load_model
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def copy_profiles(
         target.pin(run, True)
     owners = {p.run: CLASSIFIER for p in profiles}
     owners |= {c.run: CLASSIFIER for c in choices}
-    owners |= {costs_owner(p.environment): COSTS for p in profiles}
+    owners |= {costs_owner(p.environment): COSTS_RECORD for p in profiles}
     for owner, key in owners.items():
         if (record := source.record(owner, key)) is not None:
             target.put_record(owner, key, record)
@@ -259,7 +258,7 @@ def _folder_of(model: str) -> Path:
     """Where the files of a model folder or of a hub name in the cache are."""
     if Path(model).is_dir():
         return Path(model).absolute()
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(model, "config.json", local_files_only=True)
     return Path(str(found)).parent

@@ -18,8 +18,7 @@ from adaptspec.drop_in.directory import SETTINGS, DirectoryError, read_settings
 from adaptspec.environment import environment_of
 from adaptspec.heads.checkpoints import write_heads
 from adaptspec.host import Host
-from adaptspec.model.hardware_costs import KEY as COSTS
-from adaptspec.model.hardware_costs import costs_owner
+from adaptspec.model.hardware_costs import COSTS_RECORD, costs_owner
 from adaptspec.model.loading import load_model
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.heads import tiny_heads
@@ -60,7 +59,7 @@ def db(model: Path, tmp_path: Path) -> str:
         keep(store, [example_profile(run=run, environment=environment)])
     store.put_record("mine", "classifier", {"created": "2026-01-01", "told": 1})
     store.put_record("foreign", "classifier", {"created": "2026-01-01"})
-    store.put_record(costs_owner(place), COSTS, {"measured": "2026-01-01"})
+    store.put_record(costs_owner(place), COSTS_RECORD, {"measured": "2026-01-01"})
     store.pin("half", True)
     store.close()
     return path
@@ -158,7 +157,7 @@ def test_a_copy_takes_the_models_profiles_and_no_others(
     assert found.record("mine", "classifier") == {"created": "2026-01-01", "told": 1}
     assert found.record("foreign", "classifier") is None
     place = found.profiles(run="mine")[0].environment
-    assert found.record(costs_owner(place), COSTS)
+    assert found.record(costs_owner(place), COSTS_RECORD)
     found.close()
 
 

@@ -24,6 +24,7 @@ from transformers import (
 
 import adaptspec_plugins
 import adaptspec_profiles.plugin
+from adaptspec.decoder import load
 from adaptspec.drop_in import exported
 from adaptspec.drop_in.directory import SETTINGS, DirectoryError, export_directory
 from adaptspec.environment import environment_of
@@ -68,7 +69,7 @@ def db(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     target = load_model(model)
     place = environment_of(target, target)
     profiles = []
-    for strategy, params, ratio in (PLAIN, {}, 1.0), ("draft_model", {}, 2.0):
+    for strategy, ratio in (PLAIN, 1.0), ("draft_model", 2.0):
         measured = replace(
             example_profile().measurement,
             ratio=ratio,
@@ -80,7 +81,7 @@ def db(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
                 environment=place,
                 prompt_class=EVERY_CLASS,
                 strategy=strategy,
-                params=params,
+                params={},
                 measurement=measured,
             )
         )
@@ -203,13 +204,12 @@ def test_what_cannot_be_honoured_is_named(fast: Any) -> None:
 
 def test_everything_is_loaded_once(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    load = exported.load
 
     def counted(*given: Any, **more: Any) -> Any:
         calls.append(given)
         return load(*given, **more)
 
-    monkeypatch.setattr(exported, "load", counted)
+    monkeypatch.setattr("adaptspec.drop_in.exported.load", counted)
 
     def ask() -> None:
         fast.generate(PROMPT, max_new_tokens=2, do_sample=False)
