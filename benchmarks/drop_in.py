@@ -116,7 +116,7 @@ def check(family: str) -> str:
 def main() -> None:
     """Check the families named, or all."""
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     for family in sys.argv[1:] or tiny_families.case_names():
         print(f"{family}: {check(family)}", flush=True)

@@ -123,14 +123,16 @@ def test_the_lines_of_the_page_of_generate_decode(
     }
     with pytest.warns(UserWarning, match="plain decoding"):
         exec(bound, names)
-        assert [len(row.token_ids) for row in names["speedup"].decoder.last] == [200]
-        output, _ = names.pop("output"), names["speedup"].restore()
+    speedup, output = names["speedup"], names.pop("output")
+    assert [len(row.token_ids) for row in speedup.decoder.last] == [200]
+    speedup.restore()
+    with pytest.warns(UserWarning, match="plain decoding"):
         exec(single, names)
-        assert torch.equal(names["output"], output)
-        names["speedup"].bind()
-        exec(stopped, names)
-        names["thread"].join(60)
-    [row] = names["speedup"].decoder.last
+    assert torch.equal(names["output"], output)
+    speedup.bind()
+    exec(stopped, names)
+    names["thread"].join(60)
+    [row] = speedup.decoder.last
     assert 0 < len(row.token_ids) <= 200
 
 

@@ -88,7 +88,8 @@ def refuse_dropped(caller: FrameType | None) -> None:
 
 @functools.cache
 def _generate_code() -> CodeType:
-    return inspect.unwrap(GenerationMixin.generate).__code__
+    code: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
+    return code
 
 
 def check_configuration(config: Any) -> None:

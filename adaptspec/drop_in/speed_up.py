@@ -43,7 +43,8 @@ class SpeedUp:
         self.decoder = decoder
         self._defaults = dict(zip(OWN, (prompt_class, strategy, params), strict=True))
         # Not what may be bound to this very object.
-        self._plain = types.MethodType(type(self.model).generate, self.model)
+        of_class: Any = type(self.model)
+        self._plain = types.MethodType(of_class.generate, self.model)
         self.__signature__ = _signature(self._plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class SpeedUp:
     def _bind_stop_strings(self, given: dict[str, Any]) -> None:
         """Pass stop strings as a criterion: a callable gets no tokenizer."""
         tokenizer = given.pop("tokenizer", None) or self.decoder.model.tokenizer
-        config = given.get("generation_config")
+        config: Any = given.get("generation_config")
         stored = getattr(self.model, "generation_config", None)
         if given.get("stop_strings") is not None:
             strings = given.pop("stop_strings")

@@ -40,9 +40,9 @@ class ClosableStreamer(TextIteratorStreamer):
         """
         if self._closed.is_set():
             raise ReaderGone
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[str]:
         """The pieces, as they come."""
         try:
             while (piece := next(self, None)) is not None:
@@ -73,9 +73,9 @@ class AsyncClosableStreamer(AsyncTextIteratorStreamer):
         """
         if self._closed.is_set():
             raise ReaderGone
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
-    async def __aiter__(self) -> AsyncIterator[str]:  # type: ignore[override]
+    async def __aiter__(self) -> AsyncIterator[str]:
         """The pieces, as they come."""
         try:
             while (piece := await anext(self, None)) is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -28,6 +29,7 @@ from adaptspec.testing.fakes import ARCHITECTURES, VOCAB, random_ids, tiny_modul
 from adaptspec.testing.strategies import Grammar
 from foretold import Foretold, foretelling, foretold, tell
 
+GenerationConfig: Any = transformers.GenerationConfig
 PAD = 0
 ONE = torch.tensor([random_ids(12)])
 # Rows of three lengths, padded on the left.
@@ -261,9 +263,8 @@ def test_a_criterion_with_state_is_asked_as_generate_asks_it(
     inputs = {"inputs": ONE} if rows == 1 else {"inputs": BATCH, "attention_mask": MASK}
     watches = [Watch(9), Watch(9)]
     outputs = []
-    for call, watch in zip(
-        (functools.partial(plain, speedup), speedup), watches, strict=True
-    ):
+    calls: list[Callable[..., Any]] = [functools.partial(plain, speedup), speedup]
+    for call, watch in zip(calls, watches, strict=True):
         output = call(
             **inputs,
             max_new_tokens=EARLY,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import adaptspec
 from adaptspec.drop_in.speed_up import SpeedUp
@@ -22,6 +23,7 @@ from foretold import Foretold, foretelling, tell
 
 PROMPT = torch.tensor([random_ids(12)])
 TOKENIZER = tiny_tokenizer()
+GenerationConfig: Any = transformers.GenerationConfig
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:

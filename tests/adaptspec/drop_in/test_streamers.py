@@ -222,7 +222,8 @@ def test_an_asynchronous_reader_may_stop_early(
         assert await anext(pieces)
         await pieces.aclose()
         gate.release(100)
-        return await decoding
+        output: torch.Tensor = await decoding
+        return output
 
     assert 12 < asyncio.run(read()).shape[1] < 42
     assert all(cache() is None for cache in caches)
