@@ -206,8 +206,6 @@ def copy_profiles(
     choices = [c for c in source.choices() if _of(c.environment, model)]
     target.add_profiles(profiles)
     target.put_choices(choices)
-    for run in {c.run for c in choices if c.pinned}:
-        target.pin(run, True)
     owners = {p.run: CLASSIFIER for p in profiles}
     owners |= {c.run: CLASSIFIER for c in choices}
     owners |= {costs_owner(p.environment): COSTS_RECORD for p in profiles}

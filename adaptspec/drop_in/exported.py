@@ -37,8 +37,8 @@ def _sped_up(model: Any) -> SpeedUp:
     """What decodes the model; it lives as long as the model."""
     with _loading:
         kept = vars(model).get(KEPT)
-        # A copied model has a copy of it, of the plain generate.
-        if not isinstance(kept, SpeedUp) or kept.model is not model:
+        # A copied model has the plain generate there.
+        if not isinstance(kept, SpeedUp):
             kept = _loaded(model)
             vars(model)[KEPT] = kept
     return kept
