@@ -617,7 +617,7 @@ def load(
         if draft_model is None
         else _language_model(draft_model, None, dtype, target.device, trust_remote_code)
     )
-    can_open = _opens_stores(host)
+    can_open = host.opens_stores
     if db is None and not can_open:
         return Decoder(target, draft, None, host, learn, allow_lossy, run=run)
     if db is None or isinstance(db, str | Path):
@@ -643,13 +643,6 @@ def load(
 
 def _kept_open(store: ProfileStore) -> Opens:
     return lambda: nullcontext(store)
-
-
-def _opens_stores(host: Host) -> bool:
-    return any(
-        "open_profile_store" in plugin.hooks and plugin.error is None
-        for plugin in host.plugins
-    )
 
 
 def _language_model(

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from adaptspec.profile import Environment
 def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environment:
     """What a measurement with these models, on this machine, holds for."""
     packages: Sequence[str] = ("adaptspec", "torch", "transformers")
+    decoded: Any = model.model  # a caller's own model keeps its attention
+    config = decoded.config.get_text_config(decoder=True)
     return Environment(
         model=model.digest,
         model_name=model.name,
@@ -30,7 +33,7 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
         heads_name=name_of(model.heads.values()),
         configuration=model.configuration,
         kernel=model.linear.kind.partition(":")[0],
-        attention=str(getattr(model.config, "_attn_implementation", None) or "own"),
+        attention=str(getattr(config, "_attn_implementation", None) or "own"),
         versions={
             **{name: version(name) for name in packages},
             "python": platform.python_version(),

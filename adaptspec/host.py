@@ -188,6 +188,14 @@ class Host:
             except Exception as error:  # the plugin edge: report by name, go on
                 self._fail(name, error)
 
+    @property
+    def opens_stores(self) -> bool:
+        """Whether a plugin that works opens profile databases."""
+        return any(
+            "open_profile_store" in plugin.hooks and plugin.error is None
+            for plugin in self.plugins
+        )
+
     def open_store(self, url: str | None = None) -> ProfileStore:
         """Open the profile database at ``url``, the default one for None."""
         store: ProfileStore | None = self._manager.hook.open_profile_store(url=url)

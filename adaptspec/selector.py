@@ -136,8 +136,27 @@ def decided_here(
     choices: Sequence[ClassChoice], environment: Environment
 ) -> list[ClassChoice]:
     """Those that hold in ``environment``, draft model and heads aside: each setting
-    says whether it needs them."""
-    return [c for c in choices if not c.environment.differences(environment, HOLDS)]
+    says whether it needs them.
+
+    ``tune`` packs the weights of a folder that it reads, while those of a model that
+    an application has loaded are read as they lie. Where nothing was decided for the
+    one, what was decided for the other serves; it is told.
+    """
+    here = [c for c in choices if not c.environment.differences(environment, HOLDS)]
+    if here or not _ours(environment.kernel):
+        return here
+    others = [name for name in HOLDS if name != "kernel"]
+    return [
+        choice
+        for choice in choices
+        if not choice.environment.differences(environment, others)
+        and _ours(choice.environment.kernel)
+    ]
+
+
+def _ours(kernel: str | None) -> bool:
+    """Whether it is one of our products, whose cost of a row more is alike."""
+    return kernel is not None and kernel.partition(" ")[0] in ("packed", "native")
 
 
 def best_evidence(
@@ -246,7 +265,7 @@ def _told(decided: ClassChoice, now: Environment, stale: str) -> list[str]:
         said.append(f"measured without {now.heads_name}: run tune with them")
     said += [
         f"measured with {name} {getattr(then, name)} (here {getattr(now, name)})"
-        for name in then.differences(now, TOLD)
+        for name in then.differences(now, (*TOLD, "kernel"))
     ]
     if stale:
         said.append(f"the profile is stale ({stale}): run tune again")

@@ -471,3 +471,68 @@ def test_a_disturbed_command_is_stopped_and_goes_on() -> None:
     assert found["seconds"] > 2.0
     with pytest.raises(ClickException, match="no such thing"):
         disturbed.tune([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+CHECKOUT = """
+import unittest
+import torch
+from adaptspec.testing.fakes import tiny_module
+
+class TinyTest(unittest.TestCase):
+    def test_generate_greedy(self):
+        ids = torch.tensor([[2, 3, 4, 2, 3, 4, 2, 3], [5, 6, 5, 6, 5, 6, 5, 6]])
+        out = tiny_module("llama").generate(ids, max_new_tokens=8, do_sample=False)
+        self.assertEqual(out.shape, (2, 16))
+
+    def test_generate_beams(self):
+        tiny_module("llama").generate(torch.tensor([[2, 3]]), num_beams=2, max_length=4)
+
+    def test_generate_a_cache_that_only_generate_returns(self):
+        out = tiny_module("llama").generate(
+            torch.tensor([[2, 3]]), max_length=4, return_dict_in_generate=True
+        )
+        self.assertIsNotNone(out.cache)
+
+    def test_generate_nothing(self):
+        pass
+
+    def test_generate_broken(self):
+        self.fail("as it is")
+
+    def test_of_something_else(self):
+        self.fail("isn't run")
+"""
+
+
+@pytest.mark.slow
+def test_transformers_tests_are_told_apart(tmp_path: Path) -> None:
+    place = tmp_path / "tests" / "models" / "tiny"
+    place.mkdir(parents=True)
+    (place / "test_modeling_tiny.py").write_text(CHECKOUT)
+    main = benchmark("transformers_tests").main
+    done = CliRunner().invoke(main, [str(tmp_path), "--models", "tiny"])
+    assert done.exit_code == 1, done.output
+    rows = [line.strip("| ").split(" | ") for line in done.output.splitlines()]
+    said = {row[0]: row[1:] for row in rows if row[0].startswith("test_")}
+    assert said["test_generate_greedy"][:4] == ["all", "-", "-", "-"]
+    assert said["test_generate_beams"][:2] == ["-", "all"]
+    assert "num_beams" in said["test_generate_beams"][4]
+    assert said["test_generate_a_cache_that_only_generate_returns"][2] == "all"
+    assert said["test_generate_nothing"][3:] == ["all", "generates nothing"]
+    assert "as it is" in said["test_generate_broken"][4]
+    assert "test_of_something_else" not in said
+    assert "1 passes, 1 refused, 1 fails, 2 not applicable" in done.output
+
+
+def test_tasks_take_prompts_of_their_classes_in_turns(tmp_path: Path) -> None:
+    harness = benchmark("lm_harness")
+    path = tmp_path / "workload.jsonl"
+    lines = [
+        {"class": name, "messages": [{"role": "user", "content": f"{name} {number}"}]}
+        for name in ("a", "b", "c")
+        for number in range(3)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert harness.prompts_of(path, ("b", "a"), 3) == ["b 0", "a 0", "b 1"]
+    with pytest.raises(ClickException, match="has 6 prompts of a, b"):
+        harness.prompts_of(path, ("a", "b"), 7)

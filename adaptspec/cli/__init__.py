@@ -55,6 +55,7 @@ class _Cli(click.Group):
 def build_cli(host: Host) -> click.Group:
     """The ``adaptspec`` command with every plugin's commands."""
     from adaptspec.cli.explain import explain
+    from adaptspec.cli.export import export
     from adaptspec.cli.generate import generate
     from adaptspec.cli.strategies import strategies
 
@@ -70,6 +71,7 @@ def build_cli(host: Host) -> click.Group:
 
     cli.add_command(generate)
     cli.add_command(explain)
+    cli.add_command(export)
     cli.add_command(strategies)
     host.add_commands(cli)
     return cli

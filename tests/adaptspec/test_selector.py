@@ -59,8 +59,8 @@ def test_plain_decoding_that_was_decided_says_why() -> None:
         ({"model": "m2"}, "model m2"),
         ({"configuration": "c2"}, "configuration c2 (here c1)"),
         (
-            {"kernel": "native bfloat16"},
-            "kernel native bfloat16 (here packed bfloat16)",
+            {"kernel": "none bfloat16"},
+            "kernel none bfloat16 (here packed bfloat16)",
         ),
         ({"attention": "eager"}, "attention eager (here sdpa)"),
         ({"device_name": "Another CPU"}, "device_name Another CPU (here A CPU)"),
@@ -89,6 +89,16 @@ def test_other_threads_are_told_and_those_of_here_come_first() -> None:
     assert choice.strategy == "b"
     assert "measured with threads 8 (here 2)" in choice.reason
     assert select([decided(pick("a")), other], HERE, "chat").strategy == "a"
+
+
+def test_packed_weights_and_those_read_as_they_lie_serve_each_other() -> None:
+    lying = decided(pick("b", 2.0), day=1, where={"kernel": "native bfloat16"})
+    choice = select([lying], HERE, "chat")
+    assert choice.strategy == "b"
+    told = "measured with kernel native bfloat16 (here packed bfloat16)"
+    assert told in choice.reason
+    choice = select([decided(pick("a")), lying], HERE, "chat")
+    assert (choice.strategy, choice.reason) == ("a", "measured 1.50x")
 
 
 @pytest.mark.parametrize("wanted", [None, "poems"])
