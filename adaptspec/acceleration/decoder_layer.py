@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.attention import MOST_ROWS, sight_of
+from adaptspec.acceleration.linear import NativeLinear
 from adaptspec.acceleration.native import Kernel, is_plain
-from adaptspec.acceleration.packed import PackedLinear
+from adaptspec.acceleration.packed import PackedLinear, PackedWeight
 from adaptspec.model.cache import TreeCache, TreeLayer
 
 # What a layer may be told that changes nothing of what it computes.
@@ -27,6 +28,7 @@ IDLE_ARGUMENTS = frozenset(
 INNER = ("query", "key")  # norms of single heads
 CACHE_NAMES = ("cache", "past_key_values")
 
+Linear = PackedLinear | NativeLinear
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
@@ -59,6 +61,7 @@ class _Layer(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("activation", _INT),
         ("up_first", _INT),
+        ("plain", _INT),
     )
 
 
@@ -117,10 +120,10 @@ class Recipe:
         activation: 0 for SiLU, 1 for GELU by its tanh formula.
     """
 
-    into: tuple[PackedLinear, ...]
-    out: PackedLinear
-    gate_up: tuple[PackedLinear, ...]
-    down: PackedLinear
+    into: tuple[Linear, ...]
+    out: Linear
+    gate_up: tuple[Linear, ...]
+    down: Linear
     norms: Norms
     heads: int
     groups: int
@@ -132,13 +135,13 @@ class Recipe:
     up_first: bool
 
     @property
-    def linears(self) -> tuple[PackedLinear, ...]:
+    def linears(self) -> tuple[Linear, ...]:
         """All of them."""
         return (*self.into, self.out, *self.gate_up, self.down)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether sizes fit together, and products read whole words of two."""
+    def fits(self, step: int) -> bool:
+        """Whether sizes fit together, those that are summed over being multiples of
+        ``step``."""
         hidden, inner = self.down.out_features, self.down.in_features
         wide = self.heads * self.head
         outer = sum(linear.out_features for linear in self.into)
@@ -147,7 +150,7 @@ class Recipe:
             and (self.out.in_features, self.out.out_features) == (wide, hidden)
             and sum(linear.out_features for linear in self.gate_up) == 2 * inner
             and all(x.in_features == hidden for x in (*self.into, *self.gate_up))
-            and not (hidden % 2 or inner % 2 or wide % 2)
+            and not (hidden % step or inner % step or wide % step)
             and all(
                 len(norm.module.weight) == (self.head if name in INNER else hidden)  # type: ignore[arg-type]
                 for name in Norms.__dataclass_fields__
@@ -164,7 +167,7 @@ class WholeLayer:
         recipe: What it computes.
 
     Raises:
-        ValueError: where a weight isn't packed.
+        ValueError: if some weights are packed and others aren't.
     """
 
     def __init__(self, layer: nn.Module, recipe: Recipe, kernel: Kernel) -> None:
@@ -174,10 +177,15 @@ class WholeLayer:
         self._hooks: list[dict[int, Any]] = []
         for module in layer.modules():
             self._watch(module, inner=module is not layer)
-        self._packed = [each for x in recipe.linears if (each := x.packed) is not None]
-        if len(self._packed) != len(recipe.linears):
-            raise ValueError("every weight must be packed")
-        self.dtype = self._packed[0].dtype
+        self._packed = [
+            packed for x in recipe.linears if (packed := packed_of(x)) is not None
+        ]
+        if len(self._packed) not in (0, len(recipe.linears)):
+            raise ValueError("all weights must be packed, or none")
+        plain = not self._packed
+        self.dtype = recipe.down.weight.dtype if plain else self._packed[0].dtype
+        if not recipe.fits(kernel.step(self.dtype, plain)):
+            raise ValueError("sizes of weights don't fit together")
         self._hidden = recipe.down.out_features
         self._native = _Layer(
             hidden=self._hidden,
@@ -196,6 +204,7 @@ class WholeLayer:
             scale=recipe.scale,
             activation=recipe.activation,
             up_first=recipe.up_first,
+            plain=plain,
         )
         self._run, self._room_for, self._queries = kernel.layers[self.dtype]
         self._kernel = kernel
@@ -359,11 +368,17 @@ class WholeLayer:
         assert isinstance(weight, torch.Tensor)
         return _Norm(weight.data_ptr(), norm.epsilon, norm.offset, norm.early)
 
-    def _product(self, linear: PackedLinear) -> _Product:
-        assert linear.packed is not None
-        assert linear.packed.held is not None
+    def _product(self, linear: Linear) -> _Product:
+        packed = packed_of(linear)
+        weight = linear.weight if packed is None else packed.held
+        assert weight is not None
         bias = None if linear.bias is None else linear.bias.data_ptr()
-        return _Product(linear.packed.held.data_ptr(), bias, linear.out_features)
+        return _Product(weight.data_ptr(), bias, linear.out_features)
+
+
+def packed_of(linear: Linear) -> PackedWeight | None:
+    """The packed weight that a layer reads; None for a plain one."""
+    return linear.packed if isinstance(linear, PackedLinear) else None
 
 
 _ROOMS = threading.local()

@@ -20,10 +20,12 @@ from torch import nn
 from adaptspec.acceleration.attention import NATIVE, Attended, watched
 from adaptspec.acceleration.decoder_layer import (
     CACHE_NAMES,
+    Linear,
     Norm,
     Norms,
     Recipe,
     WholeLayer,
+    packed_of,
 )
 from adaptspec.acceleration.native import (
     Kernel,
@@ -31,7 +33,6 @@ from adaptspec.acceleration.native import (
     is_plain,
     kernel,
 )
-from adaptspec.acceleration.packed import PackedLinear
 from adaptspec.model.cache import TreeCache
 
 # What modules of a layer are called where there are such. Names only propose.
@@ -49,10 +50,10 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float32: 2e-5}
 class Parts:
     """A layer's modules by their place in it."""
 
-    into: tuple[PackedLinear, ...]
-    out: PackedLinear
-    gate_up: tuple[PackedLinear, ...]
-    down: PackedLinear
+    into: tuple[Linear, ...]
+    out: Linear
+    gate_up: tuple[Linear, ...]
+    down: Linear
     norms: tuple[Norm, ...]  # of the layer, in its order
     query: Norm | None
     key: Norm | None
@@ -169,8 +170,10 @@ class _Trial:
                 activation=activation,
                 up_first=up_first,
             )
-            if recipe.is_whole:
+            try:
                 yield WholeLayer(self.layer, recipe, self._kernel)
+            except ValueError:
+                continue
 
 
 def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
@@ -193,7 +196,9 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
         return 0
     trials = []
     for layer in module.modules():
-        if (parts := _parts(layer)) is not None:
+        parts = _parts(layer)
+        # Matrix units have products of their own.
+        if parts and not (compiled.tiles and _type_of(parts.out) is torch.bfloat16):
             trials.append(_Trial(layer, parts, compiled))
     if not trials:
         return 0
@@ -252,7 +257,7 @@ def _parts(layer: nn.Module) -> Parts | None:
         or any(_owns(x) and id(x) not in taken for x in layer.modules())
     ):
         return None
-    kinds = {x.packed.dtype for x in linears if x.packed is not None}
+    kinds = set(map(_type_of, linears))
     kinds |= {_weight(norm.module).dtype for norm in known}
     kinds |= {x.bias.dtype for x in linears if x.bias is not None}
     if len(kinds) != 1:
@@ -263,26 +268,30 @@ def _parts(layer: nn.Module) -> Parts | None:
 
 def _linears(
     module: nn.Module, choices: tuple[tuple[str, ...], ...]
-) -> tuple[PackedLinear, ...]:
-    """The packed layers of the first choice of names that is there, else none."""
+) -> tuple[Linear, ...]:
+    """Our layers of the first choice of names that is there, else none."""
     for names in choices:
-        found = [module._modules.get(name) for name in names]
-        packed = tuple(
+        held = [module._modules.get(name) for name in names]
+        found = tuple(
             x
-            for x in found
-            if isinstance(x, PackedLinear)
-            and x.packed is not None
+            for x in held
+            if isinstance(x, Linear)
             and (x.bias is None or (is_plain(x.bias) and x.bias.is_contiguous()))
         )
-        if len(packed) == len(names):
-            return packed
+        if len(found) == len(names):
+            return found
     return ()
+
+
+def _type_of(linear: Linear) -> torch.dtype:
+    packed = packed_of(linear)
+    return linear.weight.dtype if packed is None else packed.dtype
 
 
 def _owns(module: nn.Module) -> bool:
     """Whether it has parameters or buffers of its own."""
     held = (*module._parameters.values(), *module._buffers.values())
-    return isinstance(module, PackedLinear) or any(x is not None for x in held)
+    return isinstance(module, Linear) or any(x is not None for x in held)
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
@@ -365,8 +374,8 @@ def _varied(x: torch.Tensor, parts: Parts) -> Iterator[torch.Tensor]:
         for row in range(rows):
             linear = linears[row % len(linears)]
             place = torch.tensor([(7919 * (row + 1)) % linear.out_features])
-            assert linear.packed is not None
-            found = linear.packed.rows(place)
+            packed = packed_of(linear)
+            found = linear.weight[place] if packed is None else packed.rows(place)
             assert found is not None
             chosen.append(found[0].float())
         aligned = torch.stack(chosen)

@@ -281,6 +281,11 @@ class Kernel:
         )
         return y
 
+    def step(self, dtype: torch.dtype, plain: bool) -> int:
+        """What sums of a layer run over: whole words, or registers of plain weights."""
+        word = 4 // dtype.itemsize
+        return word * self.lanes if plain else word
+
     def seen(self, mask: torch.Tensor) -> Seen | None:
         """What each row of ``mask [rows, keys]`` lets it see.
 

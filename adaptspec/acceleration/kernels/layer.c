@@ -10,7 +10,7 @@
 #include "vectors.h"
 
 struct product {
-    const uint32_t *weight; /* packed */
+    const void *weight;
     const void *bias;
     long outer;
 };
@@ -30,6 +30,7 @@ struct layer {
     struct product into[3], out, gate_up[2], down; /* outer 0: no more */
     float scale;
     int activation, up_first;
+    int plain; /* weights are read as they lie, otherwise packed */
 };
 
 struct call {
@@ -47,6 +48,9 @@ struct call {
     void packed_##KIND##_part(const void *x, const uint32_t *w, const void *bias,       \
                               void *y, long y_row, long t_count, long n_count,          \
                               long words);                                              \
+    void linear_##KIND##_part(const void *x, long stride, const void *w,                \
+                              const void *bias, void *y, long y_row, long t_count,      \
+                              long n_count, long k_count);                              \
     void attend_##KIND##_part(const void *q, long q_size, const void *k, long k_head,   \
                               long k_row, const void *v, long v_head, long v_row,       \
                               void *out, const int32_t *seen, const int32_t *counts,    \
@@ -72,25 +76,35 @@ static inline void put_bf16(uint16_t *p, vfloat v, long count) {
     memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
 }
 
-/* What products read: as it is stored, or widened where pairs aren't multiplied. */
+/* What products read: as it is stored, or widened where pairs aren't multiplied. Plain
+ * weights then want even numbers first. */
 #if defined(__AVX512BF16__)
 #define IN_bf16 uint16_t
-#define put_in_bf16 put_bf16
+static inline void put_in_bf16(uint16_t *row, long i, vfloat v, long count, int plain) {
+    (void)plain;
+    put_bf16(row + i, v, count - i);
+}
 #define WIDENED_bf16 0
 #define READ_bf16 widen
 #define WORD_bf16 2
 #define PLACE_bf16(d) (d)
 #else
 #define IN_bf16 float
-#define put_in_bf16 put_f32
 #define WIDENED_bf16 1
 #define READ_bf16 SAME
 #define WORD_bf16 2
 #define PLACE_bf16(d) ((d) / BF16_STEP * BF16_STEP + (d) % 2 * LANES + (d) % BF16_STEP / 2)
+static inline void put_in_bf16(float *row, long i, vfloat v, long count, int plain) {
+    if (!plain) put_f32(row + i, v, count - i);
+    else for (long d = 0; d < LANES && i + d < count; d++) row[PLACE_bf16(i + d)] = v[d];
+}
 #endif
 #define STEP_bf16 BF16_STEP
 #define IN_f32 float
-#define put_in_f32 put_f32
+static inline void put_in_f32(float *row, long i, vfloat v, long count, int plain) {
+    (void)plain;
+    put_f32(row + i, v, count - i);
+}
 #define WIDENED_f32 0
 #define READ_f32 SAME
 #define WORD_f32 1
@@ -112,6 +126,16 @@ static inline vfloat activated(vfloat x, int kind) {
 }
 
 #define LAYER(KIND, TYPE)                                                               \
+    static void multiply_##KIND(const struct layer *l, const struct product *p,         \
+                                const void *x, long count, TYPE *y, long y_row,         \
+                                long rows) {                                            \
+        if (l->plain)                                                                   \
+            linear_##KIND##_part(x, count, p->weight, p->bias, y, y_row, rows,          \
+                                 p->outer, count);                                      \
+        else                                                                            \
+            packed_##KIND##_part(x, p->weight, p->bias, y, y_row, rows, p->outer,       \
+                                 count / WORD_##KIND);                                  \
+    }                                                                                   \
     /* Of `count` numbers at x; `put` where products read them, or as they are stored. */\
     static inline float scale_of_##KIND(const TYPE *x, long count, float epsilon) {     \
         vfloat squares = {0};                                                           \
@@ -129,12 +153,12 @@ static inline vfloat activated(vfloat x, int kind) {
         return rounded_##KIND(v * (weight + n->offset));                                \
     }                                                                                   \
     static void norm_in_##KIND(const struct norm *n, const TYPE *x, long count,         \
-                               IN_##KIND *to) {                                         \
+                               IN_##KIND *to, int plain) {                              \
         float scale = n->weight ? scale_of_##KIND(x, count, n->epsilon) : 0;            \
         for (long i = 0; i < count; i += LANES) {                                       \
             vfloat v = numbers_##KIND(x + i, count - i);                                \
             if (n->weight) v = normed_##KIND(n, v, scale, i, count);                    \
-            put_in_##KIND(to + i, v, count - i);                                        \
+            put_in_##KIND(to, i, v, count, plain);                                      \
         }                                                                               \
     }                                                                                   \
     /* sum = x + norm(y) */                                                             \
@@ -219,12 +243,10 @@ static inline vfloat activated(vfloat x, int kind) {
             _Pragma("omp for schedule(static)")                                         \
             for (long t = 0; t < rows; t++)                                             \
                 norm_in_##KIND(&l->before_attention, x + t * hidden, hidden,            \
-                               in + t * hidden);                                        \
+                               in + t * hidden, l->plain);                              \
             for (long i = 0, n = 0; i < 3; n += l->into[i++].outer)                     \
                 if (l->into[i].outer)                                                   \
-                    packed_##KIND##_part(in, l->into[i].weight, l->into[i].bias,        \
-                                         qkv + n, wide, rows, l->into[i].outer,         \
-                                         hidden / WORD_##KIND);                         \
+                    multiply_##KIND(l, &l->into[i], in, hidden, qkv + n, wide, rows);   \
             _Pragma("omp barrier")                                                      \
             _Pragma("omp for schedule(static)")                                         \
             for (long task = 0; task < rows * (l->heads + l->groups); task++) {         \
@@ -258,23 +280,22 @@ static inline vfloat activated(vfloat x, int kind) {
                 _Pragma("omp for schedule(static)")                                     \
                 for (long t = 0; t < rows; t++)                                         \
                     norm_in_##KIND(&none, seen + t * attended, attended,                \
-                                   in + t * attended);                                  \
+                                   in + t * attended, l->plain);                        \
             }                                                                           \
-            packed_##KIND##_part(WIDENED_##KIND ? (void *)in : seen, l->out.weight,       \
-                                 l->out.bias, made, hidden, rows, hidden,               \
-                                 attended / WORD_##KIND);                       \
+            multiply_##KIND(l, &l->out, WIDENED_##KIND ? (void *)in : seen, attended,   \
+                            made, hidden, rows);                                        \
             _Pragma("omp barrier")                                                      \
             _Pragma("omp for schedule(static)")                                         \
             for (long t = 0; t < rows; t++) {                                           \
                 add_##KIND(&l->after_attention, x + t * hidden, made + t * hidden,      \
                            hidden, h + t * hidden);                                     \
-                norm_in_##KIND(&l->before_mlp, h + t * hidden, hidden, in + t * hidden);\
+                norm_in_##KIND(&l->before_mlp, h + t * hidden, hidden, in + t * hidden, \
+                               l->plain);                                               \
             }                                                                           \
             for (long i = 0, n = 0; i < 2; n += l->gate_up[i++].outer)                  \
                 if (l->gate_up[i].outer)                                                \
-                    packed_##KIND##_part(in, l->gate_up[i].weight, l->gate_up[i].bias,  \
-                                         gates + n, 2 * inner, rows,                    \
-                                         l->gate_up[i].outer, hidden / WORD_##KIND);    \
+                    multiply_##KIND(l, &l->gate_up[i], in, hidden, gates + n,           \
+                                    2 * inner, rows);                                   \
             _Pragma("omp barrier")                                                      \
             long parts = (inner + 511) / 512;                                           \
             _Pragma("omp for schedule(static)")                                         \
@@ -287,11 +308,11 @@ static inline vfloat activated(vfloat x, int kind) {
                     vfloat v = activated(numbers_##KIND(gate + i, end - i),             \
                                          l->activation);                                \
                     v = rounded_##KIND(v) * numbers_##KIND(up + i, end - i);            \
-                    put_in_##KIND(gated + t * inner + i, rounded_##KIND(v), end - i);   \
+                    put_in_##KIND(gated + t * inner, i, rounded_##KIND(v), end,         \
+                                  l->plain);                                            \
                 }                                                                       \
             }                                                                           \
-            packed_##KIND##_part(gated, l->down.weight, l->down.bias, made, hidden,     \
-                                 rows, hidden, inner / WORD_##KIND);                    \
+            multiply_##KIND(l, &l->down, gated, inner, made, hidden, rows);             \
             _Pragma("omp barrier")                                                      \
             _Pragma("omp for schedule(static)")                                         \
             for (long t = 0; t < rows; t++)                                             \
