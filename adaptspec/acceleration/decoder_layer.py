@@ -28,6 +28,7 @@ IDLE_ARGUMENTS = frozenset(
 INNER = ("query", "key")  # norms of single heads
 CACHE_NAMES = ("cache", "past_key_values")
 
+_ROOMS = threading.local()
 Linear = PackedLinear | NativeLinear
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -208,6 +209,7 @@ class WholeLayer:
         )
         self._run, self._room_for, self._queries = kernel.layers[self.dtype]
         self._kernel = kernel
+        self._sizes: dict[int, int] = {}  # of the room for so many rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the layer runs its modules."""
@@ -263,7 +265,7 @@ class WholeLayer:
             return None
         keys, values = kept.reserve(rows)
         seen = sight.seen
-        room = _room(self._room_for(ctypes.byref(self._native), rows))
+        room = self._room(rows)
         y = torch.empty_like(x)
         self._run(
             ctypes.byref(self._native),
@@ -291,13 +293,27 @@ class WholeLayer:
         return y
 
     def queries(self, rows: int) -> torch.Tensor:
-        """Those of this thread's last call, which had ``rows``: ``[heads, rows, d]``."""
+        """Those of this thread's last call, of ``rows``: ``[heads, rows, d]``."""
         shape = (rows, self.recipe.heads, self.recipe.head)
         found = torch.empty(shape, dtype=torch.float32, device="cpu")
-        address = ctypes.byref(self._native)
-        room = _room(self._room_for(address, rows))
-        self._queries(address, rows, room.data_ptr(), found.data_ptr())
+        self._queries(
+            ctypes.byref(self._native),
+            rows,
+            self._room(rows).data_ptr(),
+            found.data_ptr(),
+        )
         return found.transpose(0, 1)
+
+    def _room(self, rows: int) -> torch.Tensor:
+        """Memory of this thread, for one call of ``rows``."""
+        if (size := self._sizes.get(rows)) is None:
+            size = self._room_for(ctypes.byref(self._native), rows)
+            self._sizes[rows] = size
+        room: torch.Tensor | None = getattr(_ROOMS, "room", None)
+        if room is None or len(room) < size:
+            room = torch.empty(size, dtype=torch.uint8, device="cpu")
+            _ROOMS.room = room
+        return room
 
     def _watch(self, module: nn.Module, inner: bool) -> None:
         """See later whether it was changed by then."""
@@ -379,18 +395,6 @@ class WholeLayer:
 def packed_of(linear: Linear) -> PackedWeight | None:
     """The packed weight that a layer reads; None for a plain one."""
     return linear.packed if isinstance(linear, PackedLinear) else None
-
-
-_ROOMS = threading.local()
-
-
-def _room(size: int) -> torch.Tensor:
-    """Memory of this thread, for one call."""
-    room: torch.Tensor | None = getattr(_ROOMS, "room", None)
-    if room is None or len(room) < size:
-        room = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _ROOMS.room = room
-    return room
 
 
 def _hooks_of(holders: Sequence[dict[int, Any]]) -> Iterator[Any]:

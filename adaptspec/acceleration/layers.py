@@ -113,7 +113,7 @@ class _Trial:
         cache: TreeCache,
         before: list[int],
     ) -> None:
-        """Look for a way that computes what ``own`` does, rows of the cache included."""
+        """Look for a way that gives what ``own`` does, rows of the cache included."""
         with watched() as noted:
             expected = own(x, **kwargs)
         grown = [i for i, row in enumerate(cache.rows) if row.length != before[i]]

@@ -63,7 +63,7 @@ CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 PART_TOKENS, CUDA_PARTS = 512, 8
 FEW_PARTS = 4
 # The tree that decoder layers are recognised by, and a position far from the first.
-GLANCE_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
+LOOK_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
 
 
 class LanguageModel:
@@ -162,7 +162,7 @@ class LanguageModel:
         self._state = ModuleState(self.model, self.name)
         self.fused = 0  # decoder layers that run as one operation
         if self._accelerate and (self._own_weights or self.model is not model):
-            self.fused = fuse_layers(self.model, self._glance)
+            self.fused = fuse_layers(self.model, self._look)
 
     def follow(self) -> bool:
         """Take over what the caller has changed in a model of his since: adapters,
@@ -207,9 +207,9 @@ class LanguageModel:
             yield
 
     @torch.inference_mode()
-    def _glance(self) -> None:
+    def _look(self) -> None:
         """A few tokens behind others, at the first positions and at the last."""
-        tree = TokenTree([1, 2, 3, 2, 1], GLANCE_PARENTS)
+        tree = TokenTree([1, 2, 3, 2, 1], LOOK_PARENTS)
         last = (self.max_length or FAR_POSITION) - 2 * len(tree)
         cache = self.new_cache()
         self.prefill(tree.tokens, cache)
