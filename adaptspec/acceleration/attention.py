@@ -155,7 +155,8 @@ _WATCHING = threading.local()
 @contextlib.contextmanager
 def watched() -> Iterator[list[Attended]]:
     """Inside, what modules of this thread ask :func:`native_attention` for is noted."""
-    _WATCHING.noted = noted = []
+    noted: list[Attended] = []
+    _WATCHING.noted = noted
     try:
         yield noted
     finally:

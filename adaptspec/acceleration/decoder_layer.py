@@ -153,7 +153,7 @@ class Recipe:
             and all(x.in_features == hidden for x in (*self.into, *self.gate_up))
             and not (hidden % step or inner % step or wide % step)
             and all(
-                len(norm.module.weight) == (self.head if name in INNER else hidden)  # type: ignore[arg-type]
+                len(norm.module.weight) == (self.head if name in INNER else hidden)
                 for name in Norms.__dataclass_fields__
                 if (norm := getattr(self.norms, name)) is not None
             )

@@ -223,7 +223,7 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
 
 
 @functools.cache
-def _whole_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _whole_class(kind: Any) -> type[nn.Module]:
     """That of a layer which may be one operation; an instance stays one of ``kind``."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_Whole, kind), names)

@@ -138,7 +138,8 @@ def parallel(layer: Any) -> None:
         def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             read = self.input_layernorm(hidden_states)
             attended, _ = self.self_attn(hidden_states=read, **kwargs)
-            return hidden_states + attended + self.mlp(read)
+            sum_: torch.Tensor = hidden_states + attended + self.mlp(read)
+            return sum_
 
     layer.__class__ = Parallel
 
@@ -264,7 +265,7 @@ def test_a_hook_on_an_inner_module_sees_its_calls() -> None:
     model = model_of()
     seen: list[torch.Tensor] = []
     (layer, _), _ = whole_layers(model)
-    handle = layer.mlp.register_forward_hook(  # type: ignore[union-attr,operator]
+    handle = layer.mlp.register_forward_hook(  # type: ignore[union-attr]
         lambda module, args, output: seen.append(output)
     )
     expected = logits_of(model)
