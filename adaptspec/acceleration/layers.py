@@ -202,9 +202,15 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
             trials.append(_Trial(layer, parts, compiled))
     if not trials:
         return 0
-    for trial in trials:
-        trial.layer.__class__ = _whole_class(type(trial.layer))
-        trial.layer.__dict__["whole"] = trial
+    for trial in list(trials):
+        kind = type(trial.layer)
+        try:
+            if not issubclass(kind, _Whole):
+                trial.layer.__class__ = _whole_class(kind)
+        except TypeError:  # a class that can't be mixed with another
+            trials.remove(trial)
+        else:
+            trial.layer.__dict__["whole"] = trial
     failed = True
     try:
         run()

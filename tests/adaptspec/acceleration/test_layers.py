@@ -373,6 +373,14 @@ def test_a_copy_of_the_model_runs_its_modules() -> None:
     assert apart(logits_of(twin), expected) < 1e-5
 
 
+@pytest.mark.parametrize("own_weights", [True, False])
+def test_a_model_is_taken_over_a_second_time(own_weights: bool) -> None:
+    model = model_of()
+    again = LanguageModel(model.model, own_weights=own_weights)
+    assert again.fused == len(whole_layers(again)) == 2
+    assert apart(logits_of(again), logits_of(model)) < 1e-5
+
+
 def test_gradients_flow_through_a_caller_s_layers() -> None:
     module = tiny_module("llama")
     model = LanguageModel(module)
