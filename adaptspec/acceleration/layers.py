@@ -206,7 +206,7 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
         kind = type(trial.layer)
         try:
             if not issubclass(kind, _Whole):
-                trial.layer.__class__ = _whole_class(kind)
+                trial.layer.__class__ = _whole_class(kind)  # type: ignore[arg-type]
         except TypeError:  # a class that can't be mixed with another
             trials.remove(trial)
         else:
@@ -229,7 +229,7 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
 
 
 @functools.cache
-def _whole_class(kind: Any) -> type[nn.Module]:
+def _whole_class(kind: type[nn.Module]) -> type[nn.Module]:
     """That of a layer which may be one operation; an instance stays one of ``kind``."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_Whole, kind), names)

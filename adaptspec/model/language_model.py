@@ -210,7 +210,7 @@ class LanguageModel:
     def _look(self) -> None:
         """A few tokens behind others, at the first positions and at the last."""
         tree = TokenTree([1, 2, 3, 2, 1], LOOK_PARENTS)
-        last = (self.max_length or FAR_POSITION) - 2 * len(tree)
+        last = max(len(tree), (self.max_length or FAR_POSITION) - 2 * len(tree))
         cache = self.new_cache()
         self.prefill(tree.tokens, cache)
         for position in (len(tree), last):
@@ -221,6 +221,7 @@ class LanguageModel:
             )
             ids = torch.tensor([tree.tokens], device=self.device)
             self._run(ids, tree.depths, position, cache, mask, [0], ())
+        self._forget_rotation()
 
     @functools.cached_property
     def capability(self) -> Capability:
