@@ -8,10 +8,14 @@ alike. Without it the query heads of a group become rows of one longer query.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +53,10 @@ def native_attention(
     our kernel; as :func:`grouped_attention` where it doesn't take them."""
     rows = query.shape[2]
     compiled = kernel()
+    if (noted := getattr(_WATCHING, "noted", None)) is not None:
+        used = query.shape[3] ** -0.5 if scaling is None else scaling
+        plain = not dropout and not _weighs(kwargs)
+        noted.append(Attended(query, key, used, attention_mask, plain))
     if (
         _shapes_fit(query, key, value)
         and rows <= MOST_ROWS
@@ -56,7 +64,8 @@ def native_attention(
         and not dropout
         and not _weighs(kwargs)
         and compiled.attends(query, key, value)
-        and (sight := _sight(compiled, attention_mask, rows, key.shape[2])) is not None
+        and (sight := sight_of(compiled, attention_mask, rows, key.shape[2]))
+        is not None
     ):
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         attended = compiled.attend(query[0], key[0], value[0], sight.seen, scale)
@@ -122,11 +131,36 @@ def grouped_attention(
     return attended.transpose(1, 2).contiguous(), None
 
 
-class _Sight:
+@dataclass(frozen=True)
+class Sight:
     """What a mask lets rows see; None: everything."""
 
-    def __init__(self, seen: Seen | None) -> None:
-        self.seen = seen
+    seen: Seen | None
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a module asked our attention for."""
+
+    query: torch.Tensor  # [1, heads, rows, d]
+    key: torch.Tensor  # [1, groups, length, d]
+    scale: float
+    mask: torch.Tensor | None
+    plain: bool  # nothing but products and the mask decides
+
+
+_WATCHING = threading.local()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Attended]]:
+    """Inside, what modules of this thread ask :func:`native_attention` for is noted."""
+    noted: list[Attended] = []
+    _WATCHING.noted = noted
+    try:
+        yield noted
+    finally:
+        _WATCHING.noted = None
 
 
 def _shapes_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -148,18 +182,18 @@ def _weighs(arguments: dict[str, Any]) -> bool:
     )
 
 
-def _sight(
+def sight_of(
     compiled: Kernel, mask: torch.Tensor | None, rows: int, length: int
-) -> _Sight | None:
+) -> Sight | None:
     """Kept on the mask for the next layer; None where the kernel can't follow it."""
     if mask is None:
-        return _Sight(None)
+        return Sight(None)
     if mask.dim() != 4 or mask.shape != (1, 1, rows, length):
         return None
-    known: tuple[_Sight | None] | None = getattr(mask, "adaptspec_sight", None)
+    known: tuple[Sight | None] | None = getattr(mask, "adaptspec_sight", None)
     if known is None:
         seen = compiled.seen(mask[0, 0])
-        known = (None if seen is None else _Sight(seen),)
+        known = (None if seen is None else Sight(seen),)
         mask.adaptspec_sight = known  # type: ignore[attr-defined]
     return known[0]
 

@@ -140,6 +140,23 @@ class Kernel:
         self._widen = library.widen_rows
         self._widen.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG]
         self._widen.restype = None
+        # A decoder layer, the bytes of room that a call for so many rows needs, and
+        # the queries that it leaves there.
+        self.layers = {
+            torch.bfloat16: (
+                *(library.layer_bf16, library.layer_room_bf16),
+                library.layer_queries_bf16,
+            ),
+            torch.float32: (
+                *(library.layer_f32, library.layer_room_f32),
+                library.layer_queries_f32,
+            ),
+        }
+        for run, room, queries in self.layers.values():
+            run.argtypes, run.restype = [_POINTER, _POINTER], None
+            room.argtypes, room.restype = [_POINTER, _LONG], _LONG
+            queries.argtypes = [_POINTER, _LONG, _POINTER, _POINTER]
+            queries.restype = None
         self._largest = {
             torch.bfloat16: library.largest_16,
             torch.float16: library.largest_16,
@@ -263,6 +280,11 @@ class Kernel:
             torch.get_num_threads(),
         )
         return y
+
+    def step(self, dtype: torch.dtype, plain: bool) -> int:
+        """What sums of a layer run over: whole words, or registers of plain weights."""
+        word = 4 // dtype.itemsize
+        return word * self.lanes if plain else word
 
     def seen(self, mask: torch.Tensor) -> Seen | None:
         """What each row of ``mask [rows, keys]`` lets it see.

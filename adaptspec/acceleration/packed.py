@@ -68,6 +68,11 @@ class PackedWeight:
         """Bytes in memory, 0 once it is unpacked."""
         return 0 if self._packed is None else self._packed.nbytes
 
+    @property
+    def held(self) -> torch.Tensor | None:
+        """The packed elements; None once it is unpacked."""
+        return self._packed
+
     def share(self, layer: nn.Module) -> None:
         """Count ``layer`` among those that hold it."""
         self._layers.add(layer)

@@ -58,16 +58,22 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Append ``[batch, heads, rows, head_dim]``; return views of all rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        keys, values = self.reserve(key_states.shape[2])
+        end = self.length + key_states.shape[2]
+        keys[:, :, self.length : end] = key_states
+        values[:, :, self.length : end] = value_states
+        self.length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reserve(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers, with room for ``rows`` behind those kept."""
         assert self.keys is not None
         assert self.values is not None
-        end = self.length + key_states.shape[2]
+        end = self.length + rows
         if end > self.keys.shape[2]:
             self.keys = self._grown(self.keys, end)
             self.values = self._grown(self.values, end)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys, self.values
 
     def keep(self, base: int, rows: torch.Tensor | None, count: int) -> None:
         """Of the rows from ``base`` on, keep ``rows`` (None: the first ``count``)."""

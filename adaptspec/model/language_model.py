@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.attention import use_our_attention
+from adaptspec.acceleration.layers import fuse_layers
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
 from adaptspec.model.cache import TreeCache
@@ -66,6 +67,8 @@ CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 # larger parts to be busy.
 PART_TOKENS, CUDA_PARTS = 512, 8
 FEW_PARTS = 4
+# The tree that decoder layers are recognised by, and a position far from the first.
+LOOK_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
 
 
 # Found out once, and again where the caller changes the model.
@@ -173,6 +176,9 @@ class LanguageModel:
         self._layers = int(self.config.num_hidden_layers)
         self._growing = growing_rotations(self.model)
         self._state = ModuleState(self.model, self.name)
+        self.fused = 0  # decoder layers that run as one operation
+        if self._accelerate and (self._own_weights or self.model is not model):
+            self.fused = fuse_layers(self.model, self._look)
 
     def follow(self) -> bool:
         """Take over what the caller has changed in a model of his since: adapters,
@@ -215,6 +221,23 @@ class LanguageModel:
             self.model(**arguments)
             start += count
             yield
+
+    @torch.inference_mode()
+    def _look(self) -> None:
+        """A few tokens behind others, at the first positions and at the last."""
+        tree = TokenTree([1, 2, 3, 2, 1], LOOK_PARENTS)
+        last = max(len(tree), (self.max_length or FAR_POSITION) - 2 * len(tree))
+        cache = self.new_cache()
+        self.prefill(tree.tokens, cache)
+        for position in (len(tree), last):
+            mask = self._masks(
+                lambda reach: tree_mask(
+                    tree, cache.length, reach, self.dtype, self.device
+                )
+            )
+            ids = torch.tensor([tree.tokens], device=self.device)
+            self._run(ids, tree.depths, position, cache, mask, [0], ())
+        self._forget_rotation()
 
     @functools.cached_property
     def capability(self) -> Capability:

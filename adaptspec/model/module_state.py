@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptspec.acceleration.linear import NativeLinear
+from adaptspec.acceleration.packed import PackedEmbedding, PackedLinear
 from adaptspec.errors import SequenceStateError
 
 MOST_COPIED = 1 << 18  # bytes of a tensor whose first value is kept, if it is changed
 _COMMON = frozenset(nn.Module().__dict__)
+# Of a large model's modules most; nothing that they hold changes with a pass.
+_STATELESS = (nn.Linear, nn.Embedding, NativeLinear, PackedLinear, PackedEmbedding)
 
 
 def _no_sequence() -> None:
@@ -179,6 +183,8 @@ _FREE = contextlib.nullcontext()
 
 def _candidates(module: nn.Module) -> Iterator[str]:
     """Names of attributes that could hold state."""
+    if type(module) in _STATELESS:
+        return
     tensors = [name for name, value in module._buffers.items() if value is not None]
     numbers = []
     for name, value in module.__dict__.items():

@@ -75,67 +75,76 @@
 TILE(BF16, tile_bf16, uint16_t)
 TILE(F32, tile_f32, float)
 
+/* NAME_part is a thread's share, inside a parallel region; it doesn't wait for the others.
+ * Rows of x are `stride` apart and filled up with zeros, those of y y_row. */
 #define LINEAR(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
-    void NAME(const KIND##_X *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y, \
-              long t_count, long n_count, long k_count, int threads) {                  \
+    void NAME##_part(const void *x_rows, long stride, const void *weight,               \
+                     const void *biases, void *y_rows, long y_row, long t_count,        \
+                     long n_count, long k_count) {                                      \
+        const KIND##_X *x = x_rows;                                                     \
+        const TYPE *w = weight, *bias = biases;                                         \
+        TYPE *y = y_rows;                                                               \
         long full = k_count / KIND##_STEP * KIND##_STEP;                                \
         long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
         long groups = (n_count + GROUP - 1) / GROUP;                                    \
-        _Pragma("omp parallel num_threads(threads)") {                                  \
-            float *sums = malloc(t_count * GROUP * sizeof(float));                      \
-            _Pragma("omp for schedule(static)")                                         \
-            for (long group = 0; group < groups; group++) {                             \
-                long n0 = group * GROUP;                                                \
-                long cols = n_count - n0 < GROUP ? n_count - n0 : GROUP;                \
-                memset(sums, 0, t_count * GROUP * sizeof(float));                       \
-                for (long k0 = 0; k0 < full; k0 += CHUNK) {                             \
-                    long count = full - k0 < CHUNK ? full - k0 : CHUNK;                 \
-                    long next = k0 + CHUNK < full ? CHUNK : GROUP * k_count - k0;       \
-                    for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
-                        rows = (t_count - t + tile - 1) / tile;                         \
-                        for (long c0 = 0; c0 < cols; c0 += COLS) {                      \
-                            const TYPE *row[COLS];                                      \
-                            const char *ahead[COLS];                                    \
-                            for (int c = 0; c < COLS; c++) {                            \
-                                long n = c0 + c < cols ? c0 + c : cols - 1;             \
-                                row[c] = w + (n0 + n) * k_count + k0;                   \
-                                ahead[c] = (const char *)(row[c] + next);               \
-                            }                                                           \
-                            TILE_OF##_rows(x + t * stride + k0, stride, row,            \
-                                           t ? 0 : ahead, count, (int)rows,             \
-                                           sums + t * GROUP + c0, GROUP);               \
-                        }                                                               \
-                    }                                                                   \
-                }                                                                       \
-                if (full != k_count) {                                                  \
+        float *sums = malloc(t_count * GROUP * sizeof(float));                          \
+        _Pragma("omp for schedule(static) nowait")                                      \
+        for (long group = 0; group < groups; group++) {                                 \
+            long n0 = group * GROUP;                                                    \
+            long cols = n_count - n0 < GROUP ? n_count - n0 : GROUP;                    \
+            memset(sums, 0, t_count * GROUP * sizeof(float));                           \
+            for (long k0 = 0; k0 < full; k0 += CHUNK) {                                 \
+                long count = full - k0 < CHUNK ? full - k0 : CHUNK;                     \
+                long next = k0 + CHUNK < full ? CHUNK : GROUP * k_count - k0;           \
+                for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) {     \
+                    rows = (t_count - t + tile - 1) / tile;                             \
                     for (long c0 = 0; c0 < cols; c0 += COLS) {                          \
-                        TYPE tail[COLS][KIND##_STEP];                                   \
                         const TYPE *row[COLS];                                          \
-                        memset(tail, 0, sizeof tail);                                   \
+                        const char *ahead[COLS];                                        \
                         for (int c = 0; c < COLS; c++) {                                \
                             long n = c0 + c < cols ? c0 + c : cols - 1;                 \
-                            memcpy(tail[c], w + (n0 + n) * k_count + full,              \
-                                   (k_count - full) * sizeof(TYPE));                    \
-                            row[c] = tail[c];                                           \
+                            row[c] = w + (n0 + n) * k_count + k0;                       \
+                            ahead[c] = (const char *)(row[c] + next);                   \
                         }                                                               \
-                        for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) {\
-                            rows = (t_count - t + tile - 1) / tile;                     \
-                            TILE_OF##_rows(x + t * stride + full, stride, row, 0,       \
-                                           KIND##_STEP, (int)rows,                      \
-                                           sums + t * GROUP + c0,                       \
-                                           GROUP);                                      \
-                        }                                                               \
+                        TILE_OF##_rows(x + t * stride + k0, stride, row,                \
+                                       t ? 0 : ahead, count, (int)rows,                 \
+                                       sums + t * GROUP + c0, GROUP);                   \
                     }                                                                   \
                 }                                                                       \
-                for (long t = 0; t < t_count; t++)                                      \
-                    for (long c = 0; c < cols; c++) {                                   \
-                        float sum = sums[t * GROUP + c];                                \
-                        if (bias) sum += BIAS(bias[n0 + c]);                            \
-                        y[t * n_count + n0 + c] = STORE(sum);                           \
-                    }                                                                   \
             }                                                                           \
-            free(sums);                                                                 \
+            if (full != k_count) {                                                      \
+                for (long c0 = 0; c0 < cols; c0 += COLS) {                              \
+                    TYPE tail[COLS][KIND##_STEP];                                       \
+                    const TYPE *row[COLS];                                              \
+                    memset(tail, 0, sizeof tail);                                       \
+                    for (int c = 0; c < COLS; c++) {                                    \
+                        long n = c0 + c < cols ? c0 + c : cols - 1;                     \
+                        memcpy(tail[c], w + (n0 + n) * k_count + full,                  \
+                               (k_count - full) * sizeof(TYPE));                        \
+                        row[c] = tail[c];                                               \
+                    }                                                                   \
+                    for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
+                        rows = (t_count - t + tile - 1) / tile;                         \
+                        TILE_OF##_rows(x + t * stride + full, stride, row, 0,           \
+                                       KIND##_STEP, (int)rows,                          \
+                                       sums + t * GROUP + c0,                           \
+                                       GROUP);                                          \
+                    }                                                                   \
+                }                                                                       \
+            }                                                                           \
+            for (long t = 0; t < t_count; t++)                                          \
+                for (long c = 0; c < cols; c++) {                                       \
+                    float sum = sums[t * GROUP + c];                                    \
+                    if (bias) sum += BIAS(bias[n0 + c]);                                \
+                    y[t * y_row + n0 + c] = STORE(sum);                                 \
+                }                                                                       \
         }                                                                               \
+        free(sums);                                                                     \
+    }                                                                                   \
+    void NAME(const KIND##_X *x, long stride, const TYPE *w, const TYPE *bias, TYPE *y, \
+              long t_count, long n_count, long k_count, int threads) {                  \
+        _Pragma("omp parallel num_threads(threads)")                                    \
+        NAME##_part(x, stride, w, bias, y, n_count, t_count, n_count, k_count);         \
     }
 
 LINEAR(BF16, linear_bf16, uint16_t, tile_bf16, narrow, widen)

@@ -11,26 +11,6 @@
 #define KEYS (16 / HEADS)
 #define VALUES (4 * LANES) /* numbers of a value that are summed at once */
 
-typedef uint16_t vhalf __attribute__((vector_size(LANES * 2)));
-
-/* exp(x) for x <= 0 as Cephes computes it: 2^n times a polynomial of what is left. */
-static inline vfloat exponential(vfloat x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vword below = (vword)(x < -87.0f);
-    x = (vfloat)((below & (vword)(x * 0 - 87.0f)) | (~below & (vword)x));
-    vfloat shifted = x * 1.44269504f + magic, n = shifted - magic;
-    vfloat r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vword power = ((vword)shifted - 0x4b400000u + 127u) << 23;
-    return (vfloat)((vword)(p * (vfloat)power) & ~below);
-}
-
 /* For each of `rows` which of `length` keys a mask lets it see: 0 (or true) means to see,
  * anything below half of the type's least not to. Returns 0 if there is anything else. */
 #define DEFINE_SEEN(NAME, TYPE, SEES, HIDES)                                            \
@@ -64,20 +44,6 @@ static inline vword some_words(const void *from, long bytes) {
     vword v = {0};
     memcpy(&v, from, bytes);
     return v;
-}
-
-/* LANES numbers at p, or where there are fewer, those and zeros. */
-static inline vfloat numbers_f32(const float *p, long count) {
-    if (count >= LANES) return load_float(p);
-    vfloat v = {0};
-    for (int i = 0; i < count; i++) v[i] = p[i];
-    return v;
-}
-static inline vfloat numbers_bf16(const uint16_t *p, long count) {
-    vhalf v = {0};
-    if (count >= LANES) memcpy(&v, p, sizeof v);
-    else for (int i = 0; i < count; i++) v[i] = p[i];
-    return (vfloat)(__builtin_convertvector(v, vword) << 16);
 }
 
 /* Products of `heads` queries with `keys` keys: sums[h * KEYS + j]. */
@@ -165,39 +131,51 @@ static inline vfloat numbers_bf16(const uint16_t *p, long count) {
     }                                                                                   \
     /* q: [rows, heads, q_size] as the products read it, filled up with zeros to q_size;\
      * k and v: [heads / each, keys, ...] by their strides; out: [rows, heads, v_size]; \
-     * seen: [rows, most], of which `counts` are the row's keys, or null: all `most`. */\
+     * seen: [rows, most], of which `counts` are the row's keys, or null: all `most`.   \
+     * NAME_part is a thread's share, inside a parallel region. */                      \
+    void NAME##_part(const void *queries, long q_size, const void *keys_at,             \
+                     long k_head, long k_row, const void *values_at, long v_head,       \
+                     long v_row, void *outs, const int32_t *seen,                       \
+                     const int32_t *counts, long most, long rows, long heads,           \
+                     long each, long size, long v_size, float scale) {                  \
+        const KIND##_X *q = queries;                                                    \
+        const TYPE *k = keys_at, *v = values_at;                                        \
+        TYPE *out = outs;                                                               \
+        long parts = (each + HEADS - 1) / HEADS; /* of nearly as many heads each */     \
+        long tasks = rows * (heads / each) * parts;                                     \
+        float *p = malloc(HEADS * (most + LANES) * sizeof(float));                      \
+        _Pragma("omp for schedule(static)")                                             \
+        for (long task = 0; task < tasks; task++) {                                     \
+            long group = task / parts / rows, t = task / parts % rows;                  \
+            long part = task % parts, h0 = each * part / parts;                         \
+            long few = each * (part + 1) / parts - h0, h = group * each + h0;           \
+            const KIND##_X *q_at = q + (t * heads + h) * q_size;                        \
+            const TYPE *k_at = k + group * k_head, *v_at = v + group * v_head;          \
+            TYPE *out_at = out + (t * heads + h) * v_size;                              \
+            const int32_t *keys = seen ? seen + t * most : 0;                           \
+            long count = counts ? counts[t] : most;                                     \
+            switch (few) {                                                              \
+            case 1: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,    \
+                               count, most, size, v_size, scale, 1, p); break;          \
+            case 2: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,    \
+                               count, most, size, v_size, scale, 2, p); break;          \
+            case 3: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,    \
+                               count, most, size, v_size, scale, 3, p); break;          \
+            case 4: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,    \
+                               count, most, size, v_size, scale, 4, p); break;          \
+            }                                                                           \
+        }                                                                               \
+        free(p);                                                                        \
+    }                                                                                   \
     void NAME(const KIND##_X *q, long q_size, const TYPE *k, long k_head, long k_row,   \
               const TYPE *v, long v_head, long v_row, TYPE *out, const int32_t *seen,   \
               const int32_t *counts, long most, long rows, long heads, long each,       \
               long size, long v_size, float scale, int threads) {                       \
-        long parts = (each + HEADS - 1) / HEADS; /* of nearly as many heads each */     \
-        long tasks = rows * (heads / each) * parts;                                     \
+        long tasks = rows * (heads / each) * ((each + HEADS - 1) / HEADS);              \
         if (tasks < threads) threads = (int)tasks;                                      \
-        _Pragma("omp parallel num_threads(threads)") {                                  \
-            float *p = malloc(HEADS * (most + LANES) * sizeof(float));                  \
-            _Pragma("omp for schedule(static)")                                         \
-            for (long task = 0; task < tasks; task++) {                                 \
-                long group = task / parts / rows, t = task / parts % rows;              \
-                long part = task % parts, h0 = each * part / parts;                     \
-                long few = each * (part + 1) / parts - h0, h = group * each + h0;       \
-                const KIND##_X *q_at = q + (t * heads + h) * q_size;                    \
-                const TYPE *k_at = k + group * k_head, *v_at = v + group * v_head;      \
-                TYPE *out_at = out + (t * heads + h) * v_size;                          \
-                const int32_t *keys = seen ? seen + t * most : 0;                       \
-                long count = counts ? counts[t] : most;                                 \
-                switch (few) {                                                          \
-                case 1: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,\
-                                   count, most, size, v_size, scale, 1, p); break;      \
-                case 2: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,\
-                                   count, most, size, v_size, scale, 2, p); break;      \
-                case 3: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,\
-                                   count, most, size, v_size, scale, 3, p); break;      \
-                case 4: NAME##_row(q_at, q_size, k_at, k_row, v_at, v_row, out_at, keys,\
-                                   count, most, size, v_size, scale, 4, p); break;      \
-                }                                                                       \
-            }                                                                           \
-            free(p);                                                                    \
-        }                                                                               \
+        _Pragma("omp parallel num_threads(threads)")                                    \
+        NAME##_part(q, q_size, k, k_head, k_row, v, v_head, v_row, out, seen, counts,   \
+                    most, rows, heads, each, size, v_size, scale);                      \
     }
 
 DEFINE_ATTEND(BF16, attend_bf16, uint16_t, numbers_bf16, narrow)

@@ -94,38 +94,47 @@
 TILE(BF16, tile_bf16)
 TILE(F32, tile_f32)
 
-/* `words` of k per row of w; x is [t_count, words * X_STEP], what is beyond k zero. */
+/* `words` of k per row of w; x is [t_count, words * X_STEP], what is beyond k zero; rows of
+ * y are y_row apart. NAME_part is a thread's share, inside a parallel region; it doesn't
+ * wait for the others. */
 #define PACKED(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
-    void NAME(const X_##KIND *x, const uint32_t *w, const TYPE *bias, TYPE *y,          \
-              long t_count, long n_count, long words, int threads) {                    \
+    void NAME##_part(const void *x_rows, const uint32_t *w, const void *biases,         \
+                     void *y_rows, long y_row, long t_count, long n_count,              \
+                     long words) {                                                      \
+        const X_##KIND *x = x_rows;                                                     \
+        const TYPE *bias = biases;                                                      \
+        TYPE *y = y_rows;                                                               \
         long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
         long blocks = (n_count + COLS - 1) / COLS, stride = words * X_STEP_##KIND;      \
         long step = tiles > 1 ? CHUNK : words;                                          \
-        _Pragma("omp parallel num_threads(threads)") {                                  \
-            float *sums = malloc(t_count * COLS * sizeof(float));                       \
-            _Pragma("omp for schedule(static)")                                         \
-            for (long block = 0; block < blocks; block++) {                             \
-                const uint32_t *from = w + block * words * COLS;                        \
-                for (long k = 0; k < words; k += step) {                                \
-                    long count = words - k < step ? words - k : step;                   \
-                    for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) { \
-                        rows = (t_count - t + tile - 1) / tile;                         \
-                        TILE_OF##_rows(from + k * COLS, x + t * stride +                \
-                                       k * X_STEP_##KIND, stride, count, (int)rows,     \
-                                       k == 0, sums + t * COLS);                        \
-                    }                                                                   \
+        float *sums = malloc(t_count * COLS * sizeof(float));                           \
+        _Pragma("omp for schedule(static) nowait")                                      \
+        for (long block = 0; block < blocks; block++) {                                 \
+            const uint32_t *from = w + block * words * COLS;                            \
+            for (long k = 0; k < words; k += step) {                                    \
+                long count = words - k < step ? words - k : step;                       \
+                for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) {     \
+                    rows = (t_count - t + tile - 1) / tile;                             \
+                    TILE_OF##_rows(from + k * COLS,                                     \
+                                   x + t * stride + k * X_STEP_##KIND, stride, count,   \
+                                   (int)rows, k == 0, sums + t * COLS);                 \
                 }                                                                       \
-                long n0 = block * COLS;                                                 \
-                long cols = n_count - n0 < COLS ? n_count - n0 : COLS;                  \
-                for (long t = 0; t < t_count; t++)                                      \
-                    for (long c = 0; c < cols; c++) {                                   \
-                        float sum = sums[t * COLS + c];                                 \
-                        if (bias) sum += BIAS(bias[n0 + c]);                            \
-                        y[t * n_count + n0 + c] = STORE(sum);                           \
-                    }                                                                   \
             }                                                                           \
-            free(sums);                                                                 \
+            long n0 = block * COLS;                                                     \
+            long cols = n_count - n0 < COLS ? n_count - n0 : COLS;                      \
+            for (long t = 0; t < t_count; t++)                                          \
+                for (long c = 0; c < cols; c++) {                                       \
+                    float sum = sums[t * COLS + c];                                     \
+                    if (bias) sum += BIAS(bias[n0 + c]);                                \
+                    y[t * y_row + n0 + c] = STORE(sum);                                 \
+                }                                                                       \
         }                                                                               \
+        free(sums);                                                                     \
+    }                                                                                   \
+    void NAME(const X_##KIND *x, const uint32_t *w, const TYPE *bias, TYPE *y,          \
+              long t_count, long n_count, long words, int threads) {                    \
+        _Pragma("omp parallel num_threads(threads)")                                    \
+        NAME##_part(x, w, bias, y, n_count, t_count, n_count, words);                   \
     }
 
 PACKED(BF16, packed_bf16, uint16_t, tile_bf16, narrow, widen)

@@ -87,6 +87,40 @@ static inline void totals(const vfloat *v, int count, float *out) {
 }
 #endif
 
+typedef uint16_t vhalf __attribute__((vector_size(LANES * 2)));
+
+/* exp(x) for x <= 0 as Cephes computes it: 2^n times a polynomial of what is left. */
+static inline vfloat exponential(vfloat x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    vword below = (vword)(x < -87.0f);
+    x = (vfloat)((below & (vword)(x * 0 - 87.0f)) | (~below & (vword)x));
+    vfloat shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vfloat r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vword power = ((vword)shifted - 0x4b400000u + 127u) << 23;
+    return (vfloat)((vword)(p * (vfloat)power) & ~below);
+}
+
+/* LANES numbers at p, or where there are fewer, those and zeros. */
+static inline vfloat numbers_f32(const float *p, long count) {
+    if (count >= LANES) return load_float(p);
+    vfloat v = {0};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+static inline vfloat numbers_bf16(const uint16_t *p, long count) {
+    vhalf v = {0};
+    if (count >= LANES) memcpy(&v, p, sizeof v);
+    else for (int i = 0; i < count; i++) v[i] = p[i];
+    return (vfloat)(__builtin_convertvector(v, vword) << 16);
+}
+
 #define UNROLLED _Pragma("GCC unroll 16")
 
 /* bfloat16 comes two to a word. Where the processor multiplies pairs of them, x is read as
