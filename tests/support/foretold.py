@@ -18,6 +18,8 @@ from adaptspec_profiles.memory import MemoryStore
 class Foretold(Strategy):
     """Drafts a few tokens of the answer, then a wrong one, and goes on beyond its end.
 
+    Under sampling it also asks for noise that the target will ask for later.
+
     Answers are looked up by the prompt; where there is none, nothing is drafted.
     """
 
@@ -34,17 +36,20 @@ class Foretold(Strategy):
     def start(self, target: Target) -> Drafter:
         """Draft the answer to its prompt."""
         type(self).open += 1
-        return _Foretelling(tuple(target.prompt), target.model.vocab_size)
+        return _Foretelling(tuple(target.prompt), target)
 
 
 class _Foretelling(Drafter):
-    def __init__(self, prompt: tuple[int, ...], vocab: int) -> None:
-        self._prompt, self._vocab = prompt, vocab
+    def __init__(self, prompt: tuple[int, ...], target: Target) -> None:
+        self._prompt, self._vocab = prompt, target.model.vocab_size
+        self._sampling = target.sampling
         self._answer = list(Foretold.answers.get(prompt, ()))
 
     def propose(self, context: Context) -> TokenTree:
         done = len(context.ids) - len(self._prompt)
         root = context.ids[-1]
+        if not self._sampling.greedy:  # asks about noise of places to come
+            self._sampling.coupled(torch.ones(self._vocab), len(context.ids) + 7)
         if not self._answer or context.ids[len(self._prompt) :] != self._answer[:done]:
             return TokenTree.root_only(root)
         right = [*self._answer[done:], 3, 5, 3, 5][: done % 5 + 1]
