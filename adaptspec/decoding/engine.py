@@ -75,7 +75,8 @@ class Engine:
         self.draft = draft
         self.clock = clock or perf_counter
         self.guard = guard
-        self._plain_times = PlainTimes()
+        # Costs of forwards are used once somebody has measured them.
+        self._plain_times = PlainTimes(lambda: model.__dict__.get("latency"))
         self._memories: WeakKeyDictionary[Strategy, GuardMemory] = WeakKeyDictionary()
 
     def guard_memory(self, strategy: Strategy) -> GuardMemory:
@@ -188,6 +189,7 @@ class Run:
         level = model.capability.level
         observes = self._strategy.observes(model)
         cache = self._new_cache()
+        starting = self._clock()
         drafter = self._strategy.start(
             Target(
                 model=model,
@@ -208,6 +210,7 @@ class Run:
                 room=self._room,
                 reads=self._strategy.requires.draft is not None,
                 row=model.head_share,
+                starting=self._clock() - starting,
             )
         try:
             emitted = self._prefill(drafter, cache, observes)
