@@ -42,7 +42,9 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
 )
-from adaptspec.selector import Choice, select
+from adaptspec.selector import Choice, Expected, select
+from adaptspec.shadow import Shadow, token_only
+from adaptspec.shadow import shadow as shadow_of
 from adaptspec.streaming.stream import Result, Stream
 
 if TYPE_CHECKING:
@@ -189,9 +191,13 @@ class Decoder:
             refused=self._refused,
         )
         name = chosen.prompt_class or EVERY_CLASS
-        return chosen, self._profile_of(
-            chosen.run, name, chosen.strategy, chosen.params
-        )
+        profile = self._profile_of(chosen.run, name, chosen.strategy, chosen.params)
+        if profile is not None:
+            place = self.environment.place()
+            if profile.environment.place() == place:
+                expected = Expected.of(profile.measurement)
+                chosen = replace(chosen, expected=expected)
+        return chosen, profile
 
     def _profile_of(
         self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
@@ -238,6 +244,7 @@ class Decoder:
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        shadow: bool = False,
         **controls: Any,
     ) -> Result:
         """Decode after a text, chat messages or token ids.
@@ -254,6 +261,9 @@ class Decoder:
             tools: What the model may call: JSON schemas, or functions with type hints.
             template_arguments: Further arguments of the model's chat template, such as
                 ``enable_thinking`` or ``documents``.
+            shadow: Decode plainly, and say in ``result.shadows`` what each strategy
+                that drafts from tokens alone would have saved. They are run after the
+                answer's last token, which a streamed text doesn't wait for.
             **controls: Any other argument of
                 :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
@@ -269,6 +279,7 @@ class Decoder:
             temperature,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
+            shadow,
         )
         stream.finish()
         return stream.result
@@ -285,6 +296,7 @@ class Decoder:
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        shadow: bool = False,
         **controls: Any,
     ) -> Stream:
         """The same, as pieces of text as soon as they are accepted.
@@ -301,6 +313,7 @@ class Decoder:
             temperature,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
+            shadow,
         )
 
     def classify(self, prompt: Prompt, **encoding: Any) -> Told | None:
@@ -383,7 +396,12 @@ class Decoder:
         temperature: float | None,
         encoding: Mapping[str, Any],
         controls: Mapping[str, Any],
+        shadow: bool,
     ) -> Stream:
+        if shadow and strategy is not None:
+            raise AdaptSpecError(
+                f"shadow=True decodes plainly, got strategy={strategy!r}; leave out one"
+            )
         self._follow()
         settings = Controls.for_model(
             self.model,
@@ -404,15 +422,40 @@ class Decoder:
             self._tell_once(choice.reason)
         if told is not None:
             choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
-        run = Run(self.engine, self._strategy(choice), ids, settings)
+        chosen = choice
+        if shadow:
+            said = f"plain decoding, with shadow; otherwise {choice.strategy}"
+            choice, profile = Choice(choice.prompt_class, PLAIN, {}, said), None
+        drafting = self._strategy(choice)
+        if choice.expected is not None:
+            self.engine.guard_memory(drafting).promise(choice.expected.ratio)
+        run = Run(self.engine, drafting, ids, settings)
 
         def ended(generation: Generation) -> None:
+            if shadow and generation.finish != "unfinished":
+                stream.shadows = self._shadows(chosen, run, generation)
             if self._keeper is not None:
                 self._keeper.refresh()
             if profile is not None:
                 self._record(profile, choice, generation.stats)
 
-        return Stream(self.model, run, choice, seconds, ended)
+        stream = Stream(self.model, run, choice, seconds, ended)
+        return stream
+
+    def _shadows(
+        self, chosen: Choice, run: Run, generation: Generation
+    ) -> list[Shadow]:
+        """What each strategy that drafts from tokens alone would have done.
+
+        The chosen one with its parameters, the others with their defaults.
+        """
+        found = []
+        for name in self.host.strategies:
+            params = chosen.params if name == chosen.strategy else {}
+            strategy = self._strategy(Choice(None, name, params))
+            if name != PLAIN and token_only(strategy, run) is None:
+                found.append(shadow_of(strategy, run, generation))
+        return sorted(found, key=lambda one: -(one.ratio or 0.0))
 
     def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
         """Add a request to the sums; choose anew where its setting fails by them."""

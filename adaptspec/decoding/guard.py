@@ -160,6 +160,14 @@ class GuardMemory:
         most = self._most_share * max(passed, whole)
         return min(most, min(2 * trust, 1.0) * self._credit + growth)
 
+    def may_bet(self, whole: float) -> float:
+        """Plain steps that a whole answer may lose where a draft model reads its prompt.
+
+        More than what is allowed otherwise, for a strategy that paid in most answers:
+        it can't pay without.
+        """
+        return self._most_share * whole if self._trust.value >= 0.75 else 0.0
+
     def ended(self, emitted: int, gained: float, drafted: bool) -> None:
         """A sequence has ended.
 
@@ -336,6 +344,7 @@ class Guard(Drafter):
         self._proposing = self._reading = 0.0  # seconds of this step
         self._unpaid = starting  # seconds, before a plain step was timed
         self._net = self._best = 0.0  # plain steps gained, and the most so far
+        self._bet = 0.0  # plain steps that may be lost more, for the prompt's reading
         self.passed_over = 0  # steps
         self.gained = -starting  # seconds
 
@@ -344,7 +353,7 @@ class Guard(Drafter):
         passed = self._prefill + self._emitted
         allowed = self._memory.allowed(passed, self._prefill + self._expected)
         kept = min(self._kept * self._best, self._most_kept)
-        return allowed + kept - (self._best - self._net)
+        return allowed + self._bet + kept - (self._best - self._net)
 
     def prompt_rows(self, wanted: int) -> int:
         """How many of the prompt's last positions ``inner`` is shown, of ``wanted``.
@@ -389,8 +398,15 @@ class Guard(Drafter):
         # An answer longer than usual is thought to be half done.
         left = self._expected - self._emitted
         left = left if left > 0 else min(self._emitted, self._room - self._emitted)
-        if cost * tokens <= min(spare, left / 4):
-            return tokens
+        whole = cost * tokens
+        if whole <= left / 4:
+            if whole <= spare:
+                return tokens
+            end = self._prefill + self._expected
+            bet = whole - spare / 2
+            if self._memory.allowed(end, end) + bet <= self._memory.may_bet(end):
+                self._bet = bet
+                return tokens
         return min(int(spare / 2 / cost), tokens - 1) if cost else tokens
 
     def observe(self, outcome: Outcome) -> None:

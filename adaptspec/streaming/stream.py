@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from adaptspec.decoding.engine import Finish, Generation, Run
 from adaptspec.decoding.stats import RunStats
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import Choice
+from adaptspec.shadow import Shadow
 from adaptspec.streaming.text_pieces import TextPieces
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was generated, with what, and how it went."""
+    """What was generated, with what, and how it went.
+
+    ``choice`` says what was expected; ``stats.tokens_per_second`` and ``stats.ratio``
+    what was measured.
+    """
 
     text: str
     token_ids: list[int]
@@ -24,6 +29,7 @@ class Result:
     finish: Finish
     seconds_classifying: float = 0.0  # the prompt
     seed: int | None = None  # of the sampling; None: greedy, and none was given
+    shadows: Sequence[Shadow] = ()  # if asked for, what strategies would have saved
 
 
 class Stream(Iterator[str]):
@@ -48,6 +54,7 @@ class Stream(Iterator[str]):
         on_end: Callable[[Generation], None] | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
+        self.shadows: Sequence[Shadow] = ()
         self._model, self._on_end = model, on_end
         self._run: Run | None = run
         self._steps = iter(run)
@@ -114,6 +121,7 @@ class Stream(Iterator[str]):
             finish=generation.finish,
             seconds_classifying=self.seconds_classifying,
             seed=generation.seed,
+            shadows=self.shadows,
         )
 
     def _step(self) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.decoding.guard import DraftedStep, Guard, GuardMemory, PlainTimes
+from adaptspec.decoding.guard import Guard, GuardMemory, PlainTimes
 from adaptspec.strategy import (
     Context,
     Drafter,
