@@ -122,6 +122,11 @@ class ScriptedDrafter(Drafter):
             self._machine.work(drafting)
         return TokenTree.chain(context.ids[-1], [0] * nodes)
 
+    def observe(self, outcome: Outcome) -> None:
+        """What it drafted itself it needn't read."""
+        if outcome.tree is not None and len(outcome.tree) > 1:
+            self._read += len(outcome.emitted) - 1
+
     def _unread(self, context: Context) -> int:
         """Tokens to read with a draft model, which may begin near the prompt's end."""
         tokens = len(context.ids)

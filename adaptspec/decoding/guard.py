@@ -90,6 +90,7 @@ class GuardMemory:
         share: What it may lose more, of the time that decoding it plainly takes; half
             of it where earlier answers lost.
         most_share: What it may lose in all at most, of that time.
+        bet_share: The same where a draft model reads the prompt for it.
         answer: Tokens that an answer is taken to have until answers are known.
         candidate: Plain steps that a candidate is thought to take before any was seen.
         faster: How much faster a draft model reads than the target, before it is seen.
@@ -104,9 +105,10 @@ class GuardMemory:
     def __init__(
         self,
         plain: PlainTimes | None = None,
-        credit: float = 1.0,
+        credit: float = 1.2,
         share: float = 0.0125,
-        most_share: float = 0.04,
+        most_share: float = 0.045,
+        bet_share: float = 0.08,
         answer: int = 200,
         candidate: float = 0.25,
         faster: float = 2.0,
@@ -117,6 +119,7 @@ class GuardMemory:
         self.plain = plain or PlainTimes()
         self._credit, self._share, self._most_share = credit, share, most_share
         self._answer, self._faster = answer, faster
+        self._bet_share = bet_share
         self._candidate, self._prompt_token = candidate, prompt_token
         self._look_share, self._pause = look_share, pause
         # Plain steps that one takes more if none is right, by the number of candidates:
@@ -127,8 +130,11 @@ class GuardMemory:
         self._last = 1  # of the last one
         self._since = 0  # drafted steps since a plain one was timed
         self._doubt = False  # whether plain steps may take something else by now
-        self._proposal = RunningMean()  # seconds of one that reads little
-        self._reading = RunningMean(newest=1 / 4)  # seconds a token, of a draft model
+        # Where little is read: seconds of a proposal, and of each of its candidates.
+        self._proposal, self._candidate_seconds = RunningMean(), RunningMean()
+        # Of a draft model: their ratio is a token's seconds, long texts count more.
+        self._reading_seconds = RunningMean(newest=1 / 4)
+        self._reading_tokens = RunningMean(newest=1 / 4)
         self._row = RunningMean(newest=1 / 4)  # seconds a prompt position shown
         self._length = RunningMean(newest=1 / 4)  # tokens of an answer
         # Share of answers that gained; unknown is half-way.
@@ -166,7 +172,7 @@ class GuardMemory:
         More than what is allowed otherwise, for a strategy that paid in most answers:
         it can't pay without.
         """
-        return self._most_share * whole if self._trust.value >= 0.75 else 0.0
+        return self._bet_share * whole if self._trust.value >= 0.75 else 0.0
 
     def ended(self, emitted: int, gained: float, drafted: bool) -> None:
         """A sequence has ended.
@@ -198,10 +204,11 @@ class GuardMemory:
     def most_nodes(self, most: int, left: float) -> int:
         """How many candidates of ``most`` are verified if so much may be lost.
 
-        More than one may lose half of it, so that a failure isn't the end.
+        More than one leave enough for another try, so that a failure isn't the end.
         """
         nodes = 1
-        while nodes < most and self.risk(min(2 * nodes + 1, most)) <= left / 2:
+        left -= self.risk(1)
+        while nodes < most and self.risk(min(2 * nodes + 1, most)) <= left:
             nodes = 2 * nodes + 1
         return min(nodes, most)
 
@@ -226,29 +233,29 @@ class GuardMemory:
 
     def reading(self, tokens: int) -> float:
         """Plain steps that a draft model takes to read so many tokens."""
-        if self._reading.count and (plain := self.plain.step):
-            return self._reading.value * tokens / plain
+        if self._reading_tokens.count and (plain := self.plain.step):
+            each = self._reading_seconds.value / self._reading_tokens.value
+            return each * tokens / plain
         return tokens * self.prompt_token() / self._faster
 
-    def proposed(self, seconds: float) -> None:
-        """A proposal that read nothing to speak of took so long."""
+    def proposed(self, seconds: float, nodes: int) -> None:
+        """A proposal of so many candidates that read little took so long."""
         self._proposal.add_seconds(seconds)
+        self._candidate_seconds.add_seconds(seconds / max(1, nodes))
 
-    def read(self, seconds: float, tokens: int, known: float = 0.0) -> float:
+    def read(
+        self, seconds: float, tokens: int, nodes: int, known: float = 0.0
+    ) -> float:
         """A proposal took so long that read ``tokens``; what of it was for them.
-
-        Before any other was seen it is what was expected of a draft model that reads.
 
         Args:
             known: What the drafter says, 0 if it doesn't.
         """
-        if known:
-            reading = known
-        elif self._proposal.count:
-            reading = max(0.0, seconds - self._proposal.value)
-        else:
-            reading = min(seconds, self.reading(tokens) * (self.plain.step or 0.0))
-        self._reading.add(reading / tokens)
+        # The forward that reads brings the first candidate, too.
+        rest = self._candidate_seconds.value * max(0, nodes - 1)
+        reading = known or max(0.0, seconds - min(rest, self._proposal.value))
+        self._reading_seconds.add(reading)
+        self._reading_tokens.add(tokens)
         return reading
 
     def passed(self, seconds: float) -> None:
@@ -278,13 +285,16 @@ class GuardMemory:
         self._since += 1
         return step.emitted - took
 
-    def looks(self) -> bool:
+    def looks(self, losing: bool = False) -> bool:
         """Whether the next step must be plain, to time it.
 
         Best after a draft that brought nothing. The more drafting gains, the more a
         plain step costs, and the less its exact time matters.
+
+        Args:
+            losing: Whether the answer's drafts have lost so far, the last one as well.
         """
-        if self._doubt or self.plain.step is None:
+        if self._doubt or self.plain.step is None or (losing and self._since >= 4):
             return True
         if self._last == 1 and self._since and not self.plain.settled:
             return True
@@ -314,6 +324,8 @@ class Guard(Drafter):
         kept: What of an answer's gains may be lost again in it, up to ``most_kept``
             plain steps.
         least_read: Fewer of the prompt's tokens aren't worth reading alone.
+        least_left: Where fewer tokens are to come, no more is lost for the prompt than
+            for anything else.
     """
 
     def __init__(
@@ -329,10 +341,12 @@ class Guard(Drafter):
         kept: float = 0.25,
         most_kept: float = 5.0,
         least_read: int = 16,
+        least_left: int = 48,
     ) -> None:
         self._inner, self._memory, self._clock = inner, memory, clock
         self._prompt, self._reads, self._row = prompt, reads, row
-        self._kept, self._most_kept, self._least_read = kept, most_kept, least_read
+        self._kept, self._most_kept = kept, most_kept
+        self._least_read, self._least_left = least_read, least_left
         self._room, self._expected = room, memory.expected(room)
         self._begun = self._started = clock()
         self._prefill = prompt * memory.prompt_token()  # plain steps
@@ -340,7 +354,7 @@ class Guard(Drafter):
         self._emitted = self._asked = 0
         self._first = 0  # token from which on the draft model has read
         self._have = 0  # tokens up to which it has
-        self._asks = False
+        self._asks = self._losing = False
         self._proposing = self._reading = 0.0  # seconds of this step
         self._unpaid = starting  # seconds, before a plain step was timed
         self._net = self._best = 0.0  # plain steps gained, and the most so far
@@ -376,7 +390,7 @@ class Guard(Drafter):
         self._proposing = self._reading = 0.0
         tokens, memory = len(context.ids), self._memory
         spare = self.left() - memory.risk(1)
-        self._asks = spare >= 0 and not memory.looks()
+        self._asks = spare >= 0 and not memory.looks(self._losing)
         readable = self._readable(tokens, spare) if self._asks else 0
         if self._asks and self._reads:
             self._asks = readable >= min(self._least_read, tokens - self._have)
@@ -385,7 +399,7 @@ class Guard(Drafter):
             return TokenTree.root_only(context.ids[-1])
         tree = self._inner.propose(replace(context, readable=readable))
         self._proposing = self._clock() - self._started
-        self._learn_proposal(tokens, readable)
+        self._learn_proposal(tokens, readable, len(tree) - 1)
         return tree
 
     def _readable(self, tokens: int, spare: float) -> int:
@@ -394,20 +408,23 @@ class Guard(Drafter):
         All where it is repaid if a draft gains a quarter of a plain step; or else as
         many as half of what may be lost pays for.
         """
-        cost = self._memory.reading(1)
+        memory = self._memory
+        cost = memory.reading(1)
         # An answer longer than usual is thought to be half done.
         left = self._expected - self._emitted
         left = left if left > 0 else min(self._emitted, self._room - self._emitted)
-        whole = cost * tokens
+        whole, end = cost * tokens, self._prefill + self._expected
         if whole <= left / 4:
             if whole <= spare:
                 return tokens
-            end = self._prefill + self._expected
-            bet = whole - spare / 2
-            if self._memory.allowed(end, end) + bet <= self._memory.may_bet(end):
-                self._bet = bet
-                return tokens
-        return min(int(spare / 2 / cost), tokens - 1) if cost else tokens
+            if self._reads and not self._have and left >= self._least_left:
+                bet = whole - spare + memory.risk(1)  # two tries beside it
+                if memory.allowed(end, end) + bet <= memory.may_bet(end):
+                    self._bet = bet
+                    return tokens
+        most = int(spare / cost) if cost else tokens
+        goes_on = self._have and tokens - self._have <= most
+        return min(most if goes_on else most // 2, tokens - 1)
 
     def observe(self, outcome: Outcome) -> None:
         """Pass it on, and judge the step."""
@@ -419,6 +436,8 @@ class Guard(Drafter):
             self._prefilled(before - self._begun, after - before)
             return
         memory = self._memory
+        if self._asks:
+            self._have += len(outcome.emitted) - 1  # it drafted them itself
         if len(outcome.tree) > 1:
             step = DraftedStep(
                 emitted=len(outcome.emitted),
@@ -428,6 +447,7 @@ class Guard(Drafter):
             )
             self._earn(memory.drafted(step))
             self._spend(self._reading)
+            self._losing = step.emitted == 1 and self._net < 0
         else:
             memory.passed(before - self._started - self._proposing)
             self._spend(self._proposing + after - before)
@@ -450,7 +470,7 @@ class Guard(Drafter):
         self._prefill = self._prompt * memory.prompt_token()
         self._spend(shown + observing)
 
-    def _learn_proposal(self, tokens: int, readable: int) -> None:
+    def _learn_proposal(self, tokens: int, readable: int, nodes: int) -> None:
         """Take in what the proposal took, and what of it was for reading."""
         memory, known = self._memory, self._inner.read_seconds
         self._asked += 1
@@ -460,8 +480,9 @@ class Guard(Drafter):
             read = tokens - (self._have if first == self._first else first)
             self._first, self._have = first, tokens
         if known or read >= self._least_read:
-            self._reading = memory.read(self._proposing, read, known)
-        memory.proposed(self._proposing - self._reading)
+            self._reading = memory.read(self._proposing, read, nodes, known)
+        else:
+            memory.proposed(self._proposing, nodes)
 
     def _earn(self, gain: float) -> None:
         """So many plain steps were gained, or lost if negative."""

@@ -175,7 +175,11 @@ def test_a_decoder_tells_shadows_and_its_answer_is_plain_decodings() -> None:
     assert result.token_ids == plain.token_ids
     assert result.choice.strategy == PLAIN
     assert "shadow" in result.choice.reason
-    assert {one.strategy for one in result.shadows} == {"prompt_lookup", "suffix", "branches"}
+    assert {one.strategy for one in result.shadows} == {
+        "prompt_lookup",
+        "suffix",
+        "branches",
+    }
     with decoder.stream([4, 5, 6] * 5, **asked) as stream:
         assert "".join(stream) == result.text
         assert len(stream.result.shadows) == 3

@@ -85,59 +85,49 @@ class MemberDrafter:
         self._costly = costly
         self._drafts = member.strategy.requires.draft is not None
         self._calls = 0
-        self._read = 0  # tokens that the last call read, 0 if few
-        self._whole = False  # whether it has read all of the prompt
         self._missed = 0.0  # tokens that calls would have gained before the first
 
     def is_costly(self, plain: float) -> bool:
         """Whether to ask only where it pays; ``plain`` is a plain forward's seconds."""
         return self._drafts or self.value.proposal.value > self._costly * plain
 
-    def wants_call(
-        self, plan: TreePlan, pace: float, context: Context, least_read: int = 16
-    ) -> bool:
+    def wants_call(self, plan: TreePlan, pace: float, context: Context) -> bool:
         """Whether to ask a costly member; ``plan`` is the step without it.
 
         The first call reads the prompt, and the answer may end at any time: it is made
         once the calls left out would have been worth as much as that reading, if the
-        guard lets it read enough.
+        guard lets it read all.
 
         Args:
             pace: Tokens per second of the steps around.
-            context: Says how much of the prompt a first call may read.
-            least_read: Fewer of its tokens aren't worth reading alone.
+            context: Says what a first call reads, and how much it may.
         """
         gain = self.value.gain(plan, pace)
         tokens = len(context.ids)
-        readable = tokens if context.readable is None else context.readable
-        self._read = 0
-        afresh = not self._calls or (readable >= tokens and not self._whole)
-        if self._drafts and afresh:
-            self._read = min(tokens, readable)
-        reading = self.value.reading(self._read)
+        reading = 0.0 if self._calls else self.value.reading(tokens)
         self._missed += max(0.0, gain)
-        if self._drafts and not self._calls and self._read < min(tokens, least_read):
+        many = context.readable is not None and tokens > context.readable
+        if many and self._drafts and not self._calls:
             return False
         if gain > 0 and self._missed >= pace * reading:
             return True
         return self.value.affords(reading - gain / pace)
 
-    def proposed(self, seconds: float, candidates: int, tokens: int) -> float:
-        """A proposal of so many candidates behind ``tokens`` took ``seconds``.
+    def proposed(self, seconds: float, candidates: int, prompt: int) -> float:
+        """A proposal of so many candidates took ``seconds``.
 
         Returns:
             The seconds of reading the prompt, which a sequence's first call does.
         """
         self._calls += 1
-        if self._read:
-            self._whole = self._read == tokens
-            return self.value.read(seconds, self._read)
+        if self._calls == 1 and self._drafts:
+            return self.value.read(seconds, prompt, candidates)
         self.value.proposed(seconds, candidates)
         return 0.0
 
     def judged(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """What was just proposed turned one plan into another."""
-        if not self._read:  # one that reads the prompt takes long
+        if self._calls > 1:  # the first took long for the prompt
             self.value.called(before, after, pace)
 
     def observe(self, outcome: Outcome) -> None:

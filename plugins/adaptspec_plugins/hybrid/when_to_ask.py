@@ -81,9 +81,9 @@ class CallValue:
         if candidates:
             self.candidate.add_seconds(seconds / candidates)
 
-    def read(self, seconds: float, prompt: int) -> float:
+    def read(self, seconds: float, prompt: int, candidates: int) -> float:
         """A sequence's first proposal took ``seconds``; those of reading the prompt."""
-        reading = max(0.0, seconds - self.proposal.value)
+        reading = max(0.0, seconds - self.candidate.value * max(0, candidates - 1))
         self._reading.add(reading / prompt)
         self._pay(reading)
         return reading
