@@ -167,7 +167,7 @@ class GuardMemory:
         return min(most, min(2 * trust, 1.0) * self._credit + growth)
 
     def may_bet(self, whole: float) -> float:
-        """Plain steps that a whole answer may lose where a draft model reads its prompt.
+        """Plain steps that an answer may lose where a draft model reads its prompt.
 
         More than what is allowed otherwise, for a strategy that paid in most answers:
         it can't pay without.

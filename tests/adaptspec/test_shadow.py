@@ -20,7 +20,6 @@ from adaptspec.strategy import (
     Context,
     Drafter,
     Observes,
-    Outcome,
     Requirements,
     Strategy,
     Target,
