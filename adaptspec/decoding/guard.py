@@ -292,9 +292,9 @@ class GuardMemory:
         plain step costs, and the less its exact time matters.
 
         Args:
-            losing: Whether the answer's drafts have lost so far, the last one as well.
+            losing: Whether drafts have lost a plain step in this answer and go on so.
         """
-        if self._doubt or self.plain.step is None or (losing and self._since >= 4):
+        if self._doubt or self.plain.step is None or (losing and self._since >= 8):
             return True
         if self._last == 1 and self._since and not self.plain.settled:
             return True
@@ -447,7 +447,7 @@ class Guard(Drafter):
             )
             self._earn(memory.drafted(step))
             self._spend(self._reading)
-            self._losing = step.emitted == 1 and self._net < 0
+            self._losing = step.emitted == 1 and self._net < -1
         else:
             memory.passed(before - self._started - self._proposing)
             self._spend(self._proposing + after - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def same_steps(model: Any, make: Any, ids: list[int], controls: Controls) -> Sha
     return found
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[[], Strategy]] = {
     "prompt_lookup": lambda: HOST.create("prompt_lookup", {"branches": 2}),
     "suffix": lambda: HOST.create("suffix", {}),
     "branches": Branches,
@@ -168,7 +169,7 @@ def test_a_decoder_tells_shadows_and_its_answer_is_plain_decodings() -> None:
         [4, 5, 6] * 5, strategy=PLAIN, max_new_tokens=30, temperature=0
     )
     assert plain.shadows == ()
-    asked = {"max_new_tokens": 30, "temperature": 0, "shadow": True}
+    asked: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0, "shadow": True}
     with pytest.warns(UserWarning, match="plain decoding"):
         result = decoder.generate([4, 5, 6] * 5, **asked)
     assert result.token_ids == plain.token_ids

@@ -140,8 +140,8 @@ def test_useless_drafting_costs_little_in_each_sequence_whatever_was_before(
     decoding = Decoding(row, nodes, took, reading, token=0.05)
     decoding.memory = GuardMemory(bet_share=0.0)
     for length, good in lengths:
-        right = nodes if good else 0
-        time = decoding.run(length, lambda at, right=right: right, 64, reading > 0)
+        right = (lambda at: nodes) if good else (lambda at: 0)
+        time = decoding.run(length, right, 64, reading > 0)
         if not good:
             lost = time / (length - 1 + 64 * 0.05) - 1
             assert lost <= (0.05 if length == 32 else 0.02)
