@@ -46,7 +46,9 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
 )
-from adaptspec.selector import Choice, select
+from adaptspec.selector import Choice, Expected, select
+from adaptspec.shadow import Shadow, token_only
+from adaptspec.shadow import shadow as shadow_of
 from adaptspec.streaming.stop_text import StopText
 from adaptspec.streaming.stream import Result, Stream
 from adaptspec.turns import take_all
@@ -198,9 +200,13 @@ class Decoder:
             refused=self._refused,
         )
         name = chosen.prompt_class or EVERY_CLASS
-        return chosen, self._profile_of(
-            chosen.run, name, chosen.strategy, chosen.params
-        )
+        profile = self._profile_of(chosen.run, name, chosen.strategy, chosen.params)
+        if profile is not None:
+            place = self.environment.place()
+            if profile.environment.place() == place:
+                expected = Expected.of(profile.measurement)
+                chosen = replace(chosen, expected=expected)
+        return chosen, profile
 
     def _profile_of(
         self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
@@ -248,6 +254,7 @@ class Decoder:
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        shadow: bool = False,
         **controls: Any,
     ) -> Result:
         """Decode after a text, chat messages or token ids.
@@ -266,6 +273,9 @@ class Decoder:
             tools: What the model may call: JSON schemas, or functions with type hints.
             template_arguments: Further arguments of the model's chat template, such as
                 ``enable_thinking`` or ``documents``.
+            shadow: Decode plainly, and say in ``result.shadows`` what each strategy
+                that drafts from tokens alone would have saved. They are run after the
+                answer's last token, which a streamed text doesn't wait for.
             **controls: Any other argument of
                 :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
@@ -282,6 +292,7 @@ class Decoder:
             include_stop,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
+            shadow,
         )
         stream.finish()
         return stream.result
@@ -299,6 +310,7 @@ class Decoder:
         raw: bool = False,
         tools: Sequence[Any] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        shadow: bool = False,
         **controls: Any,
     ) -> Stream:
         """The same, as pieces of text as soon as they are accepted.
@@ -317,6 +329,7 @@ class Decoder:
             include_stop,
             {"raw": raw, "tools": tools, "template_arguments": template_arguments},
             controls,
+            shadow,
         )
 
     async def astream(self, prompt: Prompt, **asked: Any) -> Stream:
@@ -475,7 +488,12 @@ class Decoder:
         include_stop: bool,
         encoding: Mapping[str, Any],
         controls: Mapping[str, Any],
+        shadow: bool,
     ) -> Stream:
+        if shadow and strategy is not None:
+            raise AdaptSpecError(
+                f"shadow=True decodes plainly, got strategy={strategy!r}; leave out one"
+            )
         self._follow()
         settings = Controls.for_model(
             self.model,
@@ -487,7 +505,7 @@ class Decoder:
         ids = self.model.turns.take(lambda: self.model.encode(prompt, **encoding))
         text = prompt_text(prompt)
         return self._start(
-            ids, settings, prompt_class, strategy, params, text, include_stop
+            ids, settings, prompt_class, strategy, params, text, include_stop, shadow
         )
 
     def _start(
@@ -499,6 +517,7 @@ class Decoder:
         params: Mapping[str, Any] | None,
         text: str | None = None,
         include_stop: bool = False,
+        shadow: bool = False,
     ) -> Stream:
         """Begin to decode; ``text`` is the prompt's where it isn't ids alone."""
         told, seconds = None, 0.0
@@ -511,18 +530,44 @@ class Decoder:
             self._tell_once(choice.reason)
         if told is not None:
             choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
-        run = Run(self.engine, self._strategy(choice), ids, settings)
+        chosen = choice
+        if shadow:
+            said = f"plain decoding, with shadow; otherwise {choice.strategy}"
+            choice, profile = Choice(choice.prompt_class, PLAIN, {}, said), None
+        drafting = self._strategy(choice)
+        if choice.expected is not None:
+            self.engine.guard_memory(drafting).promise(choice.expected.ratio)
+        run = Run(self.engine, drafting, ids, settings)
+        shadows: list[Shadow] = []
 
         def ended(generation: Generation) -> None:
+            if shadow and generation.finish != "unfinished":
+                take = self.model.turns.take
+                shadows.extend(take(lambda: self._shadows(chosen, run, generation)))
             if self._keeper is not None:
                 self._keeper.refresh()
             if profile is not None:
                 self._record(profile, choice, generation.stats)
 
-        shown = None
+        stop_text = None
         if settings.stop_strings and not include_stop:
-            shown = StopText(self.model, Stopping(self.model, settings), ids)
-        return Stream(self.model, run, choice, seconds, ended, shown)
+            stop_text = StopText(self.model, Stopping(self.model, settings), ids)
+        return Stream(self.model, run, choice, seconds, ended, stop_text, shadows)
+
+    def _shadows(
+        self, chosen: Choice, run: Run, generation: Generation
+    ) -> list[Shadow]:
+        """What each strategy that drafts from tokens alone would have done.
+
+        The chosen one with its parameters, the others with their defaults.
+        """
+        found = []
+        for name in self.host.strategies:
+            params = chosen.params if name == chosen.strategy else {}
+            strategy = self._strategy(Choice(None, name, params))
+            if name != PLAIN and token_only(strategy, run) is None:
+                found.append(shadow_of(strategy, run, generation))
+        return sorted(found, key=lambda one: -(one.ratio or 0.0))
 
     def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
         """Add a request to the sums; choose anew where its setting fails by them."""

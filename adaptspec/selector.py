@@ -16,6 +16,7 @@ from adaptspec.profile import (
     TOLD,
     ClassChoice,
     Environment,
+    Measurement,
     Pick,
 )
 
@@ -32,6 +33,39 @@ ASKED = {"dtype": "dtype", "device": "device"}
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a setting was measured to bring on its class, on this machine.
+
+    Args:
+        ratio: How many times as fast as plain decoding, in the objective.
+        low: Lower end of its 95% interval; None where it isn't known.
+        high: Upper end.
+        objective: As of :class:`~adaptspec.profile.Measurement`.
+        tokens_per_second: Decoding speed, the prompt left out.
+        prompts: How many were measured.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    objective: str
+    tokens_per_second: float
+    prompts: int
+
+    @classmethod
+    def of(cls, measured: Measurement) -> Expected:
+        """What a profile's measurement promises."""
+        return cls(
+            measured.ratio,
+            measured.interval_low,
+            measured.interval_high,
+            measured.objective,
+            measured.tokens_per_second,
+            measured.prompts,
+        )
+
+
+@dataclass(frozen=True)
 class Choice:
     """What to decode with, and why.
 
@@ -41,6 +75,7 @@ class Choice:
         lossless: False where sampled output follows another distribution than the
             target's.
         run: The tuning run that decided it; empty where none did.
+        expected: What it was measured to bring; None: nothing was measured here.
     """
 
     prompt_class: str | None
@@ -49,6 +84,7 @@ class Choice:
     reason: str = ""
     lossless: bool = True
     run: str = ""
+    expected: Expected | None = None
 
 
 def select(

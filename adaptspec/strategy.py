@@ -33,6 +33,7 @@ __all__ = [
     "Strategy",
     "Target",
     "TokenTree",
+    "reading_from",
     "union",
 ]
 
@@ -167,8 +168,8 @@ class Context:
         step: Steps done before this one.
         least: Chance of acceptance below which a candidate isn't worth one more forward
             of a draft model; 0 if unknown.
-        spare: Seconds that a draft model may take to read the prompt now; what takes
-            longer isn't expected to be repaid.
+        readable: How many of ``ids`` a draft model may read in this step, None: all.
+            See :func:`reading_from`.
     """
 
     ids: Sequence[int]
@@ -176,7 +177,24 @@ class Context:
     max_nodes: int
     step: int
     least: float = 0.0
-    spare: float = float("inf")
+    readable: int | None = None
+
+
+def reading_from(first: int, read: int, tokens: int, readable: int | None) -> int:
+    """From which committed token on a draft model has read after this step.
+
+    All of them where it may read all; or else it goes on where it was if it may, and
+    where it may not it begins anew with as many of the last ones as it may read.
+
+    Args:
+        first: From which on it has read so far.
+        read: Up to which; 0: none.
+        tokens: How many are committed.
+        readable: As in :class:`Context`.
+    """
+    if readable is None or readable >= tokens:
+        return 0
+    return first if tokens - read <= max(readable, 1) else tokens - max(readable, 1)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptspec.decoding.guard import Guard, GuardMemory, PlainTimes
-from adaptspec.strategy import Context, Drafter, Outcome
+from adaptspec.strategy import Context, Drafter, Outcome, reading_from
 from adaptspec.token_tree import TokenTree
 
 NOTHING = torch.empty(0, 0)
@@ -84,7 +84,8 @@ class Scripted:
         nodes: Candidates of its trees; 0: it finds none.
         accepted: How many are right, by the token at which a step begins.
         drafting: What a proposal takes.
-        reading: What its first takes more, for each prompt token.
+        each: What it takes more for each candidate.
+        reading: What a token that its draft model hasn't read takes more.
         positions: Prompt positions whose logits it wants.
         row: What one of them takes, as a share of reading a token.
         every: It finds candidates at one step in so many.
@@ -93,6 +94,7 @@ class Scripted:
     nodes: int = 16
     accepted: Accepted = never
     drafting: float = 0.0
+    each: float = 0.0
     reading: float = 0.0
     positions: int = 1
     row: float = 0.2
@@ -102,22 +104,36 @@ class Scripted:
 class ScriptedDrafter(Drafter):
     """Drafts a star of candidates, or a chain if some are right."""
 
-    def __init__(self, script: Scripted, machine: Machine, prompt: int) -> None:
-        self._script, self._machine, self._prompt = script, machine, prompt
-        self.asked = 0
+    def __init__(self, script: Scripted, machine: Machine) -> None:
+        self._script, self._machine = script, machine
+        self.asked = self._first = self._read = 0
 
     def propose(self, context: Context) -> TokenTree:
         """As many candidates as the script says and may be verified."""
         script = self._script
-        if script.drafting:
-            self._machine.work(script.drafting)
-        if not self.asked and script.reading:
-            self._machine.work(script.reading * self._prompt)
+        if script.reading:
+            self._machine.work(script.reading * self._unread(context))
         self.asked += 1
         nodes = min(script.nodes, context.max_nodes, context.room - 1)
         if context.step % script.every:
             nodes = 0
-        return TokenTree.chain(0, [0] * nodes)
+        drafting = script.drafting + script.each * nodes
+        if drafting:
+            self._machine.work(drafting)
+        return TokenTree.chain(context.ids[-1], [0] * nodes)
+
+    def observe(self, outcome: Outcome) -> None:
+        """What it drafted itself it needn't read."""
+        if outcome.tree is not None and len(outcome.tree) > 1:
+            self._read += len(outcome.emitted) - 1
+
+    def _unread(self, context: Context) -> int:
+        """Tokens to read with a draft model, which may begin near the prompt's end."""
+        tokens = len(context.ids)
+        first = reading_from(self._first, self._read, tokens, context.readable)
+        unread = tokens - (self._read if first == self._first else first)
+        self._first, self._read = first, tokens
+        return unread
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def decode(
 
     ``at`` is where in the script's text it begins.
     """
-    drafter: Drafter = ScriptedDrafter(script, machine, prompt)
+    drafter: Drafter = ScriptedDrafter(script, machine)
     rows, guard = script.positions, None
     began, lost = machine.now, machine.lost
     if memory is not None:
@@ -167,7 +183,8 @@ def decode(
     emitted, step, passed, trace = 1, 0, 0, []
     while emitted < length:
         most = 128 if guard is None else guard.most_nodes(128)
-        tree = drafter.propose(Context([0], length - emitted, most, step))
+        ids = range(prompt + emitted)
+        tree = drafter.propose(Context(ids, length - emitted, most, step))
         asked = guard is None or guard.passed_over == passed
         passed = 0 if guard is None else guard.passed_over
         nodes = len(tree) - 1
@@ -190,7 +207,7 @@ LOSING = {
     "tree of 64, rows dear": (Scripted(64), 0.1),
     "tree of 16, reads prompt rows": (Scripted(positions=256), 0.05),
     "draft model, 0.4 a step": (Scripted(4, drafting=0.4, reading=0.02), 0.02),
-    "draft model, 0.4 a token": (Scripted(4, drafting=1.6, reading=0.02), 0.02),
+    "draft model, 0.4 a token": (Scripted(4, each=0.4, reading=0.02), 0.02),
     "finds nothing, 0.2% of a step": (Scripted(0, drafting=0.002), 0.02),
     "finds nothing, 5% of a step": (Scripted(0, drafting=0.05), 0.02),
     "finds little, one step in 8": (Scripted(8, every=8), 0.05),
@@ -209,9 +226,10 @@ GAINING = {
     "one in two right, rows dear": (Scripted(4, sometimes(0.7, 1)), 0.08),
     "one in four right, rows cheap": (Scripted(8, sometimes(0.3, 1)), 0.02),
     "draft model, 3 of 4 right": (
-        Scripted(4, sometimes(0.8, 3), drafting=0.8, reading=0.01),
+        Scripted(4, sometimes(0.8, 3), each=0.2, reading=0.01),
         0.02,
     ),
+    "0.4 a step, 3 of 4 right": (Scripted(4, sometimes(0.8, 3), drafting=0.4), 0.02),
     "copies in one step of 4": (Scripted(8, lambda at: 8, every=4), 0.05),
     "prompt rows": (Scripted(8, sometimes(0.6, 2), positions=256), 0.03),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,12 +11,11 @@ import click
 from adaptspec.cli.generate import generate
 from adaptspec.cli.output import print_json, without_loading_bars
 from adaptspec.cli.texts import prompt_with_input, write
+from adaptspec.errors import AdaptSpecError
 
 if TYPE_CHECKING:
-    from adaptspec.decoder import Decoder
     from adaptspec.host import Host
-    from adaptspec.profile import Profile
-    from adaptspec.selector import Choice
+    from adaptspec.selector import Choice, Expected
 
 # Options that mean what they mean to `generate`.
 SHARED = (
@@ -38,11 +38,13 @@ def _with_options_of(
 
 @_with_options_of(generate, SHARED)
 @click.command()
+@click.option("--prompt", "named", help="The same as PROMPT.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def explain(
     host: Host,
     prompt: str | None,
+    named: str | None,
     model: str | None,
     draft_model: str | None,
     heads: tuple[str, ...],
@@ -60,6 +62,9 @@ def explain(
 
     Without PROMPT, what it would decode a prompt of the class with.
     """
+    if prompt is not None and named is not None:
+        raise AdaptSpecError("--prompt is PROMPT by another name; give one of them")
+    prompt = named if prompt is None else prompt
     text = None if prompt is None else prompt_with_input(prompt)
     from adaptspec.decoder import load
 
@@ -89,7 +94,7 @@ def explain(
         # A stream that isn't read decodes nothing.
         with decoder.stream(text, prompt_class=prompt_class, raw=raw) as stream:
             choice = stream.choice
-    found = explained(decoder, choice)
+    found = explained(choice)
     if as_json:
         print_json(found)
         return
@@ -99,52 +104,33 @@ def explain(
         "parameters": " ".join(f"{k}={v}" for k, v in found["params"].items())
         or "none",
         "reason": choice.reason,
-        "expected": _expected(found),
+        "expected": expected_speed(choice.expected),
     }
     write("".join(f"{name + ':':<12}{value}\n" for name, value in rows.items()))
 
 
-def explained(decoder: Decoder, choice: Choice) -> dict[str, Any]:
-    """A choice with what was measured of it; the speed is None where nothing was."""
-    place = decoder.environment.place()
-    here = [p for p in decoder.profiles if p.environment.place() == place]
-    profile = _measured(here, choice)
-    measured = profile and profile.measurement
+def explained(choice: Choice) -> dict[str, Any]:
+    """A choice and what was measured of it; None where nothing was."""
     return {
         "class": choice.prompt_class,
         "strategy": choice.strategy,
         "params": dict(choice.params),
         "lossless": choice.lossless,
         "reason": choice.reason,
-        "expected": measured
-        and {
-            "ratio": measured.ratio,
-            "objective": measured.objective,
-            "tokens_per_second": measured.tokens_per_second,
-            "prompts": measured.prompts,
-        },
+        "expected": choice.expected and asdict(choice.expected),
     }
 
 
-def _measured(profiles: Sequence[Profile], choice: Choice) -> Profile | None:
-    """The newest measurement of a choice's setting on its class."""
-    found = [
-        p
-        for p in profiles
-        if (p.prompt_class, p.strategy) == (choice.prompt_class, choice.strategy)
-        and dict(p.params) == dict(choice.params)
-        and not p.baseline
-    ]
-    return max(found, key=lambda p: (p.created, p.run), default=None)
-
-
-def _expected(found: dict[str, Any]) -> str:
-    expected = found["expected"]
+def expected_speed(expected: Expected | None) -> str:
+    """In words."""
     if expected is None:
         return "not measured here"
-    prompts = expected["prompts"]
+    interval = ""
+    if expected.low is not None and expected.high is not None:
+        interval = f" ({expected.low:.2f} to {expected.high:.2f})"
+    prompts = expected.prompts
     return (
-        f"{expected['ratio']:.2f}x plain decoding, "
-        f"{expected['tokens_per_second']:.1f} tokens/s "
+        f"{expected.ratio:.2f}x plain decoding{interval}, "
+        f"{expected.tokens_per_second:.1f} tokens/s "
         f"({prompts} prompt{'' if prompts == 1 else 's'})"
     )

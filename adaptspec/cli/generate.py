@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,9 +24,11 @@ NO_CONTROLS = (
     "raw",
     "tools",
     "template_arguments",
+    "shadow",
 )
 
 if TYPE_CHECKING:
+    from adaptspec.shadow import Shadow
     from adaptspec.streaming.stream import Result, Stream
 
 
@@ -98,6 +101,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Add tokens and seconds, no text, to what the profile saw in use.",
 )
+@click.option(
+    "--shadow",
+    is_flag=True,
+    help="Decode plainly; say what strategies would have saved.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -126,6 +134,7 @@ def generate(
     trust_remote_code: bool,
     learn: bool,
     record: bool,
+    shadow: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -183,6 +192,7 @@ def generate(
         prompt_class=prompt_class,
         strategy=strategy,
         params=dict(param) or None,
+        shadow=shadow,
         raw=raw,
         **{name: value for name, value in named.items() if value is not None},
         **controls,
@@ -228,6 +238,8 @@ def _as_json(result: Result) -> dict[str, Any]:
         "lossless": result.choice.lossless,
         "reason": result.choice.reason,
         "prompt_class": result.choice.prompt_class,
+        "expected": result.choice.expected and asdict(result.choice.expected),
+        "ratio": stats.ratio,
         "tokens_per_second": stats.tokens_per_second,
         "tokens_per_forward": stats.tokens_per_forward,
         "acceptance": stats.acceptance,
@@ -238,6 +250,7 @@ def _as_json(result: Result) -> dict[str, Any]:
             "draft": stats.seconds_draft,
             "rest": stats.seconds_rest,
         },
+        "shadows": [asdict(shadow) for shadow in result.shadows],
     }
 
 
@@ -254,7 +267,17 @@ def _figures(result: Result) -> str:
             else ""
         )
         + (f", seed {result.seed}" if result.seed is not None else "")
+        + "".join(map(_shadow_line, result.shadows))
     )
+
+
+def _shadow_line(shadow: Shadow) -> str:
+    """What one strategy would have saved, on a line of its own."""
+    costs = "" if shadow.costs_known else " if larger forwards cost nothing more"
+    ratio = "" if shadow.ratio is None else f", about {shadow.ratio:.2f}x plain{costs}"
+    taken = f"{shadow.tokens_per_forward:.2f} tokens per target forward"
+    accepted = f"{shadow.accepted} of {shadow.proposed} candidates accepted"
+    return f"\n  {shadow.strategy} would have made {taken} ({accepted}){ratio}"
 
 
 def _controls(

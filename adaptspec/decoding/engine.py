@@ -78,7 +78,8 @@ class Engine:
         self.draft = draft
         self.clock = clock or perf_counter
         self.guard = guard
-        self._plain_times = PlainTimes()
+        # Costs of forwards are used once somebody has measured them.
+        self._plain_times = PlainTimes(lambda: model.__dict__.get("latency"))
         self._memories: WeakKeyDictionary[Strategy, GuardMemory] = WeakKeyDictionary()
 
     def guard_memory(self, strategy: Strategy) -> GuardMemory:
@@ -230,17 +231,8 @@ class Run:
         level = model.capability.level
         observes = self._strategy.observes(model)
         cache = self._new_cache()
-        drafter = self._strategy.start(
-            Target(
-                model=model,
-                draft=self._draft,
-                cache=None if level == "plain" else cache,
-                prompt=tuple(self._ids),
-                sampling=self._sampler.for_drafts(),
-                trees=level == "tree",
-                clock=self._clock,
-            )
-        )
+        starting = self._clock()
+        drafter = self._strategy.start(self.target(None if level == "plain" else cache))
         if self._engine.guard:
             self._guard = drafter = Guard(
                 drafter,
@@ -250,6 +242,7 @@ class Run:
                 room=self._room,
                 reads=self._strategy.requires.draft is not None,
                 row=model.head_share,
+                starting=self._clock() - starting,
             )
         try:
             emitted = self._prefill(drafter, cache, observes)
@@ -258,6 +251,52 @@ class Run:
             raise
         self._stats.seconds_prefill = self._clock() - started
         return drafter, partial(self._step, drafter, cache, observes, level), emitted
+
+    @property
+    def model(self) -> LanguageModel:
+        """The target."""
+        return self._model
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds."""
+        return self._clock
+
+    def target(self, cache: Any) -> Target:
+        """What a drafter of this generation is given."""
+        return Target(
+            model=self._model,
+            draft=self._draft,
+            cache=cache,
+            prompt=tuple(self._ids[: self._prompt]),
+            sampling=self._sampler.for_drafts(),
+            trees=self._model.capability.level == "tree",
+            clock=self._clock,
+        )
+
+    def context(self, ids: Sequence[int], step: int) -> Context:
+        """What a drafter may propose behind ``ids``, the prompt's included."""
+        left = self._room - (len(ids) - self._prompt)
+        cached = len(ids) - 1
+        depth = min(left - 1, depth_limit(self._model.config, cached))
+        nodes = self._controls.max_nodes
+        if self._model.max_length is not None:  # some models count rows
+            nodes = min(nodes, self._model.max_length - len(ids))
+        if cached in self._model.rereads:
+            depth = 0
+        return Context(ids, depth + 1, nodes, step)
+
+    def verifiable(self, tree: TokenTree, context: Context) -> TokenTree:
+        """What of a proposal the model can verify and ``context`` allows.
+
+        Raises:
+            InvalidTreeError: if it isn't a token tree.
+        """
+        tree.check(context.ids[-1], self._model.vocab_size)
+        level = self._model.capability.level
+        if level != "tree":
+            tree = tree.principal_chain() if level == "chain" else tree.select([0])
+        return tree.cut(context.max_nodes, context.room - 1)
 
     def _new_cache(self) -> Any:
         if self._model.capability.level == "plain":
@@ -304,31 +343,20 @@ class Run:
         if self._failed is not None:
             raise self._failed
         started = self._clock()
-        left = self._room - (len(self._ids) - self._prompt)
-        root, cached = self._ids[-1], len(self._ids) - 1
-        depth = min(left - 1, depth_limit(self._model.config, cached))
-        nodes = self._controls.max_nodes
-        if self._model.max_length is not None:  # some models count rows
-            nodes = min(nodes, self._model.max_length - len(self._ids))
+        cached = len(self._ids) - 1
+        context = self.context(self._ids, len(self._stats.steps))
         if self._guard is not None:
-            nodes = self._guard.most_nodes(nodes)
-        rereads = cached in self._model.rereads
-        if rereads:
-            depth = 0
-        context = Context(self._ids, depth + 1, nodes, len(self._stats.steps))
+            context.max_nodes = self._guard.most_nodes(context.max_nodes)
         tree = drafter.propose(context)
         proposed = self._clock()
-        tree.check(root, self._model.vocab_size)
-        if level != "tree":
-            tree = tree.principal_chain() if level == "chain" else tree.select([0])
-        tree = tree.cut(nodes, depth)
+        tree = self.verifiable(tree, context)
 
         verifying = self._clock()
-        if rereads:
+        if cached in self._model.rereads:
             forward = self._model.reread(self._ids, cache, observes.hidden_layers)
         elif level == "plain":
             forward = self._model.prefill(
-                [root], cache, hidden_layers=observes.hidden_layers
+                [self._ids[-1]], cache, hidden_layers=observes.hidden_layers
             )
         else:
             forward = self._model.forward_tree(

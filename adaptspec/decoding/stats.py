@@ -96,6 +96,17 @@ class RunStats:
         return self.seconds_target + self.seconds_draft + self.seconds_rest
 
     @property
+    def ratio(self) -> float | None:
+        """How many times as fast as plain decoding, the prompt included.
+
+        As the guard estimates; None without a guard or a step.
+        """
+        seconds = self.seconds_prefill + self.seconds_decode
+        if self.seconds_gained is None or seconds <= 0:
+            return None
+        return max(0.0, 1 + self.seconds_gained / seconds)
+
+    @property
     def positions(self) -> list[tuple[int, int]]:
         """By depth from 1: steps that accepted a candidate there, and that had one."""
         deepest = max((step.depth for step in self.steps), default=0)

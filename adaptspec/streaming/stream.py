@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from adaptspec.decoding.engine import Finish, Generation, Run
 from adaptspec.decoding.stats import RunStats
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import Choice
+from adaptspec.shadow import Shadow
 from adaptspec.streaming.stop_text import StopText
 from adaptspec.streaming.text_pieces import TextPieces
 from adaptspec.turns import Turns
@@ -29,6 +30,9 @@ class Result:
     it, that and what its last token brought behind it are left out unless they were
     asked for (``include_stop``); ``token_ids`` hold them either way, as with the
     model's own ``generate``.
+
+    ``choice`` says what was expected; ``stats.tokens_per_second`` and ``stats.ratio``
+    what was measured.
     """
 
     text: str
@@ -38,6 +42,7 @@ class Result:
     finish: Finish
     seconds_classifying: float = 0.0  # the prompt
     seed: int | None = None  # of the sampling; None: greedy, and none was given
+    shadows: Sequence[Shadow] = ()  # if asked for, what strategies would have saved
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
@@ -56,6 +61,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         on_end: Called once with what was generated, when the stream has ended or was
             given up.
         stop_text: Keeps stop strings out of the text; None leaves them in.
+        shadows: What strategies would have saved; ``on_end`` may fill it.
     """
 
     def __init__(
@@ -66,9 +72,11 @@ class Stream(Iterator[str], AsyncIterator[str]):
         seconds_classifying: float,
         on_end: Callable[[Generation], None] | None = None,
         stop_text: StopText | None = None,
+        shadows: Sequence[Shadow] = (),
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
         self._model, self._stop_text = model, stop_text
+        self._shadows = shadows
         # What is to be called, once it has ended.
         self._on_end = [] if on_end is None else [on_end]
         self._run: Run | None = run
@@ -177,6 +185,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             finish=generation.finish,
             seconds_classifying=self.seconds_classifying,
             seed=generation.seed,
+            shadows=tuple(self._shadows),
         )
 
     def _in_turn(self, step: Callable[[], Answer]) -> Answer:

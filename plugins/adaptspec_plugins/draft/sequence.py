@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adaptspec.strategy import Context
+from adaptspec.strategy import Context, reading_from
 from adaptspec.token_tree import TokenTree
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ UNKNOWN = -1e4  # logit of a token that the draft doesn't have; finite in every 
 class DraftSequence:
     """Evaluates draft tokens; what the target confirms is never evaluated again.
 
-    Between two :meth:`begin` the cache holds the committed tokens and, behind them, a
-    tree of drafted ones. Node 0 is the last committed token.
+    Between two :meth:`begin` the cache holds the committed tokens, from the first one
+    that was read on, and, behind them, a tree of drafted ones. Node 0 is the last
+    committed token.
 
     Args:
         model: The draft model.
@@ -35,7 +36,8 @@ class DraftSequence:
         self._readable = model.input_size
         self._stand_in = _stand_in(model)
         self._cache: TreeCache | None = None
-        self._base = 0  # cached rows before node 0
+        self._first = 0  # committed token that row 0 holds
+        self._base = 0  # committed tokens before node 0
         self._tokens: list[int] = []
         self._parents: list[int] = []
 
@@ -54,11 +56,16 @@ class DraftSequence:
         evaluated (the target's own) are fed together.
         """
         ids = context.ids
+        read = 0 if self._cache is None else self._base + 1
+        first = reading_from(self._first, read, len(ids), context.readable)
         if self._cache is None:
             self._cache = self._model.new_cache(len(ids) + context.room)
+        elif first != self._first:
+            self._cache.truncate(0)
         else:
-            self._keep(ids)
-        unread = self._known(ids[self._cache.length :])
+            self._keep(ids, first)
+        self._first = first
+        unread = self._known(ids[first + self._cache.length :])
         forward = self._model.prefill(unread, self._cache)
         self._base = len(ids) - 1
         self._tokens, self._parents = [ids[-1]], [-1]
@@ -84,7 +91,7 @@ class DraftSequence:
         """
         return [t if t < self._readable else self._stand_in for t in tokens]
 
-    def _keep(self, ids: Sequence[int]) -> None:
+    def _keep(self, ids: Sequence[int], first: int) -> None:
         """Keep the nodes that were committed: the path spelling ``ids`` from node 0."""
         assert self._cache is not None
         path = [0]
@@ -103,7 +110,7 @@ class DraftSequence:
             path.append(child)
         if len(ids) - 1 == self._base:  # nothing was committed since
             path = []
-        self._cache.keep(self._base, path)
+        self._cache.keep(self._base - first, path)
 
     def _fit(self, logits: torch.Tensor) -> torch.Tensor:
         """Cut or pad to the target's vocabulary.

@@ -96,16 +96,18 @@ class MemberDrafter:
 
         The first call reads the prompt, and the answer may end at any time: it is made
         once the calls left out would have been worth as much as that reading, if the
-        guard allows it.
+        guard lets it read all.
 
         Args:
             pace: Tokens per second of the steps around.
-            context: Says what a first call reads, and how long it may take.
+            context: Says what a first call reads, and how much it may.
         """
         gain = self.value.gain(plan, pace)
-        reading = 0.0 if self._calls else self.value.reading(len(context.ids))
+        tokens = len(context.ids)
+        reading = 0.0 if self._calls else self.value.reading(tokens)
         self._missed += max(0.0, gain)
-        if reading > context.spare:
+        many = context.readable is not None and tokens > context.readable
+        if many and self._drafts and not self._calls:
             return False
         if gain > 0 and self._missed >= pace * reading:
             return True
@@ -118,8 +120,8 @@ class MemberDrafter:
             The seconds of reading the prompt, which a sequence's first call does.
         """
         self._calls += 1
-        if self._calls == 1:
-            return self.value.read(seconds, prompt)
+        if self._calls == 1 and self._drafts:
+            return self.value.read(seconds, prompt, candidates)
         self.value.proposed(seconds, candidates)
         return 0.0
 

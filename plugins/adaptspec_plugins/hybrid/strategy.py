@@ -222,7 +222,8 @@ class _HybridDrafter(Drafter):
         assert self._candidates is not None
         least = self._rate * member.value.candidate.value
         began = self._clock()
-        tree = member.drafter.propose(dataclasses.replace(context, least=least))
+        asked = dataclasses.replace(context, least=least, readable=None)
+        tree = member.drafter.propose(asked)
         seconds = self._clock() - began
         self.read_seconds += member.proposed(seconds, tree.proposed, len(context.ids))
         self._candidates.add(tree, member.index, member.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from adaptspec.decoding.guard import Budget
 from adaptspec.running_mean import RunningMean
 from adaptspec_plugins.hybrid.plan import TreePlan
 
@@ -38,7 +37,7 @@ class CallValue:
         self._tokens, self._seconds = RunningMean(hoped, hoped_calls), RunningMean()
         self._by_kind = [(RunningMean(), RunningMean()) for _ in range(kinds)]
         self._weight = hoped_calls
-        self._budget = Budget(trial_share, least=0.0)  # seconds
+        self._trial_share, self._spare = trial_share, 0.0  # seconds
 
     def gain(self, plan: TreePlan, pace: float) -> float:
         """Tokens a call is expected to bring beyond those its time is worth.
@@ -59,11 +58,11 @@ class CallValue:
 
     def affords(self, seconds: float) -> bool:
         """Whether so many may be lost to see whether calls pay by now."""
-        return self._budget.affords(seconds)
+        return seconds <= self._spare
 
     def passed(self, seconds: float) -> None:
         """A step took ``seconds``."""
-        self._budget.passed(seconds)
+        self._spare += self._trial_share * seconds
 
     def called(self, before: TreePlan, after: TreePlan, pace: float) -> None:
         """A call turned one plan into another, at that pace."""
@@ -74,7 +73,7 @@ class CallValue:
             mean.add(brought)
         for mean in (self._seconds, seconds):
             mean.add(took)
-        self._budget.pay(max(0.0, took - brought / pace))
+        self._pay(took - brought / pace)
 
     def proposed(self, seconds: float, candidates: int) -> None:
         """A proposal, not a sequence's first, took ``seconds``."""
@@ -82,12 +81,15 @@ class CallValue:
         if candidates:
             self.candidate.add_seconds(seconds / candidates)
 
-    def read(self, seconds: float, prompt: int) -> float:
+    def read(self, seconds: float, prompt: int, candidates: int) -> float:
         """A sequence's first proposal took ``seconds``; those of reading the prompt."""
-        reading = max(0.0, seconds - self.proposal.value)
+        reading = max(0.0, seconds - self.candidate.value * max(0, candidates - 1))
         self._reading.add(reading / prompt)
-        self._budget.pay(reading)
+        self._pay(reading)
         return reading
+
+    def _pay(self, seconds: float) -> None:
+        self._spare = max(0.0, self._spare - max(0.0, seconds))
 
     def _kind(self, plan: TreePlan) -> int:
         return min(int(2 * (plan.tokens - 1.0)), len(self._by_kind) - 1)

@@ -24,6 +24,7 @@ from adaptspec.strategy import (
     Strategy,
     Target,
     TokenTree,
+    reading_from,
 )
 from adaptspec_plugins.universal_draft.vocabularies import (
     LOOKBEHIND,
@@ -117,6 +118,7 @@ class _OtherDrafter(Drafter):
         direct = pairing.special_to_draft if self.lookbehind else pairing.to_draft
         self._reading = DraftTokens(pairing, direct, self.lookbehind)
         self._sequence = _Sequence(target.draft)
+        self._first = self._read = 0  # of its tokens those that it has read
         self._full = False  # the text is longer than the draft's positions
 
     def propose(self, context: Context) -> TokenTree:
@@ -131,7 +133,12 @@ class _OtherDrafter(Drafter):
             self._full = count < 1
         if count < 1 or not ids:
             return TokenTree.root_only(context.ids[-1])
-        return self._draft(context, self._sequence.read(ids, same), count)
+        # As many of its own tokens as of the target's.
+        first = reading_from(self._first, self._read, len(ids), context.readable)
+        same = max(0, same - first) if first == self._first else 0
+        self._first, self._read = first, len(ids)
+        logits = self._sequence.read(ids[first:], same)
+        return self._draft(context, logits, count)
 
     @abstractmethod
     def _draft(self, context: Context, logits: torch.Tensor, count: int) -> TokenTree:

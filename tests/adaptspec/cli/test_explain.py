@@ -92,7 +92,9 @@ def test_it_says_class_strategy_parameters_reason_and_speed(
     assert said["strategy"] == "prompt_lookup"
     assert said["parameters"] == "draft_length=5"
     assert "2.00x plain decoding" in said["reason"]
-    assert said["expected"] == "2.00x plain decoding, 25.0 tokens/s (4 prompts)"
+    assert said["expected"] == (
+        "2.00x plain decoding (1.80 to 2.20), 25.0 tokens/s (4 prompts)"
+    )
 
 
 def test_json_says_the_same(explain: Any) -> None:
