@@ -456,12 +456,16 @@ class Guard(Drafter):
         memory = self._memory
         if self._asks:
             self._learn_proposal()
-        if len(outcome.tree) > 1:
-            nodes, seconds = len(outcome.tree) - 1, after - self._started
-            step = DraftedStep(len(outcome.emitted), seconds - self._reading, nodes)
+        nodes, seconds = len(outcome.tree) - 1, after - self._started
+        if nodes > outcome.forced:
+            # Without the drafter, what a grammar forced would have been accepted, too.
+            free = sum(0 < node <= outcome.forced for node in outcome.path)
+            emitted = len(outcome.emitted) - free
+            step = DraftedStep(emitted, seconds - self._reading, nodes - outcome.forced)
             self._earn(memory.drafted(step))
         else:
-            self._earn(memory.passed(before - self._started - self._proposing))
+            if not nodes:  # a forced chain alone is no plain step
+                self._earn(memory.passed(before - self._started - self._proposing))
             checking = self._proposing - self._reading + after - before
             self.gained -= checking
             if self._asks:
