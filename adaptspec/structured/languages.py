@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 JSON_LAYOUT: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 
 # Where a JSON schema has schemas in it.
-MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 ONES = ("items", "additionalProperties", "not", "contains", "propertyNames")
 
@@ -103,7 +103,9 @@ def _schema_grammar(schema: Any) -> str:
         text = json.dumps(schema)
     except (TypeError, ValueError) as error:
         raise InvalidGrammarError(f"json_schema isn't JSON: {error}") from None
-    own = isinstance(schema, Mapping) and "x-guidance" in schema
+    if schema is True:  # which is the same, but takes no options
+        text = "{}"
+    own = schema is False or (isinstance(schema, Mapping) and "x-guidance" in schema)
     return LLMatcher.grammar_from_json_schema(text, None if own else JSON_LAYOUT)
 
 
@@ -127,15 +129,15 @@ def place_of_error(schema: Any, fails: Callable[[Any], bool]) -> str:
 def _schemas_in(schema: Any) -> Iterator[Path]:
     if not isinstance(schema, Mapping):
         return
-    for key in ONES:
-        if key in schema:
-            yield (key,)
     for key in MAPS:
         if isinstance(inner := schema.get(key), Mapping):
             yield from ((key, name) for name in inner)
     for key in LISTS:
         if isinstance(inner := schema.get(key), list):
             yield from ((key, place) for place in range(len(inner)))
+    for key in ONES:
+        if key in schema:
+            yield (key,)
 
 
 def _at(schema: Any, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptspec.decoding.constraint import Constraint, Matcher, Shaped
+from adaptspec.decoding.controls import Controls
+from adaptspec.decoding.engine import Engine
 from adaptspec.errors import SequenceStateError
+from adaptspec.strategy import Context, Drafter, Strategy, Target
+from adaptspec.testing.fakes import tiny_model
+from adaptspec.testing.strategies import fits
 from adaptspec.token_tree import Drawn, TokenTree
 
 END, WIDTH, ROOT = 0, 6, 5
@@ -207,3 +213,69 @@ def test_an_illegal_token_is_no_part_of_an_output() -> None:
     asked = constraint([(1, 2)])
     with pytest.raises(SequenceStateError, match="token 3 at position 2 isn't one"):
         asked.commit([1, 3])
+
+
+class Rash(Strategy):
+    """Draws from one distribution, most of which is illegal."""
+
+    name = "rash"
+    summary = "sampled trees"
+
+    def __init__(self, drawn: Drawn) -> None:
+        super().__init__()
+        self._drawn = drawn
+
+    def start(self, target: Target) -> Drafter:
+        """Two siblings, and two below each."""
+        drawn = self._drawn
+        probs = torch.tensor([0.0, 0.2, 0.1, 0.05, 0.4, 0.25])
+
+        class Drawing(Drafter):
+            def propose(self, context: Context) -> TokenTree:
+                tokens, parents, draft_probs = [context.ids[-1]], [-1], {}
+                for parent in (0, 1, 2):
+                    pair = [target.sampling.draw(probs)[0] for _ in range(2)]
+                    if drawn is Drawn.WITHOUT_REPLACEMENT:
+                        pair = target.sampling.draw(probs, 2)
+                    for token in pair:
+                        draft_probs[len(tokens)] = probs
+                        tokens.append(token)
+                        parents.append(parent)
+                return TokenTree(tokens, parents, drawn, draft_probs)
+
+        return Drawing()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
+def test_sampled_trees_keep_the_masked_distribution(
+    drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was drawn illegally must count as drawn."""
+    texts: Texts = [(a, b, c) for a in (1, 2) for b in (1, 3) for c in (2, 3)]
+    prompt = [5, 4, 3]
+    model = tiny_model("llama", vocab_size=WIDTH, max_position_embeddings=32)
+    monkeypatch.setattr(
+        "adaptspec.decoding.engine.open_constraint",
+        lambda model, controls, prompt: constraint(texts, prompt),
+    )
+
+    def after(path: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits = model.source(torch.tensor([[*prompt, *path]])).logits[0, -1]
+        wanted = [t for t in range(WIDTH) if legal(texts, [*path, t])]
+        mask = torch.full((WIDTH,), -torch.inf)
+        mask[wanted] = 0
+        return (logits / 2 + mask).softmax(-1)
+
+    chances = {
+        (a, b, c): float(after(())[a] * after((a,))[b] * after((a, b))[c])
+        for a, b, c in texts
+    }
+    engine, seen = Engine(model, guard=False), Counter[tuple[int, ...]]()
+    for seed in range(500):
+        controls = Controls(3, temperature=2.0, seed=seed)
+        done = engine.generate(Rash(drawn), prompt, controls)
+        seen[tuple(done.token_ids)] += 1
+    assert set(seen) <= set(texts)
+    assert fits(seen, chances)
