@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Between the parts of a JSON text. Some models would write blanks without an end where
 # any number is allowed. A schema's own "x-guidance" stands in for it.
-JSON_LAYOUT: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+JSON_LAYOUT: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 
 # Where a JSON schema has schemas in it.
 MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
@@ -149,8 +149,8 @@ def _at(schema: Any, path: Path) -> Any:
 def _replaced(schema: Any, path: Path, value: Any) -> Any:
     if not path:
         return value
-    changed = list(schema) if isinstance(schema, list) else dict(schema)
-    changed[path[0]] = _replaced(schema[path[0]], path[1:], value)  # type: ignore[index, call-overload]
+    changed: Any = list(schema) if isinstance(schema, list) else dict(schema)
+    changed[path[0]] = _replaced(schema[path[0]], path[1:], value)
     return changed
 
 

@@ -266,9 +266,10 @@ def test_sampled_trees_keep_the_masked_distribution(
         wanted = [t for t in range(WIDTH) if legal(texts, [*path, t])]
         mask = torch.full((WIDTH,), -torch.inf)
         mask[wanted] = 0
-        return (logits / 2 + mask).softmax(-1)
+        probs: torch.Tensor = (logits / 2 + mask).softmax(-1)
+        return probs
 
-    chances = {
+    chances: dict[tuple[int, ...], float] = {
         (a, b, c): float(after(())[a] * after((a,))[b] * after((a, b))[c])
         for a, b, c in texts
     }

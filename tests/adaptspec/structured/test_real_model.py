@@ -24,7 +24,7 @@ from speakers import Theirs, generates
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 12},
