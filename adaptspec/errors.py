@@ -23,6 +23,10 @@ class UnsupportedControlError(AdaptSpecError, ValueError):
     """A generation control that can't be honoured without changing the output."""
 
 
+class InvalidGrammarError(AdaptSpecError, ValueError):
+    """A JSON schema, regular expression or grammar can't be used."""
+
+
 class NoValidTokenError(AdaptSpecError, ValueError):
     """No token has a score to be chosen by: logits are NaN, or all are masked."""
 

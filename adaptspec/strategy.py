@@ -94,10 +94,10 @@ def union(observes: Sequence[Observes]) -> Observes:
 class SamplingDistribution(Protocol):
     """The sampling controls in force, for drafters that sample or rank.
 
-    A caller's own logits processors aren't among them: one that keeps state, such as a
-    grammar, must not be asked about drafts. So the distribution may differ from the
-    target's, which a draft's distribution may always do. Probabilities are NaN
-    throughout where no token has a score.
+    A grammar's mask is (``json_schema``, ``regex``, ``grammar``). A caller's own logits
+    processors aren't: one that keeps state must not be asked about drafts. So the
+    distribution may differ from the target's, which a draft's distribution may always
+    do. Probabilities are NaN throughout where no token has a score.
 
     ``ids`` are best given as a :class:`Continuation` of ``context.ids``: the ids are
     then never copied, however long they are.
@@ -209,7 +209,11 @@ class Outcome:
         rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
         logits: ``[rows, vocab]`` as the model gave them.
         hidden: Layer -> ``[nodes or prompt positions, hidden]``, see ``Observes``.
-        best: Row -> likeliest token, where the engine looked for it; else empty.
+        best: Row -> likeliest token, where the engine looked for it; else empty. It
+            may be one that a grammar forbids.
+        origins: Node -> the node of the proposal that it was, -1 for a token that a
+            grammar forced. Empty: nodes are those of the proposal.
+        forced: Nodes 1 to ``forced`` are drafts of a grammar, not of the drafter.
     """
 
     tree: TokenTree | None
@@ -219,6 +223,8 @@ class Outcome:
     logits: torch.Tensor
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     best: Sequence[int] = ()
+    origins: Sequence[int] = ()
+    forced: int = 0
 
 
 class Drafter(ABC):

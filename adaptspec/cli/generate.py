@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptspec.cli.output import print_json, without_loading_bars
-from adaptspec.cli.texts import argument_text, prompt_with_input, write
+from adaptspec.cli.texts import argument_text, file_text, prompt_with_input, write
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 
@@ -76,6 +76,17 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help="End the output before this text; may be given several times.",
 )
+@click.option(
+    "--json-schema", metavar="FILE", help="The output is JSON of the schema in FILE."
+)
+@click.option(
+    "--regex", metavar="TEXT", help="The output matches this regular expression."
+)
+@click.option(
+    "--grammar",
+    metavar="FILE",
+    help="The output is in FILE's GBNF or Lark grammar.",
+)
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option(
     "--dtype",
@@ -127,6 +138,9 @@ def generate(
     seed: int | None,
     control: tuple[tuple[str, str], ...],
     stop: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
     system: str | None,
     dtype: str,
     device: str | None,
@@ -157,6 +171,9 @@ def generate(
         "top_p": top_p,
         "seed": seed,
         "stop_strings": stops or None,
+        "json_schema": file_text(json_schema, "--json-schema"),
+        "regex": None if regex is None else argument_text(regex, "--regex"),
+        "grammar": file_text(grammar, "--grammar"),
     }
     controls = _controls(control, named)
     asked: Any = text

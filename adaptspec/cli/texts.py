@@ -9,6 +9,7 @@ import os
 import select
 import stat
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -64,6 +65,21 @@ def argument_text(text: str, name: str) -> str:
         return os.fsencode(text).decode()
     except UnicodeError as error:
         raise AdaptSpecError(f"{name} must be UTF-8 ({error}); convert it") from None
+
+
+def file_text(path: str | None, name: str) -> str | None:
+    """The text of an option's file; None where the option isn't given.
+
+    Raises:
+        AdaptSpecError: if it can't be read, or isn't UTF-8.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdaptSpecError(f"{name}: {path} can't be read: {reason}") from None
 
 
 def write(text: str) -> None:

@@ -29,6 +29,9 @@ WHOLE = ("max_new_tokens", "max_length", "top_k", "max_nodes", "seed")
 # None says "as the model's configuration has it" for these, "off" for other fields.
 UNSAID = ("max_new_tokens", "temperature", "do_sample")
 
+# What the output must be; one at most.
+LANGUAGES = ("json_schema", "regex", "grammar")
+
 # Fields of Controls.extra.
 EXTRA = (
     "min_length",
@@ -71,6 +74,12 @@ class Controls:
         max_length: Most tokens, those of the prompt included, in place of
             ``max_new_tokens``.
         max_time: Seconds after which no further step is begun.
+        json_schema: The output is JSON of this schema: a mapping, ``True`` (any value),
+            JSON text, or a pydantic model class. At most one of these three is given;
+            see :mod:`adaptspec.structured`.
+        regex: The output matches this whole regular expression.
+        grammar: The output is in the language of this context-free grammar (GBNF or
+            Lark).
         extra: Other fields of ``GenerationConfig`` that are honoured (:data:`EXTRA`).
         prepared: What transformers made of a caller's controls. Only the length, the
             ends of sequence, ``max_nodes``, and whether the temperature is 0, are then
@@ -90,6 +99,9 @@ class Controls:
     max_nodes: int = 128
     max_length: int | None = None
     max_time: float | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    grammar: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     prepared: Prepared | None = None
 
@@ -119,6 +131,15 @@ class Controls:
                 raise UnsupportedControlError(f"{name} must be {bounds}, got {value}")
         if self.repetition_penalty == 0:
             raise UnsupportedControlError("repetition_penalty must be above 0, got 0")
+        given = [n for n in LANGUAGES if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise UnsupportedControlError(
+                f"one of {', '.join(LANGUAGES)} at most, got {' and '.join(given)}"
+            )
+        for name in ("regex", "grammar"):
+            text: Any = getattr(self, name)
+            if not isinstance(text, str | None):
+                raise UnsupportedControlError(f"{name} must be a text, got {text!r}")
         if not isinstance(self.logits_processor, Sequence) or not all(
             callable(processor) for processor in self.logits_processor
         ):
@@ -196,6 +217,12 @@ class Controls:
         if values["stop_strings"] and model.tokenizer is None:
             raise UnsupportedControlError("stop_strings need the model's tokenizer")
         return cls(**values, extra={k: force[k] for k in EXTRA if k in force})
+
+    @property
+    def language(self) -> tuple[str, Any] | None:
+        """What the output must be: one of :data:`LANGUAGES` and its value, or None."""
+        values = ((name, getattr(self, name)) for name in LANGUAGES)
+        return next((pair for pair in values if pair[1] is not None), None)
 
     def room(self, prompt_length: int) -> int:
         """Most new tokens after a prompt of so many; below 1 if there is no room."""

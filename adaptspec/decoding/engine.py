@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from adaptspec.decoding.acceptance import (
     accept_sampled,
     accept_typical,
 )
+from adaptspec.decoding.constraint import Shaped
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.guard import Guard, GuardMemory, PlainTimes
 from adaptspec.decoding.processing import Processors
@@ -34,11 +35,13 @@ from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
 from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Target
+from adaptspec.structured.opening import open_constraint
 from adaptspec.token_ids import Continuation
 from adaptspec.token_tree import Drawn, TokenTree
 from adaptspec.turns import take_all
 
 Answer = TypeVar("Answer")
+# `stop`: a stop string, or a finished grammar where no token ends the output.
 # `unfinished`: more would have come, but the iteration was given up, or goes on.
 Finish = Literal["length", "eos", "stop", "time", "unfinished"]
 
@@ -162,12 +165,16 @@ class Run:
         self._stats = RunStats(prompt_tokens=self._prompt)
         self._finish: Finish | None = None
         limited = controls.with_limit(self._room)
-        processors = Processors(limited, self._prompt, model.device)
+        self._constraint = open_constraint(model, limited, self._prompt)
+        processors = Processors(
+            limited, self._prompt, model.device, constraint=self._constraint
+        )
         prepared = controls.prepared
         pick = None if prepared is None else prepared.pick
         self._sampler = Sampler(processors, controls.seed, self._ids, pick)
         # A lossy rule asks about tokens that may not be kept.
         self._may_ask_ahead = processors.pure and prepared is None
+        self._keeps_last = processors.keeps_last
         self._failed: NoValidTokenError | None = None  # at the next token
         self._started = self._clock()
         self._batched_argmax = processors.greedy and processors.trivial
@@ -317,12 +324,12 @@ class Run:
             hidden_layers=shown,
         )
         last = forward.rows[self._prompt - 1]
-        if not self._batched_argmax and not forward.decided:
-            past = Continuation(self._ids, ())
-            token = self._sampler.choose(past, forward.logits[last])
-        else:
+        if self._takes_best((), last, forward):
             self._check_chosen([last], forward)
             token = forward.best[last]
+        else:
+            past = Continuation(self._ids, ())
+            token = self._sampler.choose(past, forward.logits[last])
         if self._follow is not None:
             token = self._follow(0, token)
         emitted = self._commit([token])
@@ -330,7 +337,7 @@ class Run:
         if observes.prefill_hidden == "last":
             seen = {layer: states[-1:] for layer, states in seen.items()}
         drafter.observe(self._outcome(None, (), emitted, forward, seen))
-        return emitted
+        return emitted + self._forced_end()
 
     def _step(
         self, drafter: Drafter, cache: Any, observes: Observes, level: str
@@ -345,11 +352,19 @@ class Run:
         started = self._clock()
         cached = len(self._ids) - 1
         context = self.context(self._ids, len(self._stats.steps))
+        most = context.max_nodes
         if self._guard is not None:
-            context.max_nodes = self._guard.most_nodes(context.max_nodes)
+            context.max_nodes = self._guard.most_nodes(most)
         tree = drafter.propose(context)
         proposed = self._clock()
-        tree = self.verifiable(tree, context)
+        shaped: Shaped | None = None
+        if self._constraint is not None and level != "plain":
+            tree.check(self._ids[-1], self._model.vocab_size)
+            nodes, depth, chain = context.max_nodes, context.room - 1, level == "chain"
+            shaped = self._constraint.shape(tree, nodes, most, depth, chain)
+            tree = shaped.tree
+        else:
+            tree = self.verifiable(tree, context)
 
         verifying = self._clock()
         if cached in self._model.rereads:
@@ -374,8 +389,10 @@ class Run:
         if level != "plain":
             cache.keep(cached, path)
         committed = self._clock()
-        drafter.observe(self._outcome(tree, path, emitted, forward, forward.hidden))
+        outcome = self._outcome(tree, path, emitted, forward, forward.hidden, shaped)
+        drafter.observe(outcome)
         observed = self._clock()
+        emitted += self._forced_end()
         if self._guard is not None:
             self._stats.passed_over = self._guard.passed_over
             self._stats.seconds_gained = self._guard.gained
@@ -389,6 +406,7 @@ class Run:
                 seconds_rest=(verifying - proposed) + (committed - verified),
                 depth=tree.depth,
                 rows=len(tree),
+                forced=sum(0 < node <= outcome.forced for node in path),
             )
         )
         return emitted
@@ -400,17 +418,29 @@ class Run:
         emitted: Sequence[int],
         forward: Forward,
         hidden: dict[int, torch.Tensor],
+        shaped: Shaped | None = None,
     ) -> Outcome:
         best = forward.best if self._batched_argmax else ()
-        return Outcome(tree, path, emitted, forward.rows, forward.logits, hidden, best)
+        rows, logits = forward.rows, forward.logits
+        outcome = Outcome(tree, path, list(emitted), rows, logits, hidden, best)
+        if shaped is None:
+            return outcome
+        return replace(outcome, origins=shaped.origins, forced=shaped.forced)
+
+    def _takes_best(self, tokens: Sequence[int], row: int, forward: Forward) -> bool:
+        """Whether the likeliest token of a row is the one to take behind ``tokens``."""
+        if forward.decided:
+            return True
+        if not self._batched_argmax:
+            return False
+        return self._constraint is None or self._constraint.allows(
+            tokens, forward.best[row]
+        )
 
     def _accept(self, tree: TokenTree, forward: Forward) -> Accepted:
         if self._batched_argmax or forward.decided:
             # One host sync per step: the loop must know which tokens were accepted.
-            best = forward.best
-            accepted = accept_matching(
-                tree, self._taken(lambda node, _: best[forward.rows[node]])
-            )
+            accepted = accept_matching(tree, self._taken(self._best_of(forward)))
             rows = [forward.rows[node] for node in accepted.path]
             sound = self._check_chosen(rows, forward)
             if sound == len(rows):
@@ -444,6 +474,17 @@ class Run:
             uniform=lambda depth, attempt: self._sampler.uniform(here + depth, attempt),
             pick=lambda probs, depth: self._sampler.coupled(probs, here + depth),
         )
+
+    def _best_of(self, forward: Forward) -> Callable[[int, Sequence[int]], int | None]:
+        """The rows' likeliest tokens; only illegal ones make it mask the scores."""
+
+        def best(node: int, tokens: Sequence[int]) -> int | None:
+            row = forward.rows[node]
+            if self._takes_best(tokens, row, forward):
+                return forward.best[row]
+            return self._asked(self._sampler.choose, tokens, forward.logits[row])
+
+        return best
 
     def _taken(
         self, choose: Callable[[int, Sequence[int]], int | None]
@@ -512,12 +553,28 @@ class Run:
                 self._finish = "length"
             if self._finish is not None:
                 break
+        if self._constraint is not None:
+            self._constraint.commit(emitted)
+            if self._constraint.finished and not self._controls.eos_token_ids:
+                self._finish = self._finish or "stop"
         limit = self._controls.max_time
         if limit is not None and self._finish is None:
             if self._clock() - self._started > limit:
                 self._finish = "time"
         self._stats.new_tokens += len(emitted)
         return emitted
+
+    def _forced_end(self) -> list[int]:
+        """The end of sequence where a grammar allows nothing else: no forward needed.
+
+        Of several, and where a control may forbid it, the target's scores decide.
+        """
+        ends = set(self._controls.eos_token_ids)
+        if self._finish is not None or len(ends) != 1 or not self._keeps_last:
+            return []
+        if self._constraint is None or not self._constraint.finished:
+            return []
+        return self._commit([*ends])
 
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":

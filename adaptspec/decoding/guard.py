@@ -438,18 +438,22 @@ class Guard(Drafter):
         memory = self._memory
         if self._asks:
             self._have += len(outcome.emitted) - 1  # it drafted them itself
-        if len(outcome.tree) > 1:
+        nodes = len(outcome.tree) - 1
+        if nodes > outcome.forced:
+            # Without the drafter, what a grammar forced would have been accepted, too.
+            free = sum(0 < node <= outcome.forced for node in outcome.path)
             step = DraftedStep(
-                emitted=len(outcome.emitted),
+                emitted=len(outcome.emitted) - free,
                 seconds=before - self._started - self._proposing,
-                nodes=len(outcome.tree) - 1,
+                nodes=nodes - outcome.forced,
                 drafting=self._proposing - self._reading + after - before,
             )
             self._earn(memory.drafted(step))
             self._spend(self._reading)
             self._losing = step.emitted == 1 and self._net < -1
         else:
-            memory.passed(before - self._started - self._proposing)
+            if not nodes:  # a forced chain alone is no plain step
+                memory.passed(before - self._started - self._proposing)
             self._spend(self._proposing + after - before)
 
     def close(self) -> None:

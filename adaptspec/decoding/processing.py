@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.generation import logits_process as hf
 
+from adaptspec.decoding.constraint import Constraint
 from adaptspec.decoding.controls import Controls
 from adaptspec.errors import UnsupportedControlError
 from adaptspec.token_ids import GrowingTensor
@@ -47,6 +48,22 @@ PURE = frozenset(
 )
 
 
+# Controls that always leave the likeliest token.
+WARPERS = frozenset(
+    {
+        "temperature",
+        "top_h",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "renormalize_logits",
+    }
+)
+
+
 class Step(NamedTuple):
     """One processor; ``name`` is the control it comes from, empty for a caller's."""
 
@@ -56,7 +73,12 @@ class Step(NamedTuple):
     @property
     def pure(self) -> bool:
         """Whether it is known to be a function of ids and scores."""
-        return type(self.processor) in PURE
+        return type(self.processor) in PURE or self.constrains
+
+    @property
+    def constrains(self) -> bool:
+        """Whether it keeps the output in a language."""
+        return isinstance(self.processor, Constraint)
 
 
 class _Steps(list[Step]):
@@ -70,11 +92,17 @@ class _Steps(list[Step]):
             ) from None
 
 
-def steps_of(controls: Controls, prompt: int, device: torch.device) -> list[Step]:
+def steps_of(
+    controls: Controls,
+    prompt: int,
+    device: torch.device,
+    constraint: Constraint | None = None,
+) -> list[Step]:
     """What ``GenerationMixin._get_logits_processor`` makes of the same settings.
 
     Args:
         prompt: Tokens of the prompt.
+        constraint: Stands before a caller's own processors.
 
     Raises:
         UnsupportedControlError: for a value that a processor refuses.
@@ -82,7 +110,10 @@ def steps_of(controls: Controls, prompt: int, device: torch.device) -> list[Step
     if controls.prepared is not None:
         return [Step("", one) for one in controls.prepared.processors]
     try:
-        found = _merged(_penalties(controls, prompt, device), controls.logits_processor)
+        own = _penalties(controls, prompt, device)
+        if constraint is not None:
+            own.append(Step("grammar", constraint))
+        found = _merged(own, controls.logits_processor)
         if controls.temperature != 0:
             found += _warpers(controls, device)
     except TypeError as error:
@@ -238,6 +269,7 @@ class Processors:
 
     Args:
         steps: Those in force; None: all that the controls ask for.
+        constraint: The language that the output must be in, if any.
     """
 
     def __init__(
@@ -246,12 +278,15 @@ class Processors:
         prompt_length: int,
         device: torch.device,
         steps: Sequence[Step] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.temperature = controls.temperature
         self.greedy = controls.temperature == 0
         self._given = controls, prompt_length, device
         self._steps = (
-            steps_of(controls, prompt_length, device) if steps is None else steps
+            steps_of(controls, prompt_length, device, constraint)
+            if steps is None
+            else steps
         )
         prepared = controls.prepared
         self._device = device if prepared is None else prepared.device
@@ -263,9 +298,15 @@ class Processors:
 
     @property
     def trivial(self) -> bool:
-        """Whether scores are the logits as they are, and none are recorded."""
+        """Whether scores of tokens that are legal are the logits as they are, and none
+        are recorded."""
         recorded = self._recorded is not None and self._recorded.wanted
-        return not self._steps and not recorded
+        return not recorded and all(step.constrains for step in self._steps)
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether a single legal token is chosen, whatever its logits are."""
+        return all(step.constrains or step.name in WARPERS for step in self._steps)
 
     @property
     def pure(self) -> bool:

@@ -17,6 +17,7 @@ class StepStats(NamedTuple):
     seconds_rest: float
     depth: int = 0  # of the deepest candidate
     rows: int = 1  # of the verified tree, root and probes included
+    forced: int = 0  # of the accepted, what a grammar forced
 
     @property
     def seconds(self) -> float:
@@ -62,6 +63,11 @@ class RunStats:
     def accepted(self) -> int:
         """Candidates accepted and emitted."""
         return sum(step.accepted for step in self.steps)
+
+    @property
+    def forced(self) -> int:
+        """Of the accepted candidates, those that a grammar forced, not a drafter."""
+        return sum(step.forced for step in self.steps)
 
     @property
     def acceptance(self) -> float:

@@ -137,6 +137,9 @@ class LookaheadDrafter(Drafter):
         tops, self._tops = self._tops, None
         if outcome.tree is None or tops is None:
             return
+        if outcome.origins:
+            now = {origin: node for node, origin in enumerate(outcome.origins)}
+            tops = [now.get(node, -1) for node in tops]
         if any(node not in outcome.rows for node in tops):  # cut by somebody
             return
         best = outcome.best or argmax_rows(outcome.logits)
