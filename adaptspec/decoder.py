@@ -16,24 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptspec.choosing.learning import Chooser, Finalists, Learning
 from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import Classifier, Told
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation, Run
-from adaptspec.decoding.stats import RunStats
 from adaptspec.default_model import default_model_path
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
-from adaptspec.in_use import Opens, Uses, describe, fails, plain_of, use_of
+from adaptspec.in_use import Opens, Uses
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
-from adaptspec.params import Scalar
 from adaptspec.profile import (
     EVERY_CLASS,
     PLAIN,
@@ -42,7 +41,7 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
 )
-from adaptspec.selector import Choice, select
+from adaptspec.selector import Choice, rank
 from adaptspec.streaming.stream import Result, Stream
 
 if TYPE_CHECKING:
@@ -71,11 +70,14 @@ class Decoder:
         allow_lossy: Whether a strategy may be chosen that changes the distribution of
             sampled output. Asked for by name, it is used anyway; the result says so.
         record: Whether tokens and times of requests are added up by setting and class,
-            and written to the store at times and at exit. It holds sums alone.
+            and written to the store at times and at exit. It holds sums alone. Without
+            it nothing is learnt from requests.
         opens: Opens the store to write to; None: ``store`` stays open.
         run: Only what this tuning run decided counts; default: the best evidence.
         guard: Whether drafting is passed over while it loses time; False is for
-            measurements.
+            measurements, and nothing is learnt from such requests.
+        adapt: Whether the choice among a class's tuned settings follows what requests
+            took, and how; False: it is what was tuned.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Decoder:
         opens: Opens | None = None,
         run: str | None = None,
         guard: bool = True,
+        *,
+        adapt: bool | Learning = True,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
@@ -100,6 +104,9 @@ class Decoder:
         self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._uses: Uses | None = None
+        self._adapt = bool(adapt)
+        self._learning = adapt if isinstance(adapt, Learning) else Learning()
+        self._chooser: Chooser | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
         self._told: set[str] = set()
         if store is not None:
@@ -113,7 +120,7 @@ class Decoder:
         self._folder = store.folder if store is not None and learn else None
         self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
-        self._choices: dict[str | None, tuple[Choice, Profile | None]] = {}
+        self._finalists: dict[str | None, Finalists] = {}
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
@@ -127,9 +134,10 @@ class Decoder:
         try:
             self._uses = Uses(opens, store.uses())
         except ProfileStoreError as error:
-            said = f"what requests take isn't recorded or judged: {error}"
+            said = f"what requests take isn't recorded or learnt from: {error}"
             warnings.warn(said, StoreWarning, stacklevel=4)
             return
+        self._chooser = Chooser(self._uses, self._learning)
         weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
@@ -156,7 +164,10 @@ class Decoder:
         strategy: str | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Choice:
-        """What ``generate`` would decode with, and why."""
+        """What ``generate`` would decode with, and why.
+
+        Where it follows what requests take, another request may be decoded otherwise.
+        """
         return self._chosen(prompt_class, strategy, params)[0]
 
     def _chosen(
@@ -164,23 +175,27 @@ class Decoder:
         prompt_class: str | None,
         strategy: str | None,
         params: Mapping[str, Any] | None,
-    ) -> tuple[Choice, Profile | None]:
-        """The choice, and the profile that it was made by, if any."""
+    ) -> tuple[Choice, Finalists | None, int]:
+        """The choice, and its place among the finalists that it was made from."""
         if strategy is not None:
             lossless = strategy not in self._lossy()
             asked = dict(params or {})
-            return Choice(prompt_class, strategy, asked, "asked for", lossless), None
+            return Choice(prompt_class, strategy, asked, "asked for", lossless), None, 0
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
         if self._unprofiled is not None:
-            return Choice(prompt_class, PLAIN, {}, self._unprofiled), None
-        if prompt_class not in self._choices:
-            self._choices[prompt_class] = self._selected(prompt_class)
-        return self._choices[prompt_class]
+            return Choice(prompt_class, PLAIN, {}, self._unprofiled), None, 0
+        if prompt_class not in self._finalists:
+            self._finalists[prompt_class] = self._ranked(prompt_class)
+        finalists = self._finalists[prompt_class]
+        if self._chooser is None or not self._adapt:
+            return finalists.ranking.choices[0], finalists, 0
+        place = self._chooser.choose(finalists)
+        return self._chooser.explained(finalists, place), finalists, place
 
-    def _selected(self, prompt_class: str | None) -> tuple[Choice, Profile | None]:
-        """The best that was decided and doesn't fail in use."""
-        chosen = select(
+    def _ranked(self, prompt_class: str | None) -> Finalists:
+        """The settings that were decided on for a class, with their profiles."""
+        ranking = rank(
             self.choices,
             self.environment,
             prompt_class,
@@ -188,43 +203,26 @@ class Decoder:
             run=self._run_id,
             refused=self._refused,
         )
-        name = chosen.prompt_class or EVERY_CLASS
-        return chosen, self._profile_of(
-            chosen.run, name, chosen.strategy, chosen.params
-        )
+        return Finalists(ranking, [self._profile_of(c) for c in ranking.choices])
 
-    def _profile_of(
-        self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
-    ) -> Profile | None:
-        """The profile of a setting that a run decided on for a class."""
-        wanted = (run, prompt_class, strategy, dict(params), False)
+    def _profile_of(self, choice: Choice) -> int | None:
+        """The id of the profile of a setting that a run decided on for a class."""
+        name = choice.prompt_class or EVERY_CLASS
+        wanted = (choice.run, name, choice.strategy, dict(choice.params), False)
         for p in self.profiles:
             own = (p.run, p.prompt_class, p.strategy, dict(p.params), p.baseline)
             if own == wanted and p.id is not None:
-                return p
+                return p.id
         return None
 
-    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
-        """Why a setting can't be used or fails in use; None where neither is so."""
+    def _refused(self, pick: Pick) -> str | None:
+        """Why a setting can't be used; None if it can."""
         try:
             cls = self.host.strategy(pick.strategy)
             cls.Params.parse(pick.params, pick.strategy)
-            problem = cls.unavailable(self.model, self.draft)
+            return cls.unavailable(self.model, self.draft)
         except AdaptSpecError as error:
             return str(error)
-        if problem is not None or self._uses is None:
-            return problem
-        name = decided.prompt_class
-        profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
-        if profile is None:
-            return None
-        plain = plain_of(profile, self.profiles)
-        seen = (profile.id, name)
-        for use in self._uses.totals():
-            if (use.profile, use.prompt_class) == seen and fails(profile, plain, use):
-                said = describe(profile, plain, use)
-                return f"in use it is worse than plain decoding: {said}"
-        return None
 
     def generate(
         self,
@@ -337,7 +335,7 @@ class Decoder:
         models = [m for m in (self.model, self.draft) if m is not None]
         if any([model.follow() for model in models]):
             self.environment = environment_of(self.model, self.draft)
-            self._choices.clear()
+            self._finalists.clear()
             if self._keeper is not None:
                 self._keeper.save()  # not the uses: a request is waiting
             self._strategies.clear()  # what they learnt is of the earlier version
@@ -399,8 +397,8 @@ class Decoder:
             seconds = perf_counter() - started
         if told is not None:
             prompt_class = told.prompt_class
-        choice, profile = self._chosen(prompt_class, strategy, params)
-        if strategy is None and choice.strategy == PLAIN:
+        choice, finalists, place = self._chosen(prompt_class, strategy, params)
+        if strategy is None and choice.strategy == PLAIN and place == 0:
             self._tell_once(choice.reason)
         if told is not None:
             choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
@@ -409,21 +407,10 @@ class Decoder:
         def ended(generation: Generation) -> None:
             if self._keeper is not None:
                 self._keeper.refresh()
-            if profile is not None:
-                self._record(profile, choice, generation.stats)
+            if self._chooser is not None and finalists is not None:
+                self._chooser.add(finalists, place, generation.stats)
 
         return Stream(self.model, run, choice, seconds, ended)
-
-    def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
-        """Add a request to the sums; choose anew where its setting fails by them."""
-        if self._uses is None or profile.id is None:
-            return
-        use = use_of(profile.id, choice.prompt_class or EVERY_CLASS, stats)
-        if use is None:
-            return
-        plain = plain_of(profile, self.profiles)
-        if fails(profile, plain, self._uses.add(use)):
-            self._choices.clear()
 
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
@@ -468,6 +455,7 @@ def load(
     trust_remote_code: bool = False,
     record: bool = True,
     run: str | None = None,
+    adapt: bool | Learning = True,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -487,6 +475,7 @@ def load(
         trust_remote_code: Whether code that comes with the models may run.
         record: See :class:`Decoder`.
         run: See :class:`Decoder`.
+        adapt: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -525,9 +514,12 @@ def load(
             return decoder
         with opened as store:
             return Decoder(
-                *(target, draft, store, host, learn, allow_lossy, record, opens, run)
+                *(target, draft, store, host, learn, allow_lossy, record, opens, run),
+                adapt=adapt,
             )
-    return Decoder(target, draft, db, host, learn, allow_lossy, record, run=run)
+    return Decoder(
+        *(target, draft, db, host, learn, allow_lossy, record), run=run, adapt=adapt
+    )
 
 
 def _kept_open(store: ProfileStore) -> Opens:

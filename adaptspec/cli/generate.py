@@ -98,6 +98,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Add tokens and seconds, no text, to what the profile saw in use.",
 )
+@click.option(
+    "--adapt/--no-adapt",
+    default=True,
+    show_default=True,
+    help="Let the choice follow what requests took, or take what was tuned.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -126,6 +132,7 @@ def generate(
     trust_remote_code: bool,
     learn: bool,
     record: bool,
+    adapt: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -177,6 +184,7 @@ def generate(
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,
             record=record,
+            adapt=adapt,
         )
     stream = decoder.stream(
         asked,

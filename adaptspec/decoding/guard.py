@@ -419,6 +419,11 @@ class Guard(Drafter):
         self.passed_over = 0  # steps
         self.gained = 0.0  # seconds
 
+    @property
+    def plain_step(self) -> float | None:
+        """Seconds of a step without drafts; None before any was timed."""
+        return self._memory.plain.step
+
     def prompt_rows(self, wanted: int) -> int:
         """How many of the prompt's last positions ``inner`` is shown, of ``wanted``."""
         self._shown = self._memory.prompt_rows(wanted, self._prompt, self._row)
