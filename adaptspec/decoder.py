@@ -166,17 +166,23 @@ class Decoder:
     ) -> Choice:
         """What ``generate`` would decode with, and why.
 
-        Where it follows what requests take, another request may be decoded otherwise.
+        That is what is expected to be fastest: now and then a request is decoded with
+        another setting, to see whether that is faster by now.
         """
-        return self._chosen(prompt_class, strategy, params)[0]
+        return self._chosen(prompt_class, strategy, params, tries=False)[0]
 
     def _chosen(
         self,
         prompt_class: str | None,
         strategy: str | None,
         params: Mapping[str, Any] | None,
+        tries: bool = True,
     ) -> tuple[Choice, Finalists | None, int]:
-        """The choice, and its place among the finalists that it was made from."""
+        """The choice, and its place among the finalists that it was made from.
+
+        Args:
+            tries: Whether it may be one that isn't expected to be fastest.
+        """
         if strategy is not None:
             lossless = strategy not in self._lossy()
             asked = dict(params or {})
@@ -190,8 +196,9 @@ class Decoder:
         finalists = self._finalists[prompt_class]
         if self._chooser is None or not self._adapt:
             return finalists.ranking.choices[0], finalists, 0
-        place = self._chooser.choose(finalists)
-        return self._chooser.explained(finalists, place), finalists, place
+        chooser = self._chooser
+        place = chooser.choose(finalists) if tries else chooser.best(finalists)
+        return chooser.explained(finalists, place), finalists, place
 
     def _ranked(self, prompt_class: str | None) -> Finalists:
         """The settings that were decided on for a class, with their profiles."""

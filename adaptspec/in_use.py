@@ -108,30 +108,30 @@ class Uses:
         self.problem: str | None = None  # why nothing is written any more
         _all.add(self)
 
-    def add(self, use: Use, others: Iterable[int] = (), *, kept: float = 1.0) -> None:
-        """Add a request.
-
-        Args:
-            others: Ids of the profiles that might have decoded it. What is known of
-                their ratio fades, and so does that of its own.
-            kept: What stays.
-        """
-        name = use.prompt_class
+    def fade(self, profiles: Iterable[int], prompt_class: str, kept: float) -> None:
+        """Keep a share of what is known of these profiles' ratios in a class."""
+        nothing = Use(0, prompt_class, 0, 0, 0, 0, 0, 0.0, 0.0, kept=kept)
         with self._lock:
             self._forget_parents()
-            added = [replace(use, kept=kept)]
-            for other in others:
-                if (other, name) in self._total:
-                    added.append(Use(other, name, 0, 0, 0, 0, 0, 0.0, 0.0, kept=kept))
-            for one in added:
-                key = (one.profile, name)
-                for sums in (self._total, self._unwritten):
-                    sums[key] = sums[key] + one if key in sums else one
+            for profile in profiles:
+                if (profile, prompt_class) in self._total:
+                    self._add(replace(nothing, profile=profile))
+
+    def add(self, use: Use) -> None:
+        """Add a request."""
+        with self._lock:
+            self._forget_parents()
+            self._add(use)
             due = self._clock() - self._last >= self._every and self.problem is None
             idle = self._writer is None or not self._writer.is_alive()
             if due and idle:
                 self._last = self._clock()
                 self._writer = self._started()
+
+    def _add(self, use: Use) -> None:
+        key = (use.profile, use.prompt_class)
+        for sums in (self._total, self._unwritten):
+            sums[key] = sums[key] + use if key in sums else use
 
     def total(self, profile: int, prompt_class: str) -> Use | None:
         """The sums of a profile and class; None where there are none."""

@@ -77,6 +77,7 @@ def tuned_belief(pick: Pick, prompts: int, *, moved: float) -> Belief:
     # Without an interval it is as unsure as it may have moved.
     error = width / (2 * 1.96) or moved
     spread = min(max(error * math.sqrt(prompts), 0.05), 1.0)
-    shape = min(max(prompts, 2), 8) / 2
+    # As if the spread were known from eight prompts: few prompts' own says little.
+    shape = 4.0
     requests = spread**2 / (spread**2 / max(prompts, 1) + moved**2)
     return Belief(mean, requests, shape, shape * spread**2)

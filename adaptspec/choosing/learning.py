@@ -91,8 +91,14 @@ class Chooser:
 
     def choose(self, finalists: Finalists) -> int:
         """The place of the choice that decodes the next request."""
-        beliefs = self.beliefs(finalists)
-        return fastest([self._drawn(belief) for belief in beliefs])
+        drawn = fastest([self._drawn(belief) for belief in self.beliefs(finalists)])
+        # Plain decoding is known already: trying it would show nothing.
+        is_plain = drawn == len(finalists.ranking.picks)
+        return self.best(finalists) if is_plain else drawn
+
+    def best(self, finalists: Finalists) -> int:
+        """The place of the choice that is expected to be fastest."""
+        return fastest([belief.mean for belief in self.beliefs(finalists)])
 
     def beliefs(self, finalists: Finalists) -> list[Belief]:
         """Of each choice but the last, plain decoding, whose log ratio is 0."""
@@ -114,24 +120,23 @@ class Chooser:
     def explained(self, finalists: Finalists, place: int) -> Choice:
         """The choice at ``place``, with what was learnt in its reason."""
         ranking, seen = finalists.ranking, self.seen(finalists)
-        best = fastest([belief.mean for belief in self.beliefs(finalists)])
-        said = learnt(ranking, seen, place, best)
+        said = learnt(ranking, seen, place, self.best(finalists))
         choice = ranking.choices[place]
         return replace(choice, reason="; ".join(filter(None, [choice.reason, said])))
 
     def add(self, finalists: Finalists, place: int, stats: RunStats) -> None:
         """Take in what a request took that the choice at ``place`` decoded."""
-        profile = finalists.profiles[place]
-        if profile is None:
-            return
-        use = use_of(profile, _class(finalists), stats)
+        name, profile = _class(finalists), finalists.profiles[place]
+        use = use_of(profile or 0, name, stats)
         if use is None:
             return
-        if place < len(finalists.ranking.picks):
-            belief = self.beliefs(finalists)[place]
+        belief = [*self.beliefs(finalists), None][place]
+        if belief is not None:
             use = self._weighed(use, belief, ratio_of(stats, _objective(finalists)))
-        others = [p for p in finalists.profiles if p is not None and p != profile]
-        self._uses.add(use, others, kept=self._learning.kept)
+        known = [other for other in finalists.profiles if other is not None]
+        self._uses.fade(known, name, self._learning.kept)
+        if profile is not None:
+            self._uses.add(use)
 
     def _drawn(self, belief: Belief) -> float:
         how_far = self._learning.exploration
