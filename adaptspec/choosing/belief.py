@@ -1,15 +1,19 @@
-"""What is believed of a setting's speed: what was tuned, corrected by what was seen.
+"""What is believed of settings' speeds: what was tuned, corrected by what was seen.
 
 The logarithm of how many times as fast as plain decoding a request is counts as normal
 with unknown mean and variance. Their conjugate prior is normal-inverse-gamma, and the
 mean's posterior a t distribution (Murphy, "Conjugate Bayesian analysis of the Gaussian
 distribution", 2007, section 3).
+
+Where the kind of requests changes, all settings' ratios tend to move together. So what
+was seen of one moves what is expected of the others: their means share a normal shift.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from adaptspec.profile import Pick, Use
@@ -81,3 +85,30 @@ def tuned_belief(pick: Pick, prompts: int, *, moved: float) -> Belief:
     shape = 4.0
     requests = spread**2 / (spread**2 / max(prompts, 1) + moved**2)
     return Belief(mean, requests, shape, shape * spread**2)
+
+
+def shift(
+    tuned: Sequence[Belief], seen: Sequence[Use | None], shared: float
+) -> tuple[float, float]:
+    """By how much all settings together are off what was tuned: mean and deviation.
+
+    Args:
+        tuned: Of each setting, before anything was seen.
+        seen: Of each, perhaps followed by those of others.
+        shared: Standard deviation that is expected of it.
+    """
+    if not shared:
+        return 0.0, 0.0
+    certainty, total = 1 / shared**2, 0.0
+    for belief, use in zip(tuned, seen, strict=False):
+        if use is not None and use.weight > 0:
+            variance = belief.scale / belief.shape
+            variance *= 1 / use.weight + 1 / belief.requests
+            certainty += 1 / variance
+            total += (use.log_ratio / use.weight - belief.mean) / variance
+    return total / certainty, certainty**-0.5
+
+
+def moved_by(belief: Belief, log: float) -> Belief:
+    """The same with its mean moved."""
+    return replace(belief, mean=belief.mean + log)

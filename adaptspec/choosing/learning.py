@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from adaptspec.choosing.belief import Belief, tuned_belief
+from adaptspec.choosing.belief import Belief, moved_by, shift, tuned_belief
 from adaptspec.choosing.words import learnt
 from adaptspec.decoding.stats import RunStats
 from adaptspec.errors import AdaptSpecError
@@ -33,8 +33,11 @@ class Learning:
             infinity: nothing is forgotten.
         exploration: How far speeds are drawn from what is expected: 1 as far as they
             are uncertain, 0 always takes the setting that is expected to be fastest.
-        moved: How far ratios in use are from tuned ones: standard deviation of the
-            logarithm. The larger, the less a profile counts.
+        moved: How far a setting's ratio in use is from the tuned one: standard
+            deviation of the logarithm. The larger, the less a profile counts.
+        shared: How far all settings of a class together are from what was tuned, as
+            where prompts are of another kind. The larger, the more a request with one
+            tells of the others.
         outlier: A request counts as so many standard deviations off at most.
         tokens: A shorter answer counts in proportion as less than a request.
         seed: Of what is drawn; None: differs from process to process.
@@ -44,15 +47,16 @@ class Learning:
     """
 
     memory: float = 100.0
-    exploration: float = 0.5
+    exploration: float = 0.35
     moved: float = 0.15
+    shared: float = 0.15
     outlier: float = 3.0
     tokens: int = 32
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"memory": 1, "exploration": 0, "moved": 0.01, "outlier": 1}
-        for name, lowest in {**least, "tokens": 1}.items():
+        least = {"memory": 1, "exploration": 0, "moved": 0.01, "shared": 0}
+        for name, lowest in {**least, "outlier": 1, "tokens": 1}.items():
             if not getattr(self, name) >= lowest:
                 raise AdaptSpecError(
                     f"{name} of Learning must be at least {lowest}, got "
@@ -78,6 +82,16 @@ class Finalists:
     ranking: Ranking
     profiles: Sequence[int | None]
 
+    def tuned(self, moved: float) -> list[Belief]:
+        """What the tune makes believe of each choice but the last, plain decoding.
+
+        Args:
+            moved: As of :class:`Learning`.
+        """
+        decided = self.ranking.decided
+        prompts = 0 if decided is None else decided.prompts
+        return [tuned_belief(pick, prompts, moved=moved) for pick in self.ranking.picks]
+
 
 class Chooser:
     """Chooses for each request, and takes in what it took. Threads may share one.
@@ -91,22 +105,33 @@ class Chooser:
 
     def choose(self, finalists: Finalists) -> int:
         """The place of the choice that decodes the next request."""
-        drawn = fastest([self._drawn(belief) for belief in self.beliefs(finalists)])
+        place = fastest(self._drawn(finalists))
         # Plain decoding is known already: trying it would show nothing.
-        is_plain = drawn == len(finalists.ranking.picks)
-        return self.best(finalists) if is_plain else drawn
+        is_plain = place == len(finalists.ranking.picks)
+        return self.best(finalists) if is_plain else place
 
     def best(self, finalists: Finalists) -> int:
         """The place of the choice that is expected to be fastest."""
         return fastest([belief.mean for belief in self.beliefs(finalists)])
 
-    def beliefs(self, finalists: Finalists) -> list[Belief]:
-        """Of each choice but the last, plain decoding, whose log ratio is 0."""
-        decided, seen = finalists.ranking.decided, self.seen(finalists)
-        prompts = 0 if decided is None else decided.prompts
+    def beliefs(
+        self, finalists: Finalists, random: Random | None = None
+    ) -> list[Belief]:
+        """Of each choice but the last, plain decoding, whose log ratio is 0.
+
+        Args:
+            random: Draws what all of them are off the tuned ratios by; None: as much as
+                is expected.
+        """
+        seen = self.seen(finalists)
+        tuned = finalists.tuned(self._learning.moved)
+        mean, deviation = shift(tuned, seen, self._learning.shared)
+        if random is not None:
+            how_far = self._learning.exploration
+            mean += how_far * random.normalvariate(0, deviation)
         return [
-            tuned_belief(pick, prompts, moved=self._learning.moved).given(use)
-            for pick, use in zip(finalists.ranking.picks, seen, strict=False)
+            moved_by(belief, mean).given(use)
+            for belief, use in zip(tuned, seen, strict=False)
         ]
 
     def seen(self, finalists: Finalists) -> list[Use | None]:
@@ -138,11 +163,15 @@ class Chooser:
         if profile is not None:
             self._uses.add(use)
 
-    def _drawn(self, belief: Belief) -> float:
+    def _drawn(self, finalists: Finalists) -> list[float]:
+        """Of each setting a mean log ratio that may be the true one."""
         how_far = self._learning.exploration
         if not how_far:
-            return belief.mean
-        return belief.mean + how_far * (belief.draw(self._random) - belief.mean)
+            return [belief.mean for belief in self.beliefs(finalists)]
+        return [
+            belief.mean + how_far * (belief.draw(self._random) - belief.mean)
+            for belief in self.beliefs(finalists, self._random)
+        ]
 
     def _weighed(self, use: Use, belief: Belief, ratio: float | None) -> Use:
         """With what the request tells of its setting's speed, outliers moved in."""

@@ -47,6 +47,7 @@ from adaptspec_profiles.memory import MemoryStore
 from decided import keep
 
 PROMPT = random_ids(12)
+SURE = Learning(exploration=0)  # tries nothing that isn't expected to be fastest
 
 
 def stats(*steps: tuple[int, int, int, float]) -> RunStats:
@@ -307,7 +308,7 @@ def test_requests_are_added_up_by_profile_and_class(
     store = open_store(str(path))
     number, _ = tuned(model, store)
     store.close()
-    decoder = adaptspec.load(model, db=path)
+    decoder = adaptspec.load(model, db=path, adapt=SURE)
     for _ in range(3):
         last = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     decoder.generate(PROMPT, strategy="prompt_lookup", max_new_tokens=9)
@@ -336,7 +337,7 @@ def test_a_read_only_database_is_used_without_being_written(
     path = tmp_path / "p.db"
     store: Any = open_store(str(path))
     tuned(model, store)
-    decoder = Decoder(model, store=store)
+    decoder = Decoder(model, store=store, adapt=SURE)
 
     @contextmanager
     def refused(engine: Any) -> Iterator[Any]:
@@ -383,7 +384,7 @@ def test_what_is_worse_in_use_gives_way_to_the_next_and_then_to_plain_decoding(
     assert choice.reason.startswith("measured 1.30x")
     assert "faster than prompt_lookup (tuned 1.50x, in use 0.80x plain" in choice.reason
     store.add_uses([worse(second)])
-    decoder = Decoder(model, store=store, adapt=Learning(exploration=0))
+    decoder = Decoder(model, store=store, adapt=SURE)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     assert result.choice.strategy == PLAIN
     assert "suffix (tuned 1.30x, in use 0.80x" in result.choice.reason
@@ -424,8 +425,7 @@ def test_a_running_decoder_moves_to_what_decodes_faster(model: LanguageModel) ->
     both = [replace(slow, measurement=timed), replace(fast, measurement=slower)]
     keep(store, both)
     host = Host({"test": Drafting(model)})
-    learning = Learning(exploration=0)
-    decoder = adaptspec.load(model, db=store, host=host, adapt=learning)
+    decoder = adaptspec.load(model, db=store, host=host, adapt=SURE)
     decoder.engine.clock = FakeClock(tick=1.0)
     results = [
         decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=ANSWER_LENGTH)
@@ -443,7 +443,7 @@ def test_a_running_decoder_moves_to_what_decodes_faster(model: LanguageModel) ->
     assert "expected to be faster than useless (tuned 1.50x, in use " in reason
     # What was learnt is there for the next program.
     decoder.save()
-    again = adaptspec.load(model, db=store, host=host, adapt=learning)
+    again = adaptspec.load(model, db=store, host=host, adapt=SURE)
     assert again.choose("chat").strategy == "useful"
 
 
@@ -469,7 +469,7 @@ def test_a_model_that_changes_makes_no_request_wait_for_the_store(
     store = MemoryStore()
     tuned(model, store)
     opens = Counting(store)
-    decoder = Decoder(model, store=store, opens=opens)
+    decoder = Decoder(model, store=store, opens=opens, adapt=SURE)
     decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     monkeypatch.setattr(LanguageModel, "follow", lambda model: True)
     decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)

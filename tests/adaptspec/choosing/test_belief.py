@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec.choosing.belief import Belief, tuned_belief
+from adaptspec.choosing.belief import Belief, moved_by, shift, tuned_belief
 from adaptspec.profile import Pick, Use
 
 PRIOR = Belief(mean=0.4, requests=3.0, shape=4.0, scale=0.16)
@@ -105,3 +105,32 @@ def test_a_profile_of_few_prompts_or_no_interval_is_a_prior_too(
     belief = tuned_belief(pick(1.5, *ends), prompts, moved=0.15)
     assert 0.1 < belief.error < 2
     assert math.isfinite(belief.draw(Random(0)))
+
+
+def test_a_shift_of_all_settings_is_that_of_a_joint_normal_distribution() -> None:
+    """Against the same product of densities on a grid."""
+    tuned = [PRIOR, Belief(0.2, 2.0, 4.0, 0.3)]
+    logs = [[0.1, -0.1, 0.0], [-0.2]]
+    total = mean = square = 0.0
+    for i in range(-2000, 2000):
+        off = i / 1000
+        density = math.exp(-(off**2) / (2 * 0.3**2))
+        for belief, values in zip(tuned, logs, strict=True):
+            # A mean of values about a mean that is itself off by its own.
+            spread = belief.scale / belief.shape
+            variance = spread / len(values) + spread / belief.requests
+            seen_mean = fmean(values) - belief.mean - off
+            density *= math.exp(-(seen_mean**2) / (2 * variance))
+        total, mean = total + density, mean + density * off
+        square += density * off**2
+    uses: list[Use | None] = [seen(values) for values in logs]
+    found, deviation = shift(tuned, [*uses, None], 0.3)
+    assert found == pytest.approx(mean / total, abs=1e-4)
+    expected = math.sqrt(square / total - (mean / total) ** 2)
+    assert deviation == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_evidence_nothing_is_shifted_and_without_a_share_never() -> None:
+    assert shift([PRIOR], [None], 0.2) == (0.0, pytest.approx(0.2))
+    assert shift([PRIOR], [seen([-1.0] * 9)], 0.0) == (0.0, 0.0)
+    assert moved_by(PRIOR, -0.1).mean == pytest.approx(0.3)

@@ -73,6 +73,22 @@ def test_what_fails_in_use_gives_way_to_the_next_and_then_to_plain_decoding() ->
     assert "b (tuned 1.40x, in use 0.80x plain decoding lately" in choice.reason
 
 
+def test_what_is_seen_of_one_setting_moves_what_is_expected_of_the_others() -> None:
+    """As where prompts of another kind come, that no setting drafts well."""
+    found = finalists(1.6, 1.2)
+    expected = []
+    for shared in (0.0, 0.3):
+        chooses = chooser(shared=shared)
+        for _ in range(20):
+            chooses.add(found, 0, request(1.1))
+        expected.append([math.exp(b.mean) for b in chooses.beliefs(found)])
+    (alone, alone_other), (together, together_other) = expected
+    assert alone == pytest.approx(together, rel=0.05)
+    assert alone_other == pytest.approx(1.2)
+    assert 0.8 < together_other < 1.0
+    assert together > together_other
+
+
 def test_one_bad_request_changes_nothing() -> None:
     chooses, found = chooser(), finalists(1.6, 1.4)
     for _ in range(10):
@@ -239,6 +255,7 @@ def test_threads_choose_and_add_without_losing_any() -> None:
         ({"memory": 0.5}, "memory of Learning must be at least 1, got 0.5"),
         ({"exploration": -1.0}, "exploration of Learning must be at least 0"),
         ({"moved": math.nan}, "moved of Learning must be at least 0.01, got nan"),
+        ({"shared": -0.1}, "shared of Learning must be at least 0, got -0.1"),
         ({"tokens": 0}, "tokens of Learning must be at least 1"),
     ],
 )
