@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from threading import RLock, Thread
 
 from adaptspec.decoding.stats import RunStats
@@ -78,6 +77,10 @@ def describe(profile: Profile, use: Use) -> str:
     )
 
 
+def _nothing(profile: int, prompt_class: str) -> Use:
+    return Use(profile, prompt_class, 0, 0, 0, 0, 0, 0.0, 0.0)
+
+
 class Uses:
     """Adds up what requests took; writes it now and then, where nobody waits for it.
 
@@ -110,12 +113,14 @@ class Uses:
 
     def fade(self, profiles: Iterable[int], prompt_class: str, kept: float) -> None:
         """Keep a share of what is known of these profiles' ratios in a class."""
-        nothing = Use(0, prompt_class, 0, 0, 0, 0, 0, 0.0, 0.0, kept=kept)
         with self._lock:
             self._forget_parents()
             for profile in profiles:
-                if (profile, prompt_class) in self._total:
-                    self._add(replace(nothing, profile=profile))
+                key = (profile, prompt_class)
+                if key in self._total:
+                    self._total[key] = self._total[key].faded(kept)
+                    unwritten = self._unwritten.get(key) or _nothing(*key)
+                    self._unwritten[key] = unwritten.faded(kept)
 
     def add(self, use: Use) -> None:
         """Add a request."""

@@ -304,6 +304,24 @@ class Use:
             self.kept * kept,
         )
 
+    def faded(self, kept: float) -> Use:
+        """The same with a share of what is known of the ratio."""
+        return Use(
+            self.profile,
+            self.prompt_class,
+            self.requests,
+            self.tokens,
+            self.forwards,
+            self.proposed,
+            self.accepted,
+            self.seconds_prefill,
+            self.seconds,
+            self.log_ratio * kept,
+            self.log_ratio_squared * kept,
+            self.weight * kept,
+            self.kept * kept,
+        )
+
     @property
     def ratio(self) -> float | None:
         """How many times as fast as plain decoding requests lately were: weighed

@@ -335,8 +335,8 @@ def main(
     for label, learning in learnings:
         shown = table(f"Real prompts, {requests} requests, {seeds} orders, {label}")
         for one, other, title in (
-            (*ids, f"{first}, then {then}"),
-            (*ids[::-1], f"{then}, then {first}"),
+            (ids[0], ids[1], f"{first}, then {then}"),
+            (ids[1], ids[0], f"{then}, then {first}"),
             (ids[0], ids[0], f"{first} all along"),
         ):
             found = [

@@ -510,14 +510,18 @@ def test_mixed_requests_are_tuned_on_and_then_decoded_by_all(
     model: Path, tmp_path: Path
 ) -> None:
     rows = [
-        {"id": f"{c}{i}", "class": c, "prompt": " ".join(f"w{i * 7 + j}" for j in "34")}
+        {
+            "id": f"{c}{i}",
+            "class": c,
+            "prompt": " ".join(f"w{i * 7 + j}" for j in (3, 4)),
+        }
         for c in "ab"
         for i in range(4)
     ]
     workload = tmp_path / "w.jsonl"
     workload.write_text("\n".join(json.dumps(row) for row in rows))
     asked = [
-        *("-m", str(model), "--workload", str(workload), "--budget", "40"),
+        *("-m", str(model), "--workload", str(workload), "--budget", "25"),
         *("--tune-per-class", "2", "--per-class", "1", "-n", "8"),
         *("--max-prompt-tokens", "9999", "--json", str(tmp_path / "out.json")),
     ]

@@ -375,16 +375,17 @@ def worse(number: int) -> Use:
 def test_what_is_worse_in_use_gives_way_to_the_next_and_then_to_plain_decoding(
     model: LanguageModel,
 ) -> None:
+    alone = Learning(exploration=0, shared=0)  # each setting by itself
     store = MemoryStore()
     first, second = tuned(model, store)
     assert Decoder(model, store=store).choose("chat").strategy == "prompt_lookup"
     store.add_uses([worse(first)])
-    choice = Decoder(model, store=store).choose("chat")
+    choice = Decoder(model, store=store, adapt=alone).choose("chat")
     assert choice.strategy == "suffix"
     assert choice.reason.startswith("measured 1.30x")
     assert "faster than prompt_lookup (tuned 1.50x, in use 0.80x plain" in choice.reason
     store.add_uses([worse(second)])
-    decoder = Decoder(model, store=store, adapt=SURE)
+    decoder = Decoder(model, store=store, adapt=alone)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     assert result.choice.strategy == PLAIN
     assert "suffix (tuned 1.30x, in use 0.80x" in result.choice.reason

@@ -131,6 +131,6 @@ def test_a_shift_of_all_settings_is_that_of_a_joint_normal_distribution() -> Non
 
 
 def test_without_evidence_nothing_is_shifted_and_without_a_share_never() -> None:
-    assert shift([PRIOR], [None], 0.2) == (0.0, pytest.approx(0.2))
+    assert shift([PRIOR], [None], 0.2) == pytest.approx((0.0, 0.2))
     assert shift([PRIOR], [seen([-1.0] * 9)], 0.0) == (0.0, 0.0)
     assert moved_by(PRIOR, -0.1).mean == pytest.approx(0.3)
