@@ -16,6 +16,7 @@ import pytest
 from click import ClickException
 from click.testing import CliRunner
 
+from adaptspec.cli import build_cli
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
 from adaptspec.testing.fakes import tiny_model, tiny_module, tiny_tokenizer
@@ -404,6 +405,49 @@ def test_ratios_of_a_disturbed_tune_are_set_beside_the_quiet_ones() -> None:
     same = disturbed.compared(tuned("a", a=(2.0, 1)), tuned("a", b=(2.0, 1)))
     assert (same["same"], same["strategies"]) == (1, [])
     assert disturbed.compared(tuned("a"), {"classes": []})["missing"] == ["chat"]
+
+
+@pytest.mark.slow
+def test_what_two_tunes_chose_is_measured_again(model: Path, tmp_path: Path) -> None:
+    longer = benchmark("longer_tune")
+    workload, out = tmp_path / "w.jsonl", tmp_path / "out.json"
+    lines = [
+        {"id": f"{i}", "class": "x", "prompt": f"one two {i} one two"} for i in range(4)
+    ]
+    workload.write_text("\n".join(map(json.dumps, lines)))
+    stores = [str(tmp_path / name) for name in ("short.db", "long.db")]
+    for store in stores:
+        host = Host.installed()
+        tuned = CliRunner().invoke(
+            build_cli(host),
+            [
+                *("tune", "-m", str(model), "--workload", str(workload)),
+                *("--db", store, "--trials", "2", "--strategies", "prompt_lookup"),
+                *("-n", "8"),
+            ],
+            obj=host,
+        )
+        assert tuned.exit_code == 0, tuned.output
+    done = CliRunner().invoke(
+        longer.main,
+        [
+            *(*stores, "--model", str(model), "--workload", str(workload)),
+            *("--max-new-tokens", "8", "--repeats", "1", "--json", str(out)),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())["x"]
+    best = found["best"][0]
+    assert best >= found["long"][1]
+    assert found["to_best"] == pytest.approx(found["short"][1] / best)
+    assert "best of the long" in done.output
+
+
+def test_a_short_tune_is_compared_with_the_best_of_a_long_one() -> None:
+    longer = benchmark("longer_tune")
+    ratios = {"a": 1.5, "b": 2.0, "c": 1.6}
+    assert longer.compared(ratios, "a", "c", ["b"]) == (1.5 / 1.6, 0.75)
+    assert longer.told("x", [1.0, 0.9]) == "x: 0.950 ± 0.050 over 2 classes"
 
 
 STANDS_STILL = """

@@ -19,20 +19,13 @@ if TYPE_CHECKING:
     from adaptspec.model.cache import TreeCache
     from adaptspec.model.forward import ForwardModel
 
-# 17: with matrix units the time is flat up to 16 rows and jumps there.
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 48, 64)
+# Numbers of tokens that are timed. With matrix units the time is flat up to 16 and
+# jumps at 17.
+TIMED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 48, 64)
 # Where a model was never tuned and answers wait for it: fewer sizes, but more rounds.
 QUICK_ROWS = (1, 2, 4, 8, 16, 17, 24, 32, 64)
-CONTEXT = 128
-PREFILLED = 16  # tokens really read; the other rows are copies
-WALK, STRIDE = 509, 7919  # ids of a text that nobody gave: how many, how far apart
-ROUNDS = 12
-COMMON_ROWS = 16
-RARELY = 4  # larger sizes are timed in one round of so many
-MOVES = 5  # timed of each kind
-SWEEPS = 4  # of the median polish
-MOVED = (0, 2, 3)  # of the nodes in a tree: a path that isn't its first rows
-LONGEST_SECONDS = 5.0  # no further round after this
+# Cached tokens behind which strategies take a model's forwards to be timed.
+USUAL_CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class LatencyCurve:
 
     rows: Sequence[int]
     seconds: Sequence[float]
-    context: int = CONTEXT
+    context: int = USUAL_CONTEXT
 
     def __call__(self, rows: int) -> float:
         """Seconds for ``rows`` tokens: interpolated, extended by the last slope."""
@@ -66,8 +59,7 @@ class LatencyTimer:
 
     A forward here ends with the choice of each row's likeliest token. What a size costs
     beside another is taken within rounds, since a machine is often slow for a whole
-    round; a stray pause counts for nothing. More tokens never cost less. Sizes above 16
-    tokens, which are rarely drafted, are timed every fourth round only. Needs a model
+    round; a stray pause counts for nothing. More tokens never cost less. Needs a model
     that verifies chains.
 
     Args:
@@ -75,14 +67,18 @@ class LatencyTimer:
         text: Token ids as the model will see them; each round is of others. A mixture
             of experts reads the weights that its tokens choose. Default: ids from all
             over the vocabulary.
+        common_rows: Sizes above are rarely drafted and not timed in every round.
+        rounds_of_large: They are timed in one round of so many.
     """
 
     def __init__(
         self,
         model: ForwardModel,
-        rows: Sequence[int] = ROWS,
-        context: int = CONTEXT,
+        rows: Sequence[int] = TIMED_ROWS,
+        context: int = USUAL_CONTEXT,
         text: Sequence[int] = (),
+        common_rows: int = 16,
+        rounds_of_large: int = 4,
     ) -> None:
         if model.max_length is not None:
             rows = [count for count in rows if count < model.max_length] or [1]
@@ -93,14 +89,16 @@ class LatencyTimer:
         self._cache = _filled(model, context, max(rows), self._text)
         self._times: dict[int, dict[int, float]] = {count: {} for count in rows}
         self._rounds = 0
+        self._common_rows, self._rounds_of_large = common_rows, rounds_of_large
         _timed(model, self._cache, self._text(0, 1), context)  # warm-up
 
     def round(self) -> None:
         """Time each size once, every other round from the largest down."""
         sizes = list(self._times)
-        start = self._rounds * COMMON_ROWS
+        start = self._rounds * self._common_rows
+        large = self._rounds % self._rounds_of_large == 0
         for count in sizes if self._rounds % 2 == 0 else reversed(sizes):
-            if self._rounds % RARELY == 0 or count <= COMMON_ROWS:
+            if large or count <= self._common_rows:
                 self._times[count][self._rounds] = _timed(
                     self._model, self._cache, self._text(start, count), self.context
                 )
@@ -115,10 +113,10 @@ class LatencyTimer:
 def measure_latency(
     model: ForwardModel,
     rows: Sequence[int] = QUICK_ROWS,
-    rounds: int = ROUNDS,
+    rounds: int = 12,
     *,
-    context: int = CONTEXT,
-    longest: float = LONGEST_SECONDS,
+    context: int = USUAL_CONTEXT,
+    longest: float = 5.0,
 ) -> LatencyCurve:
     """Time forwards of each size by a :class:`LatencyTimer`.
 
@@ -147,13 +145,22 @@ def time_rounds(timers: Sequence[LatencyTimer], rounds: int, longest: float) -> 
             break
 
 
-def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
+def measure_moving(
+    model: ForwardModel,
+    context: int = USUAL_CONTEXT,
+    path: Sequence[int] = (0, 2, 3),
+    repeats: int = 5,
+) -> float:
     """Seconds of keeping a path whose rows must be moved, over keeping a prefix.
 
     That is what a tree costs a step beside its forward, when its first branch isn't the
     one that is accepted.
+
+    Args:
+        path: Of the tree's nodes, one that isn't its first rows.
+        repeats: How often either is timed.
     """
-    size = MOVED[-1] + 1
+    size = path[-1] + 1
     if model.max_length is not None:
         context = max(0, min(context, model.max_length - size))
     text = _Text((), model.vocab_size)
@@ -161,10 +168,10 @@ def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
     tokens = text(0, size)
     tree = TokenTree.chain(tokens[0], tokens[1:])
     times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(2 * MOVES):
+    for turn in range(2 * repeats):
         model.forward_tree(tree, cache)
         moved = turn % 2 == 1
-        nodes = MOVED if moved else range(len(MOVED))
+        nodes = path if moved else range(len(path))
         _wait(model)
         started = perf_counter()
         cache.keep(context, nodes)
@@ -174,7 +181,7 @@ def measure_moving(model: ForwardModel, context: int = CONTEXT) -> float:
     return max(0.0, median(times[True]) - median(times[False]))
 
 
-def typical(times: Sequence[Mapping[int, float]]) -> list[float]:
+def typical(times: Sequence[Mapping[int, float]], sweeps: int = 4) -> list[float]:
     """Typical seconds of each size, with the machine's speed in each round divided out.
 
     Sizes are compared within rounds, by Tukey's median polish (Exploratory Data
@@ -182,11 +189,12 @@ def typical(times: Sequence[Mapping[int, float]]) -> list[float]:
 
     Args:
         times: Of each size: round -> seconds.
+        sweeps: Of the polish, by sizes and by rounds.
     """
     logs = [{at: log(max(seconds, 1e-9)) for at, seconds in of.items()} for of in times]
     rounds = sorted(set().union(*logs))
     sizes, moods = [0.0] * len(logs), dict.fromkeys(rounds, 0.0)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         sizes = [median(of[at] - moods[at] for at in of) for of in logs]
         for at in rounds:
             moods[at] = median(
@@ -217,23 +225,37 @@ class _Text:
     """Tokens to time forwards on.
 
     Args:
-        ids: A text's; without any, a walk over the vocabulary.
+        ids: A text's; without any, ids from all over the vocabulary.
+        count: How many such ids there are.
+        stride: How far apart two that follow each other are.
     """
 
-    def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
-        self._ids = list(ids) or [at * STRIDE % vocab_size for at in range(WALK)]
+    def __init__(
+        self,
+        ids: Sequence[int],
+        vocab_size: int,
+        count: int = 509,
+        stride: int = 7919,
+    ) -> None:
+        self._ids = list(ids) or [at * stride % vocab_size for at in range(count)]
 
     def __call__(self, start: int, count: int) -> list[int]:
         """``count`` tokens in their order, from the start again behind the end."""
         return [self._ids[(start + at) % len(self._ids)] for at in range(count)]
 
 
-def _filled(model: ForwardModel, context: int, room: int, text: _Text) -> TreeCache:
-    """A cache of ``context`` tokens with ``room`` for more."""
+def _filled(
+    model: ForwardModel, context: int, room: int, text: _Text, really_read: int = 16
+) -> TreeCache:
+    """A cache of ``context`` tokens with ``room`` for more.
+
+    Args:
+        really_read: So many tokens; the other rows are copies.
+    """
     cache = model.new_cache(context + room)
     if context:
         # What the rows hold doesn't matter, and reading so many would take long.
-        model.prefill(text(0, min(context, PREFILLED)), cache)
+        model.prefill(text(0, min(context, really_read)), cache)
         cache.repeat(context)
     return cache
 

@@ -24,13 +24,8 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.profile import Environment, ProfileStore
 
-CONTEXTS = (128, 1024, 4096)
-DRAFT_ROWS = (1, 2, 3, 4, 6, 8, 16)
-ROUNDS = 24  # at most
-LONGEST = 30.0  # seconds
-EXPLAINS = 1.3  # beyond that costs are measured anew
-KEY = "costs"
-FORMAT = 2
+COSTS_RECORD = "costs"  # the name of the record in the store
+RECORD_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class HardwareCosts:
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
         return {
-            "format": FORMAT,
+            "format": RECORD_FORMAT,
             "target": self.target.as_json(),
             "draft": None if self.draft is None else self.draft.as_json(),
             "measured": self.measured,
@@ -131,8 +126,8 @@ class HardwareCosts:
             AdaptSpecError: if it isn't such a record.
         """
         try:
-            if record["format"] != FORMAT:
-                raise AdaptSpecError(f"format {FORMAT} expected")
+            if record["format"] != RECORD_FORMAT:
+                raise AdaptSpecError(f"format {RECORD_FORMAT} expected")
             draft = record["draft"]
             return cls(
                 ForwardCosts(**record["target"]),
@@ -148,21 +143,26 @@ def measure_costs(
     model: LanguageModel,
     draft: LanguageModel | None = None,
     *,
-    contexts: Sequence[int] = CONTEXTS,
-    longest: float = LONGEST,
+    contexts: Sequence[int] = (128, 1024, 4096),
+    draft_rows: Sequence[int] = (1, 2, 3, 4, 6, 8, 16),
+    rounds: int = 24,
+    longest: float = 30.0,
     text: Sequence[int] = (),
     doing: Callable[[str], None] = lambda text: None,
 ) -> HardwareCosts:
     """Measure both models' forwards in under a minute.
 
     Args:
+        contexts: Cached tokens behind which forwards are timed.
+        draft_rows: Tokens of the draft model's forwards.
+        rounds: How often each is timed, at most.
         longest: Seconds after which nothing is timed once more.
         text: The target's token ids of what will be decoded, see :class:`LatencyTimer`.
 
     Raises:
         AdaptSpecError: if the target can't verify drafts; nothing is to be chosen then.
     """
-    from adaptspec.model.forward_times import ROWS, time_rounds
+    from adaptspec.model.forward_times import TIMED_ROWS, time_rounds
 
     if model.capability.level == "plain":
         raise AdaptSpecError(f"can't verify drafts: {model.capability.reason}")
@@ -170,10 +170,10 @@ def measure_costs(
     doing(f"measuring forwards of {model.name}")
     # In turns: a machine that is slow for some seconds is slow for all of it, and what
     # a draft costs in comparison stays right.
-    timers = [_timers(model, ROWS, contexts, text)]
+    timers = [_timers(model, TIMED_ROWS, contexts, text)]
     if draft is not None and draft.capability.level != "plain":
-        timers.append(_timers(draft, DRAFT_ROWS, contexts))
-    time_rounds([timer for group in timers for timer in group], ROUNDS, longest)
+        timers.append(_timers(draft, draft_rows, contexts))
+    time_rounds([timer for group in timers for timer in group], rounds, longest)
     target, *small = (
         _costs(found, group)
         for found, group in zip((model, draft), timers, strict=False)
@@ -190,7 +190,7 @@ def measure_costs(
 def explained(
     costs: ForwardCosts,
     seen: Sequence[tuple[int, float]],
-    factor: float = EXPLAINS,
+    factor: float = 1.3,
 ) -> bool:
     """Whether ``costs`` explain what forwards of one token took, within a factor.
 
@@ -205,7 +205,7 @@ def explained(
 
 def stored_costs(store: ProfileStore, environment: Environment) -> HardwareCosts | None:
     """Costs measured in ``environment``, None if there are none that are fresh."""
-    record = store.record(costs_owner(environment), KEY)
+    record = store.record(costs_owner(environment), COSTS_RECORD)
     if record is None:
         return None
     try:
@@ -218,18 +218,18 @@ def store_costs(
     store: ProfileStore, environment: Environment, costs: HardwareCosts
 ) -> None:
     """Keep them for every later run and application in ``environment``."""
-    store.put_record(costs_owner(environment), KEY, costs.as_json())
+    store.put_record(costs_owner(environment), COSTS_RECORD, costs.as_json())
 
 
 def use_costs(
     costs: HardwareCosts, model: LanguageModel, draft: LanguageModel | None
 ) -> None:
     """Let strategies size their drafts by these instead of measuring again."""
-    from adaptspec.model.forward_times import CONTEXT
+    from adaptspec.model.forward_times import USUAL_CONTEXT
 
-    model.__dict__["latency"] = costs.target.curve(CONTEXT)
+    model.__dict__["latency"] = costs.target.curve(USUAL_CONTEXT)
     if draft is not None and costs.draft is not None:
-        draft.__dict__["latency"] = costs.draft.curve(CONTEXT)
+        draft.__dict__["latency"] = costs.draft.curve(USUAL_CONTEXT)
 
 
 def costs_owner(environment: Environment) -> str:

@@ -9,7 +9,7 @@ from typing import IO, Any, TypeVar
 
 from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.errors import ProfileStoreError
-from adaptspec.model.hardware_costs import KEY as COSTS
+from adaptspec.model.hardware_costs import COSTS_RECORD as COSTS
 from adaptspec.model.hardware_costs import costs_owner
 from adaptspec.profile import ClassChoice, Profile, ProfileStore
 from adaptspec_profiles.as_json import (

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from adaptspec.errors import ProfileStoreError
-from adaptspec.model.hardware_costs import KEY as COSTS
+from adaptspec.model.hardware_costs import COSTS_RECORD as COSTS
 from adaptspec.model.hardware_costs import costs_owner
 from adaptspec.profile import EVERY_CLASS, ClassChoice
 from adaptspec.selector import select

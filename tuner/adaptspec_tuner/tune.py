@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import (
-    CONTEXTS,
     HardwareCosts,
     explained,
     measure_costs,
@@ -265,16 +264,19 @@ def _replayer(
     return make
 
 
-def contexts_for(most: int, least: int = 2) -> list[int]:
+def contexts_for(
+    most: int, least: int = 2, choices: Sequence[int] = (128, 1024, 4096)
+) -> list[int]:
     """Numbers of cached tokens that forwards are timed behind.
 
     Args:
         most: Tokens of the longest prompt with its answer; the last slope goes on a
             little, so up to twice the largest number.
         least: How many numbers there are at least, for a slope.
+        choices: Ascending numbers, of which as many are taken as are needed.
     """
-    needed = sum(2 * context < most for context in CONTEXTS) + 1
-    return list(CONTEXTS[: max(least, needed)])
+    needed = sum(2 * context < most for context in choices) + 1
+    return list(choices[: max(least, needed)])
 
 
 def forwards_of(recordings: Iterable[Recording]) -> list[tuple[int, float]]:
