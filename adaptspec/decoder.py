@@ -210,16 +210,17 @@ class Decoder:
             run=self._run_id,
             refused=self._refused,
         )
-        return Finalists(ranking, [self._profile_of(c) for c in ranking.choices])
+        profiles = [self._profile_of(choice) for choice in ranking.choices]
+        return Finalists(ranking, [p and p.id for p in profiles])
 
-    def _profile_of(self, choice: Choice) -> int | None:
-        """The id of the profile of a setting that a run decided on for a class."""
+    def _profile_of(self, choice: Choice) -> Profile | None:
+        """The profile of a setting that a run decided on for a class."""
         name = choice.prompt_class or EVERY_CLASS
         wanted = (choice.run, name, choice.strategy, dict(choice.params), False)
         for p in self.profiles:
             own = (p.run, p.prompt_class, p.strategy, dict(p.params), p.baseline)
             if own == wanted and p.id is not None:
-                return p.id
+                return p
         return None
 
     def _refused(self, pick: Pick) -> str | None:
