@@ -211,7 +211,8 @@ class Decoder:
             refused=self._refused,
         )
         profiles = [self._profile_of(choice) for choice in ranking.choices]
-        return Finalists(ranking, [p and p.id for p in profiles])
+        ids = [None if profile is None else profile.id for profile in profiles]
+        return Finalists(ranking, ids)
 
     def _profile_of(self, choice: Choice) -> Profile | None:
         """The profile of a setting that a run decided on for a class."""
