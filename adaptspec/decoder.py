@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptspec.choosing.learning import Chooser, Finalists, Learning
 from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.classes.classifier import Classifier, Told
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation, Run
-from adaptspec.decoding.stats import RunStats
 from adaptspec.decoding.stopping import Stopping
 from adaptspec.default_model import default_model_path
 from adaptspec.drop_in.arguments import refuse_dropped
@@ -31,13 +31,12 @@ from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
 from adaptspec.host import Host
-from adaptspec.in_use import Opens, Uses, describe, fails, plain_of, use_of
+from adaptspec.in_use import Opens, Uses
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.model.prompts import Prompt
-from adaptspec.params import Scalar
 from adaptspec.profile import (
     EVERY_CLASS,
     PLAIN,
@@ -46,7 +45,7 @@ from adaptspec.profile import (
     Profile,
     ProfileStore,
 )
-from adaptspec.selector import Choice, Expected, select
+from adaptspec.selector import Choice, Expected, rank
 from adaptspec.shadow import Shadow, token_only
 from adaptspec.shadow import shadow as shadow_of
 from adaptspec.streaming.stop_text import StopText
@@ -79,11 +78,14 @@ class Decoder:
         allow_lossy: Whether a strategy may be chosen that changes the distribution of
             sampled output. Asked for by name, it is used anyway; the result says so.
         record: Whether tokens and times of requests are added up by setting and class,
-            and written to the store at times and at exit. It holds sums alone.
+            and written to the store at times and at exit. It holds sums alone. Without
+            it nothing is learnt from requests.
         opens: Opens the store to write to; None: ``store`` stays open.
         run: Only what this tuning run decided counts; default: the best evidence.
         guard: Whether drafting is passed over while it loses time; False is for
-            measurements.
+            measurements, and nothing is learnt from such requests.
+        adapt: Whether the choice among a class's tuned settings follows what requests
+            took, and how; False: it is what was tuned.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Decoder:
         opens: Opens | None = None,
         run: str | None = None,
         guard: bool = True,
+        *,
+        adapt: bool | Learning = True,
     ) -> None:
         self.model, self.draft = model, draft
         self.host = host or Host.installed()
@@ -108,6 +112,9 @@ class Decoder:
         self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._uses: Uses | None = None
+        self._adapt = bool(adapt)
+        self._learning = adapt if isinstance(adapt, Learning) else Learning()
+        self._chooser: Chooser | None = None
         self._unprofiled: str | None = NO_STORE  # why no profile can be chosen from
         self._told: set[str] = set()
         if store is not None:
@@ -122,7 +129,7 @@ class Decoder:
         self._open_keeper()
         self._strategies: dict[tuple[str, str], Strategy] = {}
         self.last: list[Result] = []  # of each row of the latest ended __call__
-        self._choices: dict[str | None, tuple[Choice, Profile | None]] = {}
+        self._finalists: dict[str | None, Finalists] = {}
 
     def give_up_store(self, error: ProfileStoreError) -> None:
         """Decode plainly from here on, since profiles can't be read; say so once."""
@@ -136,9 +143,10 @@ class Decoder:
         try:
             self._uses = Uses(opens, store.uses())
         except ProfileStoreError as error:
-            said = f"what requests take isn't recorded or judged: {error}"
+            said = f"what requests take isn't recorded or learnt from: {error}"
             warnings.warn(said, StoreWarning, stacklevel=4)
             return
+        self._chooser = Chooser(self._uses, self._learning)
         weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
@@ -151,7 +159,6 @@ class Decoder:
                 for choice in store.choices()
                 if choice.environment.model_name == self.environment.model_name
             ]
-        self.profiles = store.profiles(model=self.model.digest)
         self._classifier = self._stored_classifier(store)
         if self.choices:
             costs = stored_costs(store, self.environment)
@@ -165,33 +172,46 @@ class Decoder:
         strategy: str | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Choice:
-        """What ``generate`` would decode with, and why."""
-        return self._chosen(prompt_class, strategy, params)[0]
+        """What ``generate`` would decode with, and why.
+
+        That is what is expected to be fastest: now and then a request is decoded with
+        another setting, to see whether that is faster by now.
+        """
+        return self._chosen(prompt_class, strategy, params, tries=False)[0]
 
     def _chosen(
         self,
         prompt_class: str | None,
         strategy: str | None,
         params: Mapping[str, Any] | None,
-    ) -> tuple[Choice, Profile | None]:
-        """The choice, and the profile that it was made by, if any."""
+        tries: bool = True,
+    ) -> tuple[Choice, Finalists | None, int]:
+        """The choice, and its place among the finalists that it was made from.
+
+        Args:
+            tries: Whether it may be one that isn't expected to be fastest.
+        """
         if strategy is not None:
             lossless = strategy not in self._lossy()
             asked = dict(params or {})
-            return Choice(prompt_class, strategy, asked, "asked for", lossless), None
+            return Choice(prompt_class, strategy, asked, "asked for", lossless), None, 0
         if params:
             raise AdaptSpecError("params need a strategy: pass strategy= too")
         if self._unprofiled is not None:
-            return Choice(prompt_class, PLAIN, {}, self._unprofiled), None
-        found = self._choices.get(prompt_class)
-        if found is None:  # other threads may clear them at any time
-            found = self.model.turns.take(lambda: self._selected(prompt_class))
-            self._choices[prompt_class] = found
-        return found
+            return Choice(prompt_class, PLAIN, {}, self._unprofiled), None, 0
+        finalists = self._finalists.get(prompt_class)
+        if finalists is None:  # other threads may clear them at any time
+            finalists = self.model.turns.take(lambda: self._ranked(prompt_class))
+            self._finalists[prompt_class] = finalists
+        if self._chooser is None or not self._adapt:
+            return finalists.ranking.choices[0], finalists, 0
+        chooser = self._chooser
+        place = chooser.choose(finalists) if tries else chooser.best(finalists)
+        return chooser.explained(finalists, place), finalists, place
 
-    def _selected(self, prompt_class: str | None) -> tuple[Choice, Profile | None]:
-        """The best that was decided and doesn't fail in use."""
-        chosen = select(
+    def _ranked(self, prompt_class: str | None) -> Finalists:
+        """The settings that were decided on for a class, with their profiles."""
+        ranking = rank(
             self.choices,
             self.environment,
             prompt_class,
@@ -199,47 +219,38 @@ class Decoder:
             run=self._run_id,
             refused=self._refused,
         )
-        name = chosen.prompt_class or EVERY_CLASS
-        profile = self._profile_of(chosen.run, name, chosen.strategy, chosen.params)
-        if profile is not None:
-            place = self.environment.place()
-            if profile.environment.place() == place:
-                expected = Expected.of(profile.measurement)
-                chosen = replace(chosen, expected=expected)
-        return chosen, profile
+        profiles = [self._profile_of(choice) for choice in ranking.choices]
+        ids = [None if profile is None else profile.id for profile in profiles]
+        choices = [
+            self._expecting(choice, profile)
+            for choice, profile in zip(ranking.choices, profiles, strict=True)
+        ]
+        return Finalists(replace(ranking, choices=choices), ids)
 
-    def _profile_of(
-        self, run: str, prompt_class: str, strategy: str, params: Mapping[str, Scalar]
-    ) -> Profile | None:
+    def _expecting(self, choice: Choice, profile: Profile | None) -> Choice:
+        """With the speed that its profile makes expected, if it is of this place."""
+        if profile is None or profile.environment.place() != self.environment.place():
+            return choice
+        return replace(choice, expected=Expected.of(profile.measurement))
+
+    def _profile_of(self, choice: Choice) -> Profile | None:
         """The profile of a setting that a run decided on for a class."""
-        wanted = (run, prompt_class, strategy, dict(params), False)
+        name = choice.prompt_class or EVERY_CLASS
+        wanted = (choice.run, name, choice.strategy, dict(choice.params), False)
         for p in self.profiles:
             own = (p.run, p.prompt_class, p.strategy, dict(p.params), p.baseline)
             if own == wanted and p.id is not None:
                 return p
         return None
 
-    def _refused(self, decided: ClassChoice, pick: Pick) -> str | None:
-        """Why a setting can't be used or fails in use; None where neither is so."""
+    def _refused(self, pick: Pick) -> str | None:
+        """Why a setting can't be used; None if it can."""
         try:
             cls = self.host.strategy(pick.strategy)
             cls.Params.parse(pick.params, pick.strategy)
-            problem = cls.unavailable(self.model, self.draft)
+            return cls.unavailable(self.model, self.draft)
         except AdaptSpecError as error:
             return str(error)
-        if problem is not None or self._uses is None:
-            return problem
-        name = decided.prompt_class
-        profile = self._profile_of(decided.run, name, pick.strategy, pick.params)
-        if profile is None:
-            return None
-        plain = plain_of(profile, self.profiles)
-        seen = (profile.id, name)
-        for use in self._uses.totals():
-            if (use.profile, use.prompt_class) == seen and fails(profile, plain, use):
-                said = describe(profile, plain, use)
-                return f"in use it is worse than plain decoding: {said}"
-        return None
 
     def generate(
         self,
@@ -439,7 +450,7 @@ class Decoder:
         turns = [model.turns for model in models]
         if take_all(turns, lambda: any([model.follow() for model in models])):
             self.environment = environment_of(self.model, self.draft)
-            self._choices.clear()
+            self._finalists.clear()
             if self._keeper is not None:
                 self._keeper.save()  # not the uses: a request is waiting
             self._strategies.clear()  # what they learnt is of the earlier version
@@ -525,15 +536,15 @@ class Decoder:
             told, seconds = self.model.turns.take(lambda: self._timed_tell(text, ids))
         if told is not None:
             prompt_class = told.prompt_class
-        choice, profile = self._chosen(prompt_class, strategy, params)
-        if strategy is None and choice.strategy == PLAIN:
+        choice, finalists, place = self._chosen(prompt_class, strategy, params)
+        if strategy is None and choice.strategy == PLAIN and place == 0:
             self._tell_once(choice.reason)
         if told is not None:
             choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
         chosen = choice
         if shadow:
             said = f"plain decoding, with shadow; otherwise {choice.strategy}"
-            choice, profile = Choice(choice.prompt_class, PLAIN, {}, said), None
+            choice, finalists = Choice(choice.prompt_class, PLAIN, {}, said), None
         drafting = self._strategy(choice)
         if choice.expected is not None:
             self.engine.guard_memory(drafting).promise(choice.expected.ratio)
@@ -546,8 +557,8 @@ class Decoder:
                 shadows.extend(take(lambda: self._shadows(chosen, run, generation)))
             if self._keeper is not None:
                 self._keeper.refresh()
-            if profile is not None:
-                self._record(profile, choice, generation.stats)
+            if self._chooser is not None and finalists is not None:
+                self._chooser.add(finalists, place, generation.stats)
 
         stop_text = None
         if settings.stop_strings and not include_stop:
@@ -568,17 +579,6 @@ class Decoder:
             if name != PLAIN and token_only(strategy, run) is None:
                 found.append(shadow_of(strategy, run, generation))
         return sorted(found, key=lambda one: -(one.ratio or 0.0))
-
-    def _record(self, profile: Profile, choice: Choice, stats: RunStats) -> None:
-        """Add a request to the sums; choose anew where its setting fails by them."""
-        if self._uses is None or profile.id is None:
-            return
-        use = use_of(profile.id, choice.prompt_class or EVERY_CLASS, stats)
-        if use is None:
-            return
-        plain = plain_of(profile, self.profiles)
-        if fails(profile, plain, self._uses.add(use)):
-            self._choices.clear()
 
     def _strategy(self, choice: Choice) -> Strategy:
         """One instance per setting, so that what it learns lasts across requests."""
@@ -624,6 +624,7 @@ def load(
     trust_remote_code: bool = False,
     record: bool = True,
     run: str | None = None,
+    adapt: bool | Learning = True,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -643,6 +644,7 @@ def load(
         trust_remote_code: Whether code that comes with the models may run.
         record: See :class:`Decoder`.
         run: See :class:`Decoder`.
+        adapt: See :class:`Decoder`.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -681,9 +683,12 @@ def load(
             return decoder
         with opened as store:
             return Decoder(
-                *(target, draft, store, host, learn, allow_lossy, record, opens, run)
+                *(target, draft, store, host, learn, allow_lossy, record, opens, run),
+                adapt=adapt,
             )
-    return Decoder(target, draft, db, host, learn, allow_lossy, record, run=run)
+    return Decoder(
+        *(target, draft, db, host, learn, allow_lossy, record), run=run, adapt=adapt
+    )
 
 
 def _kept_open(store: ProfileStore) -> Opens:

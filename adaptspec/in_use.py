@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
@@ -11,13 +10,15 @@ from contextlib import AbstractContextManager
 from threading import RLock, Thread
 
 from adaptspec.decoding.stats import RunStats
-from adaptspec.profile import PLAIN, Profile, ProfileStore, Use
+from adaptspec.profile import LATENCY, SPEED, Profile, ProfileStore, Use
 
 Opens = Callable[[], AbstractContextManager[ProfileStore]]
 
 
 def use_of(profile: int, prompt_class: str, stats: RunStats) -> Use | None:
-    """One request's sums; None where nothing was decoded after the prefill.
+    """One request's sums, without its ratio to plain decoding.
+
+    None where nothing was decoded after the prefill.
 
     Args:
         profile: Id of the profile whose setting decoded it.
@@ -26,7 +27,6 @@ def use_of(profile: int, prompt_class: str, stats: RunStats) -> Use | None:
     seconds = stats.seconds_decode
     if tokens < 1 or seconds <= 0:
         return None
-    log = math.log(seconds / tokens)
     return Use(
         profile,
         prompt_class,
@@ -37,93 +37,48 @@ def use_of(profile: int, prompt_class: str, stats: RunStats) -> Use | None:
         stats.accepted,
         stats.seconds_prefill,
         seconds,
-        log,
-        log * log,
     )
 
 
-def plain_of(profile: Profile, profiles: Iterable[Profile]) -> Profile | None:
-    """Plain decoding's profile of the run and class of ``profile``."""
-    wanted = (profile.run, profile.prompt_class, PLAIN, False)
-    for p in profiles:
-        if (p.run, p.prompt_class, p.strategy, p.baseline) == wanted:
-            return p
-    return None
+def ratio_of(stats: RunStats, objective: str) -> float | None:
+    """How many times as fast as plain decoding a request was, by the guard's times.
 
-
-def tuned_ratio(profile: Profile, plain: Profile | None) -> float | None:
-    """How many times as fast as plain decoding a setting decoded in tuning.
-
-    Not what ``ratio`` of a measurement holds, which is about the run's objective.
-    None where plain decoding's speed isn't known.
-    """
-    if plain is None:
-        return None
-    mine = profile.measurement.tokens_per_second
-    theirs = plain.measurement.tokens_per_second
-    return mine / theirs if mine > 0 and theirs > 0 else None
-
-
-def expected_ratio(profile: Profile, plain: Profile | None, use: Use) -> float | None:
-    """How many times as fast as plain decoding ``profile`` should be in use.
-
-    Plain decoding isn't run in use, so this is the tokens per forward over what a
-    forward costs in units of plain decoding's. In tuning that was the tokens per
-    forward over the ratio; what is above 1 grows with the candidates per forward, so
-    that a setting that stops drafting where it doesn't pay isn't blamed for it.
+    None where the guard has timed no plain step yet, or there is no guard.
 
     Args:
-        plain: Plain decoding's profile of the same run and class; None: there is none,
-            and nothing is expected.
+        objective: What is compared, as of :class:`~adaptspec.profile.Measurement`.
     """
-    ratio = tuned_ratio(profile, plain)
-    if ratio is None:
+    step, gained = stats.plain_step, stats.seconds_gained
+    if step is None or gained is None:
         return None
-    tuned = profile.measurement
-    cost = tuned.tokens_per_forward / ratio
-    if tuned.acceptance > 0 and tuned.tokens_per_forward > 1 and cost > 1:
-        proposed = (tuned.tokens_per_forward - 1) / tuned.acceptance  # a forward
-        cost = 1 + (cost - 1) * use.proposed / max(1, use.forwards) / proposed
-    return use.tokens_per_forward / cost
+    if objective == LATENCY:
+        took, plain = stats.latency_p95, 1e3 * step
+    elif objective == SPEED:
+        took = stats.seconds_decode
+        plain = step * sum(one.emitted for one in stats.steps)
+    else:
+        took = stats.seconds_prefill + stats.seconds_decode
+        plain = took + gained
+    return plain / took if min(took, plain) > 0 else None
 
 
-def fails(
-    profile: Profile,
-    plain: Profile | None,
-    use: Use,
-    *,
-    requests: int = 20,
-    tokens: int = 1000,
-    clearly: float = 0.95,
-) -> bool:
-    """Whether what a setting brought in use is clearly worse than plain decoding.
-
-    Args:
-        plain: As for :func:`expected_ratio`.
-        requests: Needed for a verdict.
-        tokens: Needed for a verdict.
-        clearly: The expected ratio to plain decoding that it must stay below.
-    """
-    if profile.strategy == PLAIN or use.requests < requests or use.tokens < tokens:
-        return False
-    expected = expected_ratio(profile, plain, use)
-    return expected is not None and expected < clearly
-
-
-def describe(profile: Profile, plain: Profile | None, use: Use) -> str:
+def describe(profile: Profile, use: Use) -> str:
     """What was tuned beside what is seen in use, in words."""
     tuned = profile.measurement
-    ratio = tuned_ratio(profile, plain)
-    expected = expected_ratio(profile, plain, use)
-    before = "" if ratio is None else f"tuned {ratio:.2f}x plain decoding; "
-    after = "" if expected is None else f"{expected:.2f}x expected from "
+    ratio = ""
+    if use.ratio is not None:
+        ratio = f", {use.ratio:.2f}x plain decoding lately (tuned {tuned.ratio:.2f}x)"
     return (
-        f"{before}in use {use.requests} requests, {after}"
+        f"{use.requests} requests{ratio}, "
         f"{use.tokens_per_forward:.2f} tokens per forward "
         f"(tuned {tuned.tokens_per_forward:.2f}), {use.tokens_per_second:.1f} tokens/s "
         f"(tuned {tuned.tokens_per_second:.1f}), acceptance {use.acceptance:.0%} "
         f"(tuned {tuned.acceptance:.0%})"
     )
+
+
+def _nothing(profile: int, prompt_class: str) -> Use:
+    return Use(profile, prompt_class, 0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 class Uses:
@@ -156,20 +111,37 @@ class Uses:
         self.problem: str | None = None  # why nothing is written any more
         _all.add(self)
 
-    def add(self, use: Use) -> Use:
-        """Add a request; return the sums of its profile and class with it."""
-        key = (use.profile, use.prompt_class)
+    def fade(self, profiles: Iterable[int], prompt_class: str, kept: float) -> None:
+        """Keep a share of what is known of these profiles' ratios in a class."""
         with self._lock:
             self._forget_parents()
-            for sums in (self._total, self._unwritten):
-                sums[key] = sums[key] + use if key in sums else use
-            total = self._total[key]
+            for profile in profiles:
+                key = (profile, prompt_class)
+                if key in self._total:
+                    self._total[key] = self._total[key].faded(kept)
+                    unwritten = self._unwritten.get(key) or _nothing(*key)
+                    self._unwritten[key] = unwritten.faded(kept)
+
+    def add(self, use: Use) -> None:
+        """Add a request."""
+        with self._lock:
+            self._forget_parents()
+            self._add(use)
             due = self._clock() - self._last >= self._every and self.problem is None
             idle = self._writer is None or not self._writer.is_alive()
             if due and idle:
                 self._last = self._clock()
                 self._writer = self._started()
-        return total
+
+    def _add(self, use: Use) -> None:
+        key = (use.profile, use.prompt_class)
+        for sums in (self._total, self._unwritten):
+            sums[key] = sums[key] + use if key in sums else use
+
+    def total(self, profile: int, prompt_class: str) -> Use | None:
+        """The sums of a profile and class; None where there are none."""
+        with self._lock:
+            return self._total.get((profile, prompt_class))
 
     def totals(self) -> list[Use]:
         """All sums, those of earlier programs included."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,12 +245,13 @@ class Trial:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Sums of a use that fade.
+FADING = ("log_ratio", "log_ratio_squared", "weight")
+
+
 @dataclass(frozen=True)
 class Use:
     """Sums over the requests that were decoded with a profile's setting; no text.
-
-    Enough for a bandit to learn from: means and variances of the logarithm of the time
-    per token follow from them.
 
     Args:
         profile: Its id in the store.
@@ -261,8 +263,12 @@ class Use:
         accepted: Candidates accepted.
         seconds_prefill: Reading the prompts.
         seconds: Decoding after the prefill.
-        log_seconds: Sum of the logarithms of a request's decoding seconds per token.
-        log_seconds_squared: Sum of their squares.
+        log_ratio: Sum of the logarithms of how many times as fast as plain decoding a
+            request was, in what the choice's objective compares. This sum and the next
+            two are weighed, and fade with every request of the class.
+        log_ratio_squared: Sum of their squares.
+        weight: Sum of the weights; 0: nothing is known of the ratio.
+        kept: What of these three sums stays where this is added to earlier ones.
     """
 
     profile: int
@@ -274,17 +280,55 @@ class Use:
     accepted: int
     seconds_prefill: float
     seconds: float
-    log_seconds: float
-    log_seconds_squared: float
+    log_ratio: float = 0.0
+    log_ratio_squared: float = 0.0
+    weight: float = 0.0
+    kept: float = 1.0
 
-    def __add__(self, other: Use) -> Use:
+    def __add__(self, later: Use) -> Use:
         """The sums of both; they must be of one profile and class."""
-        sums = {
-            item.name: getattr(self, item.name) + getattr(other, item.name)
-            for item in fields(self)
-            if item.name not in ("profile", "prompt_class")
-        }
-        return replace(self, **sums)
+        kept = later.kept
+        return Use(
+            self.profile,
+            self.prompt_class,
+            self.requests + later.requests,
+            self.tokens + later.tokens,
+            self.forwards + later.forwards,
+            self.proposed + later.proposed,
+            self.accepted + later.accepted,
+            self.seconds_prefill + later.seconds_prefill,
+            self.seconds + later.seconds,
+            self.log_ratio * kept + later.log_ratio,
+            self.log_ratio_squared * kept + later.log_ratio_squared,
+            self.weight * kept + later.weight,
+            self.kept * kept,
+        )
+
+    def faded(self, kept: float) -> Use:
+        """The same with a share of what is known of the ratio."""
+        return Use(
+            self.profile,
+            self.prompt_class,
+            self.requests,
+            self.tokens,
+            self.forwards,
+            self.proposed,
+            self.accepted,
+            self.seconds_prefill,
+            self.seconds,
+            self.log_ratio * kept,
+            self.log_ratio_squared * kept,
+            self.weight * kept,
+            self.kept * kept,
+        )
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as plain decoding requests lately were: weighed
+        geometric mean; None where it isn't known."""
+        if self.weight <= 0:
+            return None
+        return math.exp(self.log_ratio / self.weight)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -364,9 +408,10 @@ class ProfileStore(Protocol):
         """A run's JSON record."""
 
     def add_uses(self, uses: Sequence[Use]) -> None:
-        """Add to the sums of the same profile and class, all at once.
+        """Add to the sums of the same profile and class, all at once, as ``+`` does.
 
-        Those of profiles that aren't there any more are left out. A profile measured
+        Those of profiles that aren't there any more are left out, and so are those of
+        no request where there is nothing to fade. A profile measured
         again begins anew, and a deleted run's are forgotten.
         """
 

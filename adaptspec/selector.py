@@ -87,6 +87,21 @@ class Choice:
     expected: Expected | None = None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What a class's prompts may be decoded with here.
+
+    Args:
+        choices: The best first; the last is plain decoding.
+        picks: What was tuned of each but the last.
+        decided: Where they are from; None where nothing was decided.
+    """
+
+    choices: Sequence[Choice]
+    picks: Sequence[Pick] = ()
+    decided: ClassChoice | None = None
+
+
 def select(
     choices: Sequence[ClassChoice],
     environment: Environment,
@@ -94,16 +109,30 @@ def select(
     lossy: Collection[str] = (),
     *,
     run: str | None = None,
-    refused: Callable[[ClassChoice, Pick], str | None] = lambda choice, pick: None,
+    refused: Callable[[Pick], str | None] = lambda pick: None,
 ) -> Choice:
+    """The best of :func:`rank`, which has the same arguments."""
+    ranking = rank(choices, environment, prompt_class, lossy, run=run, refused=refused)
+    return ranking.choices[0]
+
+
+def rank(
+    choices: Sequence[ClassChoice],
+    environment: Environment,
+    prompt_class: str | None = None,
+    lossy: Collection[str] = (),
+    *,
+    run: str | None = None,
+    refused: Callable[[Pick], str | None] = lambda pick: None,
+) -> Ranking:
     """What the best evidence on a class decided, as far as it can be used here.
 
     Of a class that no tune decided on, and without a class, the choice over all classes
-    is used. Of several tunes' choices :func:`best_evidence` takes one. Its settings are
-    tried from the best on: one is left out that is lossy and not allowed, needs a draft
-    model or heads that aren't here, is refused, or is stale (measured with another
-    minor version of torch, transformers or AdaptSpec) with an interval not above 1.1.
-    The reason says what was left out, and what to pass for it.
+    is used. Of several tunes' choices :func:`best_evidence` takes one. A setting of it
+    is left out that is lossy and not allowed, needs a draft model or heads that aren't
+    here, is refused, or is stale (measured with another minor version of torch,
+    transformers or AdaptSpec) with an interval not above 1.1. Reasons say what was left
+    out of what was better than the best that is used, and what to pass for it.
 
     Args:
         choices: Of any environment; the order doesn't matter.
@@ -129,43 +158,36 @@ def select(
     found, instead = _of_class(here, prompt_class)
     decided = best_evidence(found, environment)
     left: list[str] = []
+    picks: list[Pick] = []
     stale = stale_versions(decided.environment, environment)
     for pick in decided.picks:
         if not pick.lossless and pick.strategy not in lossy:
             continue
-        missing = _missing(pick, decided.environment, environment)
-        if missing:
-            was = f"{pick.strategy} was {pick.ratio:.2f}x"
-            left.append(f"{was} with {missing}, which isn't here")
-        elif stale and pick.low <= STALE_MARGIN:
-            left.append(
-                f"{pick.strategy} was measured with other versions ({stale}), and its "
-                f"gain wasn't above {STALE_MARGIN} for sure: run tune again"
-            )
-        elif reason := refused(decided, pick):
-            left.append(f"{pick.strategy} is left out: {reason}")
-        else:
-            parts = [pick.reason, *instead, *left]
-            parts += _told(decided, environment, stale)
-            return Choice(
-                decided.prompt_class,
-                pick.strategy,
-                dict(pick.params),
-                "; ".join(parts),
-                pick.lossless,
-                decided.run,
-            )
-    reason = decided.reason
-    if left:
-        reason = "nothing that was found faster can be used"
-    parts = [reason, *instead, *left, *_told(decided, environment, stale)]
-    return Choice(
-        decided.prompt_class,
-        PLAIN,
-        {},
-        f"plain decoding: {'; '.join(parts)}",
-        run=decided.run,
-    )
+        problem = _problem(pick, decided, environment, stale)
+        if problem is None and (reason := refused(pick)):
+            problem = f"is left out: {reason}"
+        if problem is None:
+            picks.append(pick)
+        elif not picks:
+            left.append(f"{pick.strategy} {problem}")
+    notes = [*instead, *left, *_told(decided, environment, stale)]
+
+    def choice(pick: Pick, *said: str) -> Choice:
+        return Choice(
+            decided.prompt_class,
+            pick.strategy,
+            dict(pick.params),
+            "; ".join([*said, *notes]),
+            pick.lossless,
+            decided.run,
+        )
+
+    why = "" if picks else f": {decided.reason}"
+    if left and not picks:
+        why = ": nothing that was found faster can be used"
+    plain = choice(Pick(PLAIN, {}, "", 1.0, 1.0, 1.0), f"plain decoding{why}")
+    ranked = [choice(pick, pick.reason) for pick in picks]
+    return Ranking([*ranked, plain], picks, decided)
 
 
 def decided_here(
@@ -281,6 +303,20 @@ def _broadest(
     return [c for c in found if c.pinned or 2 * classes[c.run] >= most]
 
 
+def _problem(
+    pick: Pick, decided: ClassChoice, environment: Environment, stale: str
+) -> str | None:
+    """Why a setting can't be used here, as it follows its name; None if it can."""
+    if missing := _missing(pick, decided.environment, environment):
+        return f"was {pick.ratio:.2f}x with {missing}, which isn't here"
+    if stale and pick.low <= STALE_MARGIN:
+        return (
+            f"was measured with other versions ({stale}), and its gain wasn't above "
+            f"{STALE_MARGIN} for sure: run tune again"
+        )
+    return None
+
+
 def _missing(pick: Pick, then: Environment, now: Environment) -> str:
     """What a setting needs that isn't here, and how to pass it; empty if nothing."""
     missing = []
@@ -310,8 +346,8 @@ def _told(decided: ClassChoice, now: Environment, stale: str) -> list[str]:
     return said
 
 
-def _plain(prompt_class: str | None, reason: str) -> Choice:
-    return Choice(prompt_class, PLAIN, {}, f"plain decoding: {reason}")
+def _plain(prompt_class: str | None, reason: str) -> Ranking:
+    return Ranking([Choice(prompt_class, PLAIN, {}, f"plain decoding: {reason}")])
 
 
 def _elsewhere(choices: Sequence[ClassChoice], environment: Environment) -> str:

@@ -536,3 +536,116 @@ def test_tasks_take_prompts_of_their_classes_in_turns(tmp_path: Path) -> None:
     assert harness.prompts_of(path, ("b", "a"), 3) == ["b 0", "a 0", "b 1"]
     with pytest.raises(ClickException, match="has 6 prompts of a, b"):
         harness.prompts_of(path, ("a", "b"), 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("drift", "most"),
+    [("NONE", 0.03), ("ABRUPT", 0.08), ("LOSING", 0.09), ("SLOW", 0.06)],
+)
+def test_a_choice_that_follows_use_loses_little_and_less_than_one_that_never_changes(
+    drift: str, most: float
+) -> None:
+    """In worlds whose truth is known, of fixed seeds."""
+    bandit = benchmark("bandit")
+    learning = importlib.import_module("adaptspec.choosing.learning").Learning
+    found = [
+        bandit.simulated(bandit.Drift[drift], 300, learning(seed=seed), seed)
+        for seed in range(8)
+    ]
+    lost = sum(one.to_oracle for one in found) / len(found)
+    never = sum(one.tuned_to_oracle for one in found) / len(found)
+    assert lost < most
+    assert lost < never
+    # Deaf, it loses what the tuned setting does.
+    deaf = learning(
+        seed=0, exploration=0, moved=0.01, shared=0, outlier=1, tokens=10**9
+    )
+    world = bandit.simulated(bandit.Drift[drift], 300, deaf, 0)
+    assert world.to_oracle == pytest.approx(world.tuned_to_oracle)
+
+
+def test_regret_is_the_time_lost_to_who_knows_better() -> None:
+    bandit = benchmark("bandit")
+    learning = importlib.import_module("adaptspec.choosing.learning").Learning
+    # Two settings, the second better; the tune believes in the first, and so do we.
+    requests = [([math.log(1.25), math.log(2.0)], [math.log(1.25), 0.0])] * 10
+    sure = learning(exploration=0, memory=math.inf)
+    found = bandit.regret(
+        [[math.log(3)] * 4, [math.log(1.1)] * 4], iter(requests), sure
+    )
+    assert found.tuned_to_oracle == pytest.approx(2.0 / 1.25 - 1)
+    assert found.to_oracle == pytest.approx(found.to_fixed)
+
+
+def test_bars_compare_prompt_by_prompt_and_class_by_class() -> None:
+    mixed = benchmark("mixed")
+    plain, auto = "autoregressive", mixed.AUTOMATIC
+    times = {
+        "p1": {plain: 8.0, "a": 4.0, "b": 8.0, "hybrid": 2.0, auto: 4.0},
+        "p2": {plain: 2.0, "a": 1.0, "b": 2.0, "hybrid": 0.5, auto: 0.5},
+        "p3": {plain: 1.0, "a": 1.0, "b": 0.5, "hybrid": 0.5, auto: 1.0},
+    }
+    groups = {"x": ["p1", "p2"], "y": ["p3"]}
+    ratio, error = mixed.compared(times, auto, plain, ["p1", "p2"])
+    assert ratio == pytest.approx(math.sqrt(2 * 4))
+    assert error == pytest.approx(ratio * math.log(2) / 2)
+    strategies = {name: name for name in times["p1"] if name != auto}
+    over, whole, oracle, worst = mixed.bars(times, groups, strategies)
+    assert "hybrid's, a (1.15 or more): 1.260 ±" in over  # 2 ** (1 / 3)
+    assert "fixed setting, hybrid: 0.630 ±" in whole  # 2 ** (-2 / 3)
+    assert "0.97 or more): 0.595 ±" in oracle  # the root of 1 / sqrt(2) and 1 / 2
+    assert "y (0.98 or more): 1.000 ±" in worst
+
+
+def test_prompts_of_a_tune_and_of_a_test_are_different_ones() -> None:
+    mixed = benchmark("mixed")
+    workload = mixed.mixed_workload(mixed.EDITS)
+    edits = workload.by_class()[mixed.EDIT]
+    # Those of the examples, and the file twice: once in place of Spec-Bench.
+    assert len(edits) == 8 + 12 + 12
+    unique = Workload("w", tuple({p.id: p for p in edits}.values()))
+    model = tiny_model("llama", tokenizer=tiny_tokenizer())
+    first, second = mixed.halves(unique, model, 8, 5, 9999)
+    assert (len(first), len(second)) == (8, 5)
+    assert not {p.id for p in first} & {p.id for p in second}
+    with pytest.raises(ClickException, match="lower --tune-per-class"):
+        mixed.halves(unique, model, 20, 5, 9999)
+
+
+@pytest.mark.slow
+@pytest.mark.guarded
+def test_mixed_requests_are_tuned_on_and_then_decoded_by_all(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "id": f"{c}{i}",
+            "class": c,
+            "prompt": " ".join(f"w{i * 7 + j}" for j in (3, 4)),
+        }
+        for c in "ab"
+        for i in range(4)
+    ]
+    workload = tmp_path / "w.jsonl"
+    workload.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = [
+        *("-m", str(model), "--workload", str(workload), "--budget", "25"),
+        *("--tune-per-class", "2", "--per-class", "1", "-n", "8"),
+        *("--max-prompt-tokens", "9999", "--json", str(tmp_path / "out.json")),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "mixed.py"), *asked],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of the oracle of classes (0.97 or more): " in done.stdout
+    assert "choosing and learning: " in done.stdout
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert set(kept["groups"]) == {"a", "b", "code_edit"}
+    for times in kept["times"].values():
+        assert {"autoregressive", "automatic choice", "hybrid"} <= set(times)
+        assert all(seconds > 0 for seconds in times.values())

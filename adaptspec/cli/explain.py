@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Options that mean what they mean to `generate`.
 SHARED = (
     *("prompt", "model", "draft_model", "heads", "db", "prompt_class", "allow_lossy"),
-    *("dtype", "device", "threads", "trust_remote_code", "raw"),
+    *("dtype", "device", "threads", "trust_remote_code", "adapt", "raw"),
 )
 
 
@@ -55,6 +55,7 @@ def explain(
     device: str | None,
     threads: int | None,
     trust_remote_code: bool,
+    adapt: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -87,6 +88,7 @@ def explain(
             heads=heads,
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,
+            adapt=adapt,
         )
     if text is None:
         choice = decoder.choose(prompt_class)

@@ -117,6 +117,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Decode plainly; say what strategies would have saved.",
 )
+@click.option(
+    "--adapt/--no-adapt",
+    default=True,
+    show_default=True,
+    help="Let the choice follow what requests took, or take what was tuned.",
+)
 @click.option("--raw", is_flag=True, help="Don't apply the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON.")
 @click.pass_obj
@@ -149,6 +155,7 @@ def generate(
     learn: bool,
     record: bool,
     shadow: bool,
+    adapt: bool,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -203,6 +210,7 @@ def generate(
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,
             record=record,
+            adapt=adapt,
         )
     stream = decoder.stream(
         asked,

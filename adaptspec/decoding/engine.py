@@ -396,6 +396,7 @@ class Run:
         if self._guard is not None:
             self._stats.passed_over = self._guard.passed_over
             self._stats.seconds_gained = self._guard.gained
+            self._stats.plain_step = self._guard.plain_step
         self._stats.steps.append(
             StepStats(
                 proposed=tree.proposed,

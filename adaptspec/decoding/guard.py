@@ -369,6 +369,11 @@ class Guard(Drafter):
         kept = min(self._kept * self._best, self._most_kept)
         return allowed + self._bet + kept - (self._best - self._net)
 
+    @property
+    def plain_step(self) -> float | None:
+        """Seconds of a step without drafts; None before any was timed."""
+        return self._memory.plain.step
+
     def prompt_rows(self, wanted: int) -> int:
         """How many of the prompt's last positions ``inner`` is shown, of ``wanted``.
 

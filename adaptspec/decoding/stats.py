@@ -35,6 +35,8 @@ class RunStats:
         passed_over: Steps for which the guard didn't ask the drafter.
         seconds_gained: What the guard estimates that drafting gained over plain
             decoding, below 0 where it lost; None without a guard.
+        plain_step: Seconds that decoding a token without drafts takes here, as the
+            guard timed it; None before it did, and without a guard.
     """
 
     prompt_tokens: int = 0
@@ -43,6 +45,7 @@ class RunStats:
     steps: list[StepStats] = field(default_factory=list)
     passed_over: int = 0
     seconds_gained: float | None = None
+    plain_step: float | None = None
 
     @property
     def drafted(self) -> int:

@@ -315,13 +315,18 @@ class ProfileStoreContract:
         assert store.trials("r2") == []
 
     @_drawn
-    @given(_text, st.integers(0, 2**40), st.floats(-1e9, 1e9))
+    @given(_text, st.integers(0, 2**40), st.floats(-1e9, 1e9), st.floats(0.1, 1))
     def test_uses_are_added_up_by_profile_and_class(
-        self, store: ProfileStore, prompt_class: str, count: int, value: float
+        self,
+        store: ProfileStore,
+        prompt_class: str,
+        count: int,
+        value: float,
+        kept: float,
     ) -> None:
         one, two = store.add_profiles([example_profile(), example_profile(run="r2")])
         known = {(u.profile, u.prompt_class): u for u in store.uses()}
-        use = Use(one, prompt_class, 1, count, 3, 4, 5, 0.5, 2.0, value, 1.0)
+        use = Use(one, prompt_class, 1, count, 3, 4, 5, 0.5, 2.0, value, 1.0, 1.0, kept)
         other = replace(use, profile=two)
         store.add_uses([use, other])
         store.add_uses([use])
@@ -330,8 +335,19 @@ class ProfileStoreContract:
             # One after the other: floating-point sums depend on the order.
             expected = reduce(add, written if before is None else [before, *written])
             found = {(u.profile, u.prompt_class): u for u in store.uses()}
-            assert found[key, prompt_class] == expected
+            assert found[key, prompt_class] == replace(expected, kept=1.0)
         assert list(found) == sorted(found)
+
+    def test_what_is_known_of_a_ratio_fades_and_what_is_not_known_does_not_appear(
+        self, store: ProfileStore
+    ) -> None:
+        one, two = store.add_profiles([example_profile(), example_profile(run="r2")])
+        use = Use(one, "chat", 1, 2, 3, 4, 5, 0.5, 2.0, 0.5, 0.25, 1.0)
+        fading = Use(one, "chat", 0, 0, 0, 0, 0, 0.0, 0.0, kept=0.5)
+        store.add_uses([use])
+        store.add_uses([fading, replace(fading, profile=two)])
+        faded = replace(use, log_ratio=0.25, log_ratio_squared=0.125, weight=0.5)
+        assert store.uses() == [faded]
 
     def test_uses_end_with_their_profile(self, store: ProfileStore) -> None:
         one, two = store.add_profiles([example_profile(), example_profile(run="r2")])

@@ -59,8 +59,10 @@ def profile_from_json(record: Any) -> Profile:
 
 def use_to_json(use: Use) -> dict[str, Any]:
     """A JSON-ready record of the sums, and the means that they come to."""
+    sums = {name: value for name, value in asdict(use).items() if name != "kept"}
     return {
-        **asdict(use),
+        **sums,
+        "ratio": use.ratio,
         "tokens_per_second": use.tokens_per_second,
         "tokens_per_forward": use.tokens_per_forward,
         "acceptance": use.acceptance,

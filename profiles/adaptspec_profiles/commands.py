@@ -184,36 +184,22 @@ def show(profile_id: str, as_json: bool, db: str | None) -> None:
     if not profile_id.isdecimal() or len(profile_id) == RUN_LENGTH:
         _show_run(profile_id, as_json, db)
         return
-    from adaptspec.in_use import describe, expected_ratio, plain_of
+    from adaptspec.in_use import describe
     from adaptspec_profiles.as_json import use_to_json
 
     with _store(db) as store:
         profile = store.profile(int(profile_id))
         uses = [use for use in store.uses() if use.profile == int(profile_id)]
-        plain = (
-            None
-            if profile is None
-            else plain_of(profile, store.profiles(run=profile.run))
-        )
     if profile is None:
         raise ProfileStoreError(
             f"no profile {profile_id}; `adaptspec profiles list` shows their ids"
         )
     document = _documents([profile])[0]
     if as_json:
-        figures = [
-            {
-                **use_to_json(use),
-                "expected_ratio": expected_ratio(profile, plain, use),
-            }
-            for use in uses
-        ]
-        print_json({**document, "in_use": figures})
+        print_json({**document, "in_use": [use_to_json(use) for use in uses]})
         return
     # By the class that was chosen for; one profile may serve several.
-    document["in_use"] = {
-        use.prompt_class: describe(profile, plain, use) for use in uses
-    }
+    document["in_use"] = {use.prompt_class: describe(profile, use) for use in uses}
     for key, value in document.items():
         if isinstance(value, dict):
             click.echo(f"{key}:")

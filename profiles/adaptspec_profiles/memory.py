@@ -164,7 +164,10 @@ class MemoryStore:
             if use.profile in self._profiles:
                 key = (use.profile, use.prompt_class)
                 known = self._uses.get(key)
-                self._uses[key] = use if known is None else known + use
+                if known is not None:
+                    self._uses[key] = replace(known + use, kept=1.0)
+                elif use.requests:
+                    self._uses[key] = replace(use, kept=1.0)
 
     def uses(self) -> list[Use]:
         """All sums, by profile and class."""

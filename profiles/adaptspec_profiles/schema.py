@@ -96,8 +96,9 @@ class UseRow(Base):
     accepted: Mapped[int] = mapped_column(BigInteger)
     seconds_prefill: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
-    log_seconds: Mapped[float] = mapped_column(Float)
-    log_seconds_squared: Mapped[float] = mapped_column(Float)
+    log_ratio: Mapped[float] = mapped_column(Float)
+    log_ratio_squared: Mapped[float] = mapped_column(Float)
+    weight: Mapped[float] = mapped_column(Float)
 
 
 class ChoiceRow(Base):

@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
-from adaptspec.profile import ClassChoice, Environment, Profile, Trial, Use
+from adaptspec.profile import FADING, ClassChoice, Environment, Profile, Trial, Use
 from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
     choice_from_json,
@@ -266,18 +266,22 @@ class SqlStore:
         def add(session: Session) -> None:
             wanted = {use.profile for use in uses}
             there = select(ProfileRow.id).where(ProfileRow.id.in_(wanted))
-            kept = set(session.scalars(there))
+            known = set(session.scalars(there))
             for use in uses:
-                if use.profile not in kept:
+                if use.profile not in known:
                     continue
                 fields = asdict(use)
+                kept = fields.pop("kept")
                 here = (UseRow.profile_id == fields.pop("profile")) & (
                     UseRow.prompt_class == fields.pop("prompt_class")
                 )
                 # Added by the database, so that no other process's sums are lost.
                 more = {name: getattr(UseRow, name) + fields[name] for name in fields}
+                more |= {
+                    name: getattr(UseRow, name) * kept + fields[name] for name in FADING
+                }
                 changed = session.execute(update(UseRow).where(here).values(more))
-                if not getattr(changed, "rowcount", 0):
+                if use.requests and not getattr(changed, "rowcount", 0):
                     row = {"profile_id": use.profile, "prompt_class": use.prompt_class}
                     session.add(UseRow(**row, **fields))
 
@@ -285,7 +289,7 @@ class SqlStore:
 
     def uses(self) -> list[Use]:
         """All sums, by profile and class."""
-        names = [field.name for field in dataclasses.fields(Use)][2:]
+        names = [field.name for field in dataclasses.fields(Use)][2:-1]
         found, damaged = [], {}
         with self._reading() as session:
             for row in session.scalars(select(UseRow)):

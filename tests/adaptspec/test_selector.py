@@ -153,9 +153,7 @@ def test_heads_that_a_setting_doesnt_ask_are_told_to_be_untried() -> None:
 def test_a_setting_that_is_refused_gives_way_to_the_next() -> None:
     found = decided(pick("a"), pick("b"))
     refused = {"a": "it is gone", "b": None}
-    choice = select(
-        [found], HERE, "chat", refused=lambda choice, pick: refused[pick.strategy]
-    )
+    choice = select([found], HERE, "chat", refused=lambda pick: refused[pick.strategy])
     assert choice.strategy == "b"
     assert "a is left out: it is gone" in choice.reason
 

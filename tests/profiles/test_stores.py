@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sqlite3
 import subprocess
@@ -24,7 +25,7 @@ from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.host import Host
-from adaptspec.profile import PLAIN, Environment, ProfileStore, Trial, Use
+from adaptspec.profile import Environment, ProfileStore, Trial, Use
 from adaptspec.testing.stores import ProfileStoreContract, example_profile
 from adaptspec_profiles import open_store
 from adaptspec_profiles.as_json import profile_from_json, profile_to_json
@@ -98,7 +99,7 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002", "m003", "m004", "m005", "m006"]
+    assert migrate(migrated) == ["m001", "m002", "m003", "m004", "m005", "m006", "m007"]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -613,7 +614,7 @@ def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
 def test_uses_of_earlier_releases_files_are_empty_and_of_this_ones_read(
     tmp_path: Path,
 ) -> None:
-    for name, expected in (("m003", []), ("m006", [3])):
+    for name, expected in (("m003", []), ("m006", [3]), ("m007", [3])):
         golden = Path(__file__).parent / "golden" / f"{name}.sql"
         path = tmp_path / f"{name}.db"
         connection = sqlite3.connect(path)
@@ -628,24 +629,35 @@ def test_uses_of_earlier_releases_files_are_empty_and_of_this_ones_read(
         store.close()
 
 
+def test_the_ratios_of_what_an_earlier_release_recorded_are_not_known(
+    tmp_path: Path,
+) -> None:
+    golden = Path(__file__).parent / "golden"
+    ratios = []
+    for name in ("m006", "m007"):
+        connection = sqlite3.connect(tmp_path / f"{name}.db")
+        connection.executescript((golden / f"{name}.sql").read_text())
+        connection.close()
+        store = open_store(str(tmp_path / f"{name}.db"))
+        ratios += [use.ratio for use in store.uses()]
+        store.close()
+    assert ratios == [None, pytest.approx(math.exp(0.4))]
+
+
 def test_show_sets_what_is_seen_in_use_beside_what_was_tuned(tmp_path: Path) -> None:
     path = str(tmp_path / "p.db")
     store = open_store(path)
-    tuned = example_profile()
-    slower = replace(tuned.measurement, tokens_per_second=20 / 1.5)
-    plain = replace(tuned, strategy=PLAIN, params={}, measurement=slower)
-    number, _ = store.add_profiles([tuned, plain])
-    store.add_uses(
-        [Use(number, "chat", 412, 9000, 4500, 11_250, 3, 0.5, 600.0, 1.0, 1.0)]
-    )
+    (number,) = store.add_profiles([example_profile()])
+    sums = (412, 9000, 4500, 11_250, 3, 0.5, 600.0)
+    store.add_uses([Use(number, "chat", *sums, 50 * math.log(1.2), 3.0, 50.0)])
     store.close()
     asked = ["show", str(number), "--db", path]
     shown = CliRunner().invoke(profiles_command, asked)
     assert (
-        "chat: tuned 1.50x plain decoding; in use 412 requests, 1.20x expected from "
+        "chat: 412 requests, 1.20x plain decoding lately (tuned 1.50x), "
         "2.00 tokens per forward (tuned 2.50), 15.0 tokens/s (tuned 20.0)"
     ) in shown.output
     told = json.loads(CliRunner().invoke(profiles_command, [*asked, "--json"]).output)
     (use,) = told["in_use"]
     assert (use["requests"], use["tokens_per_second"]) == (412, 15.0)
-    assert use["expected_ratio"] == pytest.approx(1.2)
+    assert use["ratio"] == pytest.approx(1.2)

@@ -1,0 +1,1 @@
+"""Choosing between a class's finalists by what requests really take."""
