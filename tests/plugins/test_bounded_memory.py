@@ -22,6 +22,7 @@ def alive(kind: type) -> int:
     return sum(issubclass(type(found), kind) for found in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_no_request_leaves_tensors_or_state_behind(name: str) -> None:
     model, draft = target_and_draft("llama")

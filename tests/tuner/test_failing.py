@@ -279,6 +279,7 @@ def tuned(host: Host, tiny_pair: tuple[str, str], db: str, *more: str) -> Any:
     return CliRunner().invoke(build_cli(host), arguments, obj=host)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command_prints_what_it_could_not_store(
     host: Host,

@@ -146,6 +146,7 @@ def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
         assert torch.equal(multiply(kernel, x[:rows], weight, None), alone[:rows])
 
 
+@pytest.mark.slow
 @needs_compiler
 @multiplications
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 builds")

@@ -66,7 +66,7 @@ def test_forced_tokens_alone_are_no_plain_step() -> None:
     while world.memory.plain.step is None:
         world.step(0)
     plain, gained = world.memory.plain.step, world.guard.gained
-    world.memory.budget.balance = -1e9  # nothing is drafted
+    world.guard._net = -1e9  # nothing is drafted
     for _ in range(9):
         world.step(3)
     assert world.memory.plain.step == plain == 1

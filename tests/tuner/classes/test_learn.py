@@ -134,6 +134,7 @@ def test_any_prompts_give_a_classifier_that_can_be_stored(
         assert 0 < found.tell(text).confidence <= 1
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_ridge_regression_on_the_features() -> None:
     """Solved in the primal here, among the prompts there."""
     some = prompts(3)
