@@ -13,6 +13,7 @@ token without drafts takes here.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,11 +41,7 @@ class PlainTimes:
         self.costs = costs
         self._steps: deque[float] = deque(maxlen=recent)
         self._prompts: deque[float] = deque(maxlen=recent)
-
-    @property
-    def step(self) -> float | None:
-        """Of a step; None before any was seen."""
-        return median_low(self._steps) if self._steps else None
+        self.step: float | None = None  # of a step; None before any was seen
 
     @property
     def settled(self) -> bool:
@@ -59,6 +56,7 @@ class PlainTimes:
     def add_step(self, seconds: float) -> None:
         """A step without drafts took so long."""
         self._steps.append(seconds)
+        self.step = median_low(self._steps)
 
     def add_prompt(self, seconds: float, tokens: int) -> None:
         """Reading a prompt of ``tokens`` took so long."""
@@ -98,8 +96,9 @@ class GuardMemory:
             seen.
         look_share: Of all time, what may be lost to timing plain steps while drafting
             pays.
-        pause: A forward counts as so many plain steps more than it may be expected to
-            take, at most.
+        pause: A forward, and what a drafter does in a step, counts as so many plain
+            steps more than it may be expected to take, at most: pauses, and what is
+            done once, such as timing forwards, say nothing of drafting.
     """
 
     def __init__(
@@ -132,6 +131,8 @@ class GuardMemory:
         self._doubt = False  # whether plain steps may take something else by now
         # Where little is read: seconds of a proposal, and of each of its candidates.
         self._proposal, self._candidate_seconds = RunningMean(), RunningMean()
+        # Seconds of the drafter's own, of a draft model's reading apart, by occasion.
+        self._own: dict[str, RunningMean] = {}
         # Of a draft model: their ratio is a token's seconds, long texts count more.
         self._reading_seconds = RunningMean(newest=1 / 4)
         self._reading_tokens = RunningMean(newest=1 / 4)
@@ -237,6 +238,17 @@ class GuardMemory:
             each = self._reading_seconds.value / self._reading_tokens.value
             return each * tokens / plain
         return tokens * self.prompt_token() / self._faster
+
+    def own(self, occasion: str, seconds: float) -> float:
+        """What of a drafter's own ``seconds`` counts: twice the usual at most.
+
+        Args:
+            occasion: What it did; each has an own usual time.
+        """
+        usual = self._own.setdefault(occasion, RunningMean())
+        most = 2 * usual.value + self._pause * (self.plain.step or math.inf)
+        usual.add_seconds(seconds)
+        return min(seconds, most)
 
     def proposed(self, seconds: float, nodes: int) -> None:
         """A proposal of so many candidates that read little took so long."""
@@ -441,6 +453,9 @@ class Guard(Drafter):
             self._prefilled(before - self._begun, after - before)
             return
         memory = self._memory
+        own = self._proposing - self._reading + after - before
+        if not self._reads:  # a draft model's first long chains are no pauses
+            own = memory.own("asked" if self._asks else "passed over", own)
         if self._asks:
             self._have += len(outcome.emitted) - 1  # it drafted them itself
         nodes = len(outcome.tree) - 1
@@ -451,7 +466,7 @@ class Guard(Drafter):
                 emitted=len(outcome.emitted) - free,
                 seconds=before - self._started - self._proposing,
                 nodes=nodes - outcome.forced,
-                drafting=self._proposing - self._reading + after - before,
+                drafting=own,
             )
             self._earn(memory.drafted(step))
             self._spend(self._reading)
@@ -459,7 +474,7 @@ class Guard(Drafter):
         else:
             if not nodes:  # a forced chain alone is no plain step
                 memory.passed(before - self._started - self._proposing)
-            self._spend(self._proposing + after - before)
+            self._spend(self._reading + own)
 
     def close(self) -> None:
         """Pass it on, and remember what the sequence came to."""
@@ -477,6 +492,8 @@ class Guard(Drafter):
         if self._shown > 1:
             memory.shown(shown + observing, self._shown - 1)
         self._prefill = self._prompt * memory.prompt_token()
+        if not self._reads:
+            observing = memory.own("prompt", observing)
         self._spend(shown + observing)
 
     def _learn_proposal(self, tokens: int, readable: int, nodes: int) -> None:

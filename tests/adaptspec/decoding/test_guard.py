@@ -37,6 +37,7 @@ class Scripted(Drafter):
     def __init__(self, tick: Callable[[float], None], nodes: int, took: float) -> None:
         self.tick, self.nodes, self.took = tick, nodes, took
         self.reading = 0.0  # a token
+        self.once: dict[int, float] = {}  # call -> what it takes more
         self._first = self._read = self.most_read = 0
         self.asked = self.observed = 0
         self.closed = False
@@ -47,7 +48,8 @@ class Scripted(Drafter):
         unread = tokens - (self._read if first == self._first else first)
         self._first, self._read = first, tokens
         self.most_read = max(self.most_read, unread)
-        self.tick(self.took + self.reading * unread)
+        once = self.once.get(self.asked, 0.0)
+        self.tick(self.took + self.reading * unread + once)
         self.asked += 1
         return TokenTree.chain(
             context.ids[-1], [1] * min(self.nodes, context.max_nodes)
@@ -79,6 +81,7 @@ class Decoding:
         self.now = 0.0
         self.speed = 1.0  # of the machine; above 1 is slower
         self.paused: dict[int, float] = {}  # step -> what it takes more
+        self.drafted_once: dict[int, float] = {}  # the same of a call of the drafter
         self.asked_at: list[int] = []
         self.inner = Scripted(self.tick, nodes, took)
 
@@ -95,7 +98,7 @@ class Decoding:
         """Decode ``length`` tokens; the time it took."""
         began = self.now
         inner = self.inner = Scripted(self.tick, self.nodes, self.took)
-        inner.reading = self.reading
+        inner.reading, inner.once = self.reading, self.drafted_once
         guard = Guard(inner, self.memory, lambda: self.now, prompt, length, reads=reads)
         self.tick(self.token * prompt)
         guard.observe(Outcome(None, (), [0], {}, NONE))
@@ -217,6 +220,15 @@ def test_a_pause_neither_ends_drafting_nor_lets_it_lose_more(
     useless = Decoding(0.05, 8)
     useless.paused = {step: pause}
     assert useless.run(200) - pause <= 1.03 * 199
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_what_a_drafter_does_once_does_not_end_drafting(at: int) -> None:
+    """Such as timing forwards before its first tree, or a pause in its own work."""
+    decoding = Decoding(0.05, 4)
+    decoding.drafted_once[at] = 300.0
+    decoding.run(120, lambda at: 4)
+    assert len(decoding.asked_at) >= 0.75 * (120 / 5)
 
 
 def test_finding_nothing_is_free_where_looking_is() -> None:
