@@ -29,7 +29,12 @@ from adaptspec.default_model import default_model_path
 from adaptspec.drop_in.arguments import refuse_dropped
 from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
-from adaptspec.errors import AdaptSpecError, ProfileStoreError, StoreWarning
+from adaptspec.errors import (
+    AdaptSpecError,
+    ProfileStoreError,
+    StoreWarning,
+    stopped_by_user,
+)
 from adaptspec.host import Host
 from adaptspec.in_use import Opens, Uses
 from adaptspec.knowledge import KnowledgeKeeper
@@ -285,8 +290,8 @@ class Decoder:
             template_arguments: Further arguments of the model's chat template, such as
                 ``enable_thinking`` or ``documents``.
             shadow: Decode plainly, and say in ``result.shadows`` what each strategy
-                that drafts from tokens alone would have saved. They are run after the
-                answer's last token, which a streamed text doesn't wait for.
+                that drafts from tokens alone would have saved. They are run when the
+                result of an ended stream is asked for, so the text doesn't wait.
             **controls: Any other argument of
                 :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
@@ -448,13 +453,26 @@ class Decoder:
         """Take over changes of the caller's models; profiles are of one version."""
         models = [m for m in (self.model, self.draft) if m is not None]
         turns = [model.turns for model in models]
-        if take_all(turns, lambda: any([model.follow() for model in models])):
-            self.environment = environment_of(self.model, self.draft)
-            self._finalists.clear()
-            if self._keeper is not None:
-                self._keeper.save()  # not the uses: a request is waiting
-            self._strategies.clear()  # what they learnt is of the earlier version
-            self._open_keeper()
+        changed: list[bool] = []
+
+        def follow() -> None:
+            for model in models:
+                changed.append(model.follow())
+
+        try:
+            take_all(turns, follow)
+        finally:
+            if any(changed):  # also where the second one can't be followed
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """A model has changed: profiles and what strategies learnt are of another."""
+        self.environment = environment_of(self.model, self.draft)
+        self._finalists.clear()
+        if self._keeper is not None:
+            self._keeper.save()  # not the uses: a request is waiting
+        self._strategies.clear()
+        self._open_keeper()
 
     def _open_keeper(self) -> None:
         if self._folder is not None:
@@ -512,6 +530,11 @@ class Decoder:
             temperature=temperature,
             **controls,
         )
+        if shadow and settings.language is not None:
+            raise AdaptSpecError(
+                f"shadow=True tells nothing under {settings.language[0]}, which drafts "
+                "by itself; leave out one"
+            )
         # Tokenizers of transformers mustn't be used by two threads at once.
         ids = self.model.turns.take(lambda: self.model.encode(prompt, **encoding))
         text = prompt_text(prompt)
@@ -548,36 +571,46 @@ class Decoder:
         drafting = self._strategy(choice)
         if choice.expected is not None:
             self.engine.guard_memory(drafting).promise(choice.expected.ratio)
-        run = Run(self.engine, drafting, ids, settings)
-        shadows: list[Shadow] = []
 
         def ended(generation: Generation) -> None:
-            if shadow and generation.finish != "unfinished":
-                take = self.model.turns.take
-                shadows.extend(take(lambda: self._shadows(chosen, run, generation)))
             if self._keeper is not None:
                 self._keeper.refresh()
             if self._chooser is not None and finalists is not None:
                 self._chooser.add(finalists, place, generation.stats)
 
-        stop_text = None
-        if settings.stop_strings and not include_stop:
-            stop_text = StopText(self.model, Stopping(self.model, settings), ids)
-        return Stream(self.model, run, choice, seconds, ended, stop_text, shadows)
+        def begin() -> Stream:
+            run = Run(self.engine, drafting, ids, settings)
+            stop_text = None
+            if settings.stop_strings and not include_stop:
+                stop_text = StopText(self.model, Stopping(self.model, settings), ids)
+            shadows = functools.partial(self._shadows, chosen, run) if shadow else None
+            return Stream(self.model, run, choice, seconds, ended, stop_text, shadows)
+
+        # The tokenizer is used here, too.
+        models = [m for m in (self.model, self.draft) if m is not None]
+        return take_all([model.turns for model in models], begin)
 
     def _shadows(
         self, chosen: Choice, run: Run, generation: Generation
     ) -> list[Shadow]:
         """What each strategy that drafts from tokens alone would have done.
 
-        The chosen one with its parameters, the others with their defaults.
+        The chosen one with its parameters, the others with their defaults. One that
+        fails is left out with a warning.
         """
         found = []
-        for name in self.host.strategies:
+        for name in self.host.strategies.keys() - {PLAIN}:
             params = chosen.params if name == chosen.strategy else {}
-            strategy = self._strategy(Choice(None, name, params))
-            if name != PLAIN and token_only(strategy, run) is None:
-                found.append(shadow_of(strategy, run, generation))
+            try:
+                strategy = self._strategy(Choice(None, name, params))
+                if token_only(strategy, run) is None:
+                    cast = functools.partial(shadow_of, strategy, run, generation)
+                    found.append(self.model.turns.take(cast))
+            except Exception as error:  # a third party's strategy may raise anything
+                if stopped_by_user(error):
+                    raise
+                said = f"{name} is left out of the shadows: {error}"
+                warnings.warn(said, stacklevel=5)
         return sorted(found, key=lambda one: -(one.ratio or 0.0))
 
     def _strategy(self, choice: Choice) -> Strategy:
@@ -597,7 +630,7 @@ class Decoder:
     def _tell_once(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            warnings.warn(reason, PlainDecodingWarning, stacklevel=4)
+            warnings.warn(reason, PlainDecodingWarning, stacklevel=5)
 
 
 class PlainDecodingWarning(UserWarning):

@@ -43,13 +43,16 @@ def use_of(profile: int, prompt_class: str, stats: RunStats) -> Use | None:
 def ratio_of(stats: RunStats, objective: str) -> float | None:
     """How many times as fast as plain decoding a request was, by the guard's times.
 
-    None where the guard has timed no plain step yet, or there is no guard.
+    None where the guard has timed no plain step yet, or there is no guard; and where a
+    grammar forced tokens, unless whole answers are compared.
 
     Args:
         objective: What is compared, as of :class:`~adaptspec.profile.Measurement`.
     """
     step, gained = stats.plain_step, stats.seconds_gained
     if step is None or gained is None:
+        return None
+    if objective in (LATENCY, SPEED) and stats.forced:
         return None
     if objective == LATENCY:
         took, plain = stats.latency_p95, 1e3 * step

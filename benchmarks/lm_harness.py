@@ -6,7 +6,7 @@ as it is and with one that :func:`adaptspec.speed_up` bound, in turns of a few s
 so that what the machine does besides meets both.
 
     pip install lm-eval
-    adaptspec tune spec-bench.jsonl --dtype float32 --db p.db
+    adaptspec tune --workload spec-bench.jsonl --dtype float32 --db p.db
     python benchmarks/lm_harness.py spec-bench.jsonl --db p.db --samples 50
 
 The exit status is 1 if any output differs.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
 import types
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -143,3 +147,46 @@ def test_the_tutorial_shows_what_the_example_package_ships(section: str) -> None
     pieces = code("writing-a-plugin.md", section).split("\n\n")
     for piece in pieces:
         assert piece.strip() in shipped
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Page and command of every line of the pages that calls us, and of benchmarks."""
+    root = DOCS.parent
+    found = []
+    for page in [root / "README.md", *DOCS.rglob("*.md")]:
+        text = page.read_text().replace("\\\n", " ")
+        lines = re.findall(r"^    (adaptspec .*)$", text, re.MULTILINE)
+        lines += re.findall(r"`(adaptspec [a-z]+ [^`]*)`", text)
+        found += [(page.name, line) for line in lines]
+    for script in sorted((root / "benchmarks").glob("*.py")):
+        said = ast.get_docstring(ast.parse(script.read_text())) or ""
+        lines = re.findall(r"^ {4}(?:\S+=\S+ )?(adaptspec .*)$", said, re.MULTILINE)
+        found += [(script.name, line) for line in lines]
+    return found
+
+
+def test_commands_of_the_pages_have_the_options_they_are_given() -> None:
+    """Options in brackets are looked at, too; paths and values aren't."""
+    cli = build_cli(Host.installed())
+    lines, wrong = command_lines(), []
+    assert len(lines) > 40
+    for page, line in lines:
+        first = line.split(" | ")[0]
+        words = shlex.split(re.sub(r"[\[\]]", " ", first), comments=True)
+        command: click.Command = cli
+        context = click.Context(cli, info_name=words.pop(0))
+        while isinstance(command, click.Group) and words:
+            name = words.pop(0).split("|")[0]
+            found = command.get_command(context, name)
+            assert found is not None, (page, line)
+            command = found
+            context = click.Context(command, info_name=name, parent=context)
+        given = [word for word in words if word not in ("...", "…")]
+        try:
+            _, rest, _ = command.make_parser(context).parse_args(given)
+        except click.UsageError as error:
+            wrong.append((page, line, error.format_message()))
+            continue
+        if rest:
+            wrong.append((page, line, f"not taken: {rest}"))
+    assert not wrong

@@ -336,7 +336,10 @@ class WholeLayer:
         for tensor, place in self._places:
             if tensor.data_ptr() != place:
                 return False
-        return not any(self._hooks) or not any(map(_acts, _hooks_of(self._hooks)))
+        everywhere = nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return False
+        return not any(self._hooks) or not any(map(acts, hooks_of(self._hooks)))
 
     def _reads(self, x: Any) -> bool:
         return (
@@ -397,12 +400,13 @@ def packed_of(linear: Linear) -> PackedWeight | None:
     return linear.packed if isinstance(linear, PackedLinear) else None
 
 
-def _hooks_of(holders: Sequence[dict[int, Any]]) -> Iterator[Any]:
+def hooks_of(holders: Sequence[dict[int, Any]]) -> Iterator[Any]:
+    """All hooks that are held."""
     for holder in holders:
         yield from holder.values()
 
 
-def _acts(hook: Any) -> bool:
+def acts(hook: Any) -> bool:
     """Whether it could see or change something; transformers' own only notes what
     attention weighs, which our attention doesn't say."""
     return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"

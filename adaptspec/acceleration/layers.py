@@ -25,6 +25,8 @@ from adaptspec.acceleration.decoder_layer import (
     Norms,
     Recipe,
     WholeLayer,
+    acts,
+    hooks_of,
     packed_of,
 )
 from adaptspec.acceleration.native import (
@@ -217,15 +219,19 @@ def fuse_layers(module: nn.Module, run: Callable[[], object]) -> int:
         failed = False
     except Exception:  # of the model's own, for the probe to find out
         pass
-    count = 0
-    for trial in trials:
-        if failed or trial.refuted or trial.found is None:
-            trial.layer.__class__ = type(trial.layer).__mro__[2]
-            del trial.layer.__dict__["whole"]
-        else:
-            trial.layer.__dict__["whole"] = trial.found
-            count += 1
+    finally:
+        count = sum(_settled(trial, failed) for trial in trials)
     return count
+
+
+def _settled(trial: _Trial, failed: bool) -> bool:
+    """End a trial: whether its layer runs as one operation from now on."""
+    if failed or trial.refuted or trial.found is None:
+        trial.layer.__class__ = type(trial.layer).__mro__[2]
+        del trial.layer.__dict__["whole"]
+        return False
+    trial.layer.__dict__["whole"] = trial.found
+    return True
 
 
 @functools.cache
@@ -239,6 +245,10 @@ def _parts(layer: nn.Module) -> Parts | None:
     """The modules of a decoder layer; None where there are others, or hooks."""
     children = list(layer._modules.values())
     if layer._parameters or layer._buffers or "forward" in layer.__dict__:
+        return None
+    inside = [x for x in layer.modules() if x is not layer]
+    held = [h for x in inside for h in (x._forward_hooks, x._forward_pre_hooks)]
+    if any(map(acts, hooks_of(held))):
         return None
     attention = [x for x in children if x is not None and OUT in x._modules]
     mlp = [x for x in children if x is not None and DOWN in x._modules]
@@ -322,7 +332,8 @@ def _norm(module: nn.Module) -> Norm | None:
     ):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((3, weight.shape[0]), generator=generator)
+    # Not around 0, so that what subtracts the mean shows.
+    x = torch.randn((3, weight.shape[0]), generator=generator) + 1
     # The least of them is where what is added to the mean square decides.
     x = (x * torch.tensor([[1.0], [30.0], [1e-3]])).to(weight.dtype)
     try:

@@ -448,12 +448,12 @@ def load_kernel() -> Kernel:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailableError("no C compiler found")
-    name = f"kernels-{_fingerprint(compiler)}"
     try:
+        name = f"kernels-{_fingerprint(compiler)}"
         folder = cache_root() / "native"
         path = _intact(folder, name) or _compile(compiler, folder, name)
         return Kernel(ctypes.CDLL(str(path)))
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(
             f"the compiled kernel can't be used: {error}"
         ) from None
@@ -522,7 +522,11 @@ def _fingerprint(compiler: str) -> str:
     for file in (*SOURCES, *HEADERS):
         digest.update(file.read_bytes())
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=False
+        [compiler, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     parts = (
         *FLAGS,

@@ -57,10 +57,12 @@ class Learning:
     def __post_init__(self) -> None:
         least = {"memory": 1, "exploration": 0, "moved": 0.01, "shared": 0}
         for name, lowest in {**least, "outlier": 1, "tokens": 1}.items():
-            if not getattr(self, name) >= lowest:
+            value = getattr(self, name)
+            endless = name != "memory" and math.isinf(value)
+            if not value >= lowest or endless:
+                what = f"at least {lowest}{'' if name == 'memory' else ' and finite'}"
                 raise AdaptSpecError(
-                    f"{name} of Learning must be at least {lowest}, got "
-                    f"{getattr(self, name)!r}"
+                    f"{name} of Learning must be {what}, got {value!r}"
                 )
 
     @property
@@ -156,10 +158,12 @@ class Chooser:
         if use is None:
             return
         belief = [*self.beliefs(finalists), None][place]
+        ratio = ratio_of(stats, _objective(finalists))
         if belief is not None:
-            use = self._weighed(use, belief, ratio_of(stats, _objective(finalists)))
-        known = [other for other in finalists.profiles if other is not None]
-        self._uses.fade(known, name, self._learning.kept)
+            use = self._weighed(use, belief, ratio)
+        if ratio is not None:  # else nothing is learnt, and nothing forgotten
+            known = [other for other in finalists.profiles if other is not None]
+            self._uses.fade(known, name, self._learning.kept)
         if profile is not None:
             self._uses.add(use)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -90,12 +90,12 @@ def explain(
             trust_remote_code=trust_remote_code,
             adapt=adapt,
         )
-    if text is None:
-        choice = decoder.choose(prompt_class)
-    else:
-        # A stream that isn't read decodes nothing.
-        with decoder.stream(text, prompt_class=prompt_class, raw=raw) as stream:
-            choice = stream.choice
+    told = None
+    if text is not None and prompt_class is None:
+        told = decoder.classify(text, raw=raw)
+    choice = decoder.choose(prompt_class if told is None else told.prompt_class)
+    if told is not None:
+        choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
     found = explained(choice)
     if as_json:
         print_json(found)

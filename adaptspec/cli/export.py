@@ -75,7 +75,8 @@ def export(
         )
     if not profiles:
         click.echo(
-            "no profiles of this model yet: decoding is plain until `adaptspec tune` "
+            "no profiles of this model yet: decoding is plain until `adaptspec tune "
+            f"--model {model}{'' if db is None else f' --db {db}'}` "
             + ("has measured some and DIR is written again" if copy else "measures"),
             err=True,
         )

@@ -38,7 +38,7 @@ from adaptspec.strategy import Context, Drafter, Observes, Outcome, Strategy, Ta
 from adaptspec.structured.opening import open_constraint
 from adaptspec.token_ids import Continuation
 from adaptspec.token_tree import Drawn, TokenTree
-from adaptspec.turns import take_all
+from adaptspec.turns import Turns, take_all
 
 Answer = TypeVar("Answer")
 # `stop`: a stop string, or a finished grammar where no token ends the output.
@@ -173,7 +173,8 @@ class Run:
         pick = None if prepared is None else prepared.pick
         self._sampler = Sampler(processors, controls.seed, self._ids, pick)
         # A lossy rule asks about tokens that may not be kept.
-        self._may_ask_ahead = processors.pure and prepared is None
+        exact = prepared is not None or self._constraint is not None
+        self._may_ask_ahead = processors.pure and not exact
         self._keeps_last = processors.keeps_last
         self._failed: NoValidTokenError | None = None  # at the next token
         self._started = self._clock()
@@ -183,8 +184,12 @@ class Run:
 
     def _in_turn(self, step: Callable[[], Answer]) -> Answer:
         """Run ``step`` while no other thread uses the models."""
-        models = [one for one in (self._model, self._draft) if one is not None]
-        return take_all([one.turns for one in models], step)
+        return take_all(self.turns, step)
+
+    @property
+    def turns(self) -> list[Turns]:
+        """Those of the models, which a step takes all of."""
+        return [m.turns for m in (self._model, self._draft) if m is not None]
 
     def _look_at_models(self) -> None:
         """Take over what their owner has changed, and see whether they serve."""
@@ -192,7 +197,8 @@ class Run:
             if one is not None:
                 heed_fork(one.device)
                 one.follow()
-        self._digest = self._model.digest
+        # A model that has changed is copied anew, if it can be copied.
+        self._version = self._model.digest, self._model.model
         if reason := type(self._strategy).unavailable(self._model, self._draft):
             raise UnavailableStrategyError(f"{self._strategy.name}: {reason}")
 
@@ -342,7 +348,8 @@ class Run:
     def _step(
         self, drafter: Drafter, cache: Any, observes: Observes, level: str
     ) -> list[int]:
-        if self._model.digest != self._digest:
+        digest, module = self._version
+        if self._model.digest != digest or self._model.model is not module:
             raise SequenceStateError(
                 f"{self._model.name} was changed (weights or adapters) while this "
                 "generation ran; finish it before the change, or start again"

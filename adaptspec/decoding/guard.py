@@ -372,7 +372,7 @@ class Guard(Drafter):
         self._net = self._best = 0.0  # plain steps gained, and the most so far
         self._bet = 0.0  # plain steps that may be lost more, for the prompt's reading
         self.passed_over = 0  # steps
-        self.gained = -starting  # seconds
+        self.gained = 0.0  # seconds
 
     def left(self) -> float:
         """Plain steps that may be lost now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import logits_process as hf
@@ -13,9 +13,6 @@ from adaptspec.decoding.constraint import Constraint
 from adaptspec.decoding.controls import Controls
 from adaptspec.errors import UnsupportedControlError
 from adaptspec.token_ids import GrowingTensor
-
-if TYPE_CHECKING:
-    from adaptspec.decoding.controls import Controls
 
 # Functions of the ids and scores they are given, and of nothing else: these classes
 # themselves, since a subclass may do anything.

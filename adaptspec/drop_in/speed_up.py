@@ -62,7 +62,10 @@ class SpeedUp:
         if given.get("custom_generate") is not None:
             return self._plain(**given)  # a caller's own loop
         _refuse_undecoded(given)
-        own = {n: given.pop(n, value) for n, value in self._defaults.items()}
+        defaults = dict(self._defaults)
+        if given.get("strategy") is not None:
+            defaults["params"] = None  # those of another strategy
+        own = {n: given.pop(n, value) for n, value in defaults.items()}
         streamer = given.get("streamer")
         self._bind_stop_strings(given)
 

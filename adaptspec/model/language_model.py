@@ -131,7 +131,7 @@ class LanguageModel:
         heed_fork(next(model.parameters()).device)
         if problem := unfit(model):
             raise ModelLoadError(f"{self.name} {problem}")
-        self._seen = None if self._own_weights else snapshot(model)
+        seen = None if self._own_weights else snapshot(model)
         self.config = model.config.get_text_config(decoder=True)
         self.generation_config = getattr(model, "generation_config", None)
         self.device, self.dtype = device_of(model), _dtype_of(model)
@@ -179,6 +179,7 @@ class LanguageModel:
         self.fused = 0  # decoder layers that run as one operation
         if self._accelerate and (self._own_weights or self.model is not model):
             self.fused = fuse_layers(self.model, self._look)
+        self._seen = seen  # at last: what is interrupted is done again
 
     def follow(self) -> bool:
         """Take over what the caller has changed in a model of his since: adapters,

@@ -80,7 +80,10 @@ class _Slot:
 
     def first(self) -> Any:
         """What it held before any pass, as an object of its own."""
-        return self._original if self._copy is None else self._copy.clone()
+        if self._copy is None:
+            return self._original
+        with torch.inference_mode(False):  # or nobody else could write to it
+            return self._copy.clone()
 
 
 class ModuleState:

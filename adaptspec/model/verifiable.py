@@ -72,7 +72,10 @@ def _moved_by_another(model: ForwardModel) -> float:
     drawn = random_tokens(model, 2 * count)
     one, other = drawn[:count], drawn[count:]
     try:
-        apart = [whole_logits(model, [text, text])[0] for text in (one, other)]
+        apart = [
+            whole_logits(model, [text, text])[place]
+            for place, text in enumerate((one, other))
+        ]
         together = whole_logits(model, [one, other])
     except Exception:  # whatever the model's own code raises
         return 0.0

@@ -121,6 +121,7 @@ def _shared_by_processes(model: nn.Module) -> str | None:
 def view_of(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every weight with ``model``.
 
+    Buffers that aren't saved with weights are copied: some models write to them.
     Quantised layers and others that tie their own state to a weight are shared whole: a
     copy would take that state from the original. ``model`` itself comes back where a
     copy wouldn't be one: weights on several devices or offloaded, a ``forward``
@@ -133,8 +134,10 @@ def view_of(model: nn.Module) -> nn.Module:
     if any(_calls_the_original(module) for module in model.modules()):
         return model
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = tensor
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                memo[id(tensor)] = tensor
     quantised = is_quantised(model)
     kept = [module for module in model.modules() if _stays(module, quantised)]
     memo.update((id(module), module) for module in kept)

@@ -17,7 +17,7 @@ from adaptspec.selector import Choice
 from adaptspec.shadow import Shadow
 from adaptspec.streaming.stop_text import StopText
 from adaptspec.streaming.text_pieces import TextPieces
-from adaptspec.turns import Turns
+from adaptspec.turns import Turns, take_all
 
 Answer = TypeVar("Answer")
 
@@ -61,7 +61,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         on_end: Called once with what was generated, when the stream has ended or was
             given up.
         stop_text: Keeps stop strings out of the text; None leaves them in.
-        shadows: What strategies would have saved; ``on_end`` may fill it.
+        shadows: Tells what strategies would have saved, once all is generated.
     """
 
     def __init__(
@@ -72,11 +72,13 @@ class Stream(Iterator[str], AsyncIterator[str]):
         seconds_classifying: float,
         on_end: Callable[[Generation], None] | None = None,
         stop_text: StopText | None = None,
-        shadows: Sequence[Shadow] = (),
+        shadows: Callable[[Generation], Sequence[Shadow]] | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
         self._model, self._stop_text = model, stop_text
-        self._shadows = shadows
+        self._shadows: Sequence[Shadow] = ()
+        self._shadows_of = shadows
+        self._all_turns = run.turns
         # What is to be called, once it has ended.
         self._on_end = [] if on_end is None else [on_end]
         self._run: Run | None = run
@@ -161,6 +163,10 @@ class Stream(Iterator[str], AsyncIterator[str]):
         ``finish`` is ``unfinished`` until the last token is decoded, and stays so if
         the stream was given up.
         """
+        ended = self._run is None and self._generation.finish != "unfinished"
+        if ended and self._shadows_of is not None:
+            self._shadows = self._shadows_of(self._generation)
+            self._shadows_of = None
         return self._turns.take(self._so_far)
 
     @property
@@ -194,7 +200,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         What is told may write files, which others needn't wait for.
         """
         try:
-            return self._turns.take(step)
+            return take_all(self._all_turns, step)
         finally:
             self._tell_end()
 

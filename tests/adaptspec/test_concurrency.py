@@ -89,6 +89,24 @@ def greedy(decoder: Decoder) -> list[list[int]]:
     return [hf_greedy(decoder.model, prompt, TOKENS) for prompt in PROMPTS]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_draft_model_that_was_loaded_first_makes_nobody_wait_for_ever() -> None:
+    """Turns are taken in the order in which models were made, streams' steps, too."""
+    draft = noisy_draft(tiny_model("llama"))
+    decoder = Decoder(tiny_model("llama"), draft, MemoryStore())
+    asked: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
+
+    def reads() -> None:
+        for _ in range(8):
+            list(decoder.stream(PROMPTS[0], strategy="draft_model", **asked))
+
+    def generates() -> None:
+        for _ in range(8):
+            decoder.generate(PROMPTS[1], strategy="draft_model", **asked)
+
+    in_threads([reads, generates, reads, generates])
+
+
 def in_threads(works: list[Callable[[], Any]]) -> None:
     """Run them all at once; raise what any raised."""
     errors: list[BaseException] = []

@@ -186,5 +186,31 @@ def test_a_decoder_tells_shadows_and_its_answer_is_plain_decodings() -> None:
     with decoder.stream([4, 5, 6] * 5, **asked) as given_up:
         pass
     assert given_up.result.shadows == ()
+    with pytest.raises(AdaptSpecError, match="shadow=True tells nothing under regex"):
+        decoder.generate([4, 5, 6], regex="a+", **asked)
     with pytest.raises(AdaptSpecError, match="shadow=True decodes plainly"):
         decoder.generate([4, 5, 6], strategy="suffix", **asked)
+
+
+class Fails:
+    @staticmethod
+    def register_strategies() -> list[type[Strategy]]:
+        class Broken(Branches):
+            name = "broken"
+
+            def start(self, target: Target) -> Drafter:
+                raise RuntimeError("no such file")
+
+        return [Broken]
+
+
+def test_a_strategy_that_fails_is_left_out_and_the_answer_stays() -> None:
+    host = Host({"bundled": adaptspec_plugins, "other": Fails})
+    decoder = Decoder(tiny_model("llama"), host=host)
+    asked: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0, "shadow": True}
+    with pytest.warns(UserWarning, match="plain decoding|left out") as warned:
+        result = decoder.generate([4, 5, 6] * 5, **asked)
+    said = [str(one.message) for one in warned]
+    assert "broken is left out of the shadows: no such file" in said
+    assert len(result.token_ids) == 9
+    assert {one.strategy for one in result.shadows} == {"prompt_lookup", "suffix"}

@@ -14,7 +14,7 @@ import pytest
 from adaptspec.choosing.learning import Chooser, Finalists, Learning
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.errors import AdaptSpecError
-from adaptspec.in_use import Uses
+from adaptspec.in_use import Uses, ratio_of
 from adaptspec.profile import ANSWER, LATENCY, PLAIN, SPEED, Pick
 from adaptspec.selector import rank
 from adaptspec.testing.stores import example_choice, example_profile
@@ -157,9 +157,10 @@ def test_a_request_that_nothing_is_known_to_compare_with_teaches_nothing(
     lacking: dict[str, Any],
 ) -> None:
     chooses, found = chooser(), finalists(1.6)
+    chooses.add(found, 0, request(1.4))
     before = chooses.beliefs(found)
     chooses.add(found, 0, replace(request(0.1), **lacking))
-    assert chooses.beliefs(found) == before
+    assert chooses.beliefs(found) == before  # and nothing was forgotten
 
 
 def test_a_request_is_compared_in_what_the_tune_compared() -> None:
@@ -254,9 +255,17 @@ def test_threads_choose_and_add_without_losing_any() -> None:
     [
         ({"memory": 0.5}, "memory of Learning must be at least 1, got 0.5"),
         ({"exploration": -1.0}, "exploration of Learning must be at least 0"),
-        ({"moved": math.nan}, "moved of Learning must be at least 0.01, got nan"),
-        ({"shared": -0.1}, "shared of Learning must be at least 0, got -0.1"),
+        (
+            {"moved": math.nan},
+            "0.01 and finite, got nan",
+        ),
+        (
+            {"shared": -0.1},
+            "at least 0 and finite, got -0.1",
+        ),
         ({"tokens": 0}, "tokens of Learning must be at least 1"),
+        ({"shared": math.inf}, "shared of Learning must be at least 0 and finite"),
+        ({"moved": math.inf}, "moved of Learning must be at least 0.01 and finite"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_rule(wrong: Any, said: str) -> None:
@@ -272,3 +281,11 @@ def test_draws_touch_no_other_generator() -> None:
     chooses, found = chooser(exploration=1.0), finalists(1.5, 1.4)
     chooses.choose(found)
     assert random.random() == expected
+
+
+@pytest.mark.parametrize("objective", [SPEED, LATENCY])
+def test_what_a_grammar_forced_is_no_gain_of_a_setting(objective: str) -> None:
+    step = StepStats(3, 2, 64, 0.02, 0.0, 0.0, forced=60)
+    stats = RunStats(9, 65, 0.0, [step], 0, 0.0, PLAIN_STEP)
+    assert ratio_of(stats, objective) is None
+    assert ratio_of(stats, ANSWER) == pytest.approx(1.0)

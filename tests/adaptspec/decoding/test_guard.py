@@ -390,3 +390,22 @@ def test_strategies_of_an_engine_share_what_a_plain_step_takes() -> None:
     assert engine.guard_memory(other).plain.step is not None
     assert engine.guard_memory(one) is not engine.guard_memory(other)
     assert engine.guard_memory(one) is engine.guard_memory(one)
+
+
+class Nothing(Drafter):
+    """Proposes nothing."""
+
+    def propose(self, context: Context) -> TokenTree:
+        return TokenTree.root_only(context.ids[-1])
+
+
+def test_what_starting_a_drafter_took_is_lost_once() -> None:
+    now = [0.0]
+    guard = Guard(Nothing(), GuardMemory(), lambda: now[0], starting=0.5)
+    now[0] += 1
+    guard.observe(Outcome(None, (), [1], {}, NONE))
+    for step in range(3):
+        tree = guard.propose(Context([1, 1], 9, 9, step))
+        now[0] += 1
+        guard.observe(Outcome(tree, [0], [1], {}, NONE))
+    assert guard.gained == pytest.approx(-0.5)

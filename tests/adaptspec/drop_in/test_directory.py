@@ -164,7 +164,9 @@ def test_a_copy_takes_the_models_profiles_and_no_others(
 def test_it_says_where_nothing_was_measured(export: Export, tmp_path: Path) -> None:
     done = export(tmp_path / "out", **{"--db": str(tmp_path / "new.db")})
     assert done.exit_code == 0, done.output
-    assert "decoding is plain until `adaptspec tune`" in done.stderr
+    said = f"--db {tmp_path / 'new.db'}` measures"
+    assert "decoding is plain until `adaptspec tune --model " in done.stderr
+    assert said in done.stderr
 
 
 def test_a_directory_with_files_needs_force(export: Export, tmp_path: Path) -> None:

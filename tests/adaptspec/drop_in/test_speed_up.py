@@ -72,6 +72,20 @@ def test_one_line_changes_what_decodes_and_another_changes_it_back(module: Any) 
     speedup.restore()  # once more does nothing
 
 
+def test_parameters_are_those_of_the_strategy_they_were_given_with(module: Any) -> None:
+    speedup = adaptspec.speed_up(
+        *(module, TOKENIZER),
+        db=MemoryStore(),
+        strategy="prompt_lookup",
+        params={"draft_length": 3},
+    )
+    module.generate(PROMPT, max_new_tokens=4)
+    assert speedup.decoder.last[0].choice.params == {"draft_length": 3}
+    module.generate(PROMPT, max_new_tokens=4, strategy="suffix")
+    assert speedup.decoder.last[0].choice.params == {}
+    speedup.restore()
+
+
 def test_binding_twice_leaves_one(bound: SpeedUp) -> None:
     module = bound.model
     with adaptspec.speed_up(module, db=MemoryStore(), strategy="suffix") as second:

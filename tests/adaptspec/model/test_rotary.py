@@ -154,6 +154,24 @@ def test_texts_across_a_switch_are_generates(case: str, name: str) -> None:
         assert run.token_ids == reference(case, length)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "phi3" in case])
+def test_decoding_leaves_a_model_as_it_was(case: str) -> None:
+    """These write frequencies into a buffer in every pass."""
+    module = module_of(case)
+    prompt = random_ids(9)
+    ids = torch.tensor([prompt])
+    expected = module.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    lent, own = LanguageModel(module), LanguageModel(module_of(case), own_weights=True)
+    for model in (lent, own):
+        for _ in range(2):
+            Engine(model).generate(plain_strategy(), prompt, Controls.greedy(4))
+            assert not model.follow()
+        found = model.source.generate(
+            ids, max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+        assert torch.equal(found, expected)
+
+
 def test_two_texts_in_turn_dont_share_a_rotation_that_grows() -> None:
     target = models("llama, dynamic")[0]
     runs = [
