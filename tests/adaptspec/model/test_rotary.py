@@ -166,9 +166,8 @@ def test_decoding_leaves_a_model_as_it_was(case: str) -> None:
         for _ in range(2):
             Engine(model).generate(plain_strategy(), prompt, Controls.greedy(4))
             assert not model.follow()
-        found = model.source.generate(
-            ids, max_new_tokens=4, do_sample=False, pad_token_id=0
-        )
+        source: Any = model.source
+        found = source.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert torch.equal(found, expected)
 
 
