@@ -474,7 +474,10 @@ class Guard(Drafter):
         else:
             if not nodes:  # a forced chain alone is no plain step
                 memory.passed(before - self._started - self._proposing)
-            self._spend(self._reading + own)
+            if self._asks:
+                self._spend(self._reading + own)
+            else:  # to watch costs as much if it is never asked again
+                self.gained -= own
 
     def close(self) -> None:
         """Pass it on, and remember what the sequence came to."""

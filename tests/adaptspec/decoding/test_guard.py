@@ -409,3 +409,38 @@ def test_what_starting_a_drafter_took_is_lost_once() -> None:
         now[0] += 1
         guard.observe(Outcome(tree, [0], [1], {}, NONE))
     assert guard.gained == pytest.approx(-0.5)
+
+
+class Watches(Drafter):
+    """Takes its time to look at every step, whether it was asked or not."""
+
+    def __init__(self, tick: Callable[[float], None]) -> None:
+        self.tick, self.asked = tick, 0
+
+    def propose(self, context: Context) -> TokenTree:
+        self.asked += 1
+        return TokenTree.chain(context.ids[-1], [1] * min(4, context.max_nodes))
+
+    def observe(self, outcome: Outcome) -> None:
+        self.tick(0.05)
+
+
+def test_watching_does_not_keep_a_drafter_from_being_asked_again() -> None:
+    """It costs as much if drafting never comes back."""
+    now = [0.0]
+
+    def tick(time: float) -> None:
+        now[0] += time
+
+    inner = Watches(tick)
+    guard = Guard(inner, GuardMemory(), lambda: now[0], room=400)
+    tick(1)
+    guard.observe(Outcome(None, (), [1], {}, NONE))
+    for step in range(300):
+        most = guard.most_nodes(128)
+        tree = guard.propose(Context([1] * (step + 2), 400 - step, most, step))
+        tick(1 + 0.05 * (len(tree) - 1))
+        accepted = 0 if step < 100 else len(tree) - 1
+        guard.observe(Outcome(tree, [0], [1] * (1 + accepted), {}, NONE))
+    assert inner.asked >= 100
+    assert guard.gained > 0
