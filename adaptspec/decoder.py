@@ -451,16 +451,14 @@ class Decoder:
 
     def _follow(self) -> None:
         """Take over changes of the caller's models; profiles are of one version."""
-        models = [m for m in (self.model, self.draft) if m is not None]
-        turns = [model.turns for model in models]
         changed: list[bool] = []
 
         def follow() -> None:
-            for model in models:
+            for model in self.engine.models:
                 changed.append(model.follow())
 
         try:
-            take_all(turns, follow)
+            take_all(self.engine.turns, follow)
         finally:
             if any(changed):  # also where the second one can't be followed
                 self._begin_anew()
@@ -584,11 +582,10 @@ class Decoder:
             if settings.stop_strings and not include_stop:
                 stop_text = StopText(self.model, Stopping(self.model, settings), ids)
             shadows = functools.partial(self._shadows, chosen, run) if shadow else None
-            return Stream(self.model, run, choice, seconds, ended, stop_text, shadows)
+            return Stream(self.engine, run, choice, seconds, ended, stop_text, shadows)
 
         # The tokenizer is used here, too.
-        models = [m for m in (self.model, self.draft) if m is not None]
-        return take_all([model.turns for model in models], begin)
+        return take_all(self.engine.turns, begin)
 
     def _shadows(
         self, chosen: Choice, run: Run, generation: Generation

@@ -85,6 +85,16 @@ class Engine:
         self._plain_times = PlainTimes(lambda: model.__dict__.get("latency"))
         self._memories: WeakKeyDictionary[Strategy, GuardMemory] = WeakKeyDictionary()
 
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The target, and the draft model where there is one."""
+        return [self.model] if self.draft is None else [self.model, self.draft]
+
+    @property
+    def turns(self) -> list[Turns]:
+        """Those of the models, which a step takes all of."""
+        return [model.turns for model in self.models]
+
     def guard_memory(self, strategy: Strategy) -> GuardMemory:
         """What is known of a strategy's speed here, across its generations."""
         return self._memories.setdefault(strategy, GuardMemory(self._plain_times))
@@ -184,19 +194,13 @@ class Run:
 
     def _in_turn(self, step: Callable[[], Answer]) -> Answer:
         """Run ``step`` while no other thread uses the models."""
-        return take_all(self.turns, step)
-
-    @property
-    def turns(self) -> list[Turns]:
-        """Those of the models, which a step takes all of."""
-        return [m.turns for m in (self._model, self._draft) if m is not None]
+        return take_all(self._engine.turns, step)
 
     def _look_at_models(self) -> None:
         """Take over what their owner has changed, and see whether they serve."""
-        for one in (self._model, self._draft):
-            if one is not None:
-                heed_fork(one.device)
-                one.follow()
+        for one in self._engine.models:
+            heed_fork(one.device)
+            one.follow()
         # A model that has changed is copied anew, if it can be copied.
         self._version = self._model.digest, self._model.model
         if reason := type(self._strategy).unavailable(self._model, self._draft):

@@ -18,11 +18,8 @@ class ReaderGone(Exception):
     """Raised by ``put`` when the reader has stopped."""
 
 
-class ClosableStreamer(TextIteratorStreamer):
-    """Pieces of text; leaving the loop over them, or ``close``, ends generation.
-
-    Arguments are those of :class:`~transformers.TextIteratorStreamer`.
-    """
+class _Closable:
+    """What both share, before transformers' own class in their bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +37,14 @@ class ClosableStreamer(TextIteratorStreamer):
         """
         if self._closed.is_set():
             raise ReaderGone
-        super().put(value)  # type: ignore[no-untyped-call]
+        super().put(value)  # type: ignore[misc]
+
+
+class ClosableStreamer(_Closable, TextIteratorStreamer):
+    """Pieces of text; leaving the loop over them, or ``close``, ends generation.
+
+    Arguments are those of :class:`~transformers.TextIteratorStreamer`.
+    """
 
     def __iter__(self) -> Iterator[str]:
         """The pieces, as they come."""
@@ -51,29 +55,11 @@ class ClosableStreamer(TextIteratorStreamer):
             self.close()
 
 
-class AsyncClosableStreamer(AsyncTextIteratorStreamer):
+class AsyncClosableStreamer(_Closable, AsyncTextIteratorStreamer):
     """The same for ``async for``.
 
     Arguments are those of :class:`~transformers.AsyncTextIteratorStreamer`.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._closed = threading.Event()
-
-    def close(self) -> None:
-        """Say that nothing more is read."""
-        self._closed.set()
-
-    def put(self, value: torch.Tensor) -> None:
-        """Add tokens.
-
-        Raises:
-            ReaderGone: when it was closed.
-        """
-        if self._closed.is_set():
-            raise ReaderGone
-        super().put(value)  # type: ignore[no-untyped-call]
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """The pieces, as they come."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from adaptspec.decoding.engine import Finish, Generation, Run
+from adaptspec.decoding.engine import Engine, Finish, Generation, Run
 from adaptspec.decoding.stats import RunStats
-from adaptspec.model.language_model import LanguageModel
 from adaptspec.selector import Choice
 from adaptspec.shadow import Shadow
 from adaptspec.streaming.stop_text import StopText
@@ -66,7 +65,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     def __init__(
         self,
-        model: LanguageModel,
+        engine: Engine,
         run: Run,
         choice: Choice,
         seconds_classifying: float,
@@ -75,17 +74,16 @@ class Stream(Iterator[str], AsyncIterator[str]):
         shadows: Callable[[Generation], Sequence[Shadow]] | None = None,
     ) -> None:
         self.choice, self.seconds_classifying = choice, seconds_classifying
-        self._model, self._stop_text = model, stop_text
+        self._engine, self._model, self._stop_text = engine, engine.model, stop_text
         self._shadows: Sequence[Shadow] = ()
         self._shadows_of = shadows
-        self._all_turns = run.turns
         # What is to be called, once it has ended.
         self._on_end = [] if on_end is None else [on_end]
         self._run: Run | None = run
         self._steps = iter(run)
         self._unread: list[int] = []  # tokens that no piece has been made of
         certain = None if stop_text is None else stop_text.certain
-        self._pieces = TextPieces(model.tokenizer, certain)
+        self._pieces = TextPieces(self._model.tokenizer, certain)
         self._generation = run.result
 
     def __next__(self) -> str:
@@ -200,7 +198,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         What is told may write files, which others needn't wait for.
         """
         try:
-            return take_all(self._all_turns, step)
+            return take_all(self._engine.turns, step)
         finally:
             self._tell_end()
 
