@@ -46,9 +46,11 @@ def chosen(
 
 
 def best_measured(
-    store: ProfileStore, model: LanguageModel, name: str, count: int
+    store: ProfileStore, host: Host, engine: Engine, name: str, count: int
 ) -> list[Setting]:
-    """The settings of a class with the highest ratios that a tune confirmed."""
+    """The settings of a class with the highest ratios that a tune confirmed, of those
+    that can run on these models."""
+    model, draft = engine.model, engine.draft
     profiles = [
         profile
         for profile in store.profiles(model=model.digest)
@@ -56,6 +58,7 @@ def best_measured(
         and profile.lossless
         and not profile.baseline
         and profile.strategy != PLAIN
+        and host.strategy(profile.strategy).unavailable(model, draft) is None
     ]
     profiles.sort(key=lambda profile: -profile.measurement.ratio)
     return [Setting(p.strategy, dict(p.params)) for p in profiles[:count]]
@@ -102,7 +105,8 @@ def main(
     draft = load_model(draft_model) if draft_model else None
     read = example_workload() if workload is None else read_workload(workload)
     held_out = split(read)[1].by_class()
-    profiler = Profiler(Engine(target, draft), host, max_new_tokens)
+    engine = Engine(target, draft)
+    profiler = Profiler(engine, host, max_new_tokens)
     plain = PLAIN_SETTING.key
     found: dict[str, dict[str, Any]] = {}
     with (
@@ -117,7 +121,7 @@ def main(
                 continue
             mine = chosen(short_store, target, draft, name)
             theirs = chosen(long_store, target, draft, name)
-            best = best_measured(long_store, target, name, others)
+            best = best_measured(long_store, host, engine, name, others)
             unique = {s.key: s for s in (mine, theirs, *best) if s.key != plain}
             measured = confirm(
                 profiler,

@@ -20,7 +20,6 @@ from transformers import (
 from adaptspec.drop_in.speed_up import SpeedUp
 from adaptspec.drop_in.streamers import AsyncClosableStreamer, ClosableStreamer
 from adaptspec.model.cache import TreeCache
-from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
 from foretold import Foretold, foretold, tell
 
@@ -40,21 +39,6 @@ def expected(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     output: torch.Tensor = fast().model.generate(**ASKED)
     tell(monkeypatch, output, 12)
     return output
-
-
-@pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[TreeCache]]:
-    """Every cache made from now on."""
-    made: list[weakref.ref[TreeCache]] = []
-    build = LanguageModel.new_cache
-
-    def new_cache(self: LanguageModel, capacity: int = 0) -> TreeCache:
-        cache = build(self, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(LanguageModel, "new_cache", new_cache)
-    return made
 
 
 class Notes:

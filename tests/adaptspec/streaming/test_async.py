@@ -15,7 +15,6 @@ import adaptspec
 from adaptspec.decoder import Decoder
 from adaptspec.errors import InvalidPromptError
 from adaptspec.model.cache import TreeCache
-from adaptspec.model.language_model import LanguageModel
 from adaptspec.profile import PLAIN
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
@@ -87,20 +86,13 @@ def gated(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[TreeCache]]]:
+def caches(
+    caches: list[weakref.ref[TreeCache]],
+) -> Iterator[list[weakref.ref[TreeCache]]]:
     """Every cache made from now on, while nothing but its last owner frees one."""
-    made: list[weakref.ref[TreeCache]] = []
-    build = LanguageModel.new_cache
-
-    def new_cache(self: LanguageModel, capacity: int = 0) -> TreeCache:
-        cache = build(self, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(LanguageModel, "new_cache", new_cache)
     gc.collect()
     gc.disable()
-    yield made
+    yield caches
     gc.enable()
 
 

@@ -14,7 +14,6 @@ import adaptspec
 from adaptspec.decoder import Decoder
 from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.cache import TreeCache
-from adaptspec.model.language_model import LanguageModel
 from adaptspec.profile import PLAIN
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
@@ -28,21 +27,6 @@ ASKED: dict[str, Any] = {"strategy": "prompt_lookup", "max_new_tokens": 20}
 def decoder() -> Decoder:
     module = tiny_module("llama")
     return adaptspec.load(module, db=MemoryStore(), tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[TreeCache]]:
-    """Every cache made from now on."""
-    made: list[weakref.ref[TreeCache]] = []
-    build = LanguageModel.new_cache
-
-    def new_cache(self: LanguageModel, capacity: int = 0) -> TreeCache:
-        cache = build(self, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(LanguageModel, "new_cache", new_cache)
-    return made
 
 
 def test_finishing_after_a_piece_decodes_the_rest(decoder: Decoder) -> None:

@@ -22,7 +22,9 @@ from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine, Generation, Run
 from adaptspec.errors import NoValidTokenError
 from adaptspec.host import Host
+from adaptspec.profile import PLAIN
 from adaptspec.structured.languages import JSON_LAYOUT
+from adaptspec.testing.heads import attach_tiny_heads
 from speakers import (
     END,
     OTHER_END,
@@ -343,3 +345,20 @@ def test_a_prompt_at_the_models_limit_ends_with_its_last_position() -> None:
     assert len(done.token_ids) == 9
     processor = Theirs(speaker(), grammar_of("json_schema", SCHEMA))
     assert done.token_ids == generates(speaker(), ids, processor, 9)
+
+
+def test_typical_acceptance_is_exact_under_a_grammar() -> None:
+    """It would ask what follows the end of the output, where nothing may."""
+    model = attach_tiny_heads(speaker.__wrapped__())  # others mustn't have them
+    asked: dict[str, Any] = {
+        **{"max_new_tokens": NEW_TOKENS, "eos_token_ids": (END,), "seed": 1},
+        **{"temperature": 1.0, "regex": "yes|no, because x"},
+    }
+
+    def generated(strategy: str, **more: Any) -> Generation:
+        controls = Controls(**asked, **more)
+        return Engine(model).generate(host().create(strategy, {}), prompt(), controls)
+
+    found = generated("medusa_typical")
+    assert found.token_ids == generated(PLAIN, max_nodes=0).token_ids
+    assert found.finish == "eos"
