@@ -47,6 +47,10 @@ class NoHiddenStatesError(AdaptSpecError, RuntimeError):
     """A model of its own code doesn't hand out the hidden states that are wanted."""
 
 
+class EngineError(AdaptSpecError, RuntimeError):
+    """Another engine can't be started, asked or ended; with the tail of its log."""
+
+
 class SequenceStateError(AdaptSpecError, RuntimeError):
     """A sequence can't go on: its model was changed, or holds another's state."""
 

@@ -11,6 +11,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from adaptspec.engines.inference_engine import InferenceEngine
     from adaptspec.heads.protocol import TrainedHeads
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.profile import ProfileStore
@@ -32,6 +33,14 @@ def register_strategies() -> Sequence[type[Strategy]]:  # type: ignore[empty-bod
 @hookspec
 def register_baselines() -> Sequence[type[Baseline]]:  # type: ignore[empty-body]
     """Return other engines' decoding to be measured beside ours."""
+
+
+@hookspec
+def register_engines() -> Sequence[type[InferenceEngine]]:  # type: ignore[empty-body]
+    """Return inference engines that can be tuned and compared.
+
+    Called only when engines are used.
+    """
 
 
 @hookspec

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from adaptspec.hookspecs import PROJECT
 if TYPE_CHECKING:
     import click
 
+    from adaptspec.engines.inference_engine import InferenceEngine
     from adaptspec.heads.protocol import TrainedHeads
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.profile import ProfileStore
@@ -141,14 +143,21 @@ class Host:
         """
         from adaptspec.strategy import Strategy
 
-        return self._collect("register_strategies", Strategy)
+        return self._collect("register_strategies", Strategy, _check_drafting)
 
     @cached_property
     def baselines(self) -> Mapping[str, type[Baseline]]:
         """Every baseline by name."""
         from adaptspec.strategy import Baseline
 
-        return self._collect("register_baselines", Baseline)
+        return self._collect("register_baselines", Baseline, _check_drafting)
+
+    @cached_property
+    def engines(self) -> Mapping[str, type[InferenceEngine]]:
+        """Every inference engine by name."""
+        from adaptspec.engines.inference_engine import InferenceEngine
+
+        return self._collect("register_engines", InferenceEngine, _check_engine)
 
     def strategy(self, name: str) -> type[Strategy]:
         """One strategy class.
@@ -227,13 +236,16 @@ class Host:
             if plugin is not None and hasattr(plugin, hook) and name not in self._errors
         )
 
-    def _collect(self, hook: str, base: type[Any]) -> Mapping[str, Any]:
+    def _collect(
+        self, hook: str, base: type[Any], check: Callable[[Any], None]
+    ) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
         for plugin_name, plugin in self._implementing(hook):
             try:
                 classes = list(getattr(plugin, hook)())
                 for cls in classes:
                     _check_class(cls, base)
+                    check(cls)
             except Exception as error:  # the plugin edge: report by name, go on
                 self._fail(plugin_name, error)
                 continue
@@ -257,21 +269,33 @@ def _warn(name: str, reason: str) -> None:
 
 
 def _check_class(candidate: Any, base: type[Any]) -> None:
-    from adaptspec.params import Params
-
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         raise PluginError(f"{candidate!r} is not a subclass of {base.__name__}")
     cls: Any = candidate
+    if not isinstance(getattr(cls, "summary", None), str):
+        raise PluginError(f"{cls.__name__}.summary must be one line of text")
+    if abstract := getattr(cls, "__abstractmethods__", None):
+        raise PluginError(f"{cls.__name__} lacks {', '.join(sorted(abstract))}")
+
+
+def _check_engine(cls: Any) -> None:
+    name = getattr(cls, "name", None)
+    if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9._-]*", name)):
+        raise PluginError(
+            f"{cls.__name__}.name must be of lower letters, digits, '.', '_' and '-', "
+            f"got {name!r}"
+        )
+
+
+def _check_drafting(cls: Any) -> None:
+    from adaptspec.params import Params
+
     name = getattr(cls, "name", None)
     if not (isinstance(name, str) and name.isidentifier() and name.islower()):
         raise PluginError(f"{cls.__name__}.name must be lower_snake_case, got {name!r}")
-    if not isinstance(getattr(cls, "summary", None), str):
-        raise PluginError(f"{cls.__name__}.summary must be one line of text")
     if not issubclass(cls.Params, Params):
         raise PluginError(
             f"{cls.__name__}.Params must subclass adaptspec.params.Params"
         )
-    if abstract := getattr(cls, "__abstractmethods__", None):
-        raise PluginError(f"{cls.__name__} lacks {', '.join(sorted(abstract))}")
     cls.Params.specs()
     cls.Params()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from adaptspec.params import Scalar
 
 PLAIN = "autoregressive"
+OURS = "adaptspec"  # the engine that decodes in the program that loads it
 # What settings are compared by.
 ANSWER, SPEED, LATENCY = "answer", "speed", "latency"
 EVERY_CLASS = "*"  # of results over all classes; no workload names a class so
@@ -37,6 +38,8 @@ class Environment:
             version's, which kept none, as of the next two.
         kernel: What multiplies by the target's weights, and whether they are packed.
         attention: The target's attention implementation.
+        engine: What decoded; its version is one of ``versions``.
+        concurrency: Requests that were answered at the same time.
     """
 
     model: str
@@ -53,6 +56,8 @@ class Environment:
     configuration: str | None = None
     kernel: str | None = None
     attention: str | None = None
+    engine: str = OURS
+    concurrency: int = 1
 
     def key(self) -> tuple[str | int | None, ...]:
         """Everything that decides speed; versions need not match."""
@@ -77,6 +82,7 @@ class Environment:
 HOLDS = (
     *("model", "configuration", "dtype", "device", "device_name"),
     *("kernel", "attention"),
+    *("engine", "concurrency"),
 )
 # These change every setting's speed alike, so ratios still serve; it is told.
 TOLD = ("threads",)

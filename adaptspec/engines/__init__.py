@@ -1,0 +1,1 @@
+"""Inference engines, ours and others', that are measured and tuned alike."""
