@@ -31,6 +31,7 @@ from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import (
     AdaptSpecError,
+    ModelLoadError,
     ProfileStoreError,
     StoreWarning,
     stopped_by_user,
@@ -38,6 +39,7 @@ from adaptspec.errors import (
 from adaptspec.host import Host
 from adaptspec.in_use import Opens, Uses
 from adaptspec.knowledge import KnowledgeKeeper
+from adaptspec.model.fixed_shapes import Shapes
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
@@ -655,6 +657,7 @@ def load(
     record: bool = True,
     run: str | None = None,
     adapt: bool | Learning = True,
+    shapes: Shapes = "auto",
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -675,6 +678,9 @@ def load(
         record: See :class:`Decoder`.
         run: See :class:`Decoder`.
         adapt: See :class:`Decoder`.
+        shapes: ``auto``: on CUDA, forwards of few fixed shapes as graphs, or what of
+            that gives the same logits. ``fixed``: fixed shapes without graphs.
+            ``dynamic``: each forward has its own shape.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -686,13 +692,15 @@ def load(
     if model is None:
         model = default_model_path(lambda line: print(line, file=sys.stderr))
     host = host or Host.installed()
-    target = _language_model(model, tokenizer, dtype, device, trust_remote_code)
+    target = _language_model(model, tokenizer, dtype, device, trust_remote_code, shapes)
     for folder in [heads] if isinstance(heads, str | Path) else heads:
         target.attach(host.open_heads(folder, target))
     draft = (
         None
         if draft_model is None
-        else _language_model(draft_model, None, dtype, target.device, trust_remote_code)
+        else _language_model(
+            draft_model, None, dtype, target.device, trust_remote_code, shapes
+        )
     )
     can_open = host.opens_stores
     if db is None and not can_open:
@@ -731,8 +739,14 @@ def _language_model(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     trust_remote_code: bool,
+    shapes: Shapes,
 ) -> LanguageModel:
     if isinstance(model, LanguageModel):
+        if shapes not in ("auto", model.asked_shapes):
+            raise ModelLoadError(
+                f"shapes must be those that {model.name} was loaded with "
+                f"({model.asked_shapes}), got {shapes!r}; pass them to LanguageModel"
+            )
         return model
     return load_model(
         model,
@@ -740,4 +754,5 @@ def _language_model(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        shapes=shapes,
     )
