@@ -37,7 +37,8 @@ from adaptspec.model.rotary import switching_lengths
 from adaptspec.token_tree import TokenTree
 
 # A chain, then a tree whose deeper branch comes second, so that keeping it moves rows.
-TRIED_PARENTS = ((-1,), (-1, 0, 1), (-1, 0, 0, 1, 2, 4))
+# Each comes again behind other rows than those it was captured behind.
+TRIED_PARENTS = ((-1,), (-1, 0, 1), (-1, 0, 0, 1, 2, 4)) * 2
 RUBBISH = 50.0  # in slots that nothing may see
 
 
@@ -103,7 +104,7 @@ def _obstacle(model: ShapedModel) -> str | None:
     places = {p.device for p in model.model.parameters()}
     if len(places) > 1:
         return f"its weights are on {len(places)} devices"
-    least = short_length(model) + max(map(len, TRIED_PARENTS)) + 2 * WIDTHS[2]
+    least = short_length(model) + sum(map(len, TRIED_PARENTS)) + WIDTHS[2]
     if room(model) < least:
         return f"it has {room(model)} positions, and a test takes {least}"
     return None

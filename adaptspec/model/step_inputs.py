@@ -1,4 +1,4 @@
-"""What a forward of fixed width reads, in buffers that are filled and never replaced."""
+"""What a forward of fixed width reads, in buffers that are never replaced."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_masks_over_slots_are_those_over_rows(
         assert (mask[row, cached:] == 0).nonzero()[:, 0].tolist() == [row]
     assert inputs.positions[0].tolist() == [
         *(cached + depth for depth in tree.depths),
-        *([cached] * over),
+        *([cached] * (width - len(tree))),
     ]
     assert inputs.slots.tolist() == list(range(cached, cached + width))
 
