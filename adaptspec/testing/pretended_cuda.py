@@ -35,9 +35,12 @@ _INDEXING = (
     _aten._index_put_impl_.default,
 )
 _COPYING = (_aten.copy_.default, _aten._copy_from.default)
-# What comes out depends on values, so the host waits for them.
+# What comes out depends on values, so the host waits for them. In inference mode those
+# that are made of others come as they are.
 _WAITING = (
-    *(_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default),
+    *(_aten._local_scalar_dense.default, _aten.item.default, _aten.equal.default),
+    *(_aten.is_nonzero.default, _aten.nonzero.default, _aten.nonzero_numpy.default),
+    *(_aten.argwhere.default, _aten.allclose.default, _aten.one_hot.default),
     *(_aten.masked_select.default, _aten._unique2.default),
     *(_aten.unique_consecutive.default, _aten.unique_dim.default),
     _aten.repeat_interleave.Tensor,
