@@ -37,7 +37,8 @@ class Environment:
         heads_name: Their names for people.
         configuration: Digest of the target's configuration and buffers; None: an older
             version's, which kept none, as of the next two.
-        kernel: What multiplies by the target's weights, and whether they are packed.
+        kernel: What multiplies by the target's weights, whether they are packed, and
+            whether in fixed shapes or graphs.
         attention: The target's attention implementation.
         engine: What decoded; its version is one of ``versions``.
         concurrency: Requests that were answered at the same time.
