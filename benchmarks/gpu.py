@@ -13,6 +13,7 @@ MODEL only the tiny models are checked. Where time runs out, what is left out is
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -212,6 +213,11 @@ def modes(
             yield kind, model
 
 
+def _likeliest(model: LanguageModel, tree: TokenTree, cache: Any) -> Sequence[int]:
+    """What a greedy step needs of a forward."""
+    return model.forward_tree(tree, cache).best
+
+
 def time_forwards(
     session: Session, models: dict[str, LanguageModel], context: int, rounds: int
 ) -> str:
@@ -225,17 +231,15 @@ def time_forwards(
     for turn in range(rounds + 2):
         if not session.allows(f"round {turn} of forwards"):
             break
-        for rows in WIDTHS:
-            tree = TokenTree.chain(5, [6 + at % 50 for at in range(rows - 1)])
+        for width in WIDTHS:
+            tree = TokenTree.chain(5, [6 + at % 50 for at in range(width - 1)])
             for kind, model in models.items():
                 cache = caches[kind]
-                took = seconds(
-                    lambda m=model, c=cache, t=tree: m.forward_tree(t, c).best,
-                    model.device,
-                )
+                run = functools.partial(_likeliest, model, tree, cache)
+                took = seconds(run, model.device)
                 cache.truncate(context)
                 if turn > 1:  # the first two warm up
-                    times.setdefault((kind, rows), []).append(took)
+                    times.setdefault((kind, width), []).append(took)
     rows = [
         [
             width,

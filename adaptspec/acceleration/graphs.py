@@ -39,7 +39,7 @@ class Captured(Generic[Result]):
     ) -> None:
         with torch.cuda.device(device):
             here = torch.cuda.current_stream(device)
-            aside = torch.cuda.Stream(device)
+            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 for _ in range(warm_up_runs):
@@ -49,7 +49,10 @@ class Captured(Generic[Result]):
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the device meanwhile.
             with torch.cuda.graph(
-                self._graph, pool=pool, capture_error_mode="thread_local"
+                self._graph,
+                pool=pool,
+                stream=aside,
+                capture_error_mode="thread_local",
             ):
                 self._result = compute()
 

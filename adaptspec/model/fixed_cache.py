@@ -70,7 +70,7 @@ class SlotSet:
         self._owner = lambda: None
 
 
-class FixedLayer(TreeLayer):
+class FixedLayer(TreeLayer):  # type: ignore[no-untyped-call]
     """A :class:`TreeLayer` in buffers of a :class:`SlotSet`.
 
     While ``slots [rows]`` is set, new rows go to those slots and all slots are
@@ -116,7 +116,7 @@ class FixedCache(TreeCache):
 
     def __init__(self, slots: SlotSet, larger: Callable[[int], SlotSet | None]) -> None:
         layers = [FixedLayer(buffers) for buffers in slots.buffers]
-        Cache.__init__(self, layers=list(layers))  # type: ignore[no-untyped-call]
+        Cache.__init__(self, layers=list(layers))
         self.rows = list(layers)
         self._fixed, self._larger = layers, larger
         self.set = slots

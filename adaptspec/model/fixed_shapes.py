@@ -183,6 +183,7 @@ class FixedShapes:
                     inputs = self._inputs_of(width)
                     inputs.fill(root, cache.length)
                     self._capture(inputs, cache, hidden)
+        cache.set.clear(cache.length)  # whatever those rows gave
 
     def _set(self, rows: int) -> SlotSet | None:
         """A free set with room for ``rows`` and a tree behind them."""

@@ -383,12 +383,12 @@ class LanguageModel:
         cache.announce(cached + count)
         if cached and self.fixed is not None and count <= WIDTHS[-1]:
             return self._append(tokens, cache, last, hidden_layers)
-        forward = self._read(tokens, cache, last, hidden_layers)
+        forward = self._read_tokens(tokens, cache, last, hidden_layers)
         if self.fixed is not None:
             self.fixed.prepare(cache, hidden_layers)
         return forward
 
-    def _read(
+    def _read_tokens(
         self,
         tokens: Sequence[int],
         cache: TreeCache,

@@ -141,8 +141,8 @@ def _compare(model: ShapedModel, fixed: FixedShapes) -> str | None:
         # Experts are given other rows by rounding: as in capability, most must agree.
         if not errors[len(errors) // 2] <= tolerance or errors[-1] == float("inf"):
             return f"logits differ by {errors[-1]:.2g} (relative)"
-        deepest = max(range(len(tree)), key=lambda n, t=tree: (t.depths[n], n))
-        path = tree.ancestors()[deepest]
+        # Of the deepest nodes the last.
+        path = max(tree.ancestors(), key=lambda line: (len(line), line[-1]))
         own.keep(cached, path)
         other.keep(cached, path)
     return None

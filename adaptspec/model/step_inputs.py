@@ -54,7 +54,7 @@ class StepInputs:
         self.slots = there[2 * width : 3 * width]
         self._cached = there[3 * width : 3 * width + 1]
         self._firsts = there[3 * width + 1 :].view(kinds, width)
-        self._copied = torch.cuda.Event() if cuda else None
+        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def fill(self, tree: TokenTree, cached: int, done: int = 0) -> None:
         """Take the nodes of ``tree`` from ``done`` on, behind ``cached`` slots and the
@@ -88,7 +88,7 @@ class StepInputs:
                 block[row, done + row] = 1
         if self._copied is not None:
             self._there.copy_(self._host, non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._there.device))
 
     def masks(self, places: torch.Tensor, columns: int | None = None) -> Any:
         """Additive masks ``[1, 1, width, slots]`` of each kind of layer, made on the

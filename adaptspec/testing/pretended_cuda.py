@@ -213,9 +213,9 @@ class _Graph:
                     old.copy_(new)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, cuda: PretendedCuda) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cuda = cuda
 
     def __torch_dispatch__(

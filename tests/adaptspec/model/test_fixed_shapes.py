@@ -127,6 +127,7 @@ def test_levels_of_a_tree_are_appended_as_in_dynamic_shapes(
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("architecture", TREES)
 def test_every_strategy_decodes_the_same_tokens(architecture: str, whole: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ def test_every_strategy_runs_as_on_a_gpu(architecture: str) -> None:
     assert "token_recycling" in ran
 
 
+@pytest.mark.slow
 def test_a_step_reads_the_device_once() -> None:
     with PretendedCuda() as cuda:
         model = on_gpu(cuda, "llama")
@@ -107,16 +109,18 @@ def bytes_tokenizer() -> Any:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner, eos_token="<end>"
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["text", "intersection"])
 def test_a_draft_of_another_tokenizer_runs_as_on_a_gpu(mode: str) -> None:
-    chosen = Host.installed().strategy("universal_draft")
     with PretendedCuda() as cuda:
         model = on_gpu(cuda, "llama", json_tokenizer())
         draft = on_gpu(cuda, "llama", bytes_tokenizer())
-        strategy = chosen(chosen.Params(mode=mode))
+        strategy = Host.installed().create("universal_draft", {"mode": mode})
         prompt = model.encode('{"status": "active", "count": 12}', raw=True)
         for controls in (GREEDY, SAMPLED):
             run = Engine(model, draft, guard=False).generate(strategy, prompt, controls)
@@ -128,6 +132,7 @@ def test_a_draft_of_another_tokenizer_runs_as_on_a_gpu(mode: str) -> None:
     assert found == hf_greedy(plain, prompt, TOKENS)
 
 
+@pytest.mark.slow
 def test_a_grammar_is_held_as_on_a_gpu() -> None:
     tokenizer = json_tokenizer()
     controls = Controls(
@@ -189,19 +194,17 @@ def test_reads_are_counted() -> None:
     with PretendedCuda() as cuda:
         there = torch.ones(3, device="cuda")
         here = torch.ones(3)
-        for count, read in enumerate(
-            (
-                lambda: there.tolist(),
-                lambda: there[0].item(),
-                lambda: float(there.sum()),
-                lambda: bool(there[0] > 0),
-                lambda: there.cpu(),
-                lambda: there.to("cpu"),
-                lambda: here.copy_(there),
-                lambda: there.nonzero(),
-            ),
-            start=1,
-        ):
+        reads: list[Callable[[], object]] = [
+            there.tolist,
+            there[0].item,
+            lambda: float(there.sum()),
+            lambda: bool(there[0] > 0),
+            there.cpu,
+            lambda: there.to("cpu"),
+            lambda: here.copy_(there),
+            there.nonzero,
+        ]
+        for count, read in enumerate(reads, start=1):
             read()
             assert cuda.reads == count
         here.tolist(), there + 1, there.to(torch.float64)
@@ -295,7 +298,7 @@ def test_dynamic_and_fixed_shapes_can_be_asked_for() -> None:
     for shapes in ("dynamic", "fixed"):
         with PretendedCuda() as cuda:
             module = cuda.put(tiny_module("llama"))
-            model = LanguageModel(module, shapes=shapes)  # type: ignore[arg-type]
+            model = LanguageModel(module, shapes=shapes)
             run = decoded("prompt_lookup", GREEDY, model, None)
             assert run.token_ids == truth
             assert model.shapes.kind == shapes
