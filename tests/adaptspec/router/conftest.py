@@ -1,0 +1,19 @@
+"""A world with fake servers and routers, for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs `pip install 'adaptspec[router]'`")
+pytest.importorskip("uvicorn", reason="needs `pip install 'adaptspec[router]'`")
+
+from upstreams import World
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
