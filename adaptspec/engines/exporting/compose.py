@@ -68,7 +68,7 @@ def compose_text(
             "one with --image"
         )
     volumes = [_literal(f"{path}:{path}:ro") for path in _mounted(files)]
-    if any(not Path(name).exists() for name in files):
+    if any(not Path(name).exists() for name in files) and engine != "llama.cpp":
         volumes.append(HUB)
     services = {
         server.name: _service(server, name, chosen.program, volumes, host, gpu)
@@ -118,7 +118,8 @@ def _arguments(command: Sequence[str]) -> list[str]:
 
     vLLM's module takes the model behind an option, ``vllm serve`` takes it alone.
     """
-    words = list(command[3:] if command[1:2] == ["-m"] else command[1:])
+    is_module = Path(command[0]).name.startswith("python") and command[1:2] == ["-m"]
+    words = list(command[3 if is_module else 1 :])
     if words[:1] == ["serve"]:
         return words[1:]
     return words[1:] if words[:1] == ["--model"] else words

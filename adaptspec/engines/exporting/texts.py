@@ -41,6 +41,7 @@ def as_json(plan: Plan, engine: str, host: str) -> dict[str, Any]:
     then = plan.found.environment
     return {
         "for": engine,
+        "measured": engine == then.engine,
         "measured_on": {
             "engine": then.engine,
             "versions": dict(then.versions),
