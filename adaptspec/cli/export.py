@@ -27,7 +27,11 @@ OF_ENGINES = (
 @click.argument(
     "folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path)
 )
-@click.option("-m", "--model", help="Model folder; default: the embedded model.")
+@click.option(
+    "-m",
+    "--model",
+    help="Model folder; default: the embedded model, with --for the one tuned.",
+)
 @click.option("--draft-model", help="Draft model folder.")
 @click.option(
     "--heads", multiple=True, metavar="DIR", help="Heads trained for the model."
