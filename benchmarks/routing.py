@@ -38,7 +38,7 @@ from typing import Any
 
 import click
 import httpx2
-import psutil
+import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
@@ -47,6 +47,7 @@ from adaptspec.workloads import Prompt, Workload, example_workload, read_workloa
 from adaptspec_tuner.classes.learn import learn
 
 SETTLE_SECONDS = 30.0
+Pair = tuple[float, float]
 
 
 @click.command()
@@ -198,7 +199,7 @@ def overhead_table(
 
         rows = compared(listing, direct, router, 10 * pairs)
         _add(table, "models", "whole", [row[1] for row in rows])
-        found = []
+        found: list[tuple[Pair, Pair]] = []
         for prompt in workload.limit(pairs).prompts:
             body = chat(prompt, model, tokens)
 
@@ -212,9 +213,6 @@ def overhead_table(
         _add(table, "chat", "to the first byte", [row[0] for row in found])
         _add(table, "chat", "whole", [row[1] for row in found])
     return table
-
-
-Pair = tuple[float, float]
 
 
 def compared(

@@ -109,6 +109,7 @@ OF_ENGINES = (
 @click.pass_context
 def export(
     context: click.Context,
+    /,
     folder: Path | None,
     engine: str | None,
     **asked: Any,

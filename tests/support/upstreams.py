@@ -69,6 +69,10 @@ async def echo(request: Received, to: Conversation) -> None:
     await to.whole(request.body, "200 OK", "Content-Type: application/json")
 
 
+async def breaks_off(request: Received, to: Conversation) -> None:
+    """Closes the connection without a word."""
+
+
 @dataclass
 class FakeServer:
     """A server on a free port of loopback."""

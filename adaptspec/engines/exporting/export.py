@@ -23,11 +23,12 @@ from adaptspec.engines.exporting.plan import (
     for_class,
     for_mix,
 )
+from adaptspec.engines.inference_engine import InferenceEngine
 from adaptspec.errors import AdaptSpecError, EngineError
 from adaptspec.profile import ClassChoice, Pick, ProfileStore
 
 if TYPE_CHECKING:
-    from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
+    from adaptspec.engines.inference_engine import EngineOptions
     from adaptspec.host import Host
 
 
@@ -78,6 +79,11 @@ def export_for(
     if engine not in host.engines:
         known = ", ".join(sorted({*host.engines, sglang.NAME}))
         raise EngineError(f"no engine {engine!r} to export for; there are: {known}")
+    if host.engines[engine].launch is InferenceEngine.launch:
+        raise EngineError(
+            f"{engine} isn't started with flags: it decodes in the program that loads "
+            "it; see `adaptspec generate` and `adaptspec export DIR`"
+        )
     choices = choices_of(store, engine, wanted.run)
     options = options_of(engine, wanted.asked, store, choices)
     with host.engines[engine].open(options) as opened:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import mul
 
 from adaptspec.engines.exporting.measured import PLAIN_SETTING, Found, Setting
 from adaptspec.errors import EngineError
@@ -61,8 +60,11 @@ def gain(
     if not all(plain):
         plain, took = [1.0 for _ in mixed], [1 / ratio for ratio in ratios]
     shares = [weight for _, _, weight in mixed]
-    whole = sum(map(mul, shares, plain))
-    return whole / sum(map(mul, shares, took))
+    whole, part = (
+        sum(share * each for share, each in zip(shares, times, strict=True))
+        for times in (plain, took)
+    )
+    return whole / part
 
 
 def candidates(found: Found) -> list[Setting]:

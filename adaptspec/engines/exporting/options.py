@@ -38,30 +38,20 @@ def options_of(
         EngineError: if it isn't clear which model or how many requests are meant.
     """
     told = tuned_with(asked, store, choices)
-    given = {
-        "model": asked.model,
-        "draft_model": asked.draft_model,
-        "heads": tuple(asked.heads) or None,
-        "command": asked.engine_command,
-        "python": asked.engine_python,
-        "concurrency": asked.concurrency,
-    }
-    known = {
-        "model": told.get("model"),
-        "draft_model": told.get("draft_model"),
-        "heads": tuple(told.get("heads") or ()),
-        "command": told.get("engine_command"),
-        "python": told.get("engine_python"),
-        "arguments": tuple(told.get("engine_argument") or ()),
-        "dtype": told.get("dtype") or "auto",
-        "device": told.get("device"),
-        "threads": told.get("threads"),
-        "context": told.get("context"),
-        "concurrency": told.get("concurrency") or 1,
-        "trust_remote_code": bool(told.get("trust_remote_code")),
-    }
     return EngineOptions(
-        engine=engine, **{**known, **{k: v for k, v in given.items() if v is not None}}
+        engine=engine,
+        model=asked.model or told.get("model"),
+        draft_model=asked.draft_model or told.get("draft_model"),
+        heads=tuple(asked.heads or told.get("heads") or ()),
+        command=asked.engine_command or told.get("engine_command"),
+        python=asked.engine_python or told.get("engine_python"),
+        arguments=tuple(told.get("engine_argument") or ()),
+        dtype=told.get("dtype") or "auto",
+        device=told.get("device"),
+        threads=told.get("threads"),
+        context=told.get("context"),
+        concurrency=asked.concurrency or told.get("concurrency") or 1,
+        trust_remote_code=bool(told.get("trust_remote_code")),
     )
 
 

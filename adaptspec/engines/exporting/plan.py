@@ -16,6 +16,8 @@ from adaptspec.engines.inference_engine import Launch
 from adaptspec.errors import EngineError
 from adaptspec.profile import Measurement
 
+PLAIN_NAME = "plain"  # of the server that drafts nothing
+
 Launches = Callable[[Setting], Launch]
 
 
@@ -162,7 +164,7 @@ def _server(
     is_default: bool,
     taken: Sequence[str],
 ) -> Server:
-    name = base = "plain" if setting.is_plain else setting.method
+    name = base = PLAIN_NAME if setting.is_plain else setting.method
     number = 2
     while name in taken:
         name, number = f"{base}-{number}", number + 1

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from adaptspec.engines.exporting.plan import Gain, Plan, Server, table_of
+from adaptspec.engines.exporting.plan import PLAIN_NAME, Gain, Plan, Server, table_of
 from adaptspec.profile import ANSWER, LATENCY
 
 OBJECTIVES = {ANSWER: "time per answer", LATENCY: "p95 latency per token"}
@@ -89,7 +89,8 @@ def heading(plan: Plan, engine: str) -> list[str]:
 
 def sentences(server: Server, plan: Plan) -> list[str]:
     """What a server does, what each class gets, and what the engine can't do."""
-    lines = [f"{server.name}: {server.setting}"]
+    named = server.name in (server.setting.method, PLAIN_NAME)
+    lines = [str(server.setting) if named else f"{server.name}: {server.setting}"]
     lines += [gain_in_words(name, gain) for name, gain in server.gains.items()]
     if server.is_default and len(plan.servers) > 1:
         lines.append("prompts of no class")

@@ -25,6 +25,7 @@ from upstreams import (
     Router,
     World,
     becomes_true,
+    breaks_off,
     request_bytes,
 )
 
@@ -431,19 +432,17 @@ def test_two_hundred_requests_with_disconnects_leave_nothing_behind(
         table({"a": [server.url for server in servers]}, classes={"code": "a"})
     )
 
-    def one() -> None:
-        body = json.dumps({"pieces": chance.randrange(1, 40)}).encode()
-        connection = router.connect(request_bytes(body))
-        with connection:
-            for _ in range(chance.randrange(4)):
-                connection.recv(chance.randrange(1, 200))
+    def some() -> None:
+        for _ in range(25):
+            body = json.dumps({"pieces": chance.randrange(1, 40)}).encode()
+            with router.connect(request_bytes(body)) as connection:
+                for _ in range(chance.randrange(4)):
+                    connection.recv(chance.randrange(1, 200))
 
     router.ask({"pieces": 1})
     assert becomes_true(lambda: router.open == 0)
     before = world.tasks()
-    threads = [
-        threading.Thread(target=lambda: [one() for _ in range(25)]) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=some) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -474,10 +473,6 @@ def nobody() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-async def breaks_off(request: Received, to: Conversation) -> None:
-    """Closes the connection without a word."""
 
 
 async def loading(request: Received, to: Conversation) -> None:

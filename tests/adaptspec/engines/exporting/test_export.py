@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 import adaptspec_profiles.plugin
 from adaptspec.cli import build_cli
+from adaptspec.engines.inference_engine import InferenceEngine
 from adaptspec.host import Host
 from adaptspec.profile import EVERY_CLASS, OURS, ProfileStore
 from adaptspec.router.table import read_table
@@ -218,7 +219,7 @@ def test_where_no_setting_is_known_on_all_classes_plain_decoding_is_added(
 def test_options_are_those_of_the_tune_unless_given_anew(
     db: str, store: ProfileStore
 ) -> None:
-    record = {
+    record: dict[str, Any] = {
         "model": "a.gguf",
         "draft_model": "d.gguf",
         "engine_command": "/opt/llama-server",
@@ -285,6 +286,15 @@ def test_profiles_of_our_own_engine_do_not_carry_over(
     message = refused(db, "--for", "llama.cpp")
     assert "what was measured of our own decoding doesn't carry over" in message
     assert "adaptspec tune --engine llama.cpp --model MODEL" in message
+
+
+def test_an_engine_that_is_no_server_is_refused(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "launch", InferenceEngine.launch)
+    message = refused(db, "--for", "llama.cpp")
+    assert "isn't started with flags" in message
+    assert "adaptspec export DIR" in message
 
 
 def test_without_any_profile_the_command_that_measures_is_told(db: str) -> None:
