@@ -13,9 +13,19 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import pytest
+
 from adaptspec.router.table import RouteTable
 
 T = TypeVar("T")
+
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+
+def skip_without_packages() -> None:
+    """Skip a test module where what the router runs on isn't installed."""
+    for name in PACKAGES:
+        pytest.importorskip(name, reason="needs `pip install 'adaptspec[router]'`")
 
 
 @dataclass

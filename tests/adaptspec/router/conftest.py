@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("starlette", reason="needs `pip install 'adaptspec[router]'`")
-pytest.importorskip("uvicorn", reason="needs `pip install 'adaptspec[router]'`")
-
 from upstreams import World
 
 

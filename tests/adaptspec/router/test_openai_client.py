@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from upstreams import Conversation, Received, World
+from upstreams import Conversation, Received, World, skip_without_packages
+
+skip_without_packages()
 
 openai: Any = pytest.importorskip("openai", reason="needs `pip install openai`")
 

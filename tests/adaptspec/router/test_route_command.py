@@ -21,7 +21,15 @@ from click.testing import CliRunner
 
 from adaptspec.cli import build_cli
 from adaptspec.host import Host
-from upstreams import Conversation, Received, World, request_bytes
+from upstreams import (
+    Conversation,
+    Received,
+    World,
+    request_bytes,
+    skip_without_packages,
+)
+
+skip_without_packages()
 
 PROGRAM = "from adaptspec.cli import main; main()"
 

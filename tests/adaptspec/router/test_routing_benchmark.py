@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from upstreams import Conversation, Received, World
+from upstreams import Conversation, Received, World, skip_without_packages
+
+skip_without_packages()
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 PROMPTS = [

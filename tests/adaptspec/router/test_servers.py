@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import anyio
+
 from adaptspec.router.servers import Servers
 from adaptspec.router.table import RouteTable
 from adaptspec.testing.fakes import FakeClock
