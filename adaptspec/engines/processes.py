@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -134,8 +135,12 @@ class ServerProcess:
         if (ended := self.ended) is not None:
             raise EngineError(f"{self.name} ended: {ended}{self.tail()}")
 
-    def tail(self) -> str:
-        """What it printed last, to be put behind a message; empty where nothing."""
+    def tail(self, matching: str = "") -> str:
+        """What it printed last, to be put behind a message.
+
+        Args:
+            matching: Lines that match this expression alone.
+        """
         if self._log.closed:
             return ""
         size = os.fstat(self._log.fileno()).st_size
@@ -143,7 +148,8 @@ class ServerProcess:
         # Not by `read`: the place in the file is shared with the server, which writes.
         printed = os.pread(self._log.fileno(), size - start, start)
         lines = [line.strip() for line in printed.decode(errors="replace").splitlines()]
-        last = " | ".join([line for line in lines if line][-TAIL_LINES:])
+        lines = [line for line in lines if line and re.search(matching, line)]
+        last = " | ".join(lines[-TAIL_LINES:])
         if len(last) > TAIL_CHARACTERS:
             last = "..." + last[-TAIL_CHARACTERS:]
         return f"; it printed last: {last}" if last else "; it printed nothing"
@@ -166,7 +172,7 @@ class ServerProcess:
             return False
 
     def memory(self) -> int:
-        """Bytes that it and its children hold alone; shared weights don't count."""
+        """Bytes that it and its children hold alone; mapped files don't count."""
         import psutil
 
         total = 0
@@ -174,7 +180,8 @@ class ServerProcess:
             server = psutil.Process(self.pid)
             for process in (server, *server.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().uss
+                    held = process.memory_info()
+                    total += held.rss - getattr(held, "shared", 0)
         return total
 
     def stop(self) -> None:

@@ -1,0 +1,1 @@
+"""Inference engines that are tuned and compared: ours, and those people serve with."""
