@@ -1,1 +1,1 @@
-"""Inference engines that are tuned and compared: ours, and those people serve with."""
+"""Inference engines: what runs the models, each measured and tuned the same way."""
