@@ -118,21 +118,28 @@ class ServerProcess:
     @property
     def ended(self) -> str | None:
         """How it ended, in words; None while it runs."""
+        return self._ended_within(0.0)
+
+    def _ended_within(self, seconds: float) -> str | None:
         if self._stopped:
             return "it was stopped"
         if self._returncode is None:
-            if not select.select([self._watcher.stdout], [], [], 0)[0]:
+            if not select.select([self._watcher.stdout], [], [], seconds)[0]:
                 return None
             self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
         return how_it_ended(self._returncode)
 
-    def check(self) -> None:
+    def check(self, wait: float = 0.0) -> None:
         """Raise where it has ended.
+
+        Args:
+            wait: Seconds that it may still take to: a connection that broke is seen
+                a moment before the end of who broke it.
 
         Raises:
             EngineError: how it ended, and what it printed last.
         """
-        if (ended := self.ended) is not None:
+        if (ended := self._ended_within(wait)) is not None:
             raise EngineError(f"{self.name} ended: {ended}{self.tail()}")
 
     def tail(self, matching: str = "") -> str:

@@ -57,8 +57,8 @@ MEMORY_USED = 0.7  # of what is free
 OTHER_BYTES = 512 << 20  # a server's own besides weights, keys and values
 BLOCK = 256  # llama.cpp rounds a slot's tokens up to multiples of it
 # Two forwards of the same tokens in other batches: see docs/engines/llama-cpp.md.
-TIE_NATS = {"float32": 0.01}
-TIE_NATS_ROUNDED = 0.5
+TIE_NATS = {"float32": 0.1, "float16": 0.25, "bfloat16": 0.25}
+TIE_NATS_QUANTISED = 0.5
 TIE_TOKENS = 16
 
 
@@ -303,7 +303,7 @@ class LlamaCpp(InferenceEngine):
         if len(ids) + 2 > server.context:
             return None
         found = server.most_probable(ids, TIE_TOKENS)
-        within = TIE_NATS.get(self._model.dtype, TIE_NATS_ROUNDED)
+        within = TIE_NATS.get(self._model.dtype, TIE_NATS_QUANTISED)
         least = max(found.values()) - within
         return all(found.get(token, -1e9) >= least for token in (one, other))
 

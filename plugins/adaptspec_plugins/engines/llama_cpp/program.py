@@ -16,7 +16,8 @@ HOW_TO_GET_IT = (
     "with --engine-command"
 )
 ANSWER_SECONDS = 60
-OPTION = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
+OPTION = re.compile(r"--?[a-zA-Z][\w-]*")
+NAMES = re.compile(rf"(?:{OPTION.pattern}(?:,\s*)?)+")
 SPEC_TYPES = re.compile(r"^--spec-type\s+\[?([\w,|-]+)", re.MULTILINE)
 
 
@@ -77,9 +78,9 @@ def options_of(help_text: str) -> frozenset[str]:
     found: set[str] = set()
     # An option's lines: from one that starts with a dash to the next one.
     for part in re.split(r"^(?=-)", help_text, flags=re.MULTILINE):
-        names = part.split("  ")[0].split("\n")[0]
-        if part.startswith("-") and "has been removed" not in part:
-            found.update(OPTION.findall(names))
+        names = NAMES.match(part)
+        if names and "has been removed" not in part:
+            found.update(OPTION.findall(names.group()))
     return frozenset(found)
 
 

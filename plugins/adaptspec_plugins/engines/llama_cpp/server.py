@@ -37,6 +37,9 @@ FIELDS = [
 class LlamaServer:
     """A server that is ready; made by :meth:`start`.
 
+    Args:
+        process: The server's, ended by :meth:`stop`, or where it doesn't answer.
+
     Attributes:
         context: Tokens that a slot holds, the answer's too.
         answered: Prompts that it has answered since it was started.
@@ -53,7 +56,11 @@ class LlamaServer:
             limits=httpx2.Limits(max_connections=None),
             trust_env=False,  # no proxy stands before loopback
         )
-        properties = self._ask("GET", "/props")
+        try:
+            properties = self._ask("GET", "/props")
+        except BaseException:
+            self.stop()
+            raise
         self.context = int(properties["default_generation_settings"]["n_ctx"])
 
     @classmethod
@@ -75,12 +82,12 @@ class LlamaServer:
             lambda port: [*command, "--host", "127.0.0.1", "--port", str(port)],
             deadline=deadline,
         )
+        server = cls(process)
         try:
-            server = cls(process)
             if speculates:
                 server.check_speculation()
         except BaseException:
-            process.stop()
+            server.stop()
             raise
         return server
 
@@ -174,7 +181,7 @@ class LlamaServer:
         try:
             answer = self._client.request(how, path, json=body)
         except httpx2.HTTPError as error:
-            self.process.check()
+            self.process.check(wait=2.0)
             raise EngineError(
                 f"llama-server didn't answer {path}: {type(error).__name__}: {error}"
                 f"{self.process.tail()}"
