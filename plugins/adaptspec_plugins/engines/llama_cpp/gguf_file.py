@@ -141,7 +141,7 @@ def _contents(path: Path) -> dict[str, Any]:
             for name, field in reader.fields.items()
             if (value := _single(field)) is not None
         }
-        tensors = {tensor.name for tensor in reader.tensors}
+        tensors = {str(tensor.name) for tensor in reader.tensors}
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise EngineError(f"llama.cpp: {path} is not a GGUF file: {error}") from error
     has_template = metadata.pop("tokenizer.chat_template", None) is not None

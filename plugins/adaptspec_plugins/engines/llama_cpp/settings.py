@@ -103,7 +103,7 @@ class Kind:
     """A type that ``--spec-type`` takes.
 
     Args:
-        type: Its name there.
+        word: Its name there.
         summary: What it does, in a line.
         params: Its own parameters.
         options: Parameter -> the option that says it.
@@ -111,7 +111,7 @@ class Kind:
         keeps: Whether its memory of earlier requests can be drafted from.
     """
 
-    type: str
+    word: str
     summary: str
     params: type[Params] = NoParams
     options: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Kind:
 
     def arguments(self, values: Mapping[str, Scalar]) -> list[str]:
         """The options of a setting, defaults too."""
-        told = self.params.parse(values, self.type).model_dump()
+        told = self.params.parse(values, self.word).model_dump()
         for name, (limit, which) in self.limits.items():
             pick = min if which == "most" else max
             told[name] = pick(told[name], told[limit])
@@ -144,8 +144,8 @@ DRAFT_OPTIONS = {
 DRAFT_LIMITS = {"draft_n_min": ("draft_n_max", "most")}
 
 
-def _drafted(type_: str, summary: str) -> Kind:
-    return Kind(type_, summary, Drafted, DRAFT_OPTIONS, DRAFT_LIMITS)
+def _drafted(word: str, summary: str) -> Kind:
+    return Kind(word, summary, Drafted, DRAFT_OPTIONS, DRAFT_LIMITS)
 
 
 NGRAMS = {
@@ -231,7 +231,7 @@ def all_methods() -> dict[str, Method]:
     for ngram, params in COMBINED.items():
         for draft, kind in DRAFTS.items():
             name = f"{ngram}_{draft}"
-            summary = f"{KINDS[ngram].type} and, where it finds nothing, {kind.type}"
+            summary = f"{KINDS[ngram].word} and, where it finds nothing, {kind.word}"
             found[name] = Method(name, summary, params)
     return found
 
@@ -246,7 +246,7 @@ def arguments_of(method: str, params: Mapping[str, Scalar]) -> list[str]:
     all_methods()[method].Params.parse(params, method)
     if not kinds:
         return []
-    words = ["--spec-type", ",".join(kind.type for kind in kinds)]
+    words = ["--spec-type", ",".join(kind.word for kind in kinds)]
     for kind in kinds:
         own = {k: v for k, v in params.items() if k in kind.params.model_fields}
         words += kind.arguments(own)
@@ -261,7 +261,7 @@ def missing_options(
         missing
         for kind in kinds_of(method)
         for missing in (
-            *([] if kind.type in types else [f"--spec-type {kind.type}"]),
+            *([] if kind.word in types else [f"--spec-type {kind.word}"]),
             *(o for o in kind.options.values() if o not in options),
         )
     ]

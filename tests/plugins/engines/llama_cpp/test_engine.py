@@ -102,7 +102,7 @@ def test_prompts_are_answered_at_the_same_time_in_their_order(
 
 
 def test_more_prompts_than_slots_are_refused(open_engine: OpenEngine) -> None:
-    with pytest.raises(EngineError, match="2 prompts at the same time need.*of 1"):
+    with pytest.raises(EngineError, match=r"2 prompts at the same time need.*of 1"):
         open_engine().answer(PLAIN, {}, [TEXT, TEXT], 1)
 
 
@@ -133,7 +133,8 @@ def test_the_setting_used_longest_ago_gives_way(
 ) -> None:
     monkeypatch.setattr(LlamaCpp, "room", 2)
     engine = open_engine()
-    one, other = ("ngram_simple", {"size_n": 3}), ("ngram_cache", {})
+    one: tuple[str, dict[str, int]] = ("ngram_simple", {"size_n": 3})
+    other: tuple[str, dict[str, int]] = ("ngram_cache", {})
     for method, params in (one, (PLAIN, {}), one, other, one):
         engine.answer(method, params, [TEXT], 1)
     first, plain, third = (pid for pid, _ in fake.starts)
@@ -245,7 +246,7 @@ def test_a_server_that_gave_up_speculation_is_no_measurement(
     monkeypatch.setenv("FAKE_LLAMA_NO_DRAFT", "1")
     engine = open_engine()
     assert engine.answer(PLAIN, {}, [TEXT], 1)
-    with pytest.raises(EngineError, match="without speculation.*vocabs are not comp"):
+    with pytest.raises(EngineError, match=r"without speculation.*vocabs are not comp"):
         engine.answer("ngram_cache", {}, [TEXT], 1)
 
 
@@ -297,19 +298,21 @@ def test_environments_differ_by_what_decides_speed(
     assert one.versions["llama.cpp"] == "4321 (abcdef0)"
     assert (one.threads, one.concurrency, one.model_name) == (2, 1, "model")
     assert one.key() == open_engine(threads=2, context=99).environment.key()
-    for options in (
+    others: list[dict[str, Any]] = [
         {"threads": 1},
         {"threads": 2, "concurrency": 4},
         {"threads": 2, "arguments": ["-fa", "off"]},
         {"threads": 2, "model": str(write_gguf(tmp_path / "b.gguf", seed=2))},
-    ):
+    ]
+    for options in others:
         assert open_engine(**options).environment.key() != one.key()
     monkeypatch.setenv("FAKE_LLAMA_DEVICES", "CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)")
     engine = open_engine()
     assert engine.environment.device == "cuda"
     assert engine.environment.device_name == "NVIDIA H200"
     assert engine.room == 1
-    for options in ({"device": "cpu"}, {"arguments": ["-ngl", "0"]}):
+    on_cpu: list[dict[str, Any]] = [{"device": "cpu"}, {"arguments": ["-ngl", "0"]}]
+    for options in on_cpu:
         assert open_engine(**options).environment.device == "cpu"
 
 
