@@ -111,7 +111,7 @@ class GgufFile:
         if known is None:
             known = {**_contents(path), "digest": _digest(parts)}
             _write_cache(kept, {"format": CACHE_FORMAT, "state": state, "known": known})
-        return cls(path=path, size=sum(size for _, size, _ in state), **known)
+        return cls(path=path, size=sum(int(size) for _, size, _ in state), **known)
 
 
 def _parts(path: Path) -> list[Path]:

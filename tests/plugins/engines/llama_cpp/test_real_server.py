@@ -42,7 +42,8 @@ def engine() -> Iterator[LlamaCpp]:
     options = EngineOptions(
         model=MODEL, draft_model=MODEL, command=PROGRAM, threads=1, context=600
     )
-    with LlamaCpp.open(options) as opened:
+    opened = LlamaCpp.open(options)
+    with opened:
         yield opened
 
 
@@ -122,7 +123,7 @@ def test_the_printed_command_starts_a_server(engine: LlamaCpp) -> None:
         assert server.ended is None
 
 
-def test_a_draft_model_of_other_words_is_refused(engine: LlamaCpp) -> None:
+def test_a_draft_model_of_other_words_is_refused() -> None:
     other = os.environ.get("ADAPTSPEC_OTHER_GGUF")
     if not other:
         pytest.skip("needs ADAPTSPEC_OTHER_GGUF, a model of another vocabulary")
@@ -130,7 +131,7 @@ def test_a_draft_model_of_other_words_is_refused(engine: LlamaCpp) -> None:
         model=MODEL, draft_model=other, command=PROGRAM, threads=1, context=300
     )
     with (
-        LlamaCpp.open(options) as engine,
+        LlamaCpp.open(options) as misled,
         pytest.raises(EngineError, match=r"without speculation.*vocab"),
     ):
-        engine.answer("draft_simple", {}, [REPEATING], 2)
+        misled.answer("draft_simple", {}, [REPEATING], 2)
