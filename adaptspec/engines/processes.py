@@ -147,16 +147,18 @@ class ServerProcess:
         """What it printed last, to be put behind a message.
 
         Args:
-            matching: Lines that match this expression alone.
+            matching: Lines that match this expression alone, wherever they are; all
+                where none does.
         """
         if self._log.closed:
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        start = max(0, size - 16 * TAIL_CHARACTERS)
+        start = 0 if matching else max(0, size - 16 * TAIL_CHARACTERS)
         # Not by `read`: the place in the file is shared with the server, which writes.
         printed = os.pread(self._log.fileno(), size - start, start)
         lines = [line.strip() for line in printed.decode(errors="replace").splitlines()]
-        lines = [line for line in lines if line and re.search(matching, line)]
+        lines = [line for line in lines if line]
+        lines = [line for line in lines if re.search(matching, line)] or lines
         last = " | ".join(lines[-TAIL_LINES:])
         if len(last) > TAIL_CHARACTERS:
             last = "..." + last[-TAIL_CHARACTERS:]
@@ -231,6 +233,7 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     grace: float = 5.0,
     free_port: Callable[[], int] | None = None,
+    telling: str = "",
 ) -> ServerProcess:
     """A server that is ready to answer, on a free port of loopback.
 
@@ -242,6 +245,8 @@ def start_server(
         environment: All its variables; None: those of this process.
         grace: Seconds that it has to end by itself before it is killed.
         free_port: Where ports come from; None: the operating system.
+        telling: Lines of its log that match this expression tell why it ended, where
+            there are any.
 
     Raises:
         EngineError: in one line with the tail of its log, where it can't be started,
@@ -252,7 +257,7 @@ def start_server(
         ports.append(port := (free_port or find_free_port)())
         server = ServerProcess(name, command(port), port, environment, grace)
         try:
-            if _wait_until_ready(server, health, deadline):
+            if _wait_until_ready(server, health, deadline, telling):
                 return server
         except BaseException:
             server.stop()
@@ -263,7 +268,9 @@ def start_server(
     )
 
 
-def _wait_until_ready(server: ServerProcess, health: str, deadline: float) -> bool:
+def _wait_until_ready(
+    server: ServerProcess, health: str, deadline: float, telling: str
+) -> bool:
     """False where another program took the port in between."""
     until = time.monotonic() + deadline
     while server.ended is None:
@@ -281,7 +288,7 @@ def _wait_until_ready(server: ServerProcess, health: str, deadline: float) -> bo
     if _is_taken(server.port):
         return False
     raise EngineError(
-        f"{server.name} ended before it was ready: {server.ended}{server.tail()}"
+        f"{server.name} ended before it was ready: {server.ended}{server.tail(telling)}"
     )
 
 

@@ -105,13 +105,15 @@ class GgufFile:
             )
         path = path.resolve()
         parts = _parts(path)
-        state = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in parts]
+        state: list[list[Any]] = [
+            [str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in parts
+        ]
         kept = _cache_file(path, cache)
         known = _read_cache(kept, state)
         if known is None:
             known = {**_contents(path), "digest": _digest(parts)}
             _write_cache(kept, {"format": CACHE_FORMAT, "state": state, "known": known})
-        return cls(path=path, size=sum(int(size) for _, size, _ in state), **known)
+        return cls(path=path, size=sum(size for _, size, _ in state), **known)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -81,6 +81,7 @@ class LlamaServer:
             "llama-server",
             lambda port: [*command, "--host", "127.0.0.1", "--port", str(port)],
             deadline=deadline,
+            telling=r"(^|\s)E\s|error|failed",
         )
         server = cls(process)
         try:
