@@ -329,7 +329,9 @@ class OpenAIClient:
                 f"{url}: the stream broke off after {parts.chunks} chunks ({why}); "
                 "see the server's log"
             )
-        return EngineError(f"{url}: the connection failed ({why}); see the server's log")
+        return EngineError(
+            f"{url}: the connection failed ({why}); see the server's log"
+        )
 
     def _hidden(self, text: str) -> str:
         """In one line, and without the key, which servers repeat."""

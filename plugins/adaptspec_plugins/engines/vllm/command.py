@@ -85,7 +85,6 @@ class Starting:
         options = self.options
         command = [
             *self.installation.program,
-            "serve",
             self.target.given,
             *("--dtype", self.dtype),
             *("--max-num-seqs", str(options.concurrency)),
@@ -98,6 +97,14 @@ class Starting:
         if config:
             command += ["--speculative-config", json.dumps(config)]
         return [*command, *options.arguments]
+
+    def measured(self, config: Mapping[str, Any], port: int) -> list[str]:
+        """The same with a port of loopback, and what a user's server goes without."""
+        command = self.command(config)
+        at = len(self.installation.program) + 1
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        # A user's own arguments come last, where they have the last word.
+        return [*command[:at], *address, *MEASURED_ALONE, *command[at:]]
 
     def variables(self) -> dict[str, str]:
         """Those that a user's server needs as well.

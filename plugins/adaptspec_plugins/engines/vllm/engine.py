@@ -31,12 +31,7 @@ from adaptspec.params import Params, Scalar
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.model_folder import EPSILON, ModelFolder
-from adaptspec_plugins.engines.vllm.command import (
-    MEASURED_ALONE,
-    Starting,
-    cores_of,
-    free_bytes,
-)
+from adaptspec_plugins.engines.vllm.command import Starting, cores_of, free_bytes
 from adaptspec_plugins.engines.vllm.counters import Counters, shared
 from adaptspec_plugins.engines.vllm.installation import Installation
 from adaptspec_plugins.engines.vllm.methods import Option, options_of
@@ -307,18 +302,11 @@ class VLLM(InferenceEngine):
         room = self.room
         while len(self._servers) >= room:
             self._servers.popitem(last=False)[1].close()
-        # A user's own arguments come last, where they have the last word.
-        command = self._starting.command(option.config(read))
-        at = command.index("serve") + 2
+        config = option.config(read)
         variables = self._starting.installation.variables()
         process = start_server(
             f"vllm ({method})",
-            lambda port: [
-                *command[:at],
-                *("--host", "127.0.0.1", "--port", str(port)),
-                *MEASURED_ALONE,
-                *command[at:],
-            ],
+            lambda port: self._starting.measured(config, port),
             deadline=SECONDS_TO_START,
             environment={**variables, **self._starting.variables()},
         )

