@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers that times answers as whoever asks sees them."""
+"""A client of OpenAI-compatible servers that times answers as the asker sees them."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ class OpenAIClient:
 
 
 def addresses(url: str) -> tuple[str, str]:
-    """Where the endpoints are, and the server's own address; without a slash at the end.
+    """Where the endpoints are, and the server's own address; no slash ends them.
 
     Raises:
         EngineError: if it isn't an address of HTTP.

@@ -182,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         if chat:
             self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         starts = [0, *range(1, count, told.steps)]
-        for number, (start, end) in enumerate(zip(starts, [*starts[1:], count])):
+        ends = [*starts[1:], count]
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if told.breaks_after == number:
                 self.close_connection = True
                 self.connection.close()

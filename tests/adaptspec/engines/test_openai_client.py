@@ -122,11 +122,12 @@ def test_several_requests_are_answered_at_the_same_time_and_in_order() -> None:
     names = [f"prompt {i}" for i in range(5)]
     fake = FakeServer(held=names)
     with running(fake), OpenAIClient(fake.url) as client:
-        threading.Thread(
-            target=lambda: (
-                fake.wait_until(lambda: fake.open == 5) and fake.released.set()
-            )
-        ).start()
+
+        def release() -> None:
+            if fake.wait_until(lambda: fake.open == 5):
+                fake.released.set()
+
+        threading.Thread(target=release).start()
         replies = client.ask([text(n, max_tokens=i + 1) for i, n in enumerate(names)])
     assert [reply.tokens for reply in replies] == [1, 2, 3, 4, 4]
     assert fake.most_open == 5

@@ -28,7 +28,8 @@ CHAT = Prompt(
 @contextlib.contextmanager
 def served(fake: FakeServer, **options: Any) -> Iterator[OpenAIServer]:
     with running(fake):
-        with OpenAIServer.open(EngineOptions(engine=fake.url, **options)) as engine:
+        engine = OpenAIServer.open(EngineOptions(engine=fake.url, **options))
+        with engine:
             yield engine
 
 

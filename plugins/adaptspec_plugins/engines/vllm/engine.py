@@ -69,9 +69,19 @@ class Server:
         except EngineError as error:
             raise self._told(error) from None
 
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._process.ended is not None
+
     def counters(self) -> Counters:
         """What it has counted so far."""
-        return Counters.read(self._client.text("metrics"))
+        try:
+            return Counters.read(self._client.text("metrics"))
+        except RefusedError:
+            raise
+        except EngineError as error:
+            raise self._told(error) from None
 
     def counted(self, before: Counters, tokens: int) -> Counters:
         """What it counted since ``before``, as soon as that is ``tokens`` tokens.
@@ -296,6 +306,8 @@ class VLLM(InferenceEngine):
     def _server(self, method: str, params: Mapping[str, Scalar]) -> Server:
         option, read = self._setting(method, params)
         key = (method, *sorted(read.model_dump().items()))
+        if key in self._servers and self._servers[key].ended:
+            self._servers.pop(key).close()
         if key in self._servers:
             self._servers.move_to_end(key)
             return self._servers[key]
@@ -363,10 +375,19 @@ def _sent(server: Server, body: Mapping[str, Any]) -> list[int]:
 
 
 def _answers(replies: Sequence[Reply], told: Counters) -> list[Answer]:
-    """With counters, which are of all requests together, shared by their lengths."""
+    """With the counters, which are of all requests together, shared among them.
+
+    The stream has a chunk for each forward, unless two came at once. What is accepted
+    shows as tokens beyond one a chunk; what is rejected can't be seen, and is shared by
+    the answers' lengths.
+    """
     lengths = [max(0, reply.tokens - 1) for reply in replies]
-    accepted = shared(told.accepted, lengths)
-    proposed = shared(told.proposed, lengths)
+    beyond = [
+        max(0, length - max(0, reply.chunks - 1))
+        for length, reply in zip(lengths, replies, strict=True)
+    ]
+    accepted = shared(told.accepted, beyond if any(beyond) else lengths)
+    rejected = shared(told.proposed - told.accepted, lengths)
     return [
         Answer(
             text=reply.text,
@@ -374,15 +395,14 @@ def _answers(replies: Sequence[Reply], told: Counters) -> list[Answer]:
             tokens=reply.tokens,
             seconds=reply.seconds,
             seconds_to_first=reply.seconds_to_first,
-            # Each forward gives a token beside those accepted; some of the last
-            # forward's may lie behind the end. The stream has a chunk a forward,
-            # unless two came at once: both counts are too small at worst.
+            # Each forward gives a token beside those accepted, some of which may lie
+            # behind the answer's end: both counts are too small at worst.
             forwards=max(length - taken, reply.chunks - 1, 0),
-            proposed=offered,
+            proposed=taken + refused,
             accepted=taken,
         )
-        for reply, length, taken, offered in zip(
-            replies, lengths, accepted, proposed, strict=True
+        for reply, length, taken, refused in zip(
+            replies, lengths, accepted, rejected, strict=True
         )
     ]
 

@@ -95,7 +95,7 @@ class Installation:
         return found
 
     def variables(self) -> dict[str, str]:
-        """The variables of its process, without those that are for this Python alone."""
+        """The variables of its process, without those for this Python alone."""
         kept = dict(os.environ)
         # Links are kept: environments differ by folder, and share their Python.
         theirs = Path(shutil.which(self.python) or self.python).absolute().parent

@@ -19,8 +19,6 @@ from adaptspec.errors import EngineError
 from adaptspec.params import Params, Tunable
 from adaptspec_plugins.engines.model_folder import ModelFolder
 
-TOKENS = "num_speculative_tokens"
-
 
 class NgramParams(Params):
     """The defaults are those of vLLM's documentation."""
@@ -83,7 +81,10 @@ def drafted(default: int, low: int, high: int, step: int, most: int) -> type[Par
         le=most,
         description="tokens drafted in a step",
     )
-    return create_model("DraftedParams", __base__=Params, **{TOKENS: (kind, described)})
+    # The name is vLLM's, as in the classes above.
+    return create_model(
+        "DraftedParams", __base__=Params, num_speculative_tokens=(kind, described)
+    )
 
 
 NGRAM = Method(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from adaptspec.engines.inference_engine import EngineOptions
@@ -53,7 +53,8 @@ def opened(
 ) -> Iterator[VLLM]:
     python = install(tmp_path / "environment", PACKAGES, **(faults or {}))
     told: dict[str, Any] = {"model": model, "python": python, "context": 256, **options}
-    with VLLM.open(EngineOptions(engine="vllm", **told)) as engine:
+    engine = VLLM.open(EngineOptions(engine="vllm", **told))
+    with engine:
         yield engine
 
 
@@ -102,9 +103,12 @@ def test_prompts_are_read_by_the_servers_template_and_raw_texts_without(
         engine.answer(PLAIN, {}, [HELLO], 2)
         sent: list[Any] = []
         (server,) = engine._servers.values()
-        monkeypatch.setattr(
-            server, "post", lambda path, body, root: sent.append(body) or {"tokens": []}
-        )
+
+        def post(path: str, body: Any, root: bool) -> Any:
+            sent.append(body)
+            return {"tokens": []}
+
+        monkeypatch.setattr(server, "post", post)
         for prompt in (RAW, chat, HELLO):
             engine._ids(server, prompt)
     raw, chatted = sent  # HELLO was read before
@@ -174,8 +178,9 @@ def test_as_many_servers_run_as_there_is_room_for(
 
 
 def test_what_is_printed_is_what_was_measured(tmp_path: Path, model: str) -> None:
-    options = {"arguments": ("--seed", "7"), "concurrency": 2, "threads": 1}
-    with opened(tmp_path, model, **options) as engine:
+    options: dict[str, Any] = {"concurrency": 2, "threads": 1}
+    arguments = ("--seed", "7")
+    with opened(tmp_path, model, arguments=arguments, **options) as engine:
         engine.answer("ngram", {}, [HELLO], 2)
         launch = engine.launch("ngram", {})
     (start,) = started(tmp_path)
@@ -191,9 +196,8 @@ def test_what_is_printed_is_what_was_measured(tmp_path: Path, model: str) -> Non
         added = added[:at] + added[at + len(words) :]
     assert [launch.command[0], *added] == list(launch.command)
     assert launch.command[-2:] == ["--seed", "7"]
-    assert ["--max-num-seqs", "2"] == [
-        *launch.command[(at := launch.command.index("--max-num-seqs")) : at + 2]
-    ]
+    at = launch.command.index("--max-num-seqs")
+    assert launch.command[at + 1] == "2"
     assert launch.environment.items() <= start["variables"].items()
     assert len(launch.environment["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
     told = launch.command[launch.command.index("--speculative-config") + 1]
@@ -219,6 +223,19 @@ def test_how_a_server_ended_is_one_line_with_what_it_printed_last(
             engine.answer(PLAIN, {}, [HELLO], 4)
         assert re.search(words, str(raised.value))
         assert "\n" not in str(raised.value)
+    assert running(tmp_path) == 0
+
+
+def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> None:
+    with opened(tmp_path, model) as engine:
+        engine.answer(PLAIN, {}, [HELLO], 2)
+        (start,) = started(tmp_path)
+        psutil.Process(start["pid"]).kill()
+        with pytest.raises(EngineError, match="killed, perhaps for want of memory"):
+            engine.answer(PLAIN, {}, [HELLO], 2)
+        (answer,) = engine.answer(PLAIN, {}, [HELLO], 2)
+    assert answer.tokens == 2
+    assert len(started(tmp_path)) == 2
     assert running(tmp_path) == 0
 
 

@@ -76,7 +76,9 @@ def test_a_draft_model_needs_the_same_vocabulary(
     options, missing = found(one, other)
     assert ("draft_model" in options) is (why is None)
     if why is None:
-        params = options["draft_model"].method.Params(num_speculative_tokens=3)
+        params = options["draft_model"].method.Params.parse(
+            {"num_speculative_tokens": 3}
+        )
         assert options["draft_model"].config(params) == {
             "method": "draft_model",
             "model": str(tmp_path / "draft"),
