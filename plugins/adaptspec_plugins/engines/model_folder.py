@@ -25,7 +25,7 @@ class ModelFolder:
     """A folder with ``config.json`` and weights.
 
     Args:
-        given: As the user named it.
+        given: Its path, or its name on the hub.
         path: Where it is.
     """
 
@@ -45,9 +45,7 @@ class ModelFolder:
                 f"{given} is a GGUF file, a Hugging Face folder is expected; "
                 "`--engine llama.cpp` takes it"
             )
-        if not path.is_dir():
-            path = _downloaded(given)
-        found = cls(given, path)
+        found = cls(str(path), path) if path.is_dir() else cls(given, _downloaded(given))
         _ = found.config
         return found
 
