@@ -45,7 +45,9 @@ class ModelFolder:
                 f"{given} is a GGUF file, a Hugging Face folder is expected; "
                 "`--engine llama.cpp` takes it"
             )
-        found = cls(str(path), path) if path.is_dir() else cls(given, _downloaded(given))
+        found = (
+            cls(str(path), path) if path.is_dir() else cls(given, _downloaded(given))
+        )
         _ = found.config
         return found
 

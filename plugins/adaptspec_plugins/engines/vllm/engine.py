@@ -38,6 +38,9 @@ from adaptspec_plugins.engines.vllm.methods import Option, options_of
 
 SECONDS_TO_START = 1200.0  # large weights on a slow disk
 SECONDS_TO_COUNT = 1.0
+# After its last answer a server looks for work without pause for so long (`busy_loop_s`
+# of vLLM's shm_broadcast.py), on cores that another one would be measured on.
+SECONDS_TO_REST = 1.0
 # Rounding passes through every layer: a few units in the last place of the logits.
 TIE_UNITS = 4
 
@@ -130,6 +133,7 @@ class VLLM(InferenceEngine):
         self._servers: OrderedDict[tuple[Any, ...], Server] = OrderedDict()
         self._prompts: dict[Prompt, list[int]] = {}
         self._room: int | None = None
+        self._asked: tuple[Server, float] | None = None
 
     @classmethod
     def open(cls, options: EngineOptions) -> VLLM:
@@ -231,9 +235,13 @@ class VLLM(InferenceEngine):
             self._request(ids, prompt.max_new_tokens or max_new_tokens)
             for ids, prompt in zip(read, prompts, strict=True)
         ]
-        before = server.counters()
-        replies = server.ask(requests)
-        told = server.counted(before, sum(reply.tokens for reply in replies))
+        self._let_others_rest(server)
+        try:
+            before = server.counters()
+            replies = server.ask(requests)
+            told = server.counted(before, sum(reply.tokens for reply in replies))
+        finally:
+            self._asked = (server, time.monotonic())
         return _answers(replies, told)
 
     def near_tie(
@@ -324,6 +332,14 @@ class VLLM(InferenceEngine):
         )
         self._servers[key] = Server(process, self._target.given)
         return self._servers[key]
+
+    def _let_others_rest(self, server: Server) -> None:
+        """Wait until the server that was asked before another leaves the CPUs alone."""
+        if not self._starting.on_cpu or self._asked is None:
+            return
+        before, at = self._asked
+        if before is not server and not before.ended:
+            time.sleep(max(0.0, at + SECONDS_TO_REST - time.monotonic()))
 
     def _ids(self, server: Server, prompt: Prompt) -> list[int]:
         """The prompt as the server's own tokenizer and chat template read it."""

@@ -227,6 +227,29 @@ def test_how_a_server_ended_is_one_line_with_what_it_printed_last(
     assert running(tmp_path) == 0
 
 
+def test_another_server_is_asked_when_the_one_before_has_come_to_rest(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    with opened(tmp_path, model) as engine:
+        for method in (PLAIN, "ngram"):  # started, so that nothing else is waited for
+            engine.answer(method, {}, [HELLO], 2)
+        monkeypatch.setattr(engine, "_room", 2)
+        for (server, now), pause in (
+            ((engine._server(PLAIN, {}), 0.0), 1.0),
+            ((engine._server("ngram", {}), 0.0), None),
+            ((engine._server(PLAIN, {}), 0.25), 0.75),
+            ((engine._server(PLAIN, {}), 9.0), 0.0),
+        ):
+            slept.clear()
+            engine._asked = (engine._server("ngram", {}), 50.0)
+            with monkeypatch.context() as patch:
+                patch.setattr("time.monotonic", lambda now=now: 50.0 + now)
+                patch.setattr("time.sleep", slept.append)
+                engine._let_others_rest(server)
+            assert slept == ([] if pause is None else [pause])
+
+
 def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> None:
     with opened(tmp_path, model) as engine:
         engine.answer(PLAIN, {}, [HELLO], 2)
