@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -117,33 +118,47 @@ class ServerProcess:
     @property
     def ended(self) -> str | None:
         """How it ended, in words; None while it runs."""
+        return self._ended_within(0.0)
+
+    def _ended_within(self, seconds: float) -> str | None:
         if self._stopped:
             return "it was stopped"
         if self._returncode is None:
-            if not select.select([self._watcher.stdout], [], [], 0)[0]:
+            if not select.select([self._watcher.stdout], [], [], seconds)[0]:
                 return None
             self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
         return how_it_ended(self._returncode)
 
-    def check(self) -> None:
+    def check(self, wait: float = 0.0) -> None:
         """Raise where it has ended.
+
+        Args:
+            wait: Seconds that it may still take to: a connection that broke is seen
+                a moment before the end of who broke it.
 
         Raises:
             EngineError: how it ended, and what it printed last.
         """
-        if (ended := self.ended) is not None:
+        if (ended := self._ended_within(wait)) is not None:
             raise EngineError(f"{self.name} ended: {ended}{self.tail()}")
 
-    def tail(self) -> str:
-        """What it printed last, to be put behind a message; empty where nothing."""
+    def tail(self, matching: str = "") -> str:
+        """What it printed last, to be put behind a message.
+
+        Args:
+            matching: Lines that match this expression alone, wherever they are; all
+                where none does.
+        """
         if self._log.closed:
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        start = max(0, size - 16 * TAIL_CHARACTERS)
+        start = 0 if matching else max(0, size - 16 * TAIL_CHARACTERS)
         # Not by `read`: the place in the file is shared with the server, which writes.
         printed = os.pread(self._log.fileno(), size - start, start)
         lines = [line.strip() for line in printed.decode(errors="replace").splitlines()]
-        last = " | ".join([line for line in lines if line][-TAIL_LINES:])
+        lines = [line for line in lines if line]
+        lines = [line for line in lines if re.search(matching, line)] or lines
+        last = " | ".join(lines[-TAIL_LINES:])
         if len(last) > TAIL_CHARACTERS:
             last = "..." + last[-TAIL_CHARACTERS:]
         return f"; it printed last: {last}" if last else "; it printed nothing"
@@ -166,7 +181,7 @@ class ServerProcess:
             return False
 
     def memory(self) -> int:
-        """Bytes that it and its children hold alone; shared weights don't count."""
+        """Bytes that it and its children hold alone; mapped files don't count."""
         import psutil
 
         total = 0
@@ -174,7 +189,8 @@ class ServerProcess:
             server = psutil.Process(self.pid)
             for process in (server, *server.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().uss
+                    held = process.memory_info()
+                    total += held.rss - getattr(held, "shared", 0)
         return total
 
     def stop(self) -> None:
@@ -216,6 +232,7 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     grace: float = 5.0,
     free_port: Callable[[], int] | None = None,
+    telling: str = "",
 ) -> ServerProcess:
     """A server that is ready to answer, on a free port of loopback.
 
@@ -227,6 +244,8 @@ def start_server(
         environment: All its variables; None: those of this process.
         grace: Seconds that it has to end by itself before it is killed.
         free_port: Where ports come from; None: the operating system.
+        telling: Lines of its log that match this expression tell why it ended, where
+            there are any.
 
     Raises:
         EngineError: in one line with the tail of its log, where it can't be started,
@@ -237,7 +256,7 @@ def start_server(
         ports.append(port := (free_port or find_free_port)())
         server = ServerProcess(name, command(port), port, environment, grace)
         try:
-            if _wait_until_ready(server, health, deadline):
+            if _wait_until_ready(server, health, deadline, telling):
                 return server
         except BaseException:
             server.stop()
@@ -248,7 +267,9 @@ def start_server(
     )
 
 
-def _wait_until_ready(server: ServerProcess, health: str, deadline: float) -> bool:
+def _wait_until_ready(
+    server: ServerProcess, health: str, deadline: float, telling: str
+) -> bool:
     """False where another program took the port in between."""
     until = time.monotonic() + deadline
     while server.ended is None:
@@ -266,7 +287,7 @@ def _wait_until_ready(server: ServerProcess, health: str, deadline: float) -> bo
     if _is_taken(server.port):
         return False
     raise EngineError(
-        f"{server.name} ended before it was ready: {server.ended}{server.tail()}"
+        f"{server.name} ended before it was ready: {server.ended}{server.tail(telling)}"
     )
 
 

@@ -26,7 +26,8 @@ def install(folder: Path, packages: Mapping[str, str], **faults: Any) -> str:
 
     Args:
         faults: ``unknown_option`` (one that it refuses), ``dies`` (when asked),
-            ``no_ids`` (it tells no token ids), ``no_template``.
+            ``core_fails`` (before it is ready), ``no_ids`` (it tells no token ids),
+            ``no_template``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     told = {"packages": dict(packages), **faults}
@@ -64,6 +65,11 @@ def main(told: Mapping[str, Any], folder: str) -> None:
     if (unknown := told.get("unknown_option")) in arguments:
         print(f"vllm: error: unrecognized arguments: {unknown}", file=sys.stderr)
         sys.exit(2)
+    if told.get("core_fails"):
+        print("(EngineCore pid=7) ERROR 11-30 [core.py:9] ValueError: no cache blocks")
+        frame = "(APIServer pid=5)   File somewhere, line 1, in a function\n"
+        print(500 * frame + "(APIServer pid=5) RuntimeError: Engine core failed.")
+        sys.exit(1)
     _serve(arguments, told)
 
 

@@ -38,6 +38,8 @@ from adaptspec_plugins.engines.vllm.methods import Option, options_of
 
 SECONDS_TO_START = 1200.0  # large weights on a slow disk
 SECONDS_TO_COUNT = 1.0
+# What went wrong in another of its processes stands far above what it prints last.
+ERRORS = r"(?<!Runtime)(Error|Exception|Interrupt): |error: |RuntimeError: (?!Engine )"
 # After its last answer a server looks for work without pause for so long (`busy_loop_s`
 # of vLLM's shm_broadcast.py), on cores that another one would be measured on.
 SECONDS_TO_REST = 1.0
@@ -103,12 +105,11 @@ class Server:
         self._closing.close()
 
     def _told(self, error: EngineError) -> EngineError:
-        time.sleep(0.2)  # a process that breaks off its streams ends a little later
-        if self._process.ended is None:
-            return error
-        return EngineError(
-            f"vllm ended while it answered: {self._process.ended}{self._process.tail()}"
-        )
+        try:
+            self._process.check(wait=1.0)
+        except EngineError as ended:
+            return ended
+        return error
 
 
 class VLLM(InferenceEngine):
@@ -328,6 +329,7 @@ class VLLM(InferenceEngine):
             f"vllm ({method})",
             lambda port: self._starting.measured(config, port),
             deadline=SECONDS_TO_START,
+            telling=ERRORS,
             environment={**variables, **self._starting.variables()},
         )
         self._servers[key] = Server(process, self._target.given)

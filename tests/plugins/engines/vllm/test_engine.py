@@ -211,9 +211,11 @@ def test_what_is_printed_is_what_was_measured(tmp_path: Path, model: str) -> Non
     [
         (
             {"unknown_option": "--no-enable-prefix-caching"},
-            "exit code 2.*unrecognized arguments: --no-enable-prefix-caching",
+            "exit code 2; it printed last: vllm: error: unrecognized arguments: "
+            "--no-enable-prefix-caching$",
         ),
-        ({"dies": True}, f"ended while it answered: exit code 3.*{LAST_WORDS}"),
+        ({"core_fails": True}, "exit code 1; it printed last: .*: no cache blocks$"),
+        ({"dies": True}, f"ended: exit code 3.*{LAST_WORDS}"),
     ],
 )
 def test_how_a_server_ended_is_one_line_with_what_it_printed_last(
