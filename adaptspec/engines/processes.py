@@ -124,6 +124,7 @@ class ServerProcess:
         if self._stopped:
             return "it was stopped"
         if self._returncode is None:
+            assert self._watcher.stdout is not None
             if not select.select([self._watcher.stdout], [], [], seconds)[0]:
                 return None
             self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
