@@ -19,7 +19,6 @@ from adaptspec import hookspecs
 from adaptspec.cli import build_cli
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.environment import environment_of
 from adaptspec.errors import HeadsLoadError
 from adaptspec.host import Host
@@ -30,7 +29,6 @@ from adaptspec.testing.fakes import (
     tiny_module,
     tiny_tokenizer,
 )
-from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 
@@ -76,14 +74,6 @@ def test_the_baseline_of_the_page_says_what_generate_says(host: Host) -> None:
     run = host.baselines["no_cache"]().run(model, None, prompt, 7)
     assert run.token_ids == hf_greedy(model, prompt, 7)
     assert run.tokens_per_second > 0
-
-
-def test_the_engine_of_the_page_answers(host: Host) -> None:
-    prompts = [Prompt("a", text="one two three"), Prompt("b", text="four")]
-    with host.engines["parrot"].open(EngineOptions(engine="parrot")) as engine:
-        (method,) = engine.methods
-        answers = engine.answer(method.name, {}, prompts, 2)
-    assert [(a.text, a.tokens) for a in answers] == [("one two", 2), ("four", 1)]
 
 
 def test_the_command_of_the_page_counts(host: Host) -> None:

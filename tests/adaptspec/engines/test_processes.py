@@ -167,6 +167,16 @@ def test_one_that_ends_while_it_starts_says_how(script: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_lines_that_tell_why_are_found_wherever_they_are() -> None:
+    script = (
+        'print("why: no memory"); [print("x" * 99) for _ in range(999)]\n'
+        "raise SystemExit(1)"
+    )
+    for telling, says in (("^why", r"last: why: no memory$"), ("^no", r"x{99}$")):
+        with pytest.raises(EngineError, match=says):
+            start_server("fake", command(script), telling=telling)
+
+
 def test_one_that_never_gets_ready_is_ended() -> None:
     pids: list[int] = []
     script = 'import os, time; print("pid", os.getpid(), flush=True); time.sleep(1000)'
