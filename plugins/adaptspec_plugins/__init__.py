@@ -57,10 +57,12 @@ def register_baselines() -> list[type[Baseline]]:
 
 @hookimpl
 def register_engines() -> list[type[InferenceEngine]]:
-    """Other engines: llama.cpp."""
+    """Other engines: llama.cpp, vLLM, and whatever serves OpenAI's API."""
     from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
+    from adaptspec_plugins.engines.openai_server import OpenAIServer
+    from adaptspec_plugins.engines.vllm.engine import VLLM
 
-    return [LlamaCpp]
+    return [LlamaCpp, VLLM, OpenAIServer]
 
 
 @hookimpl
