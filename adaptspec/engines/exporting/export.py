@@ -77,7 +77,12 @@ def export_for(
     if engine == sglang.NAME:
         return _for_sglang(wanted, store)
     if engine not in host.engines:
-        known = ", ".join(sorted({*host.engines, sglang.NAME}))
+        started = [
+            name
+            for name, cls in host.engines.items()
+            if cls.launch is not InferenceEngine.launch
+        ]
+        known = ", ".join(sorted([*started, sglang.NAME]))
         raise EngineError(f"no engine {engine!r} to export for; there are: {known}")
     if host.engines[engine].launch is InferenceEngine.launch:
         raise EngineError(

@@ -17,6 +17,10 @@ from adaptspec.errors import EngineError
 from adaptspec.profile import Measurement
 
 PLAIN_NAME = "plain"  # of the server that drafts nothing
+SHARED = (
+    "Each setting was measured alone: servers on one machine share it when both are "
+    "busy, and each holds the model."
+)
 
 Launches = Callable[[Setting], Launch]
 
@@ -142,7 +146,8 @@ def by_class(
             _server(setting, launches, port + number, gains, setting == default, taken)
         )
     used = {name: of.best for name, of in found.classes.items()}
-    return Plan(found, servers, gain(found, weights, used), found.notes)
+    notes = [*found.notes, *([SHARED] if len(servers) > 1 else [])]
+    return Plan(found, servers, gain(found, weights, used), notes)
 
 
 def table_of(plan: Plan, host: str) -> dict[str, object]:

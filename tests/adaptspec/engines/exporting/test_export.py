@@ -197,6 +197,7 @@ def test_two_settings_of_a_method_have_names_of_their_own(
     )
     found = told(db, "--split")
     assert [s["name"] for s in found["servers"]] == ["ngram_simple", "ngram_simple-2"]
+    assert any("share it when both are busy" in note for note in found["notes"])
 
 
 def test_where_no_setting_is_known_on_all_classes_plain_decoding_is_added(
