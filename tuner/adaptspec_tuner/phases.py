@@ -68,7 +68,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
             replayer = replayer_of(run, tuning, plain)
             # The classes in turn, so that any first prompts are of all kinds.
             mixed = tuning.limit(len(tuning.prompts)).prompts
-            recorded = [p for p in mixed if p.id in plain]
+            recorded = [p for p in mixed if p.id in plain or not run.given.replayer]
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
@@ -131,6 +131,7 @@ def _stale(store: ProfileStore, environment: Environment) -> str:
         p.environment
         for p in store.profiles()
         if p.environment.model_name == environment.model_name
+        and p.environment.engine == environment.engine
     ]
     if not before:
         return ""
@@ -151,6 +152,8 @@ def plain_decodings(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     measured: dict[str, Sample] = {}
     failed: Exception | None = None
     prompts = tuning.limit(len(tuning.prompts)).prompts
+    if run.given.replayer is None:  # then it only tells what confirming takes
+        prompts = tuning.limit(len(tuning.classes)).prompts
     for index, prompt in enumerate(prompts):
         if index >= len(tuning.classes) and not run.time.decoding_plainly:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
@@ -297,9 +300,10 @@ def raced(
             "workload": given.workload.name,
         },
         pool=given.pool,
+        repeats=1 if given.once else 3,
         first=opening_prompts(
             {
-                name: [plain[p.id].seconds for p in group]
+                name: [plain[p.id].seconds for p in group if p.id in plain]
                 for name, group in prompts.items()
             },
             1 + len(given.strategies),

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import Trial as Asked
 
-    from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
+    from adaptspec_tuner.searching.space import Searched
 
 HOPELESS = 0.7  # of plain decoding's speed, with the defaults
 HOPELESS_TRIALS = 3
@@ -197,7 +197,7 @@ class Search:
     def add(
         self,
         prompt_class: str,
-        strategy: type[Strategy],
+        strategy: Searched,
         prompts: Sequence[Prompt],
         first: Sequence[Mapping[str, Scalar]] = (),
         predicted: Mapping[str, Mapping[str, float]] | None = None,
