@@ -129,10 +129,11 @@ def rank(
     """What the best evidence on a class decided, as far as it can be used here.
 
     Choices of other engines are left out. Of a class that no tune decided on, and
-    without a class, the choice over all classes is used. Of several tunes' choices :func:`best_evidence` takes one. A setting of it
-    is left out that is lossy and not allowed, needs a draft model or heads that aren't
-    here, is refused, or is stale (measured with another minor version of torch,
-    transformers or AdaptSpec) with an interval not above 1.1. Reasons say what was left
+    without a class, the choice over all classes is used. Of several tunes' choices
+    :func:`best_evidence` takes one. A setting of it is left out that is lossy and not
+    allowed, needs a draft model or heads that aren't here, is refused, or is stale
+    (measured with another minor version of torch, transformers or AdaptSpec, or of
+    another engine) with an interval not above 1.1. Reasons say what was left
     out of what was better than the best that is used, and what to pass for it.
 
     Args:

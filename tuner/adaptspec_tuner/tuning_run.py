@@ -96,6 +96,11 @@ class TuneInputs:
     starting: float = 0.0
 
     @property
+    def of_engine(self) -> bool:
+        """Whether another engine's settings are measured, which nothing predicts."""
+        return isinstance(self.measurer, MeasuresAhead)
+
+    @property
     def once(self) -> bool:
         """Whether each setting is measured but once on a prompt."""
         return isinstance(self.measurer, MeasuresAhead) and self.measurer.keeps

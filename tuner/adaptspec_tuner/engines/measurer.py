@@ -65,6 +65,8 @@ class EngineMeasurer:
         self._engine, self._max_new_tokens = engine, max_new_tokens
         self._concurrency, self._warm_up_tokens = concurrency, warm_up_tokens
         self._groups = [group for part in parts for group in part.by_class().values()]
+        every = [prompt for group in self._groups for prompt in group]
+        self._shortest = min(every, key=lambda prompt: len(self.ids(prompt)))
         self._tuning = list(parts[0].by_class().values())
         self.keeps, self.starts = engine.starting >= dear, 0
         self._ready: list[str] = []  # setting keys, the one asked last at the end
@@ -128,6 +130,10 @@ class EngineMeasurer:
             self._in_turns([setting for setting, _ in group], list(every.values()))
         return True
 
+    def ready_first(self, settings: Sequence[Setting]) -> list[Setting]:
+        """The same settings, those that needn't be started before the others."""
+        return sorted(settings, key=lambda setting: setting.key not in self._ready)
+
     def agreement(
         self, prompt: Prompt, plain: Sequence[int], other: Sequence[int]
     ) -> Agreement:
@@ -163,8 +169,7 @@ class EngineMeasurer:
         Raises:
             EngineError: if it doesn't.
         """
-        every = [prompt for group in self._groups for prompt in group]
-        self._warm(PLAIN_SETTING, [min(every, key=lambda p: len(self.ids(p)))])
+        self._warm(PLAIN_SETTING)
 
     def _generation(self, setting: Setting, prompt: Prompt) -> Generation:
         answer = self._answer(setting, prompt)
@@ -235,7 +240,7 @@ class EngineMeasurer:
         """Answers of a prompt and of those that are asked together with it."""
         together = self._together(prompt)
         if setting.key not in self._ready:
-            self._warm(setting, together)
+            self._warm(setting)
         self._ready.remove(setting.key)
         answers = self._engine.answer(
             setting.strategy, setting.params, together, self._max_new_tokens
@@ -246,15 +251,19 @@ class EngineMeasurer:
             found.setdefault(one.id, answer)
         return found
 
-    def _warm(self, setting: Setting, prompts: Sequence[Prompt]) -> None:
-        """Start a setting, and let it answer a little that doesn't count."""
+    def _warm(self, setting: Setting) -> None:
+        """Start a setting, and let it answer the shortest prompt a little, which
+        doesn't count."""
         if (error := self._broken.get(setting.key)) is not None:
             raise error
-        short = [replace(p, max_new_tokens=self._warm_up_tokens) for p in prompts]
+        short = [replace(self._shortest, max_new_tokens=self._warm_up_tokens)]
         self.starts += 1
         try:
             self._engine.answer(
-                setting.strategy, setting.params, short, self._warm_up_tokens
+                setting.strategy,
+                setting.params,
+                short * self._concurrency,
+                self._warm_up_tokens,
             )
         except EngineError as error:
             if setting != PLAIN_SETTING:  # what can't be started isn't tried again

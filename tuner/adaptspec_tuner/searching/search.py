@@ -238,6 +238,16 @@ class Search:
             )
         )
 
+    def suggest(
+        self, prompt_class: str, strategy: str, settings: Sequence[Mapping[str, Scalar]]
+    ) -> None:
+        """Try these next of a strategy in a class, in place of what was suggested
+        before; what was tried is left out."""
+        for arm in self._arms(prompt_class):
+            if arm.name == strategy:
+                tried = [dict(trial.params) for trial in arm.trials]
+                arm.study.suggest([s for s in settings if dict(s) not in tried])
+
     def race(self) -> list[Arm]:
         """Race the strategies of each class until time or ideas run out.
 
@@ -253,11 +263,11 @@ class Search:
             self._search_on(self._pool)
         classes = list(dict.fromkeys(arm.prompt_class for arm in self.arms))
         for name in classes:
-            self._open(name)
+            self.open(name)
             self._rounds[name] += 1
         going = classes
         while going and self._in_time():
-            going = [name for name in going if self._in_time() and self._round(name)]
+            going = [name for name in going if self._in_time() and self.round(name)]
         self._refresh()
         return [arm for arm in self.arms if not arm.trials]
 
@@ -306,7 +316,7 @@ class Search:
             for arm in self.arms:
                 arm.trials = self._stored(arm)
 
-    def _open(self, prompt_class: str) -> None:
+    def open(self, prompt_class: str) -> None:
         """Measure the first settings of all strategies of a class together."""
         entrants = [
             arm
@@ -316,7 +326,7 @@ class Search:
         ]
         self._try_together(prompt_class, entrants)
 
-    def _round(self, prompt_class: str) -> bool:
+    def round(self, prompt_class: str) -> bool:
         """One round of a class: close rivals on what they haven't seen, new settings.
 
         New settings run on the class's first prompts, those of one strategy on the

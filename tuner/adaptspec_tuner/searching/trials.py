@@ -146,6 +146,8 @@ def measured(
     """
     start = turn % len(settings)
     order = [*settings[start:], *settings[:start]]
+    if isinstance(measurer, MeasuresAhead):
+        order = measurer.ready_first(order)
     if isinstance(measurer, TurnMeasurer):
         runs = decode_in_turns(
             {s.key: functools.partial(measurer.begin, s, prompt) for s in order},
