@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -196,6 +197,8 @@ class ScriptedEngine(InferenceEngine):
         max_new_tokens: int,
     ) -> list[Answer]:
         machine, key = self.machine, (method, repr(sorted(params.items())))
+        if method not in {known.name for known in self.methods}:
+            raise EngineError(f"{self.name} has no method {method!r}")
         if reason := machine.fails(method, params, self.answers):
             raise EngineError(f"{self.name} ended: {reason}")
         if key not in self.ready:
@@ -204,18 +207,30 @@ class ScriptedEngine(InferenceEngine):
         self.ready = [*(k for k in self.ready if k != key), key][-machine.room :]
         self.log.append((method, dict(params), [p.id for p in prompts]))
         self.answers += len(prompts)
-        found = [self._one(method, params, p, len(prompts)) for p in prompts]
+        found = [
+            self._one(
+                *(method, params, prompt, prompt.max_new_tokens or max_new_tokens),
+                len(prompts),
+            )
+            for prompt in prompts
+        ]
         machine.clock.advance(max(answer.seconds for answer in found))
         return found
 
     def _one(
-        self, method: str, params: Mapping[str, Scalar], prompt: Prompt, beside: int
+        self,
+        method: str,
+        params: Mapping[str, Scalar],
+        prompt: Prompt,
+        most: int,
+        beside: int,
     ) -> Answer:
         machine = self.machine
-        tokens = min(prompt.max_new_tokens or machine.tokens, machine.tokens)
+        tokens = min(most, machine.tokens)
         first, decoding = machine.seconds(prompt, method, params, tokens, beside - 1)
         luck = math.exp(self._luck.gauss(0.0, machine.noise))
-        ids = list(range(100, 100 + tokens))
+        first_id = 100 * (1 + zlib.crc32(prompt.id.encode()) % 1000)
+        ids = list(range(first_id, first_id + tokens))
         if method != PLAIN and machine.ties != "never":
             ids[1:] = [token + 1 for token in ids[1:]]
         return Answer(
@@ -229,8 +244,9 @@ class ScriptedEngine(InferenceEngine):
     def near_tie(
         self, prompt: Prompt, tokens: Sequence[int], one: int, other: int
     ) -> bool | None:
-        ties = self.machine.ties
-        return ties if isinstance(ties, bool) else None
+        if self.machine.ties == "unknown":
+            return None
+        return one == other or self.machine.ties is True
 
     def launch(self, method: str, params: Mapping[str, Scalar]) -> Launch:
         return Launch(["fake-server", "--method", method])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from adaptspec.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from adaptspec.engines.inference_engine import InferenceEngine
     from adaptspec.heads.protocol import TrainedHeads
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.strategy import Baseline, Strategy
@@ -52,6 +53,15 @@ def register_baselines() -> list[type[Baseline]]:
     )
 
     return [HFGenerate, HFAssisted, HFPromptLookup]
+
+
+@hookimpl
+def register_engines() -> list[type[InferenceEngine]]:
+    """This program's own decoding, and Hugging Face's."""
+    from adaptspec_plugins.engines.ours import AdaptSpecEngine
+    from adaptspec_plugins.engines.transformers import TransformersEngine
+
+    return [AdaptSpecEngine, TransformersEngine]
 
 
 @hookimpl

@@ -124,6 +124,14 @@ def chosen_methods(
     )
 
 
+def engine_notes(engine: InferenceEngine, progress: Progress) -> list[str]:
+    """What the engine has to say of the figures."""
+    told = list(getattr(engine, "notes", ()))
+    for note in told:
+        progress.say(note)
+    return told
+
+
 def tune_engine(
     model: str | None,
     draft_model: str | None,
@@ -177,7 +185,7 @@ def tune_engine(
             )
         store = opened_store(host, db, worker=False)
         try:
-            return tune_with(
+            result = tune_with(
                 TuneInputs(
                     measurer,
                     methods,
@@ -193,6 +201,8 @@ def tune_engine(
                     starting=engine.starting,
                 )
             )
+            result.notes.extend(engine_notes(engine, progress))
+            return result
         finally:
             if store is not db:
                 store.close()

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Agreement = Literal["identical", "near_tie", "mismatch", "not_compared"]
 
 WARM_UP_TOKENS = 8
-# Rounding passes through every layer: a few units in the last place of the logits.
-TIE_UNITS = 4
 
 
 @dataclass(frozen=True)
@@ -354,6 +352,8 @@ class Profiler:
         if at is None:
             return "mismatch"
         ids = [*self._encoded(prompt), *plain[:at]]
+        from adaptspec.decoding.near_ties import near_tie
+
         logits = self._logits(prompt, ids)
         tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
         return "near_tie" if tied else "mismatch"
@@ -548,15 +548,6 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """The first index at which both have a token and not the same one."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-
-
-def near_tie(logits: torch.Tensor, one: int, other: int, dtype: torch.dtype) -> bool:
-    """Whether two tokens' logits [vocab] differ by no more than ``dtype`` rounds."""
-    import torch
-
-    first, second = float(logits[one]), float(logits[other])
-    size = max(abs(first), abs(second))
-    return abs(first - second) <= TIE_UNITS * torch.finfo(dtype).eps * size
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

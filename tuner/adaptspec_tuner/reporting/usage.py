@@ -55,6 +55,7 @@ class Usage:
             ("--draft-model", self.draft_model),
             *(("--heads", folder) for folder in self.heads),
             ("--db", self.db),
+            ("--concurrency", None if self.concurrency == 1 else self.concurrency),
         ):
             if value is not None:
                 dashed = str(value).startswith("-")

@@ -1,0 +1,1 @@
+"""Inference engines that can be tuned and compared."""
