@@ -69,7 +69,9 @@ def option_of(name: str, default: Any, hint: Any) -> Decorator | None:
         how["is_flag"] = True
     elif get_origin(known) is Literal:
         how |= {"type": click.Choice(get_args(known)), "show_default": True}
-    elif asked.least is not None and "type" not in asked.how:
+    elif "type" in asked.how:
+        how["show_default"] = default is not None
+    elif asked.least is not None:
         how |= {"type": click.IntRange(min=asked.least), "show_default": True}
     elif isinstance(default, int | str):
         how |= {"type": type(default), "show_default": True}

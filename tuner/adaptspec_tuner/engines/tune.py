@@ -87,7 +87,8 @@ def refuse_options(options: TuneOptions) -> None:
         "control": "it is measured greedily",
     }
     for name, reason in problems.items():
-        if getattr(options, name) != getattr(usual, name):
+        value = getattr(options, name)
+        if value != getattr(usual, name) and value not in ([], ()):
             flag = f"--{name.replace('_', '-')}"
             raise AdaptSpecError(
                 f"{flag} doesn't go with --engine {options.engine}: {reason}; leave "

@@ -91,14 +91,7 @@ def heading(result: TuneResult) -> str:
     place = result.environment
     beside = ", ".join(filter(None, (place.draft_name, place.heads_name)))
     draft = f" with {beside}" if beside else ""
-    engine = ""
-    if place.engine != OURS:
-        version = place.versions.get(place.engine)
-        told = f"{place.engine} {version}" if version else place.engine
-        load = (
-            "1 request" if place.concurrency == 1 else f"{place.concurrency} requests"
-        )
-        engine = f"{told}, {load} at a time, "
+    engine = "" if place.engine == OURS else f"{place.decoded_by}, "
     return (
         f"{engine}{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
         f"{place.threads} thread{'' if place.threads == 1 else 's'}, held-out prompts "

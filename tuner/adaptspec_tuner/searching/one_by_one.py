@@ -55,6 +55,8 @@ def open_one_by_one(
         Method -> the setting that it was at last worth opening a class with.
     """
     common: dict[str, Params] = {m.name: defaults(m.Params) for m in methods}
+    if not methods:
+        return common
     learnt = Learnt()
     names = sorted(prompts, key=lambda name: seconds.get(name, 0.0))
     for at, name in enumerate(names):
