@@ -73,9 +73,9 @@ def tune_with(given: TuneInputs) -> TuneResult:
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
-            search, common = raced(run, recorded, plain, common, replayed)
+            search, shared = raced(run, recorded, plain, common, replayed)
             learn_classes(run)
-            finalists = finalists_of(run, search, common)
+            finalists = finalists_of(run, search, shared)
             records: dict[str, dict[str, Any]] = {}
             for name, confirmed in confirm_classes(
                 run, finalists, tuning, held_out, plain

@@ -164,9 +164,9 @@ def compare(
                         _answered(one, prompt)
         for one in compared:
             version = one.environment.versions.get(one.environment.engine, "")
-            for way, settings in one.ways.items():
+            for way, by_class in one.ways.items():
                 row = Row(one.name, version, way)
-                for name, setting in settings.items():
+                for name, setting in by_class.items():
                     if samples := one.samples.get((way, name)):
                         row.cells[name] = _cell(setting, samples)
                 if row.cells:

@@ -227,14 +227,14 @@ class EngineMeasurer:
             plain = found[PLAIN_SETTING.key, prompt.id]
             first = self._waiting.setdefault((PLAIN_SETTING.key, prompt.id), plain)
             for setting in settings:
-                answer = found[setting.key, prompt.id]
+                told = found[setting.key, prompt.id]
                 if (
-                    isinstance(answer, Answer)
+                    isinstance(told, Answer)
                     and isinstance(plain, Answer)
                     and isinstance(first, Answer)
                 ):
-                    answer = beside(answer, plain, first)
-                self._waiting[setting.key, prompt.id] = answer
+                    told = beside(told, plain, first)
+                self._waiting[setting.key, prompt.id] = told
 
     def _ask(self, setting: Setting, prompt: Prompt) -> dict[str, Answer]:
         """Answers of a prompt and of those that are asked together with it."""
@@ -254,8 +254,8 @@ class EngineMeasurer:
     def _warm(self, setting: Setting) -> None:
         """Start a setting, and let it answer the shortest prompt a little, which
         doesn't count."""
-        if (error := self._broken.get(setting.key)) is not None:
-            raise error
+        if setting.key in self._broken:
+            raise self._broken[setting.key]
         short = [replace(self._shortest, max_new_tokens=self._warm_up_tokens)]
         self.starts += 1
         try:
