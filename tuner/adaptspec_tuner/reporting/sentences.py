@@ -38,9 +38,7 @@ def gain(result: TuneResult) -> str:
         if (won := found.winner) is not None and found.choice.strategy != PLAIN
     ]
     count = len(result.named)
-    if all(p.strategy == PLAIN for found in result.named for p in found.profiles) and (
-        not any(found.tried for found in result.named)
-    ):
+    if result.usage is not None and "://" in result.usage.engine:
         return "Measured as it is: there was nothing to choose from."
     if all(found.choice.strategy == PLAIN for found in result.named):
         return "Nothing was reliably faster than plain decoding, so that is chosen."

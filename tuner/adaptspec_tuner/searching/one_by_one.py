@@ -34,6 +34,7 @@ def open_one_by_one(
     left: Callable[[], float],
     *,
     earlier: Mapping[tuple[str, str], Sequence[Params]],
+    starting: float = 0.0,
     share: float = 0.4,
     worth: float = 1.02,
     rounds: int = 2,
@@ -45,6 +46,7 @@ def open_one_by_one(
         seconds: Class -> what one of its answers takes, plainly decoded.
         left: Seconds until the search ends; may be infinite.
         earlier: Class and method -> settings of earlier runs, best first.
+        starting: Seconds that a setting takes to be ready.
         share: Of the seconds that opening the later classes leaves, what goes to new
             settings of a class.
         worth: How much better than the one before a setting must be to open the later
@@ -68,8 +70,9 @@ def open_one_by_one(
                 if dict(p) != dict(opening[0])
             ]
             search.add(name, method, prompts[name], opening, entrants=len(opening))
-        search.open(name)
-        later = (1 + len(methods)) * sum(seconds.get(n, 0.0) for n in names[at + 1 :])
+        search.open(name, fitting(left(), seconds.get(name, 0.0) + starting))
+        others = [seconds.get(n, 0.0) + starting for n in names[at + 1 :]]
+        later = (1 + len(methods)) * sum(others)
         spare = left() - later
         end = left() - share * spare if math.isfinite(spare) else 0.0
         done = 0
@@ -104,6 +107,17 @@ def open_one_by_one(
             if standings.estimate(best) >= worth * least:
                 common[method.name] = Setting.from_key(best).params
     return common
+
+
+def fitting(left: float, each: float) -> int | None:
+    """How many settings there is time for beside plain decoding; None: all.
+
+    Args:
+        each: Seconds of one.
+    """
+    if each <= 0 or not math.isfinite(left):
+        return None
+    return max(0, int(left / each) - 1)
 
 
 def best_of(standings: Standings, method: str) -> str | None:

@@ -316,15 +316,19 @@ class Search:
             for arm in self.arms:
                 arm.trials = self._stored(arm)
 
-    def open(self, prompt_class: str) -> None:
-        """Measure the first settings of all strategies of a class together."""
+    def open(self, prompt_class: str, most: int | None = None) -> None:
+        """Measure the first settings of all strategies of a class together.
+
+        Args:
+            most: Settings that there is time for.
+        """
         entrants = [
             arm
             for arm in self._arms(prompt_class)
             if not arm.trials
             for _ in range(arm.entrants)
         ]
-        self._try_together(prompt_class, entrants)
+        self._try_together(prompt_class, entrants[:most])
 
     def round(self, prompt_class: str) -> bool:
         """One round of a class: close rivals on what they haven't seen, new settings.
