@@ -57,11 +57,12 @@ def register_baselines() -> list[type[Baseline]]:
 
 @hookimpl
 def register_engines() -> list[type[InferenceEngine]]:
-    """This program's own decoding, and Hugging Face's."""
+    """This program's own decoding, Hugging Face's, llama.cpp."""
+    from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
     from adaptspec_plugins.engines.ours import AdaptSpecEngine
     from adaptspec_plugins.engines.transformers import TransformersEngine
 
-    return [AdaptSpecEngine, TransformersEngine]
+    return [AdaptSpecEngine, TransformersEngine, LlamaCpp]
 
 
 @hookimpl
