@@ -157,14 +157,25 @@ class Decoder:
         weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
-        self.profiles = store.profiles(model=self.model.digest)
-        self.choices = store.choices(model=self.model.digest)
+        # What was measured of other engines says nothing of this one.
+        ours = self.environment.engine
+        self.profiles = [
+            profile
+            for profile in store.profiles(model=self.model.digest)
+            if profile.environment.engine == ours
+        ]
+        self.choices = [
+            choice
+            for choice in store.choices(model=self.model.digest)
+            if choice.environment.engine == ours
+        ]
         if not self.choices:
             # Another version of the same model: select says so.
             self.choices = [
                 choice
                 for choice in store.choices()
                 if choice.environment.model_name == self.environment.model_name
+                and choice.environment.engine == ours
             ]
         self._classifier = self._stored_classifier(store)
         if self.choices:

@@ -61,6 +61,16 @@ class Environment:
     engine: str = OURS
     concurrency: int = 1
 
+    @property
+    def decoded_by(self) -> str:
+        """The engine with its version, and the load where there was one: ``llama.cpp
+        b6123, 4 requests at a time``."""
+        version = self.versions.get(self.engine)
+        told = f"{self.engine} {version}" if version else self.engine
+        if self.concurrency == 1:
+            return told
+        return f"{told}, {self.concurrency} requests at a time"
+
     def key(self) -> tuple[str | int | None, ...]:
         """Everything that decides speed; versions need not match."""
         return (*self.place(), self.heads)
