@@ -330,7 +330,7 @@ def raced(
             seconds,
             lambda: run.time.left_for_search,
             earlier=earlier,
-            starting=given.starting,
+            starting=lambda: given.starting,
         )
         return _raced_on(run, search, prompts), learnt
     for cls in given.strategies:

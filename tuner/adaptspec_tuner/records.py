@@ -10,11 +10,22 @@
 ``search``                     what workers join (distributed/workers.py)
 ``confirm/CLASS``              speeds on held-out prompts (confirming/confirm.py)
 ``predicted/CLASS``            setting key -> the ratio that the replay promised there
+``answer/DIGEST``              a setting's answer to a held-out prompt, of an engine
+                               whose starts are dear (engines/measurer.py)
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 from adaptspec.classes.classifier import KEY
+
+if TYPE_CHECKING:
+    from adaptspec.profile import ProfileStore
 
 CLASSIFIER = KEY  # read where the profiles are used
 SPENT = "spent"
@@ -45,3 +56,29 @@ def confirmed_key(prompt_class: str) -> str:
 def predicted_key(prompt_class: str) -> str:
     """Of the predictions of what was confirmed."""
     return f"predicted/{prompt_class}"
+
+
+def answer_key(setting: str, prompt_id: str) -> str:
+    """Of a setting's answer to a held-out prompt.
+
+    Args:
+        setting: Its key.
+    """
+    told = json.dumps([setting, prompt_id]).encode()
+    return f"answer/{hashlib.sha256(told).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """One run's records in a store."""
+
+    store: ProfileStore
+    run: str
+
+    def get(self, key: str) -> Mapping[str, Any] | None:
+        """The record under a key."""
+        return self.store.record(self.run, key)
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record, in place of an older one."""
+        self.store.put_record(self.run, key, record)

@@ -71,7 +71,6 @@ class TuneInputs:
             trained heads.
         processor: Seconds of processor time of this process; without it, that it stood
             still isn't seen.
-        starting: Seconds that a new setting takes to be ready, about.
         others: Watches what other programs take of the processors, from its making on.
     """
 
@@ -93,12 +92,18 @@ class TuneInputs:
     needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     processor: Callable[[], float] | None = None
     others: Callable[[], OtherPrograms] | None = None
-    starting: float = 0.0
 
     @property
     def of_engine(self) -> bool:
         """Whether another engine's settings are measured, which nothing predicts."""
         return isinstance(self.measurer, MeasuresAhead)
+
+    @property
+    def starting(self) -> float:
+        """Seconds that a new setting takes to be ready, as far as is known."""
+        if isinstance(self.measurer, MeasuresAhead):
+            return self.measurer.starting
+        return 0.0
 
     @property
     def once(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.errors import stopped_by_user
+from adaptspec.errors import AdaptSpecError, stopped_by_user
 from adaptspec.profile import ANSWER, Measurement
 from adaptspec_tuner.confirming.explained import Doubt, doubtful
 from adaptspec_tuner.measuring.disturbances import (
@@ -151,7 +151,9 @@ def confirm(
         left = [p for p in prompts if p.id not in turns.failed]
         ahead = fitting(left)
         started = clock()
-        if turns.measured_ahead(ahead):
+        # Later repeats are known to fit.
+        may_begin = functools.partial(in_time, 0.0, count) if not count else _always
+        if turns.measured_ahead(ahead, may_begin):
             longest = max(longest, (clock() - started) / len(ahead))
             for prompt in ahead:
                 turns.decode(prompt, repeat)
@@ -173,6 +175,10 @@ def confirm(
             warn(f"{doubt}; {how}")
     turns.tell(cleared, prompts)
     return _found(turns, prompts, objective)
+
+
+def _always() -> bool:
+    return True
 
 
 class _Turns:
@@ -217,13 +223,25 @@ class _Turns:
                 if setting != PLAIN_SETTING:  # else each prompt will tell
                     self._drop(setting, error)
 
-    def measured_ahead(self, prompts: Sequence[Prompt]) -> bool:
+    def measured_ahead(
+        self, prompts: Sequence[Prompt], in_time: Callable[[], bool]
+    ) -> bool:
         """Whether the settings were measured on ``prompts``, each of which is decoded
-        next, at once."""
+        next, at once. Those that there was no time for are dropped.
+
+        Args:
+            in_time: Whether another setting may begin.
+        """
         if not (prompts and isinstance(self.measurer, MeasuresAhead)):
             return False
         asked = [(setting, prompts) for setting in self.settings[1:]]
-        return self.measurer.measure_ahead(asked)
+        ahead = self.measurer.measure_ahead(asked, in_time)
+        if ahead is None:
+            return False
+        keys = {setting.key for setting in ahead}
+        for setting in [s for s, _ in asked if s.key not in keys]:
+            self._drop(setting, AdaptSpecError("there was no time to confirm it"))
+        return True
 
     def decode(self, prompt: Prompt, repeat: int) -> None:
         """Decode a prompt once with every setting."""

@@ -16,7 +16,7 @@ from adaptspec.profile import PLAIN, Profile
 from adaptspec.selector import FEWEST_PROMPTS, Choice
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
-from adaptspec_tuner.confirming.kept import kept_classes
+from adaptspec_tuner.confirming.kept import Kept, kept_classes
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     MeasuresAhead,
@@ -25,7 +25,7 @@ from adaptspec_tuner.measuring.profiler import (
     in_a_line,
     typical,
 )
-from adaptspec_tuner.records import confirmed_key, predicted_key
+from adaptspec_tuner.records import RunRecords, confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import ClassResult, Tried
 from adaptspec_tuner.searching.search import HOPELESS, Arm, Search
 from adaptspec_tuner.searching.standings import Standings
@@ -61,11 +61,17 @@ def confirm_classes(
         plain: Tuning prompt id -> its plain decoding.
     """
     baselines = run.given.baselines
-    if run.given.once:
-        finalists, held_out = measured_ahead(run, finalists, tuning, held_out, plain)
     # A run that is continued begins with the classes it has no result of.
     done = kept_classes(run)
     names = sorted(held_out.classes, key=lambda name: name in done)
+    if run.given.once:
+        staying = _staying(done, finalists, names)
+        names = [name for name in names if name not in staying]
+        ours = tuple(p for p in held_out.prompts if p.prompt_class in names)
+        finalists, held_out = measured_ahead(
+            run, finalists, tuning, replace(held_out, prompts=ours), plain
+        )
+        yield from ((name, {}) for name in staying)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain, run.environment.concurrency)
         share = run.time.left / (len(names) - index)
@@ -117,6 +123,28 @@ def confirm_classes(
         yield name, confirmed
 
 
+def _staying(
+    done: Mapping[str, Kept],
+    finalists: Mapping[str, Sequence[Finalist]],
+    names: Sequence[str],
+) -> list[str]:
+    """Of an engine whose starts are dear the classes that stay as they are stored.
+
+    All of these, while others have no result; else those whose finalists are confirmed.
+    """
+    if any(name not in done for name in names):
+        return [name for name in names if name in done]
+    known = {
+        name: {Setting(p.strategy, dict(p.params)).key for p in kept.profiles}
+        for name, kept in done.items()
+    }
+    return [
+        name
+        for name in names
+        if all(found.setting.key in known[name] for found in finalists.get(name, ()))
+    ]
+
+
 def measured_ahead(
     run: TuningRun,
     finalists: Mapping[str, Sequence[Finalist]],
@@ -130,8 +158,11 @@ def measured_ahead(
     Returns:
         What was measured: finalists and held-out prompts by class.
     """
+    if not held_out.prompts:
+        return {}, held_out
     measurer = run.given.measurer
     assert isinstance(measurer, MeasuresAhead)
+    starting, beside_plain = run.given.starting, measurer.beside_plain
     at_once = run.environment.concurrency
     once = {name: _once(tuning, name, plain, at_once) for name in held_out.classes}
     kept = {name: list(finalists.get(name, ())) for name in held_out.classes}
@@ -142,7 +173,8 @@ def measured_ahead(
         answers = sum(
             once[name] * (1 + _share(f.ratio)) for name in kept for f in kept[name]
         )
-        return run.given.starting * (1 + len(settings)) + prompts * answers
+        starts = len(settings) + math.ceil(len(settings) / beside_plain)
+        return starting * starts + prompts * answers
 
     while takes(FEWEST_PROMPTS) > run.time.left:
         longest = max(kept, key=lambda name: len(kept[name]))
@@ -160,7 +192,22 @@ def measured_ahead(
             asked.setdefault(setting.key, (setting, []))[1].extend(prompts[name])
     run.begin("confirm")
     run.doing("confirming on held-out prompts, setting by setting")
-    measurer.measure_ahead(list(asked.values()))
+    ahead = measurer.measure_ahead(
+        list(asked.values()),
+        lambda: run.time.left >= run.given.starting,
+        RunRecords(run.store, run.id),
+    )
+    keys = {setting.key for setting in ahead or ()}
+    late = {key: setting for key, (setting, _) in asked.items() if key not in keys}
+    for setting in late.values():
+        run.warn(
+            f"no time to confirm {setting.strategy} {dict(setting.params)}; the same "
+            "command continues"
+        )
+    kept = {
+        name: [f for f in found if f.setting.key not in late]
+        for name, found in kept.items()
+    }
     every = tuple(p for of in prompts.values() for p in of)
     return kept, replace(held_out, prompts=every)
 

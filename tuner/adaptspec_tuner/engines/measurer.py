@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from adaptspec.engines.inference_engine import Answer
-from adaptspec.errors import EngineError
+from adaptspec.errors import AdaptSpecError, EngineError, stopped_by_user
 from adaptspec.params import Scalar
 from adaptspec_tuner.measuring.in_turns import Generating
 from adaptspec_tuner.measuring.profiler import (
@@ -18,14 +23,17 @@ from adaptspec_tuner.measuring.profiler import (
     Sample,
     Setting,
     first_difference,
+    in_a_line,
     sample_of_whole,
 )
 from adaptspec_tuner.measuring.whole import Whole, whole_generation
+from adaptspec_tuner.records import answer_key
 
 if TYPE_CHECKING:
     from adaptspec.decoding.engine import Generation
     from adaptspec.engines.inference_engine import InferenceEngine
     from adaptspec.workloads import Prompt, Workload
+    from adaptspec_tuner.records import RunRecords
 
 
 class EngineMeasurer:
@@ -41,10 +49,14 @@ class EngineMeasurer:
         dear: Seconds of the engine's start from which on :attr:`keeps`.
         warm_up_tokens: Of the answer that a newly started setting begins with; it
             doesn't count.
+        beside_one: Settings that are measured beside the same plain answers where the
+            engine has room for one setting alone.
+        clock: Seconds.
 
     Attributes:
         keeps: Whether starts take so long that a setting is measured once on each
-            prompt, and on the same places of all classes at once.
+            prompt, and on the same places of all classes at once; as the engine says,
+            or as :meth:`check` saw it.
         starts: How often a setting was asked that wasn't ready, as far as can be told.
     """
 
@@ -61,18 +73,37 @@ class EngineMeasurer:
         *,
         dear: float = 10.0,
         warm_up_tokens: int = 4,
+        beside_one: int = 4,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._max_new_tokens = engine, max_new_tokens
         self._concurrency, self._warm_up_tokens = concurrency, warm_up_tokens
+        self._dear, self._beside_one, self._clock = dear, beside_one, clock
         self._groups = [group for part in parts for group in part.by_class().values()]
+        self._parts = [
+            part for group in self._groups for part in even_parts(group, concurrency)
+        ]
         every = [prompt for group in self._groups for prompt in group]
         self._shortest = min(every, key=lambda prompt: len(self.ids(prompt)))
         self._tuning = list(parts[0].by_class().values())
         self.keeps, self.starts = engine.starting >= dear, 0
         self._ready: list[str] = []  # setting keys, the one asked last at the end
-        self._broken: dict[str, EngineError] = {}
+        self._took: dict[str, float] = {}  # setting key -> seconds of its first start
+        self._broken: dict[str, Exception] = {}
         # Setting key and prompt id -> what is measured already, for the next to ask.
-        self._waiting: dict[tuple[str, str], Answer | EngineError] = {}
+        self._waiting: dict[tuple[str, str], Answer | Exception] = {}
+
+    @property
+    def starting(self) -> float:
+        """Seconds that a new setting takes to be ready, the first little answer
+        included: typical of those started so far, else what the engine says."""
+        return median(self._took.values()) if self._took else self._engine.starting
+
+    @property
+    def beside_plain(self) -> int:
+        """How many settings are measured beside the same plain answers."""
+        room = self._engine.room
+        return room - 1 if room > 1 else self._beside_one
 
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One answer."""
@@ -101,7 +132,12 @@ class EngineMeasurer:
         if not self.keeps:
             self._waiting.clear()
 
-    def measure_ahead(self, asked: Sequence[tuple[Setting, Sequence[Prompt]]]) -> bool:
+    def measure_ahead(
+        self,
+        asked: Sequence[tuple[Setting, Sequence[Prompt]]],
+        in_time: Callable[[], bool] = lambda: True,
+        records: RunRecords | None = None,
+    ) -> list[Setting] | None:
         """Measure now, each setting started once, what can't all be kept ready.
 
         As many settings as there is room for are measured in turns with plain decoding.
@@ -111,24 +147,32 @@ class EngineMeasurer:
         Args:
             asked: Settings (not plain decoding), and prompts on which they are measured
                 next.
+            in_time: Whether another setting may be started; the first is anyway.
+            records: Where each answer is kept as it comes, and read where it was kept
+                before; None: it isn't.
 
         Returns:
-            Whether they are measured.
+            The settings that are measured; None where they aren't measured ahead.
         """
         crowded = len(asked) >= self._engine.room
-        again = any(len(prompts) > self._concurrency for _, prompts in asked)
+        again = any(len({*map(self._part_of, of)}) > 1 for _, of in asked)
         if not (self.keeps or (crowded and again)):
-            return False
+            return None
+        if records is not None:
+            self._read(asked, records)
         wanted = [
-            (setting, self._missing(setting, prompts)) for setting, prompts in asked
+            (setting, missing)
+            for setting, prompts in asked
+            if (missing := self._missing(setting, prompts))
         ]
-        wanted = [pair for pair in wanted if pair[1]]
-        size = max(1, self._engine.room - 1)
+        late: set[str] = set()
+        size = self.beside_plain
         for start in range(0, len(wanted), size):
-            group = wanted[start : start + size]
-            every = {p.id: p for _, prompts in group for p in prompts}
-            self._in_turns([setting for setting, _ in group], list(every.values()))
-        return True
+            if start and not in_time():
+                late |= {setting.key for setting, _ in wanted[start:]}
+                break
+            late |= self._in_turns(wanted[start : start + size], in_time, records)
+        return [setting for setting, _ in asked if setting.key not in late]
 
     def ready_first(self, settings: Sequence[Setting]) -> list[Setting]:
         """The same settings, those that needn't be started before the others."""
@@ -149,6 +193,11 @@ class EngineMeasurer:
             tied = self._engine.near_tie(prompt, plain[:at], plain[at], other[at])
         except EngineError:
             tied = None
+        # Plain decoding was asked, for which the engine may have ended another setting.
+        key = PLAIN_SETTING.key
+        self._ready = (
+            [*(k for k in self._ready if k != key), key] if key in self._ready else []
+        )
         if tied is None:
             return "not_compared"
         return "near_tie" if tied else "mismatch"
@@ -164,12 +213,21 @@ class EngineMeasurer:
         return prompt.max_new_tokens or self._max_new_tokens
 
     def check(self) -> None:
-        """See that plain decoding answers at all.
+        """See that plain decoding answers at all, and how long its start takes.
 
         Raises:
-            EngineError: if it doesn't.
+            AdaptSpecError: if it doesn't.
         """
-        self._warm(PLAIN_SETTING)
+        try:
+            self._warm(PLAIN_SETTING)
+        # A third party's engine may raise anything.
+        except Exception as error:
+            if stopped_by_user(error) or isinstance(error, AdaptSpecError):
+                raise
+            raise EngineError(
+                f"{self._engine.name} can't decode plainly: {in_a_line(error)}"
+            ) from error
+        self.keeps = max(self._engine.starting, self.starting) >= self._dear
 
     def _generation(self, setting: Setting, prompt: Prompt) -> Generation:
         answer = self._answer(setting, prompt)
@@ -188,7 +246,7 @@ class EngineMeasurer:
             for name, answer in self._ask(setting, prompt).items():
                 self._waiting.setdefault((setting.key, name), answer)
         known = self._waiting[place] if self.keeps else self._waiting.pop(place)
-        if isinstance(known, EngineError):
+        if isinstance(known, Exception):
             raise known
         return known
 
@@ -202,39 +260,120 @@ class EngineMeasurer:
             found |= {g[k].id: g[k] for g in groups for k in places if k < len(g)}
         return [p for p in found.values() if (setting.key, p.id) not in self._waiting]
 
-    def _in_turns(self, settings: Sequence[Setting], prompts: Sequence[Prompt]) -> None:
+    def _read(
+        self,
+        asked: Sequence[tuple[Setting, Sequence[Prompt]]],
+        records: RunRecords,
+    ) -> None:
+        """Take what was kept of what is asked, and of plain decoding."""
+        for setting, prompts in asked:
+            for one in (PLAIN_SETTING, setting):
+                for prompt in prompts:
+                    place = one.key, prompt.id
+                    record = (
+                        None
+                        if place in self._waiting
+                        else records.get(answer_key(*place))
+                    )
+                    # A damaged record is measured again.
+                    with suppress(TypeError):
+                        if record is not None:
+                            self._waiting[place] = Answer(**record)
+
+    def _in_turns(
+        self,
+        asked: Sequence[tuple[Setting, Sequence[Prompt]]],
+        in_time: Callable[[], bool],
+        records: RunRecords | None,
+    ) -> set[str]:
         """Settings on prompts beside plain decoding, prompt by prompt if all have
-        room, else setting by setting."""
-        order = [PLAIN_SETTING, *settings]
+        room, else setting by setting.
+
+        A prompt that can't be decoded plainly is asked of no setting.
+
+        Returns:
+            Keys of the settings that there was no time to begin; the first always is.
+        """
+        wants = {setting.key: {p.id for p in prompts} for setting, prompts in asked}
+        prompts = list({p.id: p for _, of in asked for p in of}.values())
+        order = [PLAIN_SETTING, *(setting for setting, _ in asked)]
+        wants[PLAIN_SETTING.key] = {p.id for p in prompts}
         turns = [(prompt, setting) for prompt in prompts for setting in order]
         if len(order) > self._engine.room:
             turns = [(prompt, setting) for setting in order for prompt in prompts]
-        found: dict[tuple[str, str], Answer | EngineError] = {}
-        failed: set[str] = set()
+        plain: dict[str, Answer | Exception] = {}
+        failed: dict[str, Exception] = {}
+        begun: set[str] = set()
+        late: set[str] = set()
         for prompt, setting in turns:
-            place = setting.key, prompt.id
-            if place in found or setting.key in failed:
+            key, is_plain = setting.key, setting == PLAIN_SETTING
+            known = plain if is_plain else self._of(key)
+            if prompt.id in known or prompt.id not in wants[key] or key in late:
                 continue
+            if not is_plain:
+                first = self._waiting[PLAIN_SETTING.key, prompt.id]
+                if isinstance(first, Exception):
+                    self._waiting[key, prompt.id] = first
+                    continue
+                if key in failed:
+                    self._waiting[key, prompt.id] = failed[key]
+                    continue
+                if key not in begun and begun and not in_time():
+                    late.add(key)
+                    continue
+                begun.add(key)
+            found: dict[str, Answer | Exception] = {}
             try:
-                for name, answer in self._ask(setting, prompt).items():
-                    found.setdefault((setting.key, name), answer)
-            except EngineError as error:
-                found[place] = error
-                if setting != PLAIN_SETTING:
-                    failed.add(setting.key)
-                    found |= {(setting.key, p.id): error for p in prompts}
-        for prompt in prompts:
-            plain = found[PLAIN_SETTING.key, prompt.id]
-            first = self._waiting.setdefault((PLAIN_SETTING.key, prompt.id), plain)
-            for setting in settings:
-                told = found[setting.key, prompt.id]
-                if (
-                    isinstance(told, Answer)
-                    and isinstance(plain, Answer)
-                    and isinstance(first, Answer)
-                ):
-                    told = beside(told, plain, first)
-                self._waiting[setting.key, prompt.id] = told
+                found.update(self._ask(setting, prompt))
+            # A third party's engine may raise anything.
+            except Exception as error:
+                if stopped_by_user(error):
+                    raise
+                found[prompt.id] = error
+                if not is_plain:
+                    failed[key] = error
+            for name, told in found.items():
+                if is_plain:
+                    plain.setdefault(name, told)
+                else:
+                    told = self._beside(told, name, plain)
+                self._take(key, name, told, records)
+        return late
+
+    def _of(self, key: str) -> set[str]:
+        """Ids of the prompts on which a setting is measured already."""
+        return {name for known, name in self._waiting if known == key}
+
+    def _beside(
+        self,
+        told: Answer | Exception,
+        name: str,
+        plain: Mapping[str, Answer | Exception],
+    ) -> Answer | Exception:
+        """What a setting told of a prompt, as beside its first plain answer."""
+        now = plain.get(name)
+        first = self._waiting.get((PLAIN_SETTING.key, name))
+        if (
+            isinstance(told, Answer)
+            and isinstance(now, Answer)
+            and isinstance(first, Answer)
+        ):
+            return beside(told, now, first)
+        return told
+
+    def _take(
+        self,
+        key: str,
+        name: str,
+        told: Answer | Exception,
+        records: RunRecords | None,
+    ) -> None:
+        """Keep what a setting told of a prompt, unless something is kept of it."""
+        if (key, name) in self._waiting:
+            return
+        self._waiting[key, name] = told
+        if records is not None and isinstance(told, Answer):
+            records.put(answer_key(key, name), asdict(told))
 
     def _ask(self, setting: Setting, prompt: Prompt) -> dict[str, Answer]:
         """Answers of a prompt and of those that are asked together with it."""
@@ -258,6 +397,7 @@ class EngineMeasurer:
             raise self._broken[setting.key]
         short = [replace(self._shortest, max_new_tokens=self._warm_up_tokens)]
         self.starts += 1
+        began = self._clock()
         try:
             self._engine.answer(
                 setting.strategy,
@@ -265,19 +405,33 @@ class EngineMeasurer:
                 short * self._concurrency,
                 self._warm_up_tokens,
             )
-        except EngineError as error:
-            if setting != PLAIN_SETTING:  # what can't be started isn't tried again
-                self._broken[setting.key] = error
+        # A third party's engine may raise anything.
+        except Exception as error:
+            if setting != PLAIN_SETTING and not stopped_by_user(error):
+                self._broken[setting.key] = error  # it isn't tried again
             raise
+        # The first: later ones may find it ready.
+        self._took.setdefault(setting.key, self._clock() - began)
         self._ready = [*self._ready, setting.key][-self._engine.room :]
 
+    def _part_of(self, prompt: Prompt) -> int | None:
+        """The number of the part of a class that is answered at the same time."""
+        parts = enumerate(self._parts)
+        return next((at for at, part in parts if prompt in part), None)
+
     def _together(self, prompt: Prompt) -> list[Prompt]:
-        """The prompt, and as many more of its class as are answered at a time; where
-        the class has fewer, some of them again."""
-        group = next((g for g in self._groups if prompt in g), (prompt,))
-        at = group.index(prompt)
-        turns = [*group[at:], *group[:at]]
-        return [turns[n % len(turns)] for n in range(self._concurrency)]
+        """The prompt's part of its class, some of it again where that has fewer than
+        are answered at a time. No prompt is in two parts, so it isn't asked twice."""
+        at = self._part_of(prompt)
+        part = (prompt,) if at is None else self._parts[at]
+        return [part[n % len(part)] for n in range(self._concurrency)]
+
+
+def even_parts(prompts: Sequence[Prompt], most: int) -> list[Sequence[Prompt]]:
+    """As few parts of no more than ``most`` as can be, about as large as each other."""
+    count = math.ceil(len(prompts) / most)
+    ends = [number * len(prompts) // count for number in range(count + 1)]
+    return [prompts[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def tokens_of(answer: Answer) -> list[int]:

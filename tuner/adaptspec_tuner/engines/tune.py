@@ -173,7 +173,8 @@ def tune_engine(
             warn=notes.append,
         )
         measurer = EngineMeasurer(
-            engine, split(workload), options.max_new_tokens, options.concurrency
+            *(engine, split(workload), options.max_new_tokens, options.concurrency),
+            clock=clock,
         )
         measurer.check()
         environment = replace(
@@ -199,7 +200,6 @@ def tune_engine(
                     started=started,
                     unavailable=unavailable,
                     notes=notes,
-                    starting=engine.starting,
                 )
             )
             result.notes.extend(engine_notes(engine, progress))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
+    from adaptspec_tuner.records import RunRecords
 
 # Sampled outputs that differ aren't compared.
 Agreement = Literal["identical", "near_tie", "mismatch", "not_compared"]
@@ -193,11 +194,29 @@ class MeasuresAhead(Protocol):
     keeps: bool
     """Whether a setting is measured but once on a prompt, whoever asks how often."""
 
-    def measure_ahead(self, asked: Sequence[tuple[Setting, Sequence[Prompt]]]) -> bool:
+    @property
+    def starting(self) -> float:
+        """Seconds that a new setting takes to be ready, as far as is known."""
+
+    @property
+    def beside_plain(self) -> int:
+        """How many settings are measured beside the same plain answers."""
+
+    def measure_ahead(
+        self,
+        asked: Sequence[tuple[Setting, Sequence[Prompt]]],
+        in_time: Callable[[], bool] = ...,
+        records: RunRecords | None = None,
+    ) -> list[Setting] | None:
         """Told which settings are measured next, on which prompts.
 
+        Args:
+            in_time: Whether another setting may begin; the first does anyway.
+            records: Where answers are kept for a run that is continued.
+
         Returns:
-            Whether they were measured now, so that they take no more time.
+            Those that were measured now, so that they take no more time; the others
+            mustn't be asked. None where none was, and each is measured when asked.
         """
 
     def ready_first(self, settings: Sequence[Setting]) -> list[Setting]:

@@ -34,7 +34,7 @@ def open_one_by_one(
     left: Callable[[], float],
     *,
     earlier: Mapping[tuple[str, str], Sequence[Params]],
-    starting: float = 0.0,
+    starting: Callable[[], float] = lambda: 0.0,
     share: float = 0.4,
     worth: float = 1.02,
     rounds: int = 2,
@@ -46,7 +46,7 @@ def open_one_by_one(
         seconds: Class -> what one of its answers takes, plainly decoded.
         left: Seconds until the search ends; may be infinite.
         earlier: Class and method -> settings of earlier runs, best first.
-        starting: Seconds that a setting takes to be ready.
+        starting: Seconds that a setting takes to be ready, as far as is known.
         share: Of the seconds that opening the later classes leaves, what goes to new
             settings of a class.
         worth: How much better than the one before a setting must be to open the later
@@ -70,8 +70,8 @@ def open_one_by_one(
                 if dict(p) != dict(opening[0])
             ]
             search.add(name, method, prompts[name], opening, entrants=len(opening))
-        search.open(name, fitting(left(), seconds.get(name, 0.0) + starting))
-        others = [seconds.get(n, 0.0) + starting for n in names[at + 1 :]]
+        search.open(name, fitting(left(), seconds.get(name, 0.0) + starting()))
+        others = [seconds.get(n, 0.0) + starting() for n in names[at + 1 :]]
         later = (1 + len(methods)) * sum(others)
         spare = left() - later
         end = left() - share * spare if math.isfinite(spare) else 0.0

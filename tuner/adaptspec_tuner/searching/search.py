@@ -408,6 +408,10 @@ class Search:
             self._measurer, list(begun), given_up, self._warn, in_time=self._in_time
         )
         for (arm, asked), trial in zip(begun.values(), trials, strict=True):
+            if trial is None:  # there was no time for it
+                del arm.running[asked.number]
+                arm.study.withdraw(asked)
+                continue
             for step, ratio in enumerate(trial.detail["running"]):
                 arm.study.report(asked, step, ratio)
             self._finish(arm, asked, trial)
@@ -424,11 +428,12 @@ class Search:
         trials = run_together(
             self._measurer, jobs, lambda _: (), self._warn, in_time=self._in_time
         )
-        for job, trial in zip(jobs, trials, strict=True):
+        done = [(j, t) for j, t in zip(jobs, trials, strict=True) if t is not None]
+        for job, trial in done:
             if trial.state == "failed":
                 self._gave_way.add((prompt_class, job.setting.key))
             self._keep_again(prompt_class, job, trial)
-        return any(trial.detail["ratios"] for trial in trials)
+        return any(trial.detail["ratios"] for _, trial in done)
 
     def _tell_race(self, prompt_class: str, jobs: Iterable[Job]) -> None:
         names = dict.fromkeys(job.strategy for job in jobs)

@@ -76,6 +76,7 @@ def run_trial(
         return [job] if any(ended) else []
 
     (trial,) = run_together(measurer, [job], given_up, warn)
+    assert trial is not None  # there always is time
     return trial
 
 
@@ -86,7 +87,7 @@ def run_together(
     warn: Callable[[str], None],
     *,
     in_time: Callable[[], bool] = lambda: True,
-) -> list[Trial]:
+) -> list[Trial | None]:
     """Measure settings of one class prompt by prompt, in turns with plain decoding.
 
     What fails or changes an output is recorded so. A prompt that can't be decoded
@@ -99,18 +100,24 @@ def run_together(
         in_time: Whether another prompt may begin; the first is measured anyway.
 
     Returns:
-        A trial for each job, in their order.
+        A trial for each job, in their order; None for one that there was no time for.
     """
     measurer.forget()
     runs = {job: _Running(job) for job in jobs}
     for run in runs.values():
         run.prepare(measurer, warn)
     prompts = jobs[0].prompts if jobs else ()
+    late: set[Job] = set()
     if isinstance(measurer, MeasuresAhead):
-        ready = [run for run in runs.values() if run.state is None]
-        measurer.measure_ahead([(run.job.setting, prompts) for run in ready])
+        ready = [run.job for run in runs.values() if run.state is None]
+        ahead = measurer.measure_ahead([(j.setting, prompts) for j in ready], in_time)
+        if ahead is not None:
+            keys = {setting.key for setting in ahead}
+            late = {job for job in ready if job.setting.key not in keys}
     for place, prompt in enumerate(prompts):
-        going = [run for run in runs.values() if run.state is None]
+        going = [
+            run for job, run in runs.items() if run.state is None and job not in late
+        ]
         if not going or (place and not in_time()):
             break
         found = measured(
@@ -128,7 +135,7 @@ def run_together(
             ratios = {r.job: r.ratios for r in going if r.state is None}
             for job in given_up(ratios) if ratios else ():
                 runs[job].state = "pruned"
-    return [runs[job].trial() for job in jobs]
+    return [None if job in late else runs[job].trial() for job in jobs]
 
 
 def measured(
