@@ -191,7 +191,7 @@ def test_commands_of_the_pages_have_the_options_they_are_given() -> None:
     lines, wrong = command_lines(), []
     assert len(lines) > 40
     for page, line in lines:
-        first = line.split(" | ")[0]
+        first = re.split(r" [|>] ", line)[0]
         words = shlex.split(re.sub(r"[\[\]]", " ", first), comments=True)
         command: click.Command = cli
         context = click.Context(cli, info_name=words.pop(0))
