@@ -159,6 +159,7 @@ def tune(
 
             model = str(default_model_path(progress.say))
         stopped: Stopped | None = None
+        failed: AdaptSpecError | None = None
         for number, one in enumerate(options):
             if len(options) > 1:
                 left = max(0.0, seconds - (time.monotonic() - started))
@@ -167,6 +168,13 @@ def tune(
                 result = _tuned(host, model, draft_model, prompts, one, db, progress)
             except Stopped as error:
                 stopped, result = error, error.result
+            except AdaptSpecError as error:
+                if len(options) == 1:
+                    raise
+                # What other numbers of requests gave is shown all the same.
+                failed = failed or error
+                progress.say(f"{at_once(one)}: {error}")
+                continue
             result = replace(
                 result,
                 usage=_usage(host, model, draft_model, one, db),
@@ -174,13 +182,17 @@ def tune(
             )
             if result.classes:
                 _keep_usage(host, result)
+            elif stopped is None and len(options) > 1:
+                why = "".join(f": {note}" for note in result.notes[-1:])
+                progress.say(f"{at_once(one)}: no class could be confirmed{why}")
             results.append(result)
             if stopped is not None:
                 break
     shown = [found for found in results if found.classes]
+    several = len(options) > 1
     if stopped is not None:
         if shown:
-            _show(shown, as_json)
+            _show(shown, as_json, several)
         from adaptspec_tuner.tuning_run import Interrupted
 
         if not isinstance(stopped, Interrupted):
@@ -189,7 +201,9 @@ def tune(
         sys.exit(130)
     worked = all(found.worked is not None for found in results)
     if shown or worked or as_json:
-        _show(shown if shown and not as_json else results, as_json)
+        _show(shown if shown and not as_json else results, as_json, several)
+    if failed is not None:
+        raise failed
     if not shown and not worked:
         notes = results[-1].notes
         raise AdaptSpecError(
@@ -197,6 +211,12 @@ def tune(
             if notes
             else "no class could be confirmed; give a larger --budget"
         )
+
+
+def at_once(options: TuneOptions) -> str:
+    """At which number of requests a tune measures, in words."""
+    count = options.concurrency
+    return "1 request" if count == 1 else f"{count} requests at a time"
 
 
 def _tuned(
@@ -277,14 +297,18 @@ def _keep_usage(host: Host, result: TuneResult) -> None:
             store.close()
 
 
-def _show(results: Sequence[TuneResult], as_json: bool) -> None:
-    """One result, or one for each number of requests at a time, with a summary."""
+def _show(results: Sequence[TuneResult], as_json: bool, several: bool = False) -> None:
+    """One result, or one for each number of requests at a time, with a summary.
+
+    Args:
+        several: Whether several numbers were asked for: JSON is a list then.
+    """
     from adaptspec_tuner.reporting import sentences
     from adaptspec_tuner.reporting.tables import print_by_concurrency, print_result
 
     if as_json:
         found = [sentences.as_json(result) for result in results]
-        print_json(found[0] if len(found) == 1 else found)
+        print_json(found if several else found[0])
         return
     for result in results:
         if result.worked is not None:

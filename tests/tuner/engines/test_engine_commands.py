@@ -15,6 +15,7 @@ import adaptspec_profiles.plugin
 import adaptspec_tuner.plugin
 from adaptspec.cli import build_cli
 from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 from adaptspec.testing.scripted_engine import (
@@ -79,6 +80,7 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
         f"adaptspec export --for scripted --model m.gguf --draft-model d.gguf --db {db}"
         in found.stdout
     )
+    assert "--concurrency 1" in found.stdout  # export refuses to guess among several
     assert "adaptspec generate" not in found.stdout
     assert cls.opened[0].options.draft_model == "d.gguf"
     # So does a report of it, on the terminal and as a page.
@@ -136,6 +138,51 @@ def test_several_numbers_of_requests_are_several_tunes_and_one_table(
     runs = json.loads(told.stdout)
     assert [r["environment"]["concurrency"] for r in runs] == [1, 4]
     assert len({r["run"] for r in runs}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["opened", "checked"])
+def test_a_number_of_requests_that_fails_hides_no_others(
+    workload: Path, when: str
+) -> None:
+    class Small(engine_on(Machine(TRUTH, noise=0.01))):  # type: ignore[misc]
+        @classmethod
+        def open(cls, options: Any) -> Any:
+            if when == "opened" and options.concurrency == 4:
+                raise EngineError("no memory for 4")
+            return super().open(options)
+
+        def answer(self, method: str, params: Any, prompts: Any, most: int) -> Any:
+            if len(prompts) == 4:
+                raise EngineError("no memory for 4")
+            return super().answer(method, params, prompts, most)
+
+    found = tune(Small, workload, "--concurrency", "4,1")
+    assert found.exit_code == 1
+    assert "code: draft" in found.stdout
+    assert "--concurrency 1" in found.stdout
+    assert "4 requests at a time: no memory for 4" in found.stderr
+    assert found.stderr.endswith("Error: no memory for 4\n")
+    told = tune(Small, workload, "--concurrency", "4,1", "--json")
+    assert told.exit_code == 1
+    (only,) = json.loads(told.stdout)
+    assert only["environment"]["concurrency"] == 1
+
+
+@pytest.mark.slow
+def test_a_number_of_requests_without_a_confirmed_class_is_told(workload: Path) -> None:
+    def answers_to_4(method: str, params: Any, count: int) -> str | None:
+        return (
+            "broke" if count > 8 and cls.opened[-1].options.concurrency == 4 else None
+        )
+
+    cls = engine_on(Machine(TRUTH, noise=0.01, fails=answers_to_4))
+    found = tune(cls, workload, "--concurrency", "1,4")
+    assert found.exit_code == 0, found.output
+    assert "code: draft" in found.stdout
+    assert "4 requests at a time: no class could be confirmed" in found.stderr
+    told = tune(cls, workload, "--concurrency", "1,4", "--json", "--fresh")
+    assert [bool(run["classes"]) for run in json.loads(told.stdout)] == [True, False]
 
 
 @pytest.mark.parametrize("text", ["0", "a", "", "1,-2"])

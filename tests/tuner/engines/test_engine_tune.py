@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.tuning_run import Interrupted
 
 CLASSES = ("summary", "code", "chat")
 TRUTH = copies_and_drafts(
@@ -145,6 +147,80 @@ def test_an_engine_that_dies_on_the_way_leaves_what_was_measured() -> None:
         (t.prompt_class, t.strategy, t.number) for t in store.trials(again.run)
     }
     assert again.named
+
+
+HELD_OUT = {p.id for p in split(workload_of(CLASSES))[1].prompts}
+
+
+def asked_held_out(engine: ScriptedEngine) -> set[tuple[str, str, str]]:
+    """Method, parameters and held-out prompt of each answer but the first little
+    ones."""
+    first = engine.log[0][2][0]
+    return {
+        (method, repr(params), name)
+        for method, params, names in engine.log
+        for name in names
+        if name in HELD_OUT and name != first
+    }
+
+
+def test_a_killed_confirmation_of_dear_starts_asks_nothing_twice() -> None:
+    def kill(method: str, params: Mapping[str, Scalar], count: int) -> str | None:
+        log = OPENED[-1].opened[-1].log
+        if sum(names[0] in HELD_OUT for _, _, names in log) > 20:
+            raise KeyboardInterrupt
+        return None
+
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        tuned(Machine(TRUTH, start=60.0, room=1, fails=kill), 2400.0, store=store)
+    before = asked_held_out(OPENED[-1].opened[-1])
+    result, engine = tuned(Machine(TRUTH, start=60.0, room=1), 2400.0, store=store)
+    drafting = {found for found in before if found[0] != PLAIN}
+    assert drafting
+    assert not drafting & asked_held_out(engine)
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+
+
+def test_finished_classes_stay_where_starts_are_dear() -> None:
+    class Forgets(MemoryStore):
+        """Keeps no answers, so that any class could only be measured again."""
+
+        def put_record(self, run: str, key: str, value: Mapping[str, Any]) -> None:
+            if not key.startswith("answer/"):
+                super().put_record(run, key, value)
+
+    def run() -> tuple[TuneResult, ScriptedEngine]:
+        machine = Machine(TRUTH, start=60.0, room=2)
+        return tuned(machine, math.inf, store=store, budget_trials=12)
+
+    store = Forgets()
+    first, engine = run()
+    assert {name[2].partition("/")[0] for name in asked_held_out(engine)} == {*CLASSES}
+    again, engine = run()
+    assert not asked_held_out(engine)
+    assert choices(again) == choices(first)
+    store.put_record(first.run, "confirm/code", {})
+    last, engine = run()
+    assert {name[2].partition("/")[0] for name in asked_held_out(engine)} == {"code"}
+    assert choices(last) == choices(first)
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_starts_slower_than_the_engine_says_do_not_overrun(room: int) -> None:
+    machine = Machine(TRUTH, start=10.0, room=room, noise=0.01)
+    cls = engine_on(machine)
+    machine.start = 90.0
+    result = tune_engine(
+        *("model.gguf", None, workload_of(list(CLASSES), 8)),
+        TuneOptions(1500.0, engine="scripted"),
+        db=MemoryStore(),
+        host=host_of(cls),
+        clock=machine.clock,
+    )
+    assert result.named
+    # A setting that was begun is measured to its end.
+    assert machine.clock.now < 1500 + 90 + 60
 
 
 def test_an_engine_that_cannot_decode_plainly_ends_the_tune_in_one_line() -> None:

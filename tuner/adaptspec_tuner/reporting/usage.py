@@ -55,7 +55,8 @@ class Usage:
             ("--draft-model", self.draft_model),
             *(("--heads", folder) for folder in self.heads),
             ("--db", self.db),
-            ("--concurrency", None if self.concurrency == 1 else self.concurrency),
+            # Always: other numbers may be measured, too, and the export won't guess.
+            ("--concurrency", self.concurrency),
         ):
             if value is not None:
                 dashed = str(value).startswith("-")
