@@ -261,6 +261,30 @@ def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) ->
     assert all(engine.closed for engine in [*slow.opened, *fast.opened])
 
 
+def test_what_was_tuned_is_opened_as_it_was_tuned(workload: Path) -> None:
+    cls = engine_on(Machine(TRUTH))
+    heads = workload.parent / "heads"
+    told = ("--draft-model", "d", "--heads", heads, "--context", "512", "--threads", 3)
+    argument = "--engine-argument=--flash"
+    assert tune(cls, workload, "--model", "m", *told, argument).exit_code == 0
+    found = compare([cls], workload, "--threads", "2")
+    assert found.exit_code == 0, found.output
+    options = cls.opened[-1].options
+    assert (options.draft_model, list(options.heads)) == ("d", [str(heads)])
+    assert (options.context, list(options.arguments)) == (512, ["--flash"])
+    assert options.threads == 2  # what is said counts
+    # Another model may need something else.
+    assert compare([cls], workload, "--model", "scripted=n").exit_code == 0
+    assert cls.opened[-1].options.context is None
+
+
+def test_why_a_class_is_decoded_plainly_is_told(workload: Path) -> None:
+    cls = engine_on(Machine(TRUTH))
+    told = json.loads(compare([cls], workload, "--json").stdout)
+    (note,) = told["notes"]
+    assert note.startswith("scripted: summary, code: plain decoding: ")
+
+
 def test_prompts_come_in_turns_over_engines(workload: Path) -> None:
     order: list[tuple[str, str]] = []
 
@@ -306,6 +330,7 @@ def test_an_engine_that_is_not_at_hand_is_left_out_with_the_reason(
     assert found.exit_code == 0, found.output
     assert "left out: absent: no model 'missing'" in found.stdout
     assert "left out: dies: dies ended: killed" in found.stdout
+    assert "dies: plain decoding" not in found.stdout  # half of it tells nothing
     assert "good: plain decoding" in found.stdout
     assert dies.opened[0].closed
     nobody = compare([absent], workload, "--model", "absent=missing")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
+from adaptspec.engines.exporting.options import Asked, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
-from adaptspec.errors import AdaptSpecError, stopped_by_user
+from adaptspec.errors import AdaptSpecError, EngineError, stopped_by_user
 from adaptspec.profile import PLAIN, Environment, ProfileStore
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, Workload
@@ -106,6 +107,7 @@ class _Compared:
     Args:
         ways: Way -> the setting of each class.
         samples: Way and class -> what its answers took.
+        notes: Why classes are decoded plainly where tuned choices are used.
     """
 
     name: str
@@ -114,6 +116,7 @@ class _Compared:
     environment: Environment
     ways: dict[str, dict[str, Setting]]
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -131,7 +134,8 @@ def compare(
 
     An engine without room for its settings answers a class at once, setting by setting.
 
-    An engine that can't be opened, or that fails on its way, is told and left out.
+    An engine that can't be opened, or that fails on its way, is told and left out. What
+    isn't said of one is as it was when its model was tuned.
 
     Args:
         asked: The engines with their models.
@@ -162,7 +166,7 @@ def compare(
                     doing(f"{name}: {one.name}")
                     with _told(found, one.name, warn):
                         _answered(one, prompt)
-        for one in compared:
+        for one in [c for c in compared if c.name not in found.left_out]:
             version = one.environment.versions.get(one.environment.engine, "")
             for way, by_class in one.ways.items():
                 row = Row(one.name, version, way)
@@ -171,7 +175,7 @@ def compare(
                         row.cells[name] = _cell(setting, samples)
                 if row.cells:
                     found.rows.append(row)
-            for note in getattr(one.engine, "notes", ()):
+            for note in (*one.notes, *getattr(one.engine, "notes", ())):
                 found.notes.append(f"{one.name}: {note}")
     return found
 
@@ -187,6 +191,8 @@ def _opened(
 ) -> _Compared:
     from adaptspec_tuner.engines.tune import engine_class
 
+    if store is not None:
+        options = as_tuned(options, store)
     engine = stack.enter_context(engine_class(host, options.engine).open(options))
     environment = engine.environment
     known = {method.name: method for method in engine.methods}
@@ -195,10 +201,17 @@ def _opened(
     }
     choices = [] if store is None else store.choices(model=environment.model)
     tuned: dict[str, Setting] = {}
+    plainly: dict[str, list[str]] = {}  # why -> classes
     for name in workload.classes:
         choice = select(choices, environment, name)
         if choice.strategy != PLAIN and choice.strategy in known:
             tuned[name] = Setting(choice.strategy, dict(choice.params))
+            continue
+        reason = choice.reason
+        if choice.strategy != PLAIN:
+            why = engine.unavailable.get(choice.strategy, "the engine doesn't have it")
+            reason = f"plain decoding: {choice.strategy} was chosen, but {why}"
+        plainly.setdefault(reason, []).append(name)
     if tuned:
         # A class that is best decoded plainly is decoded plainly.
         ways[TUNED] = {
@@ -210,7 +223,35 @@ def _opened(
             ways[name] = dict.fromkeys(workload.classes, setting)
     measurer = EngineMeasurer(engine, [workload], max_new_tokens)
     measurer.check()
-    return _Compared(options.engine, engine, measurer, environment, ways)
+    notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
+    found = _Compared(options.engine, engine, measurer, environment, ways)
+    found.notes.extend(notes)
+    return found
+
+
+def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
+    """What isn't said of an engine as it was when its model was tuned: a choice holds
+    for the draft model, heads and numbers that it was measured with."""
+    choices = [c for c in store.choices() if c.environment.engine == options.engine]
+    try:
+        asked = Asked(model=options.model, concurrency=options.concurrency)
+        told = tuned_with(asked, store, choices)
+    except EngineError:  # of several models it isn't clear which is meant
+        return options
+    if told.get("model") is not None and options.model is None:
+        return options
+    names = {
+        "command": "engine_command",
+        "python": "engine_python",
+        "arguments": "engine_argument",
+    }
+    usual = EngineOptions()
+    changed: dict[str, Any] = {}
+    for one in fields(EngineOptions):
+        value = told.get(names.get(one.name, one.name))
+        if value and getattr(options, one.name) == getattr(usual, one.name):
+            changed[one.name] = tuple(value) if isinstance(value, list) else value
+    return replace(options, **changed)
 
 
 def _answered(one: _Compared, prompt: Prompt) -> None:
