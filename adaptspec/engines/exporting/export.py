@@ -38,7 +38,7 @@ class Wanted:
 
     Args:
         prompt_class: For this class alone; None: for all.
-        mix: Class -> its share of the prompts; empty: by how many were measured.
+        mix: Class -> its share of the prompts; empty: as in the workload.
         split: Whether each setting that a class is fastest with has a server.
         port: Of the first server.
         run: Only what this tuning run decided.

@@ -10,8 +10,7 @@ from typing import Any
 from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.errors import EngineError
 from adaptspec.profile import ClassChoice, ProfileStore
-
-USAGE = "usage"  # the key under which a run keeps how it was asked for
+from adaptspec.run_records import USAGE
 
 
 @dataclass(frozen=True)
