@@ -49,8 +49,8 @@ def serve(
         access_log=False,
         server_header=False,
         date_header=False,
-        # Longer than clients keep a connection (Python 5 s, which is the default here, and
-        # proxies 60 s), or one would send a request just when it is closed here.
+        # Longer than clients keep a connection (5 s, as is the default here; proxies
+        # 60 s): one would send a request just when it is closed here.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(grace),
     )
