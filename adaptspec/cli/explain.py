@@ -97,6 +97,8 @@ def explain(
     if told is not None:
         choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
     found = explained(choice)
+    shapes = decoder.model.shapes
+    found["shapes"] = asdict(shapes)
     if as_json:
         print_json(found)
         return
@@ -107,6 +109,7 @@ def explain(
         or "none",
         "reason": choice.reason,
         "expected": expected_speed(choice.expected),
+        "shapes": shapes.kind + (f" ({shapes.reason})" if shapes.reason else ""),
     }
     write("".join(f"{name + ':':<12}{value}\n" for name, value in rows.items()))
 
