@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,3 +33,23 @@ def answers_of(confirmed: Mapping[str, Any] | None, method: str) -> int:
         for key, speeds in settings.items()
         if json.loads(key)[0] == method
     )
+
+
+def from_anywhere(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """How a tune was asked for, with files and folders by their absolute paths.
+
+    What is no file here, such as a name on the hub, stays as it is.
+    """
+
+    def whole(name: str) -> str:
+        path = os.path.expanduser(name)
+        return os.path.abspath(path) if name and os.path.exists(path) else name
+
+    told = dict(usage)
+    for key in ("model", "draft_model", "engine_command", "engine_python"):
+        name = told.get(key)
+        # A program's bare name is looked for on the path of programs.
+        if name and ("model" in key or os.sep in name):
+            told[key] = whole(name)
+    told["heads"] = [whole(name) for name in told.get("heads") or ()]
+    return told
