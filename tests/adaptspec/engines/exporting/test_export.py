@@ -401,9 +401,14 @@ def test_relative_paths_are_made_whole_wherever_they_stand(
     monkeypatch.chdir(tmp_path)
     for name in ("a.gguf", "d.gguf", "heads", "llama-server"):
         (tmp_path / name).write_text("weights")
-    told = {"model": "./a.gguf", "draft_model": "d.gguf", "heads": ["heads", "org/x"]}
-    commands = {"engine_command": "./llama-server", "engine_python": "llama-server"}
-    keep_run(store, TWO, environment=replace(HERE, draft="d1"), **told, **commands)
+    told: dict[str, Any] = {
+        "model": "./a.gguf",
+        "draft_model": "d.gguf",
+        "heads": ["heads", "org/x"],
+        "engine_command": "./llama-server",
+        "engine_python": "llama-server",
+    }
+    keep_run(store, TWO, environment=replace(HERE, draft="d1"), **told)
     text = printed(db, "--format", "compose")
     (service,) = yaml.safe_load(text)["services"].values()
     model, draft = tmp_path / "a.gguf", tmp_path / "d.gguf"
