@@ -5,7 +5,8 @@
 
 Answers are written as they come. What the file already holds isn't decoded again, so
 that a long check may be stopped and started anew (``--seconds``). Strategies keep what
-they learn from prompt to prompt, and the guard that ends slow drafting is off. Plain
+they learn from prompt to prompt, and the guard that ends slow drafting is off. A prompt
+is read once, and every contender goes on from a copy of what was cached. Plain
 decoding is compared with ``generate`` of the untouched model on ``--generate`` prompts;
 that model is loaded once all else is done, so that only one is in memory.
 
@@ -28,6 +29,8 @@ import torch
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
 from adaptspec.host import Host
+from adaptspec.model.cache import TreeCache
+from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.workloads import read_workload
@@ -36,6 +39,41 @@ from contenders import HF, PLAIN, theirs
 
 # prompt id -> contender -> its answer
 Answers = dict[str, dict[str, list[int]]]
+
+
+class ReadOnce:
+    """Stands for a model's ``prefill``: a prompt that comes again isn't read again.
+
+    Args:
+        model: Its ``prefill`` is replaced by this.
+        rows: At how many tokens logits are kept; who asks for more has it read anew.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int = 64) -> None:
+        self._prefill, self._rows = model.prefill, rows
+        self._read: tuple[list[int], TreeCache, Forward] | None = None
+        model.prefill = self  # type: ignore[method-assign,assignment]
+
+    @torch.inference_mode()
+    def __call__(
+        self, tokens: Sequence[int], cache: Any, *, last: int = 1, **more: Any
+    ) -> Forward:
+        fresh = type(cache) is TreeCache and not cache.length
+        if not fresh or last > self._rows or any(more.values()):
+            return self._prefill(tokens, cache, last=last, **more)
+        if self._read is None or self._read[0] != list(tokens):
+            kept = TreeCache(len(cache.rows))
+            forward = self._prefill(tokens, kept, last=self._rows)
+            self._read = list(tokens), kept, forward
+        _, kept, forward = self._read
+        for mine, row in zip(cache.rows, kept.rows, strict=True):
+            if row.keys is not None and row.values is not None:
+                mine.update(
+                    row.keys[:, :, : row.length], row.values[:, :, : row.length]
+                )
+        logits = forward.logits[-last:]
+        first = len(tokens) - len(logits)
+        return Forward(logits, {first + i: i for i in range(len(logits))})
 
 
 def verdict(
@@ -122,6 +160,9 @@ def main(
         draft = None
         if draft_model is not None:
             draft = load_model(draft_model, dtype=dtype, device="cpu")
+        for each in (model, draft):
+            if each is not None:
+                ReadOnce(each)
         engine = Engine(model, draft, guard=False)
         made = {name: host.create(name, {}) for name in names}
         greedy = Controls.for_model(model, temperature=0, max_new_tokens=tokens)
