@@ -14,6 +14,7 @@ from adaptspec.acceleration.attention import use_our_attention
 from adaptspec.acceleration.layers import fuse_layers
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.model import miniature
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.capability import probe
 from adaptspec.model.forked import heed_fork
@@ -36,6 +37,7 @@ from adaptspec.model.rotary import (
     growing_rotations,
     reread_boundaries,
 )
+from adaptspec.model.same_bits import what_differs
 from adaptspec.model.verifiable import unverifiable
 from adaptspec.model.views import (
     accepted_arguments,
@@ -73,7 +75,8 @@ LOOK_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
 
 # Found out once, and again where the caller changes the model.
 KNOWN_OF_A_MODEL = (
-    *("capability", "unverifiable", "latency", "reaches", "input_size", "rereads"),
+    *("capability", "unverifiable", "rounding", "latency", "reaches", "input_size"),
+    "rereads",
 )
 
 
@@ -254,6 +257,24 @@ class LanguageModel:
     def unverifiable(self) -> str | None:
         """Why passes over drafts aren't what the model gives without, or None."""
         return unverifiable(self)
+
+    @functools.cached_property
+    def rounding(self) -> str:
+        """In which passes logits have other bits than token by token; "" if in none.
+
+        A few forwards, run where somebody asks. In half precision so few hide most of
+        what rounds otherwise, so a float32 miniature is looked at, too.
+        """
+        level = self.capability.level
+        found = what_differs(self, level)
+        if found or level == "plain" or self.dtype is torch.float32:
+            return found
+        if (small := miniature.build(self.model, self.config)) is None:
+            return ""
+        twin = LanguageModel(small, own_weights=True, accelerate=self._accelerate)
+        twin.use_masks = self.use_masks
+        found = what_differs(twin, level)
+        return found and f"in a small float32 model of its class {found}"
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
