@@ -712,6 +712,7 @@ def load(
             decoder.give_up_store(error)
             return decoder
         with opened as store:
+            url = _absolute(url, store)
             return Decoder(
                 *(target, draft, store, host, learn, allow_lossy, record, opens, run),
                 adapt=adapt,
@@ -719,6 +720,14 @@ def load(
     return Decoder(
         *(target, draft, db, host, learn, allow_lossy, record), run=run, adapt=adapt
     )
+
+
+def _absolute(url: str | None, store: ProfileStore) -> str | None:
+    """What opens the same database later, wherever the program has moved since."""
+    file = store.url.removeprefix("sqlite:///")
+    if file == store.url or not Path(file).is_file():
+        return url
+    return str(Path(file).absolute())
 
 
 def _kept_open(store: ProfileStore) -> Opens:

@@ -66,6 +66,9 @@ def decode_prepared(
     check_configuration(generation_config)
     check_inputs(input_ids, arguments)
     rows = rows_of(input_ids, arguments.get("attention_mask"))
+    if len(rows) > 1 and (reason := target.unverifiable) is not None:
+        why = f"rows may change each other's logits in {target.name}, as {reason}"
+        raise refusal("input_ids", input_ids, why, "pass one row at a time")
     ends = endings(stopping_criteria, len(rows))
     pad = _pad(generation_config)
     if ends.pads and pad is None:

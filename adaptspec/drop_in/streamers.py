@@ -24,19 +24,21 @@ class _Closable:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._closed = threading.Event()
+        self._prompted = False
 
     def close(self) -> None:
         """Say that nothing more is read."""
         self._closed.set()
 
     def put(self, value: torch.Tensor) -> None:
-        """Add tokens.
+        """Add the prompt, which ``generate`` gives first, or tokens behind it.
 
         Raises:
-            ReaderGone: when it was closed.
+            ReaderGone: when it was closed, for tokens behind the prompt.
         """
-        if self._closed.is_set():
+        if self._closed.is_set() and self._prompted:
             raise ReaderGone
+        self._prompted = True
         super().put(value)  # type: ignore[misc]
 
 

@@ -19,6 +19,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeEngine
 
+from adaptspec.profile import OURS
+
 
 def text(length: int) -> TypeEngine[str]:
     """Text that SQLite doesn't measure, and no server shall cut or refuse."""
@@ -50,6 +52,8 @@ class EnvironmentRow(Base):
     configuration: Mapped[str | None] = mapped_column(text(64))
     kernel: Mapped[str | None] = mapped_column(text(64))
     attention: Mapped[str | None] = mapped_column(text(64))
+    engine: Mapped[str] = mapped_column(text(64), server_default=OURS)
+    concurrency: Mapped[int] = mapped_column(Integer, server_default="1")
 
 
 class ProfileRow(Base):

@@ -27,7 +27,15 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from adaptspec.errors import ProfileStoreError, StoreWarning
-from adaptspec.profile import FADING, ClassChoice, Environment, Profile, Trial, Use
+from adaptspec.profile import (
+    FADING,
+    OURS,
+    ClassChoice,
+    Environment,
+    Profile,
+    Trial,
+    Use,
+)
 from adaptspec_profiles.as_json import (
     LARGEST_INTEGER,
     choice_from_json,
@@ -423,6 +431,8 @@ def _environment(session: Session, environment: Environment) -> int:
         for name in ("configuration", "kernel", "attention")
         if fields[name] is None
     }
+    if environment.engine == OURS and environment.concurrency == 1:
+        absent |= {"engine", "concurrency"}
     digest = environment_digest({k: v for k, v in fields.items() if k not in absent})
     known = session.scalar(
         select(EnvironmentRow.id).where(EnvironmentRow.digest == digest)

@@ -493,3 +493,30 @@ def test_choices_count_where_what_was_recorded_cannot_be_read(
         decoder = Decoder(model, store=store)
     result = decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
     assert result.choice.strategy == "prompt_lookup"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_was_recorded_is_written_where_it_was_read_wherever_the_program_moves(
+    model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: bool,
+) -> None:
+    places = [tmp_path / name for name in ("one", "another")]
+    for place in places:
+        place.mkdir()
+        store = open_store(str(place / "a ? b.db"))
+        tuned(model, store)
+        store.close()
+    monkeypatch.chdir(places[0])
+    monkeypatch.setenv("ADAPTSPEC_DB", "a ? b.db")
+    decoder = adaptspec.load(model, db="a ? b.db" if named else None)
+    decoder.generate(PROMPT, prompt_class="chat", max_new_tokens=9)
+    monkeypatch.chdir(places[1])
+    decoder.save()
+    written = []
+    for place in places:
+        store = open_store(str(place / "a ? b.db"))
+        written.append([use.requests for use in store.uses()])
+        store.close()
+    assert written == [[1], []]

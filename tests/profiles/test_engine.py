@@ -23,12 +23,12 @@ from adaptspec_profiles.engine import make_engine, on_network_file_system
 from adaptspec_profiles.migrations import migrate
 
 GOLDEN = Path(__file__).parent / "golden" / "m001.sql"
-NEWEST = GOLDEN.with_name("m007.sql")
-STEPS = ["m001", "m002", "m003", "m004", "m005", "m006", "m007"]
+NEWEST = GOLDEN.with_name("m008.sql")
+STEPS = ["m001", "m002", "m003", "m004", "m005", "m006", "m007", "m008"]
 SECOND_STEP = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = 'x2', 'm007'
+revision, down_revision = 'x2', 'm008'
 def upgrade():
     op.add_column('profiles', sa.Column('note', sa.String(), server_default='none'))
 """
@@ -205,8 +205,8 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     path: Path, one_more: ScriptDirectory
 ) -> None:
     engine = make_engine(str(path))
-    assert migrate(engine, target="m007", script=one_more) == STEPS
-    assert migrate(engine, target="m007", script=one_more) == []
+    assert migrate(engine, target="m008", script=one_more) == STEPS
+    assert migrate(engine, target="m008", script=one_more) == []
     engine.dispose()
     store = open_store(str(path))  # a release that doesn't know the last step
     store.add_profiles([example_profile()])
@@ -216,7 +216,7 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     assert "note" not in columns
     assert migrate(engine, script=one_more) == ["x2"]
     assert migrate(engine, script=one_more) == []
-    assert migrate(engine, target="m007", script=one_more) == []  # never back
+    assert migrate(engine, target="m008", script=one_more) == []  # never back
     engine.dispose()
     with raw(path) as connection:
         rows = connection.execute("SELECT run, note FROM profiles").fetchall()
@@ -234,7 +234,7 @@ def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
         found = read(of)
         if not calls:  # between our reading and our writing
             calls.append(found)
-            migrate(of, target="m007", script=one_more)
+            migrate(of, target="m008", script=one_more)
         return found
 
     monkeypatch.setattr(migrations, "_current", late)

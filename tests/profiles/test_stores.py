@@ -99,7 +99,16 @@ def test_profiles_after_a_killed_import_are_those_of_whole_files(
 
 def test_models_and_migrations_give_one_schema(tmp_path: Path) -> None:
     migrated = make_engine(str(tmp_path / "a.db"))
-    assert migrate(migrated) == ["m001", "m002", "m003", "m004", "m005", "m006", "m007"]
+    assert migrate(migrated) == [
+        "m001",
+        "m002",
+        "m003",
+        "m004",
+        "m005",
+        "m006",
+        "m007",
+        "m008",
+    ]
     assert migrate(migrated) == []
     created = make_engine(str(tmp_path / "b.db"))
     Base.metadata.create_all(created)
@@ -614,7 +623,7 @@ def test_a_bad_record_is_named_and_nothing_is_imported(tmp_path: Path) -> None:
 def test_uses_of_earlier_releases_files_are_empty_and_of_this_ones_read(
     tmp_path: Path,
 ) -> None:
-    for name, expected in (("m003", []), ("m006", [3]), ("m007", [3])):
+    for name, expected in (("m003", []), ("m006", [3]), ("m007", [3]), ("m008", [3])):
         golden = Path(__file__).parent / "golden" / f"{name}.sql"
         path = tmp_path / f"{name}.db"
         connection = sqlite3.connect(path)

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from adaptspec.acceleration.top_tokens import COMPARED_TOKENS, likeliest, sureness
@@ -26,8 +27,6 @@ from adaptspec_plugins.token_recycling.successors import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from adaptspec.model.language_model import LanguageModel
 
 # How often the first successor follows, by the level of its row's sureness, and the
@@ -135,6 +134,12 @@ class TokenRecycling(Strategy):
 
 
 class _Recycler(Drafter):
+    """Where it isn't asked it learns of several steps at once, which costs less.
+
+    Args:
+        waiting: Of so many steps at most.
+    """
+
     def __init__(
         self,
         params: TokenRecyclingParams,
@@ -142,7 +147,11 @@ class _Recycler(Drafter):
         commonest: Commonest,
         prompt: Sequence[int],
         trees: bool,
+        waiting: int = 16,
     ) -> None:
+        self._most_waiting = waiting
+        self._waiting: list[tuple[int, torch.Tensor]] = []  # token, logits [vocab]
+        self._asked = False
         self._params, self._table, self._prompt = params, table, prompt
         self._commonest = commonest
         self._trees = trees
@@ -150,6 +159,8 @@ class _Recycler(Drafter):
 
     def propose(self, context: Context) -> TokenTree:
         """The likeliest continuations, the commonest tokens after unknown ones."""
+        self._asked = True
+        self._learn_waiting()
         return grow(
             context.ids[-1],
             self._after,
@@ -172,7 +183,17 @@ class _Recycler(Drafter):
 
     def observe(self, outcome: Outcome) -> None:
         """Learn the likeliest successors of every token that was evaluated."""
-        tree = outcome.tree
+        tree, asked = outcome.tree, self._asked
+        self._asked = False
+        if tree is not None and 0 in outcome.rows and len(tree) == 1 and not asked:
+            self._commonest.count(outcome.emitted)
+            # Copied: the next forward may be written to the same place.
+            logits = outcome.logits[outcome.rows[0]].clone()
+            self._waiting.append((tree.tokens[0], logits))
+            if len(self._waiting) == self._most_waiting:
+                self._learn_waiting()
+            return
+        self._learn_waiting()
         if tree is None:
             last = sorted(outcome.rows)[-max(1, self._params.prefill_positions) :]
             evaluated = [(self._prompt[at], outcome.rows[at]) for at in reversed(last)]
@@ -189,6 +210,17 @@ class _Recycler(Drafter):
             ]
         self._commonest.count(outcome.emitted)
         self._learn(evaluated, outcome.logits)
+
+    def close(self) -> None:
+        """Learn of the last steps, too."""
+        self._learn_waiting()
+
+    def _learn_waiting(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        newest_first = [(waiting[row][0], row) for row in reversed(range(len(waiting)))]
+        self._learn(newest_first, torch.stack([logits for _, logits in waiting]))
 
     def _learn(
         self, evaluated: Iterable[tuple[int, int]], logits: torch.Tensor

@@ -218,3 +218,14 @@ def _nothing_left_open() -> Iterator[None]:
     before = Foretold.open
     yield
     assert Foretold.open == before
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_reader_gone_before_anything_came_ends_generation_without_an_error(
+    prompted: bool,
+) -> None:
+    streamer = ClosableStreamer(TOKENIZER, skip_prompt=prompted, timeout=60)
+    streamer.close()
+    output = fast()(**ASKED, streamer=streamer)
+    assert 12 <= output.shape[1] < 42
+    assert fast().decoder.last[0].finish == "unfinished"

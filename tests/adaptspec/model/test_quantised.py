@@ -16,8 +16,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import adaptspec
-from adaptspec.decoder import Decoder
-from adaptspec.errors import ModelLoadError, UnavailableStrategyError
+from adaptspec.decoder import Decoder, PlainDecodingWarning
+from adaptspec.errors import (
+    ModelLoadError,
+    UnavailableStrategyError,
+    UnsupportedControlError,
+)
 from adaptspec.model import capability
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
@@ -171,6 +175,20 @@ def test_a_scale_for_all_tokens_of_a_pass_means_plain_decoding(
     assert found.level == "plain"
     assert "another text of the same pass" in found.reason
     check(decoder, module)
+
+
+def test_rows_that_change_each_others_logits_are_refused_as_a_batch() -> None:
+    module = with_layers(PerTensor)
+    decoder = load(module)
+    asked: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    one = torch.tensor([random_ids(7)])
+    wanted = module.generate(one, **asked)
+    with pytest.warns(PlainDecodingWarning):
+        found = module.generate(one, custom_generate=decoder, **asked)
+    assert torch.equal(found, wanted)
+    two = torch.tensor([random_ids(7), random_ids(7, seed=1)])
+    with pytest.raises(UnsupportedControlError, match="pass one row at a time"):
+        module.generate(two, custom_generate=decoder, **asked)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -341,7 +341,9 @@ def teach(strategy: TokenRecycling, model: LanguageModel, row: dict[int, int]) -
             logits[at, (first + rank) % 64] = 20.0 - rank
     tree = TokenTree(list(row), [-1] + [0] * (len(row) - 1))
     rows = {node: node for node in range(len(row))}
-    start(strategy, model, [0]).observe(Outcome(tree, (0,), (0,), rows, logits))
+    drafter = start(strategy, model, [0])
+    drafter.observe(Outcome(tree, (0,), (0,), rows, logits))
+    drafter.close()
 
 
 def firsts(strategy: TokenRecycling) -> dict[int, int]:
@@ -488,6 +490,31 @@ def test_the_commonest_are_those_of_most_weight_and_late_ones_weigh_more(
     ranked = sorted(weights.values(), reverse=True)[:width]
     assert [weights[t] for t in commonest.tokens] == pytest.approx(ranked)
     assert len(set(commonest.tokens)) == len(ranked)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 12), min_size=1, max_size=40),
+    asked=st.sets(st.integers(0, 39)),
+)
+def test_steps_that_are_passed_over_teach_as_those_that_are_not(
+    target: LanguageModel, tokens: list[int], asked: set[int]
+) -> None:
+    """Though the place of their logits is written to again."""
+    taught = []
+    for passes in (False, True):
+        strategy = recycling()
+        drafter = start(strategy, target, [0])
+        shared = torch.zeros(1, 64)
+        for step, token in enumerate(tokens):
+            shared[0] = torch.randn(64, generator=torch.Generator().manual_seed(step))
+            if not passes or step in asked:
+                drafter.propose(Context([0, token], 50, 50, step))
+            root = TokenTree.root_only(token)
+            drafter.observe(Outcome(root, (0,), (1,), {0: 0}, shared))
+        drafter.close()
+        taught.append(known(strategy))
+    assert taught[0] == taught[1]
+    assert set(taught[0]) >= set(tokens)
 
 
 def counted(model: LanguageModel, emitted: Sequence[int], **params: Any) -> Drafter:
