@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Measurement:
         seconds_to_first: Until the first token: the drafter's start and the prefill,
             with what the drafter does with it; median over prompts; None if not
             measured.
-        controls: Generation controls that it was measured under, greedily if empty:
+        controls: Generation controls (JSON) it was measured under, greedily if empty:
             name -> value.
     """
 
@@ -148,7 +149,7 @@ class Measurement:
     peak_memory: int | None = None
     objective: str = SPEED
     seconds_to_first: float | None = None
-    controls: Mapping[str, Scalar | None] = field(default_factory=dict)
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sampled(self) -> bool:
@@ -161,8 +162,17 @@ class Measurement:
         controls = dict(self.controls)
         temperature = controls.pop("temperature", 0)
         how = f"at temperature {temperature}" if self.sampled else "greedily"
-        others = ", ".join(f"{name} {value}" for name, value in controls.items())
+        others = ", ".join(
+            f"{name} {_short(value)}" for name, value in controls.items()
+        )
         return f"measured {how}" + (f" with {others}" if others else "")
+
+
+def _short(value: Any, most: int = 40) -> str:
+    """A control's value, the middle of a long schema or grammar left out."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 @dataclass(frozen=True)

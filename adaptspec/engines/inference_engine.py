@@ -162,6 +162,11 @@ class InferenceEngine(ABC):
         return {}
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the figures should be told, in sentences, after answers."""
+        return ()
+
+    @property
     def room(self) -> int:
         """How many settings can be ready at the same time; 1 at least."""
         return 1

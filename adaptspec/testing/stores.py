@@ -110,6 +110,17 @@ class ProfileStoreContract:
         """An empty store."""
         raise NotImplementedError
 
+    def test_controls_that_are_no_scalars_are_kept(self, store: ProfileStore) -> None:
+        """A grammar's schema, and stop strings."""
+        schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+        controls = {"temperature": 0.7, "stop": ["a", "b"], "json_schema": schema}
+        profile = example_profile()
+        measured = replace(profile.measurement, controls=controls)
+        store.add_profiles([replace(profile, measurement=measured)])
+        (kept,) = store.profiles()
+        assert kept.measurement.controls == controls
+        assert kept.measurement.measured_how.startswith("measured at temperature 0.7 ")
+
     def test_a_profile_comes_back_as_it_was_put(self, store: ProfileStore) -> None:
         profile = example_profile()
         (profile_id,) = store.add_profiles([profile])

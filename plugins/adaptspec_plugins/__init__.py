@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from adaptspec.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from adaptspec.engines.inference_engine import InferenceEngine
     from adaptspec.heads.protocol import TrainedHeads
     from adaptspec.model.language_model import LanguageModel
     from adaptspec.strategy import Baseline, Strategy
@@ -52,6 +53,16 @@ def register_baselines() -> list[type[Baseline]]:
     )
 
     return [HFGenerate, HFAssisted, HFPromptLookup]
+
+
+@hookimpl
+def register_engines() -> list[type[InferenceEngine]]:
+    """Other engines: llama.cpp, vLLM, and whatever serves OpenAI's API."""
+    from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
+    from adaptspec_plugins.engines.openai_server import OpenAIServer
+    from adaptspec_plugins.engines.vllm.engine import VLLM
+
+    return [LlamaCpp, VLLM, OpenAIServer]
 
 
 @hookimpl

@@ -1,0 +1,370 @@
+"""llama.cpp, measured through the ``llama-server`` processes that it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from adaptspec.engines.inference_engine import (
+    PLAIN_METHOD,
+    Answer,
+    EngineOptions,
+    InferenceEngine,
+    Launch,
+    Method,
+)
+from adaptspec.errors import EngineError
+from adaptspec.params import Scalar
+from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
+from adaptspec_plugins.engines.llama_cpp.program import Program
+from adaptspec_plugins.engines.llama_cpp.server import LlamaServer
+from adaptspec_plugins.engines.llama_cpp.settings import (
+    all_methods,
+    arguments_of,
+    kinds_of,
+    missing_options,
+    uses_draft,
+)
+
+if TYPE_CHECKING:
+    from adaptspec.profile import Environment
+    from adaptspec.workloads import Prompt
+
+# Said by this engine itself, so that a user's would be said twice.
+OURS = {
+    "--host": "it is loopback",
+    "--port": "a free one is taken",
+    "-m": "--model",
+    "--model": "--model",
+    "-md": "--draft-model",
+    "--model-draft": "--draft-model",
+    "--spec-draft-model": "--draft-model",
+    "-t": "--threads",
+    "--threads": "--threads",
+    "-c": "--context",
+    "--ctx-size": "--context",
+    "-np": "--concurrency",
+    "--parallel": "--concurrency",
+    "--cache-ram": "no answer may come from an earlier one's memory",
+    "-cram": "no answer may come from an earlier one's memory",
+}
+ROOM = 8
+MEMORY_USED = 0.7  # of what is free
+OTHER_BYTES = 512 << 20  # a server's own besides weights, keys and values
+BLOCK = 256  # llama.cpp rounds a slot's tokens up to multiples of it
+# Two forwards of the same tokens in other batches: see docs/engines/llama-cpp.md.
+TIE_NATS = {"float32": 0.1, "float16": 0.25, "bfloat16": 0.25}
+TIE_NATS_QUANTISED = 0.5
+TIE_TOKENS = 16
+
+
+class LlamaCpp(InferenceEngine):
+    """``llama-server`` with one process for each setting."""
+
+    name = "llama.cpp"
+    summary = "llama.cpp's llama-server, with GGUF files"
+    starting = 3.0
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        program: Program,
+        model: GgufFile,
+        draft: GgufFile | None,
+    ) -> None:
+        self._options = options
+        self._program = program
+        self._model = model
+        self._draft = draft
+        self._threads = options.threads or usable_processors()
+        self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
+        self._encoded: dict[Prompt, list[int]] = {}
+        self._largest = 0  # bytes that a server was seen to hold
+        known = all_methods()
+        self._lacking = {
+            name: reason for name in known if (reason := self._lacks(name))
+        }
+        self._methods = [m for n, m in known.items() if n not in self._lacking]
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> LlamaCpp:
+        """See :meth:`InferenceEngine.open`; no server is started yet."""
+        _refuse_what_does_not_apply(options)
+        program = Program.find(options.command)
+        assert options.model is not None
+        model = GgufFile.open(options.model)
+        draft = GgufFile.open(options.draft_model) if options.draft_model else None
+        return cls(options, program, model, draft)
+
+    def _lacks(self, method: str) -> str | None:
+        """Why a method can't be tried here, or None."""
+        needed = uses_draft(method)
+        if needed == "draft_mtp" and self._model.predicts_ahead:
+            needed = None
+        if needed:
+            if self._draft is None:
+                what = "or a model file with such layers" if "mtp" in needed else ""
+                return f"it needs a draft model: --draft-model FILE.gguf {what}".strip()
+            if self._draft.draft_kind != needed:
+                return (
+                    f"{self._draft.path.name} is of architecture "
+                    f"{self._draft.architecture}, which drafts as "
+                    f"{self._draft.draft_kind}"
+                )
+        if missing := missing_options(
+            method, self._program.options, self._program.spec_types
+        ):
+            return (
+                f"this llama-server ({self._program.version}) lacks "
+                f"{', '.join(missing)}"
+            )
+        return None
+
+    @property
+    def environment(self) -> Environment:
+        """What a measurement holds for, by the files and the machine."""
+        import torch
+
+        from adaptspec._version import __version__
+        from adaptspec.environment import device_name
+        from adaptspec.profile import Environment
+
+        device, processor = "cpu", device_name(torch.device("cpu"))
+        if used := self._accelerators():
+            device = "cuda" if used[0][0].startswith("CUDA") else used[0][0].lower()
+            processor = used[0][1]
+        arguments = json.dumps(list(self._options.arguments)).encode()
+        return Environment(
+            model=self._model.digest,
+            model_name=self._model.name,
+            draft=self._draft.digest if self._draft else None,
+            draft_name=self._draft.name if self._draft else None,
+            dtype=self._model.dtype,
+            device=device,
+            device_name=processor,
+            threads=self._threads,
+            versions={"adaptspec": __version__, self.name: self._program.version},
+            # What the user's own arguments change isn't known, so they are compared.
+            configuration=hashlib.sha256(arguments).hexdigest()[:16],
+            engine=self.name,
+            concurrency=self._options.concurrency,
+        )
+
+    def _accelerators(self) -> Sequence[tuple[str, str]]:
+        """Those that hold layers, as far as options tell."""
+        told = self._options.device
+        words = list(self._options.arguments)
+        off = told in ("cpu", "none") or any(
+            words[i : i + 2] in ([name, "0"], [name, "none"])
+            for i in range(len(words))
+            for name in ("-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device")
+        )
+        if off:
+            return ()
+        found = self._program.devices
+        return [d for d in found if told in (None, d[0])]
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        """Those that this version has and that the model files are for."""
+        return self._methods
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """Method -> why it can't be tried here; a combination's reason is told once."""
+        return {
+            name: reason
+            for name, reason in self._lacking.items()
+            if len(kinds_of(name)) == 1
+        }
+
+    @property
+    def room(self) -> int:
+        """Servers that the free memory holds; one on an accelerator."""
+        import psutil  # type: ignore[import-untyped]
+
+        if self._accelerators():
+            return 1
+        files = [file for file in (self._model, self._draft) if file is not None]
+        weights = sum(file.size for file in files)  # mapped once for all servers
+        tokens = self._slot_tokens() or self._model.number("context_length")
+        slots = self._options.concurrency
+        each = OTHER_BYTES + sum(file.cache_bytes(tokens * slots) for file in files)
+        held = [server.process.memory() for server in self._servers.values()]
+        self._largest = max([self._largest, *held])
+        free = psutil.virtual_memory().available + sum(held) - weights
+        fit = int(free * MEMORY_USED) // max(each, self._largest)
+        return max(1, min(ROOM, fit))
+
+    def _slot_tokens(self) -> int | None:
+        """Of one request, as llama.cpp counts them; None: the model's own."""
+        if self._options.context is None:
+            return None
+        return -(-(self._options.context + 2) // BLOCK) * BLOCK
+
+    def answer(
+        self,
+        method: str,
+        params: Mapping[str, Scalar],
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        """See :meth:`InferenceEngine.answer`."""
+        if len(prompts) > self._options.concurrency:
+            raise EngineError(
+                f"llama.cpp: {len(prompts)} prompts at the same time need as many "
+                f"slots, got a concurrency of {self._options.concurrency}"
+            )
+        if not prompts:
+            return []
+        asked = set(prompts)
+        keeps = any(kind.keeps for kind in kinds_of(method))
+        server = self._server(method, params, unseen=asked if keeps else set())
+        told = []
+        for prompt in prompts:
+            ids = self._encode(server, prompt)
+            length = prompt.max_new_tokens or max_new_tokens
+            if len(ids) + length + 1 > server.context:
+                raise EngineError(
+                    f"llama.cpp: prompt {prompt.id!r} has {len(ids)} tokens and may "
+                    f"get {length} more, but a slot holds {server.context}; ask for "
+                    "fewer, or tell a longer context"
+                )
+            told.append((ids, length))
+        server.answered |= asked
+        return server.answer(told)
+
+    def _encode(self, server: LlamaServer, prompt: Prompt) -> list[int]:
+        if prompt not in self._encoded:
+            self._encoded[prompt] = server.encode(prompt, self._model.has_template)
+        return self._encoded[prompt]
+
+    def _server(
+        self,
+        method: str,
+        params: Mapping[str, Scalar],
+        unseen: set[Prompt] = frozenset(),  # type: ignore[assignment]
+    ) -> LlamaServer:
+        """The server of a setting, started where none runs.
+
+        Args:
+            unseen: Prompts that it must not have answered yet.
+        """
+        command = self._command(method, params)
+        key = tuple(command)
+        server = self._servers.get(key)
+        if server and (server.process.ended or not unseen.isdisjoint(server.answered)):
+            # There is no request that empties the tables of n-grams.
+            self._servers.pop(key).stop()
+            server = None
+        if server is None:
+            while self._servers and len(self._servers) >= self.room:
+                self._servers.popitem(last=False)[1].stop()
+            if "--cache-ram" in self._program.options:
+                command += ["--cache-ram", "0"]
+            # Reading a file that isn't in memory takes a second per 100 MB at worst.
+            deadline = 120 + self._model.size / 1e8
+            speculates = bool(kinds_of(method))
+            self._servers[key] = server = LlamaServer.start(
+                command, speculates, deadline
+            )
+        self._servers.move_to_end(key)
+        return server
+
+    def _command(self, method: str, params: Mapping[str, Scalar]) -> list[str]:
+        """What starts a setting, without address and port."""
+        if method in self._lacking:
+            raise EngineError(
+                f"llama.cpp: {method} isn't available: {self._lacking[method]}"
+            )
+        threads, slots = str(self._threads), self._options.concurrency
+        command = [self._program.command, "-m", str(self._model.path)]
+        command += ["-t", threads, "-tb", threads, "-np", str(slots)]
+        if (tokens := self._slot_tokens()) is not None:
+            command += ["-c", str(tokens * slots)]
+        if self._options.device is not None:
+            device = self._options.device
+            command += ["--device", "none" if device == "cpu" else device]
+        command += arguments_of(method, params)
+        if uses_draft(method) and self._draft is not None:
+            command += ["-md", str(self._draft.path)]
+        return command + list(self._options.arguments)
+
+    def near_tie(
+        self, prompt: Prompt, tokens: Sequence[int], one: int, other: int
+    ) -> bool | None:
+        """By the probabilities after ``tokens``: both close to the highest."""
+        server = self._server(PLAIN_METHOD.name, {})
+        ids = [*self._encode(server, prompt), *tokens]
+        if len(ids) + 2 > server.context:
+            return None
+        found = server.most_probable(ids, TIE_TOKENS)
+        within = TIE_NATS.get(self._model.dtype, TIE_NATS_QUANTISED)
+        least = max(found.values()) - within
+        return all(found.get(token, -1e9) >= least for token in (one, other))
+
+    def launch(self, method: str, params: Mapping[str, Scalar]) -> Launch:
+        """The command that was measured; a user adds ``--host`` and ``--port``."""
+        notes = ["one setting holds for every request: this server takes none in one"]
+        if "--cache-ram" in self._program.options:
+            notes.append(
+                "measured with `--cache-ram 0` and `cache_prompt: false`, so that no "
+                "prompt was read from memory; serving needs neither"
+            )
+        if any(kind.keeps for kind in kinds_of(method)):
+            notes.append(
+                f"{method} drafts from earlier requests, too: a prompt that comes "
+                "again gains more than was measured"
+            )
+        return Launch(command=self._command(method, params), notes=notes)
+
+    def close(self) -> None:
+        """End every server."""
+        while self._servers:
+            self._servers.popitem()[1].stop()
+
+
+def usable_processors() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _refuse_what_does_not_apply(options: EngineOptions) -> None:
+    """Raise for what would be ignored.
+
+    Raises:
+        EngineError: naming it and the way out.
+    """
+    if options.model is None:
+        raise EngineError("llama.cpp: it needs a model: --model FILE.gguf")
+    if options.dtype != "auto":
+        raise EngineError(
+            f"llama.cpp: a GGUF file has its own type, so dtype={options.dtype!r} "
+            "can't be told; convert the file with llama-quantize"
+        )
+    if options.heads:
+        raise EngineError(
+            "llama.cpp: it takes trained heads (EAGLE-3, MTP, DFlash) as a GGUF file: "
+            "--draft-model FILE.gguf"
+        )
+    if options.python is not None:
+        raise EngineError("llama.cpp: it runs without Python; use --engine-command")
+    if options.api_key is not None:
+        raise EngineError("llama.cpp: its server is started here and wants no key")
+    if options.concurrency < 1:
+        raise EngineError(
+            f"llama.cpp: concurrency >= 1 must hold, got {options.concurrency}"
+        )
+    for word in options.arguments:
+        option = word.partition("=")[0]
+        if option in OURS or option.startswith(("--spec-", "--no-spec-")):
+            instead = OURS.get(option, "the tune tries them")
+            raise EngineError(
+                f"llama.cpp: {option} can't be one of the engine's arguments: {instead}"
+            )

