@@ -27,7 +27,8 @@
 #define VECTORS 2
 #define COLS (VECTORS * LANES)
 #define AHEAD 4096 /* bytes of the stream that are fetched before their use */
-#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows */
+#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows,
+                    * of which those after the first fetch the next chunk */
 
 /* A vector of words of w is multiplied by a word of x, in HALVES one after the other, and
  * added to a vector of sums. */
@@ -50,7 +51,7 @@
 #define TILE(KIND, NAME)                                                                \
     static inline __attribute__((always_inline)) void NAME(                             \
         const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
-        int begin, float *sums) {                                                       \
+        int begin, float *sums, long ahead) {                                           \
         vfloat sum[MOST_ROWS * VECTORS];                                                \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++) {                             \
             if (begin) sum[i] = (vfloat){0};                                            \
@@ -59,7 +60,7 @@
         for (long k = 0; k < words; k++) {                                              \
             vword word[VECTORS];                                                        \
             UNROLLED for (int c = 0; c < VECTORS; c++)                                  \
-                __builtin_prefetch((const char *)(w + k * COLS + c * LANES) + AHEAD);   \
+                __builtin_prefetch((const char *)(w + k * COLS + c * LANES) + ahead);   \
             UNROLLED for (int h = 0; h < HALVES_##KIND; h++) {                          \
                 UNROLLED for (int c = 0; c < VECTORS; c++)                              \
                     memcpy(&word[c], w + k * COLS + c * LANES, sizeof(vword));          \
@@ -75,26 +76,26 @@
     }                                                                                   \
     static __attribute__((noinline)) void NAME##_rows(                                  \
         const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
-        int begin, float *sums) {                                                       \
+        int begin, float *sums, long ahead) {                                           \
         switch (rows) {                                                                 \
-        case 1: NAME(w, x, stride, words, 1, begin, sums); break;                       \
-        case 2: NAME(w, x, stride, words, 2, begin, sums); break;                       \
-        case 3: NAME(w, x, stride, words, 3, begin, sums); break;                       \
-        case 4: NAME(w, x, stride, words, 4, begin, sums); break;                       \
-        case 5: NAME(w, x, stride, words, 5, begin, sums); break;                       \
-        case 6: NAME(w, x, stride, words, 6, begin, sums); break;                       \
+        case 1: NAME(w, x, stride, words, 1, begin, sums, ahead); break;                \
+        case 2: NAME(w, x, stride, words, 2, begin, sums, ahead); break;                \
+        case 3: NAME(w, x, stride, words, 3, begin, sums, ahead); break;                \
+        case 4: NAME(w, x, stride, words, 4, begin, sums, ahead); break;                \
+        case 5: NAME(w, x, stride, words, 5, begin, sums, ahead); break;                \
+        case 6: NAME(w, x, stride, words, 6, begin, sums, ahead); break;                \
         MORE_ROWS(NAME)                                                                 \
         }                                                                               \
     }
 
 #if LANES == 16
 #define MORE_ROWS(NAME)                                                                 \
-    case 7: NAME(w, x, stride, words, 7, begin, sums); break;                           \
-    case 8: NAME(w, x, stride, words, 8, begin, sums); break;                           \
-    case 9: NAME(w, x, stride, words, 9, begin, sums); break;                           \
-    case 10: NAME(w, x, stride, words, 10, begin, sums); break;                         \
-    case 11: NAME(w, x, stride, words, 11, begin, sums); break;                         \
-    case 12: NAME(w, x, stride, words, 12, begin, sums); break;
+    case 7: NAME(w, x, stride, words, 7, begin, sums, ahead); break;                    \
+    case 8: NAME(w, x, stride, words, 8, begin, sums, ahead); break;                    \
+    case 9: NAME(w, x, stride, words, 9, begin, sums, ahead); break;                    \
+    case 10: NAME(w, x, stride, words, 10, begin, sums, ahead); break;                  \
+    case 11: NAME(w, x, stride, words, 11, begin, sums, ahead); break;                  \
+    case 12: NAME(w, x, stride, words, 12, begin, sums, ahead); break;
 #else
 #define MORE_ROWS(NAME)
 #endif
@@ -112,7 +113,7 @@ TILE(F32, tile_f32)
         const X_##KIND *x = x_rows;                                                     \
         const TYPE *bias = biases;                                                      \
         TYPE *y = y_rows;                                                               \
-        long tiles = (t_count + ROWS_##KIND - 1) / ROWS_##KIND; /* of as many rows */ \
+        long tiles = (t_count + ROWS_##KIND - 1) / ROWS_##KIND; /* of as many rows */   \
         long blocks = (n_count + COLS - 1) / COLS, stride = words * HALVES_##KIND;      \
         long step = tiles > 1 ? CHUNK : words;                                          \
         float *sums = malloc(t_count * COLS * sizeof(float));                           \
@@ -125,7 +126,8 @@ TILE(F32, tile_f32)
                     rows = (t_count - t + tile - 1) / tile;                             \
                     TILE_OF##_rows(from + k * COLS,                                     \
                                    x + t * stride + k * HALVES_##KIND, stride, count,   \
-                                   (int)rows, k == 0, sums + t * COLS);                 \
+                                   (int)rows, k == 0, sums + t * COLS,                  \
+                                   t ? step * COLS * 4 : AHEAD);                        \
                 }                                                                       \
             }                                                                           \
             long n0 = block * COLS;                                                     \
