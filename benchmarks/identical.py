@@ -155,7 +155,9 @@ def main(
             click.echo(f"{prompt.id} ({prompt.prompt_class}): {told(kept)}")
 
     names = [PLAIN, *strategies]
-    if any(name not in kept["answers"].get(p.id, {}) for p in prompts for name in names):
+    if any(
+        name not in kept["answers"].get(p.id, {}) for p in prompts for name in names
+    ):
         model = load_model(path, dtype=dtype, device="cpu")
         draft = None
         if draft_model is not None:

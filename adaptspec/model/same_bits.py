@@ -8,6 +8,7 @@ then choose the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +75,9 @@ def _differences(model: ForwardModel, *, trees: bool) -> dict[str, float]:
 
     cache = model.new_cache(len(prompt) + PADDED_ROWS)
     model.prefill(prompt, cache)
-    passes = [(f"in a chain of {len(chain)}", chain, range(len(path)), model.buckets)]
+    passes: list[tuple[str, TokenTree, Sequence[int], tuple[int, ...]]] = [
+        (f"in a chain of {len(chain)}", chain, range(len(path)), model.buckets)
+    ]
     if trees:
         passes.append((f"in a tree of {len(tree)}", tree, path, model.buckets))
     filled = (PADDED_ROWS,)
