@@ -52,7 +52,7 @@ class ReadOnce:
     def __init__(self, model: LanguageModel, rows: int = 64) -> None:
         self._prefill, self._rows = model.prefill, rows
         self._read: tuple[list[int], TreeCache, Forward] | None = None
-        model.prefill = self  # type: ignore[method-assign,assignment]
+        model.prefill = self  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def __call__(
