@@ -98,6 +98,8 @@ def explain(
     if told is not None:
         choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
     found = explained(choice) | {"output": output_note(decoder.model.rounding)}
+    shapes = decoder.model.shapes
+    found["shapes"] = asdict(shapes)
     if as_json:
         print_json(found)
         return
@@ -109,6 +111,7 @@ def explain(
         "reason": choice.reason,
         "expected": expected_speed(choice.expected),
         "output": found["output"],
+        "shapes": shapes.kind + (f" ({shapes.reason})" if shapes.reason else ""),
     }
     write("".join(f"{name + ':':<12}{value}\n" for name, value in rows.items()))
 

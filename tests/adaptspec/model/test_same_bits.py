@@ -72,11 +72,9 @@ def test_every_node_of_a_tree_has_the_bits_of_plain_decoding(
 ) -> None:
     module = tiny_module(family).to(dtype)
     model = LanguageModel(module, own_weights=own_weights)
-    for nodes, padded in ((3, 3), (12, 16), (40, 64)):
+    for nodes in (3, 12, 40):
         tree = random_tree(nodes, seed=nodes)
-        model.buckets = (padded,)
         forward = model.forward_tree(tree, filled(model))
-        model.buckets = ()
         for node in range(0, nodes, 3):
             tokens = [tree.tokens[i] for i in path_to(tree, node)]
             alone = one_by_one(model, tokens, filled(model))
