@@ -28,13 +28,14 @@ import torch
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.near_ties import near_tie
 from adaptspec.host import Host
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.forward import Forward
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.workloads import read_workload
-from adaptspec_tuner.measuring.profiler import first_difference, near_tie
+from adaptspec_tuner.measuring.profiler import first_difference
 from contenders import HF, PLAIN, theirs
 
 # prompt id -> contender -> its answer

@@ -292,6 +292,7 @@ class LanguageModel:
         what rounds otherwise, so a float32 miniature is looked at, too.
         """
         level = self.capability.level
+        _ = self.shapes  # settled first: passes are then those of decoding
         found = what_differs(self, level)
         if found or level == "plain" or self.dtype is torch.float32:
             return found

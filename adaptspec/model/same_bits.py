@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 9
 # Below a chain of five there are branches, so that keeping it moves rows.
 TREE_PARENTS = (-1, 0, 0, 1, 2, 2, 4, 4, 5, 7, 3, 9, 9)
-PADDED_ROWS = 64
+WIDE_ROWS = 64
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def what_differs(model: ForwardModel, level: Level) -> str:
     """In which passes a node's logits have other bits than alone; empty if in none.
 
     About ten forwards of few tokens: a path is read token by token, as a chain, in a
-    tree and in a padded one, and what follows it once its rows have moved in the cache.
+    tree and in a wide one, and what follows it once its rows have moved in the cache.
 
     Args:
         level: What of drafts is verified; what is decoded plainly is never compared.
@@ -64,7 +64,7 @@ def _differences(model: ForwardModel, *, trees: bool) -> dict[str, float]:
     path = tree.ancestors()[-1]
     chain = TokenTree.chain(tokens[0], [tokens[node] for node in path[1:]])
 
-    plain = model.new_cache(len(prompt) + PADDED_ROWS)
+    plain = model.new_cache(len(prompt) + WIDE_ROWS)
     model.prefill(prompt, plain)
     alone = []
     for node in path:
@@ -73,17 +73,15 @@ def _differences(model: ForwardModel, *, trees: bool) -> dict[str, float]:
     root = TokenTree.root_only(next_token)
     after = model.forward_tree(root, plain).logits[0].clone()
 
-    cache = model.new_cache(len(prompt) + PADDED_ROWS)
+    cache = model.new_cache(len(prompt) + WIDE_ROWS)
     model.prefill(prompt, cache)
-    passes: list[tuple[str, TokenTree, Sequence[int], tuple[int, ...]]] = [
-        (f"in a chain of {len(chain)}", chain, range(len(path)), model.buckets)
-    ]
+    passes: list[tuple[TokenTree, Sequence[int]]] = [(chain, range(len(path)))]
     if trees:
-        passes.append((f"in a tree of {len(tree)}", tree, path, model.buckets))
-    filled = (PADDED_ROWS,)
-    passes.append((f"padded to {PADDED_ROWS} rows", *passes[-1][1:3], filled))
+        beside = max(0, min(WIDE_ROWS, room(model) - len(prompt) - 2) - len(tree))
+        others = [*tokens, *random_tokens(model, beside)]
+        wide = TokenTree(others, (*TREE_PARENTS, *[0] * beside))
+        passes += [(tree, path), (wide, path)]
     found: dict[str, float] = {}
-    buckets = model.buckets
 
     def compare(
         where: str, rows: list[torch.Tensor], expected: list[torch.Tensor]
@@ -91,15 +89,12 @@ def _differences(model: ForwardModel, *, trees: bool) -> dict[str, float]:
         if not all(map(torch.equal, rows, expected)):
             found[where] = max(map(logit_distance, rows, expected))
 
-    for name, draft, nodes, padding in passes:
+    for draft, nodes in passes:
         cache.truncate(len(prompt))
-        model.buckets = padding
-        try:
-            forward = model.forward_tree(draft, cache)
-        finally:
-            model.buckets = buckets
+        forward = model.forward_tree(draft, cache)
         rows = [forward.logits[forward.rows[node]] for node in nodes]
-        compare(name, rows, alone)
+        kind = "chain" if draft is chain else "tree"
+        compare(f"in a {kind} of {len(draft)}", rows, alone)
     cache.keep(len(prompt), list(nodes))
     moved = model.forward_tree(root, cache).logits[0]
     compare("after drafted tokens were kept", [moved], [after])
