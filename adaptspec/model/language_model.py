@@ -14,6 +14,7 @@ from adaptspec.acceleration.attention import use_our_attention
 from adaptspec.acceleration.layers import fuse_layers
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.model import miniature
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.capability import probe
 from adaptspec.model.fixed_shapes import WIDTHS, FixedShapes, Rung, Shapes
@@ -37,6 +38,7 @@ from adaptspec.model.rotary import (
     growing_rotations,
     reread_boundaries,
 )
+from adaptspec.model.same_bits import what_differs
 from adaptspec.model.shape_ladder import settle_shapes
 from adaptspec.model.verifiable import unverifiable
 from adaptspec.model.views import (
@@ -73,7 +75,8 @@ LOOK_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
 
 # Found out once, and again where the caller changes the model.
 KNOWN_OF_A_MODEL = (
-    *("capability", "unverifiable", "latency", "reaches", "input_size", "rereads"),
+    *("capability", "unverifiable", "rounding", "latency", "reaches", "input_size"),
+    "rereads",
 )
 
 
@@ -280,6 +283,25 @@ class LanguageModel:
             asked = self.asked_shapes
             self.fixed, self._rung = settle_shapes(self, self._run, asked)
         return self._rung if self.fixed is None else self.fixed.rung
+
+    @functools.cached_property
+    def rounding(self) -> str:
+        """In which passes logits have other bits than token by token; "" if in none.
+
+        A few forwards, run where somebody asks. In half precision so few hide most of
+        what rounds otherwise, so a float32 miniature is looked at, too.
+        """
+        level = self.capability.level
+        _ = self.shapes  # settled first: passes are then those of decoding
+        found = what_differs(self, level)
+        if found or level == "plain" or self.dtype is torch.float32:
+            return found
+        if (small := miniature.build(self.model, self.config)) is None:
+            return ""
+        twin = LanguageModel(small, own_weights=True, accelerate=self._accelerate)
+        twin.use_masks = self.use_masks
+        found = what_differs(twin, level)
+        return found and f"in a small float32 model of its class {found}"
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
