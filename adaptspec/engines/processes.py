@@ -130,10 +130,11 @@ class ServerProcess:
             self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
         return how_it_ended(self._returncode)
 
-    def check(self, wait: float = 0.0) -> None:
+    def check(self, wait: float = 0.0, matching: str = "") -> None:
         """Raise where it has ended.
 
         Args:
+            matching: Lines of its log that tell why, as :meth:`tail` takes it.
             wait: Seconds that it may still take to: a connection that broke is seen
                 a moment before the end of who broke it.
 
@@ -141,7 +142,7 @@ class ServerProcess:
             EngineError: how it ended, and what it printed last.
         """
         if (ended := self._ended_within(wait)) is not None:
-            raise EngineError(f"{self.name} ended: {ended}{self.tail()}")
+            raise EngineError(f"{self.name} ended: {ended}{self.tail(matching)}")
 
     def tail(self, matching: str = "") -> str:
         """What it printed last, to be put behind a message.

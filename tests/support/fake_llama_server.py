@@ -2,7 +2,8 @@
 
 It writes numbers: the tokens of a text are its characters' codes, and an answer counts
 on from its last token. What it was started with is written to FAKE_LLAMA_LOG, a line
-of JSON each, and what it is asked to FAKE_LLAMA_LOG.asked; other variables of the environment make it fail, see below.
+of JSON each, and what it is asked to FAKE_LLAMA_LOG.asked; other variables of the
+environment make it fail, see below.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HELP = """----- common params -----
 --spec-draft-p-min, --draft-p-min P     minimum probability (default: 0.00)
 --spec-draft-model, -md, --model-draft FNAME
                                         draft model
---spec-type none,draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod,ngram-cache
+--spec-type draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod,ngram-cache
                                         comma-separated list of types
 --spec-ngram-mod-n-min N                minimum number of ngram tokens
 --spec-ngram-mod-n-max N                maximum number of ngram tokens

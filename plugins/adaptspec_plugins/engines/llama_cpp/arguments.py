@@ -1,4 +1,4 @@
-"""Which of ``llama-server``'s options a user may add, and which are the engine's own."""
+"""Which of ``llama-server``'s options a user may add; others are the engine's own."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OURS = {
     "--host": "it is loopback",
     "--port": "a free one is taken",
     "-m --model": "--model",
-    "-mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file": ANOTHER_MODEL,
-    "--models-dir --models-preset": ANOTHER_MODEL,
+    "-mu --model-url -dr --docker-repo --models-dir --models-preset": ANOTHER_MODEL,
+    "-hf -hfr --hf-repo -hff --hf-file": ANOTHER_MODEL,
     "-md --model-draft": "--draft-model",
     "-hfd -hfrd --hf-repo-draft": ANOTHER_DRAFT,
     "-t --threads": "--threads",
