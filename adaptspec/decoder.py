@@ -31,6 +31,7 @@ from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import (
     AdaptSpecError,
+    ModelLoadError,
     ProfileStoreError,
     StoreWarning,
     stopped_by_user,
@@ -38,6 +39,7 @@ from adaptspec.errors import (
 from adaptspec.host import Host
 from adaptspec.in_use import Opens, Uses
 from adaptspec.knowledge import KnowledgeKeeper
+from adaptspec.model.fixed_shapes import Shapes
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
@@ -155,14 +157,25 @@ class Decoder:
         weakref.finalize(self, self._uses.close)  # at exit, too
 
     def _read_store(self, store: ProfileStore) -> None:
-        self.profiles = store.profiles(model=self.model.digest)
-        self.choices = store.choices(model=self.model.digest)
+        # What was measured of other engines says nothing of this one.
+        ours = self.environment.engine
+        self.profiles = [
+            profile
+            for profile in store.profiles(model=self.model.digest)
+            if profile.environment.engine == ours
+        ]
+        self.choices = [
+            choice
+            for choice in store.choices(model=self.model.digest)
+            if choice.environment.engine == ours
+        ]
         if not self.choices:
             # Another version of the same model: select says so.
             self.choices = [
                 choice
                 for choice in store.choices()
                 if choice.environment.model_name == self.environment.model_name
+                and choice.environment.engine == ours
             ]
         self._classifier = self._stored_classifier(store)
         if self.choices:
@@ -655,6 +668,7 @@ def load(
     record: bool = True,
     run: str | None = None,
     adapt: bool | Learning = True,
+    shapes: Shapes = "auto",
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -675,6 +689,9 @@ def load(
         record: See :class:`Decoder`.
         run: See :class:`Decoder`.
         adapt: See :class:`Decoder`.
+        shapes: ``auto``: on CUDA, forwards of few fixed shapes as graphs, or what of
+            that gives the same logits. ``fixed``: fixed shapes without graphs.
+            ``dynamic``: each forward has its own shape.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -686,13 +703,15 @@ def load(
     if model is None:
         model = default_model_path(lambda line: print(line, file=sys.stderr))
     host = host or Host.installed()
-    target = _language_model(model, tokenizer, dtype, device, trust_remote_code)
+    target = _language_model(model, tokenizer, dtype, device, trust_remote_code, shapes)
     for folder in [heads] if isinstance(heads, str | Path) else heads:
         target.attach(host.open_heads(folder, target))
     draft = (
         None
         if draft_model is None
-        else _language_model(draft_model, None, dtype, target.device, trust_remote_code)
+        else _language_model(
+            draft_model, None, dtype, target.device, trust_remote_code, shapes
+        )
     )
     can_open = host.opens_stores
     if db is None and not can_open:
@@ -740,8 +759,14 @@ def _language_model(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     trust_remote_code: bool,
+    shapes: Shapes,
 ) -> LanguageModel:
     if isinstance(model, LanguageModel):
+        if shapes not in ("auto", model.asked_shapes):
+            raise ModelLoadError(
+                f"shapes must be those that {model.name} was loaded with "
+                f"({model.asked_shapes}), got {shapes!r}; pass them to LanguageModel"
+            )
         return model
     return load_model(
         model,
@@ -749,4 +774,5 @@ def _language_model(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        shapes=shapes,
     )

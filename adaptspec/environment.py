@@ -20,6 +20,9 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
     packages: Sequence[str] = ("adaptspec", "torch", "transformers")
     decoded: Any = model.model  # a caller's own model keeps its attention
     config = decoded.config.get_text_config(decoder=True)
+    kernel = model.linear.kind.partition(":")[0]
+    if (shapes := model.shapes.kind) != "dynamic":
+        kernel = f"{kernel}, {shapes}"
     return Environment(
         model=model.digest,
         model_name=model.name,
@@ -32,7 +35,7 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
         heads=digest_of(model.heads.values()),
         heads_name=name_of(model.heads.values()),
         configuration=model.configuration,
-        kernel=model.linear.kind.partition(":")[0],
+        kernel=kernel,
         attention=str(getattr(config, "_attn_implementation", None) or "own"),
         versions={
             **{name: version(name) for name in packages},

@@ -51,6 +51,10 @@ class EngineError(AdaptSpecError, RuntimeError):
     """Another engine can't be started, asked or ended; with the tail of its log."""
 
 
+class RoutingError(AdaptSpecError, ValueError):
+    """The router's table can't be used, or the router can't be started."""
+
+
 class SequenceStateError(AdaptSpecError, RuntimeError):
     """A sequence can't go on: its model was changed, or holds another's state."""
 

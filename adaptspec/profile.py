@@ -37,7 +37,8 @@ class Environment:
         heads_name: Their names for people.
         configuration: Digest of the target's configuration and buffers; None: an older
             version's, which kept none, as of the next two.
-        kernel: What multiplies by the target's weights, and whether they are packed.
+        kernel: What multiplies by the target's weights, whether they are packed, and
+            whether in fixed shapes or graphs.
         attention: The target's attention implementation.
         engine: What decoded; its version is one of ``versions``.
         concurrency: Requests that were answered at the same time.
@@ -59,6 +60,16 @@ class Environment:
     attention: str | None = None
     engine: str = OURS
     concurrency: int = 1
+
+    @property
+    def decoded_by(self) -> str:
+        """The engine with its version, and the load where there was one: ``llama.cpp
+        b6123, 4 requests at a time``."""
+        version = self.versions.get(self.engine)
+        told = f"{self.engine} {version}" if version else self.engine
+        if self.concurrency == 1:
+            return told
+        return f"{told}, {self.concurrency} requests at a time"
 
     def key(self) -> tuple[str | int | None, ...]:
         """Everything that decides speed; versions need not match."""

@@ -12,6 +12,7 @@ from adaptspec.profile import (
     ANSWER,
     EVERY_CLASS,
     HOLDS,
+    OURS,
     PLAIN,
     TOLD,
     ClassChoice,
@@ -127,11 +128,12 @@ def rank(
 ) -> Ranking:
     """What the best evidence on a class decided, as far as it can be used here.
 
-    Of a class that no tune decided on, and without a class, the choice over all classes
-    is used. Of several tunes' choices :func:`best_evidence` takes one. A setting of it
-    is left out that is lossy and not allowed, needs a draft model or heads that aren't
-    here, is refused, or is stale (measured with another minor version of torch,
-    transformers or AdaptSpec) with an interval not above 1.1. Reasons say what was left
+    Choices of other engines are left out. Of a class that no tune decided on, and
+    without a class, the choice over all classes is used. Of several tunes' choices
+    :func:`best_evidence` takes one. A setting of it is left out that is lossy and not
+    allowed, needs a draft model or heads that aren't here, is refused, or is stale
+    (measured with another minor version of torch, transformers or AdaptSpec, or of
+    another engine) with an interval not above 1.1. Reasons say what was left
     out of what was better than the best that is used, and what to pass for it.
 
     Args:
@@ -143,6 +145,8 @@ def rank(
     Raises:
         ProfileStoreError: if ``run`` is given and decided nothing.
     """
+    # What another engine is fastest with says nothing of this one.
+    choices = [c for c in choices if c.environment.engine == environment.engine]
     if run is not None:
         choices = [choice for choice in choices if choice.run == run]
         if not choices:
@@ -251,10 +255,19 @@ def best_evidence(
 
 
 def stale_versions(then: Environment, now: Environment) -> str:
-    """What minor versions changed since; empty where a profile is fresh."""
+    """What minor versions changed since; empty where a profile is fresh.
+
+    Another engine's speed is its own affair: then its version counts, and those of
+    what it says it runs on.
+    """
+    decisive: Collection[str] = DECISIVE
+    if then.engine != OURS:
+        decisive = [
+            name for name in then.versions if name not in ("adaptspec", "python")
+        ]
     return ", ".join(
         f"{name} {then.versions[name]} then, {now.versions[name]} now"
-        for name in DECISIVE
+        for name in decisive
         if name in then.versions
         and name in now.versions
         and _minor(then.versions[name]) != _minor(now.versions[name])

@@ -26,6 +26,7 @@ import click
 from rich.console import Console
 
 from adaptspec.decoding.engine import Engine
+from adaptspec.decoding.near_ties import near_tie
 from adaptspec.environment import environment_of
 from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
@@ -33,7 +34,7 @@ from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.workloads import Workload, example_workload, read_workload
 from adaptspec_tuner.measuring.in_turns import SharedAnswer, take_turns
-from adaptspec_tuner.measuring.profiler import first_difference, near_tie
+from adaptspec_tuner.measuring.profiler import first_difference
 from contenders import (
     HF,
     PLAIN,

@@ -649,3 +649,36 @@ def test_mixed_requests_are_tuned_on_and_then_decoded_by_all(
     for times in kept["times"].values():
         assert {"autoregressive", "automatic choice", "hybrid"} <= set(times)
         assert all(seconds > 0 for seconds in times.values())
+
+
+@pytest.mark.slow
+def test_checks_for_a_gpu_run_on_a_cpu_and_find_faults(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = benchmark("gpu")
+    arguments = [
+        *(str(model), "--draft", str(model), "--device", "cpu", "--dtype", "float32"),
+        *("--tokens", "6", "--rounds", "1", "--tiny", "llama", "--tiny", "bloom"),
+    ]
+    monkeypatch.setattr(gpu, "STRATEGIES", ("autoregressive", "draft_model"))
+    monkeypatch.setattr(gpu, "TEXTS", ("w3 w4 w5 w3 w4 w5 w6",))
+    done = CliRunner().invoke(gpu.main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "| llama | tree | fixed | - | 5/5 | yes |" in done.output
+    assert "| bloom | chain | dynamic | its layers make masks" in done.output
+    assert "| rows | fixed ms | dynamic ms |" in done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("| draft_m")]
+    assert [line.split(" | ")[1] for line in lines] == ["fixed", "dynamic"]
+    assert all(line.endswith("| 1/1 | yes |") for line in lines)
+    assert "0 faults" in done.output
+
+    own = gpu.own_greedy
+    monkeypatch.setattr(
+        gpu, "own_greedy", lambda *given: [token + 1 for token in own(*given)]
+    )
+    done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--tiny", "llama"])
+    assert done.exit_code == 1
+    assert "FAULT: tiny llama: 0 of 5 equal" in done.output
+
+    done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--limit", "0"])
+    assert "left out for want of time: tiny llama" in done.output

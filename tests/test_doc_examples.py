@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from adaptspec import hookspecs
 from adaptspec.cli import build_cli
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
+from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.environment import environment_of
-from adaptspec.errors import HeadsLoadError
+from adaptspec.errors import EngineError, HeadsLoadError
 from adaptspec.host import Host
+from adaptspec.testing import InferenceEngineContract
 from adaptspec.testing.fakes import (
     hf_greedy,
     random_ids,
@@ -29,6 +32,7 @@ from adaptspec.testing.fakes import (
     tiny_module,
     tiny_tokenizer,
 )
+from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_profiles.sql import SqlStore
 
@@ -74,6 +78,22 @@ def test_the_baseline_of_the_page_says_what_generate_says(host: Host) -> None:
     run = host.baselines["no_cache"]().run(model, None, prompt, 7)
     assert run.token_ids == hf_greedy(model, prompt, 7)
     assert run.tokens_per_second > 0
+
+
+def test_the_engine_of_the_page_asks_its_program(host: Host, tmp_path: Path) -> None:
+    program = "import sys; print(*(sys.stdin.read().split() * 9)[: int(sys.argv[1])])"
+    options = EngineOptions(
+        engine="one-shot", command=sys.executable, arguments=["-c", program]
+    )
+    contract = InferenceEngineContract()
+    contract.options = options
+    with host.engines["one-shot"].open(options) as engine:
+        contract.test_answers_come_in_order_and_are_as_long_as_asked(engine)
+        contract.test_it_says_how_it_is_started_or_that_it_is_not(engine)
+        (answer,) = engine.answer("autoregressive", {}, [Prompt("a", text="b c")], 3)
+    assert answer.text == "b c b\n"
+    with pytest.raises(EngineError, match="needs its program"):
+        host.engines["one-shot"].open(EngineOptions(engine="one-shot"))
 
 
 def test_the_command_of_the_page_counts(host: Host) -> None:

@@ -103,7 +103,7 @@ def grouped_attention(
     if (
         query.shape[0] != 1
         or each == 1
-        or not 1 < rows <= MOST_ROWS
+        or not _fewest(query) <= rows <= MOST_ROWS
         or attention_mask is None
         or attention_mask.dim() != 4
         or attention_mask.shape[1:3] != (1, rows)
@@ -196,6 +196,12 @@ def sight_of(
         known = (None if seen is None else Sight(seen),)
         mask.adaptspec_sight = known  # type: ignore[attr-defined]
     return known[0]
+
+
+def _fewest(query: torch.Tensor) -> int:
+    """Rows from which on grouping pays: elsewhere than on the CPU even one would have
+    its keys and values copied for each head, as soon as there is a mask."""
+    return 2 if query.device.type == "cpu" else 1
 
 
 def _repeated(mask: torch.Tensor, each: int) -> torch.Tensor:

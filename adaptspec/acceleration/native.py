@@ -24,7 +24,13 @@ SOURCES = tuple(sorted(KERNEL_FOLDER.glob("*.c")))
 HEADERS = tuple(sorted(KERNEL_FOLDER.glob("*.h")))
 SWITCH = "ADAPTSPEC_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+FLAGS: tuple[str, ...] = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fPIC",
+)
 COMPILER_SECONDS = 120
 TILE_ROWS, TILE_DEPTH, MOST_KEPT = 16, 32, 64  # as in the kernels
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptspec.model.messages import message_text
+
 LONGEST_TEXT = 4096  # characters that are read: half from each end of a longer prompt
 LONGEST_NGRAM = 3  # bytes; shorter ones count as well
 WHOLE_BITS = 12  # counters of the whole text: two to this power
@@ -58,7 +60,5 @@ def prompt_text(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[-1], Mapping):
-        from adaptspec.model.prompts import message_text
-
         return message_text(prompt[-1])
     return None

@@ -57,6 +57,7 @@ def build_cli(host: Host) -> click.Group:
     from adaptspec.cli.explain import explain
     from adaptspec.cli.export import export
     from adaptspec.cli.generate import generate
+    from adaptspec.cli.route import route
     from adaptspec.cli.strategies import strategies
 
     @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,6 +73,7 @@ def build_cli(host: Host) -> click.Group:
     cli.add_command(generate)
     cli.add_command(explain)
     cli.add_command(export)
+    cli.add_command(route)
     cli.add_command(strategies)
     host.add_commands(cli)
     return cli

@@ -68,6 +68,7 @@ def explain(
     prompt = named if prompt is None else prompt
     text = None if prompt is None else prompt_with_input(prompt)
     from adaptspec.decoder import load
+    from adaptspec.model.rounding import output_note
 
     if threads is not None:
         import torch
@@ -96,7 +97,9 @@ def explain(
     choice = decoder.choose(prompt_class if told is None else told.prompt_class)
     if told is not None:
         choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
-    found = explained(choice)
+    found = explained(choice) | {"output": output_note(decoder.model.rounding)}
+    shapes = decoder.model.shapes
+    found["shapes"] = asdict(shapes)
     if as_json:
         print_json(found)
         return
@@ -107,6 +110,8 @@ def explain(
         or "none",
         "reason": choice.reason,
         "expected": expected_speed(choice.expected),
+        "output": found["output"],
+        "shapes": shapes.kind + (f" ({shapes.reason})" if shapes.reason else ""),
     }
     write("".join(f"{name + ':':<12}{value}\n" for name, value in rows.items()))
 

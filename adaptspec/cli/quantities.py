@@ -45,12 +45,12 @@ def clock_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--max-memory") -> int:
     """Bytes of ``6GiB``, ``800MiB``, ``6G`` or a bare number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?\s*", text)
     size = (
         float(found[1]) * 2 ** (10 * "KMGT".find(found[2] or "-") + 10) if found else 0
     )
     if size < 1:
-        raise AdaptSpecError(f"--max-memory must be a size such as 6GiB, got {text!r}")
+        raise AdaptSpecError(f"{option} must be a size such as 6GiB, got {text!r}")
     return int(size)

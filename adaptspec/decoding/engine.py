@@ -388,7 +388,7 @@ class Run:
             forward = self._model.forward_tree(
                 tree, cache, hidden_layers=observes.hidden_layers
             )
-        self._synchronize()
+        self._wait(forward)
         verified = self._clock()
 
         accepted = self._accept(tree, forward)
@@ -451,7 +451,7 @@ class Run:
 
     def _accept(self, tree: TokenTree, forward: Forward) -> Accepted:
         if self._batched_argmax or forward.decided:
-            # One host sync per step: the loop must know which tokens were accepted.
+            # One read of the device in a step: which tokens were accepted.
             accepted = accept_matching(tree, self._taken(self._best_of(forward)))
             rows = [forward.rows[node] for node in accepted.path]
             sound = self._check_chosen(rows, forward)
@@ -543,8 +543,7 @@ class Run:
         """
         if forward.decided:  # a recording has no logits
             return len(rows)
-        largest = torch.stack([forward.logits[row].amax() for row in rows]).tolist()
-        for place, value in enumerate(largest):
+        for place, value in enumerate(forward.largest(rows)):
             if not choosable(value):
                 position = len(self._ids) + place
                 error = no_valid_token(position, forward.logits[rows[place]])
@@ -588,6 +587,11 @@ class Run:
             return []
         return self._commit([*ends])
 
-    def _synchronize(self) -> None:
-        if self._model.device.type == "cuda":
+    def _wait(self, forward: Forward) -> None:
+        """Wait for a device that works on its own, by what is read of it anyway."""
+        if self._model.device.type == "cpu":
+            return
+        if self._batched_argmax:
+            _ = forward.best
+        elif self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)

@@ -23,6 +23,7 @@ from adaptspec.classes.classifier import KEY as CLASSIFIER
 from adaptspec.errors import AdaptSpecError
 from adaptspec.model.hardware_costs import COSTS_RECORD, costs_owner
 from adaptspec.model.loading import load_model
+from adaptspec.profile import OURS
 
 if TYPE_CHECKING:
     from adaptspec.host import Host
@@ -215,7 +216,8 @@ def copy_profiles(
 
 
 def _of(environment: Environment, model: LanguageModel) -> bool:
-    return environment.model == model.digest or environment.model_name == model.name
+    same = environment.model == model.digest or environment.model_name == model.name
+    return same and environment.engine == OURS
 
 
 def _count(store: ProfileStore | None, model: LanguageModel) -> int:

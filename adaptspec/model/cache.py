@@ -164,6 +164,7 @@ class TreeCache(Cache):
     @torch.inference_mode()
     def repeat(self, length: int) -> None:
         """Fill up to ``length`` rows with copies of those there, for timing only."""
+        self.announce(length)
         for layer in self.rows:
             if not layer.is_initialized:
                 continue

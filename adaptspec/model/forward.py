@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -42,13 +43,47 @@ class Forward:
     logits: torch.Tensor  # [rows, vocab]
     rows: dict[int, int]
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [nodes, h]
+    # What `rank` gives, where it was computed with the logits.
+    ranked: torch.Tensor | None = field(default=None, kw_only=True)
     # Whether ``best`` is what decoding chose, whatever the controls (a recording).
     decided: ClassVar[bool] = False
 
     @functools.cached_property
     def best(self) -> Sequence[int]:
         """The likeliest token of each row; of equals, the first."""
-        return argmax_rows(self.logits)
+        if self.logits.device.type == "cpu":
+            return argmax_rows(self.logits)
+        return [int(token) for token in self._read[0]]
+
+    def largest(self, rows: Sequence[int]) -> list[float]:
+        """The largest logit of each of ``rows``, NaN if any of the row is."""
+        if self.logits.device.type == "cpu":
+            found: list[float] = torch.stack(
+                [self.logits[row].amax() for row in rows]
+            ).tolist()
+            return found
+        return [self._read[1][row] for row in rows]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no row's largest logit is NaN or infinite."""
+        return all(map(math.isfinite, self.largest(range(len(self.logits)))))
+
+    def rank(self) -> torch.Tensor:
+        """Likeliest token and largest logit of each row, ``[2, rows]``, on its device.
+
+        Double precision holds both as they are.
+        """
+        best, largest = self.logits.argmax(-1), self.logits.amax(-1)
+        return torch.stack([best.double(), largest.double()])
+
+    @functools.cached_property
+    def _read(self) -> list[list[float]]:
+        """What :meth:`rank` gives: all that a greedy step reads of the device."""
+        read: list[list[float]] = (
+            self.rank() if self.ranked is None else self.ranked
+        ).tolist()
+        return read
 
 
 @dataclass
@@ -91,7 +126,6 @@ class ForwardModel(Protocol):
     dtype: torch.dtype
     vocab_size: int
     parameter_count: int
-    buckets: tuple[int, ...]
     use_masks: bool
     takes_positions: bool
     cache_argument: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from adaptspec.acceleration.attention import use_our_attention
 from adaptspec.acceleration.layers import fuse_layers
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
+from adaptspec.model import miniature
 from adaptspec.model.cache import TreeCache
 from adaptspec.model.capability import probe
+from adaptspec.model.fixed_shapes import WIDTHS, FixedShapes, Rung, Shapes
 from adaptspec.model.forked import heed_fork
 from adaptspec.model.forward import Capability, Forward, PlainCache
 from adaptspec.model.forward_times import LatencyCurve, measure_latency
@@ -36,6 +38,8 @@ from adaptspec.model.rotary import (
     growing_rotations,
     reread_boundaries,
 )
+from adaptspec.model.same_bits import what_differs
+from adaptspec.model.shape_ladder import settle_shapes
 from adaptspec.model.verifiable import unverifiable
 from adaptspec.model.views import (
     accepted_arguments,
@@ -59,8 +63,6 @@ if TYPE_CHECKING:
     from adaptspec.heads.protocol import TrainedHeads
 
 
-# Graph capture needs fixed shapes: on CUDA trees are padded up to one of these.
-CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Long prompts are read in parts of so many tokens: what a layer computes of a part, and
 # its mask, take room in proportion. Attention within a part computes what its mask
 # leaves out, so that prompts of a few parts only are read faster at once. A GPU needs
@@ -73,7 +75,8 @@ LOOK_PARENTS, FAR_POSITION = (-1, 0, 0, 1, 2), 4096
 
 # Found out once, and again where the caller changes the model.
 KNOWN_OF_A_MODEL = (
-    *("capability", "unverifiable", "latency", "reaches", "input_size", "rereads"),
+    *("capability", "unverifiable", "rounding", "latency", "reaches", "input_size"),
+    "rereads",
 )
 
 
@@ -90,6 +93,13 @@ class LanguageModel:
         own_weights: True if nobody else uses ``model``: it is then changed in place
             and its weights may be repacked, so that none are held twice.
         accelerate: False runs Linear layers and attention as they are.
+        shapes: Of forwards that verify. ``auto``: on CUDA few fixed ones, each captured
+            as a graph where that gives what eager forwards do; elsewhere dynamic.
+            ``fixed``: the same without graphs, on any device. ``dynamic``: each
+            forward's own. See :attr:`shapes` for what came of it.
+
+    Raises:
+        ModelLoadError: if it can't be decoded, or ``shapes`` is none of these.
     """
 
     def __init__(
@@ -100,7 +110,12 @@ class LanguageModel:
         *,
         own_weights: bool = False,
         accelerate: bool = True,
+        shapes: Shapes = "auto",
     ) -> None:
+        if shapes not in get_args(Shapes):
+            raise ModelLoadError(
+                f"shapes must be one of {', '.join(get_args(Shapes))}, got {shapes!r}"
+            )
         model = unwrapped(model)
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_output_embeddings"):
@@ -123,6 +138,7 @@ class LanguageModel:
         # Kind -> the trained heads that draft from this model's hidden states.
         self.heads: dict[str, TrainedHeads] = {}
         self._own_weights, self._accelerate = own_weights, accelerate
+        self.asked_shapes = shapes
         self._build()
 
     def _build(self) -> None:
@@ -143,9 +159,9 @@ class LanguageModel:
         # Packed weights are no parameters.
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.linear = LinearReport(0, "unchanged")
-        self.buckets: tuple[int, ...] = (
-            CUDA_BUCKETS if self.device.type == "cuda" else ()
-        )
+        # Settled with `shapes`, where forwards have fixed ones.
+        self.fixed: FixedShapes | None = None
+        self._rung: Rung | None = None
         self.model: nn.Module = model if self._own_weights else view_of(model)
         # A module that couldn't be copied is the caller's, and stays as it is.
         if self._own_weights or self.model is not model:
@@ -237,7 +253,8 @@ class LanguageModel:
                 )
             )
             ids = torch.tensor([tree.tokens], device=self.device)
-            self._run(ids, tree.depths, position, cache, mask, [0], ())
+            places = positions(tree.depths, position, self.device)
+            self._run(ids, places, cache, mask, [0], ())
         self._forget_rotation()
 
     @functools.cached_property
@@ -254,6 +271,37 @@ class LanguageModel:
     def unverifiable(self) -> str | None:
         """Why passes over drafts aren't what the model gives without, or None."""
         return unverifiable(self)
+
+    @property
+    def shapes(self) -> Rung:
+        """How forwards of decoding run; found out once, behind :attr:`capability`.
+
+        On CUDA graphs are tried, then fixed shapes without, then dynamic ones: the
+        first that gives what dynamic shapes give. Its reason says why it isn't more.
+        """
+        if self._rung is None:
+            asked = self.asked_shapes
+            self.fixed, self._rung = settle_shapes(self, self._run, asked)
+        return self._rung if self.fixed is None else self.fixed.rung
+
+    @functools.cached_property
+    def rounding(self) -> str:
+        """In which passes logits have other bits than token by token; "" if in none.
+
+        A few forwards, run where somebody asks. In half precision so few hide most of
+        what rounds otherwise, so a float32 miniature is looked at, too.
+        """
+        level = self.capability.level
+        _ = self.shapes  # settled first: passes are then those of decoding
+        found = what_differs(self, level)
+        if found or level == "plain" or self.dtype is torch.float32:
+            return found
+        if (small := miniature.build(self.model, self.config)) is None:
+            return ""
+        twin = LanguageModel(small, own_weights=True, accelerate=self._accelerate)
+        twin.use_masks = self.use_masks
+        found = what_differs(twin, level)
+        return found and f"in a small float32 model of its class {found}"
 
     @functools.cached_property
     def latency(self) -> LatencyCurve:
@@ -305,16 +353,21 @@ class LanguageModel:
         return reread_boundaries(self)
 
     def over(self, module: nn.Module) -> LanguageModel:
-        """A model over another module of ours, which is run as it is.
-
-        Trees are padded as this model's are.
-        """
-        twin = LanguageModel(module, own_weights=True, accelerate=False)
-        twin.buckets = self.buckets
-        return twin
+        """A model over another module of ours, which is run as it is."""
+        return LanguageModel(
+            module, own_weights=True, accelerate=False, shapes="dynamic"
+        )
 
     def new_cache(self, capacity: int = 0) -> TreeCache:
-        """An empty cache with room for ``capacity`` tokens."""
+        """An empty cache with room for ``capacity`` tokens.
+
+        Once it is known what the model verifies, and where shapes are fixed, it is one
+        of few whose buffers stay.
+        """
+        if "capability" in self.__dict__ and self.shapes.kind != "dynamic":
+            assert self.fixed is not None
+            if (leased := self.fixed.lease(capacity)) is not None:
+                return leased
         return TreeCache(self._layers, capacity)
 
     def plain_cache(self, uncached: bool | None = None) -> PlainCache:
@@ -350,8 +403,22 @@ class LanguageModel:
                 return self._read_anew(tokens, cache, last, hidden_layers)
             return self._read_part(tokens, cache, last, hidden_layers)
         cache.announce(cached + count)
-        if cached and self._filled(count, cached) > count:
+        if cached and self.fixed is not None and count <= WIDTHS[-1]:
             return self._append(tokens, cache, last, hidden_layers)
+        forward = self._read_tokens(tokens, cache, last, hidden_layers)
+        if self.fixed is not None:
+            self.fixed.prepare(cache, hidden_layers)
+        return forward
+
+    def _read_tokens(
+        self,
+        tokens: Sequence[int],
+        cache: TreeCache,
+        last: int,
+        hidden_layers: Sequence[int],
+    ) -> Forward:
+        """:meth:`prefill` of many tokens, in parts where that may be."""
+        cached, count = cache.length, len(tokens)
         size = PART_TOKENS * (CUDA_PARTS if self.device.type == "cuda" else 1)
         # Without the argument, a forward makes logits of all that it reads.
         few = size * (FEW_PARTS if self._takes_keep else 1)
@@ -402,38 +469,27 @@ class LanguageModel:
 
         The caller keeps a path afterwards with ``cache.keep``.
         """
-        cached = cache.length
-        nodes = len(tree)
-        rows = self._filled(nodes, cached)
+        if self.fixed is not None:
+            fixed = self.fixed.forward(tree, cache, hidden_layers=hidden_layers)
+            if fixed is not None:
+                return fixed
+        cached, nodes = cache.length, len(tree)
+        cache.announce(cached + nodes)
         mask: Any = None
         # On the CPU a lone root gets its mask too: attention then runs the same kernel
         # as for a draft, and gives the same bits (measured, bfloat16 included).
-        masked = rows > 1 or self.device.type == "cpu" or self._limited(cached + 1)
-        if masked:
+        if nodes > 1 or self.device.type == "cpu" or self._limited(cached + 1):
             mask = self._masks(
-                lambda reach: tree_mask(
-                    tree, cached, reach, self.dtype, self.device, rows
-                )
+                lambda reach: tree_mask(tree, cached, reach, self.dtype, self.device)
             )
-        padding = [tree.tokens[0]] * (rows - nodes)
-        depths = [*tree.depths, *([0] * (rows - nodes))]
-        kept = [node for node in range(nodes) if node not in tree.unread]
-        forward = self._run(
-            torch.tensor([[*tree.tokens, *padding]], device=self.device),
-            depths,
-            cached,
+        return self._run(
+            torch.tensor([list(tree.tokens)], device=self.device),
+            positions(tree.depths, cached, self.device),
             cache,
             mask,
             # The LM head, too, may be faster for a few rows.
-            kept if tree.unread or self.device.type == "cuda" else range(rows),
+            [node for node in range(nodes) if node not in tree.unread],
             hidden_layers,
-        )
-        if rows == nodes:
-            return forward
-        return Forward(
-            forward.logits[: len(kept)],
-            {node: row for row, node in enumerate(kept)},
-            {layer: states[:nodes] for layer, states in forward.hidden.items()},
         )
 
     @torch.inference_mode()
@@ -442,25 +498,26 @@ class LanguageModel:
 
         For drafting a tree level by level. Logits come at the new nodes.
         """
+        if self.fixed is not None:
+            fixed = self.fixed.forward(tree, cache, done)
+            if fixed is not None:
+                return fixed
         nodes = len(tree)
         cached, new = cache.length - done, nodes - done
-        rows = self._filled(new, cached + done)
+        cache.announce(cached + nodes)
         masks = self._masks(
-            lambda reach: tree_mask(
-                tree, cached, reach, self.dtype, self.device, done + rows
-            )[:, :, done:]
+            lambda reach: tree_mask(tree, cached, reach, self.dtype, self.device)[
+                :, :, done:
+            ]
         )
-        padding = [tree.tokens[0]] * (rows - new)
         forward = self._run(
-            torch.tensor([[*tree.tokens[done:], *padding]], device=self.device),
-            [*tree.depths[done:], *([0] * (rows - new))],
-            cached,
+            torch.tensor([list(tree.tokens[done:])], device=self.device),
+            positions(tree.depths[done:], cached, self.device),
             cache,
             masks,
             range(new),
             (),
         )
-        cache.truncate(cached + nodes)
         return Forward(forward.logits, {done + row: row for row in range(new)})
 
     @torch.inference_mode()
@@ -580,23 +637,12 @@ class LanguageModel:
             )
         return self._run(
             torch.tensor([list(tokens)], device=self.device),
-            range(count),
-            cached,
+            positions(range(count), cached, self.device),
             cache.inner if isinstance(cache, PlainCache) else cache,
             mask,
             list(range(max(0, count - last), count)),
             hidden_layers,
         )
-
-    def _filled(self, rows: int, cached: int = 0) -> int:
-        """How many rows a forward of ``rows`` computes, the others for nothing.
-
-        Never more than there are positions: some models count rows.
-        """
-        filled = next((bucket for bucket in self.buckets if bucket >= rows), rows)
-        if self.max_length is not None and cached + filled > self.max_length:
-            return rows
-        return filled
 
     def _forget_rotation(self) -> None:
         """Let rotations that grow with the text start from this text alone."""
@@ -617,8 +663,7 @@ class LanguageModel:
         cache.length = cached + count
         forward = self._run(
             torch.tensor([cache.text], device=self.device),
-            range(cached + count),
-            0,
+            positions(range(cached + count), 0, self.device),
             None,
             None,
             range(cached + max(0, count - last), cached + count),
@@ -649,8 +694,7 @@ class LanguageModel:
     def _run(
         self,
         input_ids: torch.Tensor,
-        depths: Sequence[int],
-        cached: int,
+        position_ids: torch.Tensor,
         cache: Any,
         mask: Any,
         kept: Sequence[int],
@@ -665,7 +709,7 @@ class LanguageModel:
         if cache is None:  # as a text is read by the model alone
             del arguments[self.cache_argument], arguments["attention_mask"]
         if self.takes_positions:
-            arguments["position_ids"] = positions(depths, cached, self.device)
+            arguments["position_ids"] = position_ids
         self._forget_rotation()
         count = input_ids.shape[1]
         whole = len(kept) == count

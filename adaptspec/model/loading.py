@@ -11,6 +11,7 @@ from torch import nn
 
 from adaptspec.errors import ModelLoadError
 from adaptspec.model.checkpoints import device_named, read_model, read_tokenizer
+from adaptspec.model.fixed_shapes import Shapes
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.views import unwrapped
 
@@ -23,6 +24,7 @@ def load_model(
     device: str | torch.device | None = None,
     accelerate: bool = True,
     trust_remote_code: bool = False,
+    shapes: Shapes = "auto",
 ) -> LanguageModel:
     """Load a model folder or hub name, or take a loaded model as it is.
 
@@ -30,6 +32,7 @@ def load_model(
         dtype: ``auto`` keeps the checkpoint's.
         device: Default: CUDA if there is one, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
+        shapes: Of forwards, see :class:`LanguageModel`.
 
     Raises:
         ModelLoadError: if it can't be found, read, or isn't a causal LM; if the device
@@ -38,7 +41,7 @@ def load_model(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             tokenizer = _tokenizer_of(unwrapped(model), trust_remote_code)
-        return LanguageModel(model, tokenizer, accelerate=accelerate)
+        return LanguageModel(model, tokenizer, accelerate=accelerate, shapes=shapes)
     if not isinstance(model, str | os.PathLike):
         raise ModelLoadError(
             f"a folder, a hub name or a transformers model is expected, got "
@@ -54,6 +57,7 @@ def load_model(
         Path(path).name if Path(path).exists() else path,
         own_weights=True,
         accelerate=accelerate,
+        shapes=shapes,
     )
 
 

@@ -60,31 +60,36 @@ def tree_mask(
     reach: Reach,
     dtype: torch.dtype,
     device: torch.device,
-    padded: int | None = None,
 ) -> torch.Tensor:
     """Additive mask ``[1, 1, nodes, cached + nodes]``: 0 to attend, else dtype's min.
 
     A node attends to the cached rows, its ancestors and itself, within ``reach`` of its
-    position ``cached + depth``. Nodes padded up to ``padded`` attend to themselves.
+    position ``cached + depth``.
     """
     nodes = len(tree)
-    rows = padded or nodes
-    mask = torch.full((rows, cached + rows), torch.finfo(dtype).min, dtype=dtype)
-    block = torch.eye(rows, dtype=torch.bool)
-    if tree.is_chain:
-        block[:nodes, :nodes] = torch.ones((nodes, nodes), dtype=torch.bool).tril()
+    mask = torch.full((nodes, cached + nodes), torch.finfo(dtype).min, dtype=dtype)
+    if reach.limits(cached + max(tree.depths) + 1):
+        for node, depth in enumerate(tree.depths):
+            mask[node, first_key(cached + depth, reach) : cached] = 0
     else:
+        mask[:, :cached] = 0
+    mask[:, cached:].masked_fill_(seen_nodes(tree, cached, reach), 0)
+    return mask[None, None].to(device)
+
+
+def seen_nodes(tree: TokenTree, cached: int, reach: Reach) -> torch.Tensor:
+    """Which nodes each node attends to: ``[nodes, nodes]``, its ancestors and itself
+    within ``reach``."""
+    nodes = len(tree)
+    if tree.is_chain:
+        block = torch.ones((nodes, nodes), dtype=torch.bool).tril()
+    else:
+        block = torch.eye(nodes, dtype=torch.bool)
         for node in range(1, nodes):
             block[node, :node] |= block[tree.parents[node], :node]
-    depths = [*tree.depths, *([0] * (rows - nodes))]
-    if reach.limits(cached + max(depths) + 1):
-        block &= _pairs(torch.tensor(depths) + cached, reach)
-        for node, depth in enumerate(tree.depths):
-            mask[node, _first_key(cached + depth, reach) : cached] = 0
-    else:
-        mask[:nodes, :cached] = 0
-    mask[:, cached:].masked_fill_(block, 0)
-    return mask[None, None].to(device)
+    if reach.limits(cached + max(tree.depths) + 1):
+        block &= _pairs(torch.tensor(tree.depths) + cached, reach)
+    return block
 
 
 def causal_mask(
@@ -96,7 +101,7 @@ def causal_mask(
     """
     mask = torch.full((new, cached + new), torch.finfo(dtype).min, dtype=dtype)
     for row, position in enumerate(range(cached, cached + new)):
-        mask[row, _first_key(position, reach) : position + 1] = 0
+        mask[row, first_key(position, reach) : position + 1] = 0
     return mask[None, None].to(device)
 
 
@@ -105,7 +110,7 @@ def positions(depths: Sequence[int], cached: int, device: torch.device) -> torch
     return torch.tensor([[cached + depth for depth in depths]], device=device)
 
 
-def _first_key(position: int, reach: Reach) -> int:
+def first_key(position: int, reach: Reach) -> int:
     """The first position that a token at ``position`` attends to."""
     first = 0
     if reach.window is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from adaptspec.errors import InvalidPromptError
+from adaptspec.model.messages import message_fields
 
 if TYPE_CHECKING:
     from adaptspec.model.forward import TextModel
@@ -110,17 +110,6 @@ def encode_prompt(
     return ids
 
 
-def message_text(message: Any) -> str:
-    """The text of one chat message, whatever the form of its content."""
-    content = _fields(message).get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        return ""
-    parts = [p if isinstance(p, str) else _fields(p).get("text", "") for p in content]
-    return "".join(part for part in parts if isinstance(part, str))
-
-
 def _only_one(prompt: Any) -> Any:
     """A batch of one is its one prompt.
 
@@ -215,7 +204,7 @@ def _numbers(value: Any, bools: bool = False) -> list[int] | None:
     value = _only_one(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         return None if isinstance(value, str) else _numbers(value, bools)
-    if any(isinstance(item, str) or _fields(item) for item in value):
+    if any(isinstance(item, str) or message_fields(item) for item in value):
         return None
     return [_whole(item, bools) for item in value]
 
@@ -363,7 +352,7 @@ def _messages(prompt: Any) -> list[dict[str, Any]]:
 def _message(number: int, given: Any) -> dict[str, Any]:
     """A message with its text in one piece, and without keys that hold nothing."""
     where = f"message {number}"
-    message = {k: v for k, v in _fields(given).items() if v is not None}
+    message = {k: v for k, v in message_fields(given).items() if v is not None}
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidPromptError(
@@ -391,7 +380,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
 def _part(where: str, part: Any) -> str:
     if isinstance(part, str):
         return part
-    fields = _fields(part)
+    fields = message_fields(part)
     kind, text = fields.get("type", "text"), fields.get("text")
     if kind in TEXT_PARTS and isinstance(text, str):
         return text
@@ -399,17 +388,6 @@ def _part(where: str, part: Any) -> str:
         f"{where} has a content part of type {ascii(kind)[:40]}, and only text can be "
         "read; leave it out"
     )
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """What a message holds: a mapping, a dataclass, or a pydantic model."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if callable(dump := getattr(value, "model_dump", None)):
-        return dict(dump())
-    return {}
 
 
 def _rendered(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptspec.testing.engines import (
+        InferenceEngineContract as InferenceEngineContract,
+    )
     from adaptspec.testing.fakes import FakeClock as FakeClock
     from adaptspec.testing.fakes import ScriptedStrategy as ScriptedStrategy
     from adaptspec.testing.fakes import hf_greedy as hf_greedy
@@ -15,9 +18,10 @@ if TYPE_CHECKING:
     from adaptspec.testing.stores import ProfileStoreContract as ProfileStoreContract
     from adaptspec.testing.strategies import StrategyContract as StrategyContract
 
-# Store authors need no torch, strategy authors no database.
+# Authors of stores and engines need no torch, strategy authors no database.
 _LAZY = {
     "FakeClock": "fakes",
+    "InferenceEngineContract": "engines",
     "ProfileStoreContract": "stores",
     "ScriptedStrategy": "fakes",
     "StrategyContract": "strategies",

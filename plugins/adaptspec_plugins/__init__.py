@@ -57,12 +57,14 @@ def register_baselines() -> list[type[Baseline]]:
 
 @hookimpl
 def register_engines() -> list[type[InferenceEngine]]:
-    """Other engines: llama.cpp, vLLM, and whatever serves OpenAI's API."""
+    """This program's own decoding, Hugging Face's, llama.cpp, vLLM, any server's."""
     from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
     from adaptspec_plugins.engines.openai_server import OpenAIServer
+    from adaptspec_plugins.engines.ours import AdaptSpecEngine
+    from adaptspec_plugins.engines.transformers import TransformersEngine
     from adaptspec_plugins.engines.vllm.engine import VLLM
 
-    return [LlamaCpp, VLLM, OpenAIServer]
+    return [AdaptSpecEngine, TransformersEngine, LlamaCpp, VLLM, OpenAIServer]
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from adaptspec.cli.output import print_json, stdout_console
 from adaptspec.errors import ProfileStoreError
 
 if TYPE_CHECKING:
-    from adaptspec.profile import ClassChoice, Profile, ProfileStore
+    from adaptspec.profile import ClassChoice, Environment, Profile, ProfileStore
 
 RUN_LENGTH = 16  # of a run's name, which may be digits alone
 
@@ -57,8 +57,18 @@ def list_profiles(
     from rich.table import Table
 
     table = Table(box=None)
+    engines = _several_engines(p.environment for p in found)
     for column in (
-        *("id", "run", "model", "draft, heads", "device", "class", "strategy"),
+        *(
+            "id",
+            "run",
+            *engines,
+            "model",
+            "draft, heads",
+            "device",
+            "class",
+            "strategy",
+        ),
         *("parameters", "tokens/s", "x plain", "identical"),
     ):
         table.add_column(column)
@@ -67,6 +77,7 @@ def list_profiles(
         table.add_row(
             str(p.id),
             p.run,
+            *(p.environment.decoded_by for _ in engines),
             f"{p.environment.model_name} {p.environment.dtype}",
             ", ".join(
                 filter(None, (p.environment.draft_name, p.environment.heads_name))
@@ -106,7 +117,17 @@ def _list_runs(
     from rich.table import Table
 
     table = Table(box=None)
-    columns = ("run", "model", "device", "decided", "prompts", "classes", "used for")
+    engines = _several_engines(choice.environment for choice in found)
+    columns = (
+        "run",
+        *engines,
+        "model",
+        "device",
+        "decided",
+        "prompts",
+        "classes",
+        "used for",
+    )
     for column in columns:
         table.add_column(column)
     for name in runs:
@@ -116,6 +137,7 @@ def _list_runs(
         place = ours[0].environment
         table.add_row(
             name + (" (pinned)" if ours[0].pinned else ""),
+            *(place.decoded_by for _ in engines),
             f"{place.model_name} {place.dtype}",
             place.device,
             f"{max(c.created for c in ours):%Y-%m-%d %H:%M}",
@@ -124,6 +146,13 @@ def _list_runs(
             ", ".join(sorted(serving)) or "-",
         )
     stdout_console().print(table)
+
+
+def _several_engines(places: Iterable[Environment]) -> list[str]:
+    """The heading of a column that tells engines, where others than ours decoded."""
+    from adaptspec.profile import OURS
+
+    return ["engine"] if any(place.engine != OURS for place in places) else []
 
 
 def in_use(choices: Sequence[ClassChoice]) -> list[ClassChoice]:
@@ -261,7 +290,11 @@ def _show_run(run: str, as_json: bool, db: str | None) -> None:
     if as_json:
         print_json(_run_as_json(choices, run, used))
         return
-    click.echo(f"run {run}{', pinned' if ours[0].pinned else ''}")
+    engine = "".join(
+        f", {ours[0].environment.decoded_by}"
+        for _ in _several_engines([ours[0].environment])
+    )
+    click.echo(f"run {run}{engine}{', pinned' if ours[0].pinned else ''}")
     for choice in ours:
         serves = "" if (run, choice.prompt_class) in used else " (not used)"
         click.echo(f"{_class(choice)}{serves}: {_choice_in_words(choice)}")

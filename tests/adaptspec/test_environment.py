@@ -71,3 +71,13 @@ def test_the_kernel_and_its_packing_are_told() -> None:
     assert environment.differences(other, HOLDS) == ["kernel"]
     unknown = replace(environment, kernel=None)
     assert environment.differences(unknown, HOLDS) == []
+
+
+def test_what_was_measured_in_fixed_shapes_is_told_apart() -> None:
+    module = tiny_module("llama")
+    kernels = {
+        environment_of(LanguageModel(module, shapes=shapes), None).kernel
+        for shapes in ("auto", "dynamic", "fixed")
+    }
+    plain = environment_of(LanguageModel(module), None).kernel
+    assert kernels == {plain, f"{plain}, fixed"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from adaptspec.decoder import Decoder, load
 from adaptspec.host import Host
 from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.workloads import Prompt, Workload
+from adaptspec_profiles import open_store
 from adaptspec_tuner.options import TuneOptions
+from adaptspec_tuner.reporting.stored import build
 from adaptspec_tuner.tune import tune
 
 HOST = {"bundled": adaptspec_plugins, "profiles": adaptspec_profiles.plugin}
@@ -44,7 +47,7 @@ def test_loaded_as_it_was_tuned_a_model_finds_its_profiles(
     }
     model = str(tmp_path / "target")
     prompts = [Prompt(str(i), text=f"w{i} w5 w6 w7 w{i} w5") for i in range(4)]
-    tune(
+    result = tune(
         model,
         given["draft_model"],
         Workload("w", tuple(prompts)),
@@ -57,6 +60,11 @@ def test_loaded_as_it_was_tuned_a_model_finds_its_profiles(
         ),
         db=given["db"],
     )
+    # What was found of the model's bits is told, kept, and told again.
+    said_of_output = "outputs equal plain decoding's bit for bit"
+    assert said_of_output in result.notes
+    with closing(open_store(given["db"])) as store:
+        assert build(store).notes == [said_of_output]
 
     def said(decoder: Decoder) -> str:
         return decoder.choose().reason

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import (
@@ -30,12 +30,15 @@ from adaptspec.cli.output import (
 )
 from adaptspec.cli.quantities import duration
 from adaptspec.errors import AdaptSpecError
+from adaptspec.profile import OURS
 from adaptspec_tuner.options import TuneOptions
 
 if TYPE_CHECKING:
+    from adaptspec.cli.progress import Progress
     from adaptspec.host import Host
+    from adaptspec.workloads import Workload
     from adaptspec_tuner.reporting.result import TuneResult
-    from adaptspec_tuner.tuning_run import Stopped
+    from adaptspec_tuner.reporting.usage import Usage
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -66,6 +69,8 @@ def option_of(name: str, default: Any, hint: Any) -> Decorator | None:
         how["is_flag"] = True
     elif get_origin(known) is Literal:
         how |= {"type": click.Choice(get_args(known)), "show_default": True}
+    elif "type" in asked.how:
+        how["show_default"] = default is not None
     elif asked.least is not None:
         how |= {"type": click.IntRange(min=asked.least), "show_default": True}
     elif isinstance(default, int | str):
@@ -84,7 +89,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.option("-m", "--model", help="Model folder; default: the embedded model.")
+@click.option(
+    "-m",
+    "--model",
+    help="Model folder, or what another engine takes; default: the embedded model.",
+)
 @click.option(
     "--draft-model", help="Draft model folder; best with the same vocabulary."
 )
@@ -121,64 +130,129 @@ def tune(
     Stopped with Ctrl-C or cut off, the same command continues.
     """
     seconds, trials = parse_budget(budget)
-    options = TuneOptions(budget=seconds, budget_trials=trials, **asked)
+    options = [
+        TuneOptions(
+            budget=seconds, budget_trials=trials, **{**asked, "concurrency": count}
+        )
+        for count in asked["concurrency"]
+    ]
+    first = options[0]
     from adaptspec.cli.progress import Progress
     from adaptspec.workloads import example_workload, read_workload
-    from adaptspec_tuner.reporting.usage import Usage
 
     # A bad line is told before a model is fetched.
     prompts = (
         example_workload()
         if workload is None
-        else read_workload(workload, options.skip_bad)
+        else read_workload(workload, first.skip_bad)
     )
     if raw:
         prompts = prompts.as_raw()
-    usage = Usage(
-        *(model, draft_model, tuple(map(str, options.heads)), options.dtype),
-        *(options.device, options.threads, options.trust_remote_code, db),
-    )
-    stopped: Stopped | None = None
+    results: list[TuneResult] = []
+    started = time.monotonic()
     with Progress(stderr_console(), time.monotonic) as progress:
-        progress.doing("loading", options.seconds)
-        from adaptspec_tuner.tune import tune as run_tune
-        from adaptspec_tuner.tuning_run import Interrupted, Stopped
+        progress.doing("loading", first.seconds)
+        from adaptspec_tuner.tuning_run import Stopped
 
-        if model is None:
+        if model is None and first.engine == OURS:
             from adaptspec.default_model import default_model_path
 
             model = str(default_model_path(progress.say))
-        try:
-            with without_loading_bars():
-                result = run_tune(
-                    model,
-                    draft_model,
-                    prompts,
-                    options,
-                    db=db,
-                    host=host,
-                    progress=progress,
-                )
-        except Stopped as error:
-            stopped, result = error, error.result
-    result = replace(result, usage=usage, defaults=_defaults(host))
-    if result.classes:
-        _keep_usage(host, result)
+        stopped: Stopped | None = None
+        for number, one in enumerate(options):
+            if len(options) > 1:
+                left = max(0.0, seconds - (time.monotonic() - started))
+                one = replace(one, budget=left / (len(options) - number))
+            try:
+                result = _tuned(host, model, draft_model, prompts, one, db, progress)
+            except Stopped as error:
+                stopped, result = error, error.result
+            result = replace(
+                result,
+                usage=_usage(host, model, draft_model, one, db),
+                defaults={**_defaults(host), **result.defaults},
+            )
+            if result.classes:
+                _keep_usage(host, result)
+            results.append(result)
+            if stopped is not None:
+                break
+    shown = [found for found in results if found.classes]
     if stopped is not None:
-        if result.classes:
-            _show(result, as_json)
+        if shown:
+            _show(shown, as_json)
+        from adaptspec_tuner.tuning_run import Interrupted
+
         if not isinstance(stopped, Interrupted):
             raise stopped
         click.echo(f"Error: {stopped}", err=True)
         sys.exit(130)
-    if result.classes or result.worked is not None or as_json:
-        _show(result, as_json)
-    if not result.classes and result.worked is None:
+    worked = all(found.worked is not None for found in results)
+    if shown or worked or as_json:
+        _show(shown if shown and not as_json else results, as_json)
+    if not shown and not worked:
+        notes = results[-1].notes
         raise AdaptSpecError(
-            f"no class could be confirmed, so nothing is chosen: {result.notes[-1]}"
-            if result.notes
+            f"no class could be confirmed, so nothing is chosen: {notes[-1]}"
+            if notes
             else "no class could be confirmed; give a larger --budget"
         )
+
+
+def _tuned(
+    host: Host,
+    model: str | None,
+    draft_model: str | None,
+    prompts: Workload,
+    options: TuneOptions,
+    db: str | None,
+    progress: Progress,
+) -> TuneResult:
+    """What a tune of our engine, or of another, finds."""
+    if options.engine != OURS:
+        from adaptspec_tuner.engines.tune import tune_engine
+
+        return tune_engine(
+            model, draft_model, prompts, options, db=db, host=host, progress=progress
+        )
+    from adaptspec_tuner.tune import tune as run_tune
+
+    with without_loading_bars():
+        return run_tune(
+            *(model, draft_model, prompts, options), db=db, host=host, progress=progress
+        )
+
+
+def _usage(
+    host: Host,
+    model: str | None,
+    draft_model: str | None,
+    options: TuneOptions,
+    db: str | None,
+) -> Usage:
+    """What was asked for, for the next command."""
+    from adaptspec_tuner.reporting.usage import Usage
+
+    starts = False
+    if options.engine != OURS:
+        from adaptspec.engines.inference_engine import InferenceEngine
+        from adaptspec_tuner.engines.tune import engine_class
+
+        cls = engine_class(host, options.engine)
+        starts = "://" not in options.engine and (
+            cls.launch is not InferenceEngine.launch
+        )
+    return Usage(
+        *(model, draft_model, tuple(map(str, options.heads)), options.dtype),
+        *(options.device, options.threads, options.trust_remote_code, db),
+        engine=options.engine,
+        engine_command=options.engine_command,
+        engine_python=options.engine_python,
+        engine_argument=tuple(options.engine_argument),
+        context=options.context,
+        concurrency=options.concurrency,
+        starts=starts,
+    )
 
 
 def _defaults(host: Host) -> dict[str, dict[str, Any]]:
@@ -203,16 +277,22 @@ def _keep_usage(host: Host, result: TuneResult) -> None:
             store.close()
 
 
-def _show(result: TuneResult, as_json: bool) -> None:
+def _show(results: Sequence[TuneResult], as_json: bool) -> None:
+    """One result, or one for each number of requests at a time, with a summary."""
     from adaptspec_tuner.reporting import sentences
-    from adaptspec_tuner.reporting.tables import print_result
+    from adaptspec_tuner.reporting.tables import print_by_concurrency, print_result
 
     if as_json:
-        print_json(sentences.as_json(result))
-    elif result.worked is not None:
-        click.echo(f"{result.worked} trials of run {result.run}", err=True)
-    else:
-        print_result(result, stdout_console())
+        found = [sentences.as_json(result) for result in results]
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    for result in results:
+        if result.worked is not None:
+            click.echo(f"{result.worked} trials of run {result.run}", err=True)
+        else:
+            print_result(result, stdout_console())
+    if len(results) > 1:
+        print_by_concurrency(results, stdout_console())
 
 
 @click.command()
@@ -253,4 +333,4 @@ def report(
             ) from None
         click.echo(f"{output} written", err=True)
     if as_json or output is None:
-        _show(found, as_json)
+        _show([found], as_json)

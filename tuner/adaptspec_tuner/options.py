@@ -6,7 +6,7 @@ import json
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -21,7 +21,7 @@ from typing import (
 from adaptspec.cli.quantities import parse_memory
 from adaptspec.errors import AdaptSpecError, UnknownStrategyError
 from adaptspec.params import Scalar
-from adaptspec.profile import ANSWER, LATENCY, PLAIN, ProfileStore
+from adaptspec.profile import ANSWER, LATENCY, OURS, PLAIN, ProfileStore
 from adaptspec.workloads import Workload, example_workload, read_workload
 from adaptspec_tuner.distributed.grpc_store import SCHEME, RemoteStore, open_remote
 
@@ -30,11 +30,33 @@ if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
 
 EXAMPLE_TOKENS = 48
+# Options that say nothing of our own engine.
+OF_OTHER_ENGINES = (
+    *("engine_command", "engine_python", "engine_argument"),
+    *("context", "concurrency"),
+)
 
 
 def names_in(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """Different whole numbers from 1 separated by commas, in the order given.
+
+    Raises:
+        AdaptSpecError: for anything else.
+    """
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in names_in(str(text))))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise AdaptSpecError(
+            f"whole numbers from 1, separated by commas, are wanted, got {text!r}"
+        )
+    return numbers
 
 
 def named_values(
@@ -80,6 +102,46 @@ class TuneOptions:
 
     budget: float = 480.0
     budget_trials: int | None = None
+    engine: Annotated[
+        str,
+        Asked(
+            "The engine that is tuned, or the URL of an OpenAI-compatible server that "
+            "is measured.",
+            metavar="NAME|URL",
+        ),
+    ] = OURS
+    engine_command: Annotated[
+        str | None, Asked("Another engine's program.", metavar="PROGRAM")
+    ] = None
+    engine_python: Annotated[
+        str | None,
+        Asked("Python that another engine is installed for.", metavar="PROGRAM"),
+    ] = None
+    engine_argument: Annotated[
+        Sequence[str],
+        Asked(
+            "One more argument of another engine's program; as --engine-argument=--X.",
+            multiple=True,
+            metavar="TEXT",
+        ),
+    ] = ()
+    context: Annotated[
+        int | None,
+        Asked("Another engine's tokens of a prompt with its answer.", least=1),
+    ] = None
+    concurrency: Annotated[
+        int,
+        Asked(
+            "Requests at a time, of another engine: several numbers are several tunes "
+            "in one budget.",
+            least=1,
+            type=numbers_in,
+            metavar="1,4,16",
+        ),
+    ] = 1
+    api_key: Annotated[
+        str | None, Asked("For a server that wants one.", envvar="OPENAI_API_KEY")
+    ] = field(default=None, repr=False)
     heads: Annotated[
         Sequence[Path | str],
         Asked("Heads trained for the model.", multiple=True, metavar="DIR"),
@@ -203,6 +265,14 @@ class TuneOptions:
                 "baselines decode greedily; leave --baselines out, or --temperature "
                 "and other controls"
             )
+        if self.engine == OURS:
+            usual = {f.name: f.default for f in fields(self)}
+            for name in OF_OTHER_ENGINES:
+                if getattr(self, name) != usual[name]:
+                    raise AdaptSpecError(
+                        f"{name} is for other engines (engine=, --engine), and "
+                        f"{OURS} is tuned; leave it out"
+                    )
         if self.ray is not None and self.worker:
             raise AdaptSpecError("ray and worker share trials in two ways; take one")
 
@@ -226,9 +296,11 @@ class TuneOptions:
             "objective": self.objective,
         }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("max_memory", "allow_lossy"):
+        for name in ("max_memory", "allow_lossy", "context"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
+        if self.engine_argument:
+            told["engine_argument"] = list(self.engine_argument)
         # What wasn't tried can't be chosen: a run of other strategies is another one.
         if self.strategies is not None:
             told["strategies"] = sorted(set(self.strategies))

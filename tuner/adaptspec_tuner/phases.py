@@ -32,6 +32,7 @@ from adaptspec_tuner.searching.entrants import (
     earlier_settings,
     entrants,
 )
+from adaptspec_tuner.searching.one_by_one import open_one_by_one
 from adaptspec_tuner.searching.search import Arm, Search
 from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
@@ -68,13 +69,13 @@ def tune_with(given: TuneInputs) -> TuneResult:
             replayer = replayer_of(run, tuning, plain)
             # The classes in turn, so that any first prompts are of all kinds.
             mixed = tuning.limit(len(tuning.prompts)).prompts
-            recorded = [p for p in mixed if p.id in plain]
+            recorded = [p for p in mixed if p.id in plain or run.given.of_engine]
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
-            search = raced(run, recorded, plain, common, replayed)
+            search, shared = raced(run, recorded, plain, common, replayed)
             learn_classes(run)
-            finalists = finalists_of(run, search, common)
+            finalists = finalists_of(run, search, shared)
             records: dict[str, dict[str, Any]] = {}
             for name, confirmed in confirm_classes(
                 run, finalists, tuning, held_out, plain
@@ -131,6 +132,7 @@ def _stale(store: ProfileStore, environment: Environment) -> str:
         p.environment
         for p in store.profiles()
         if p.environment.model_name == environment.model_name
+        and p.environment.engine == environment.engine
     ]
     if not before:
         return ""
@@ -151,6 +153,8 @@ def plain_decodings(run: TuningRun, tuning: Workload) -> dict[str, Sample]:
     measured: dict[str, Sample] = {}
     failed: Exception | None = None
     prompts = tuning.limit(len(tuning.prompts)).prompts
+    if run.given.of_engine:  # then it only tells what confirming takes
+        prompts = tuning.limit(len(tuning.classes)).prompts
     for index, prompt in enumerate(prompts):
         if index >= len(tuning.classes) and not run.time.decoding_plainly:
             run.warn(f"tuned on {index} of {len(prompts)} prompts; the budget is small")
@@ -269,10 +273,13 @@ def raced(
     plain: Mapping[str, Sample],
     common: Mapping[str, Mapping[str, Scalar]],
     replayed: Presearch | None,
-) -> Search:
+) -> tuple[Search, Mapping[str, Mapping[str, Scalar]]]:
     """The race of every class's strategies, and the search of the leaders' parameters.
 
     Workers may join.
+
+    Returns:
+        The race, and each strategy's setting for all classes.
     """
     given, options, store = run.given, run.options, run.store
     prompts = _by_class(recorded)
@@ -297,9 +304,11 @@ def raced(
             "workload": given.workload.name,
         },
         pool=given.pool,
+        repeats=1 if given.once else 3,
+        challengers=5 if given.of_engine else 3,
         first=opening_prompts(
             {
-                name: [plain[p.id].seconds for p in group]
+                name: [plain[p.id].seconds for p in group if p.id in plain]
                 for name, group in prompts.items()
             },
             1 + len(given.strategies),
@@ -308,6 +317,22 @@ def raced(
     )
     profiles = [p for p in store.profiles() if p.run != run.id]
     earlier = earlier_settings(profiles, run.environment, given.strategies)
+    if given.of_engine:
+        run.begin("race")
+        seconds = {
+            name: median([plain[p.id].seconds for p in group if p.id in plain] or [0.0])
+            for name, group in prompts.items()
+        }
+        learnt = open_one_by_one(
+            search,
+            given.strategies,
+            prompts,
+            seconds,
+            lambda: run.time.left_for_search,
+            earlier=earlier,
+            starting=given.starting,
+        )
+        return _raced_on(run, search, prompts), learnt
     for cls in given.strategies:
         for name, group in prompts.items():
             opening = entrants(
@@ -317,6 +342,14 @@ def raced(
             search.add(
                 *(name, cls, group, opening.settings, opening.predicted, opening.count)
             )
+    return _raced_on(run, search, prompts), common
+
+
+def _raced_on(
+    run: TuningRun, search: Search, prompts: Mapping[str, Sequence[Prompt]]
+) -> Search:
+    """The race of all classes to its end."""
+    store = run.store
     run.begin("race")
     open_search(store, run.id, prompts)
     untried = search.race()

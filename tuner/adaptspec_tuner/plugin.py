@@ -1,4 +1,4 @@
-"""The tuner's plugin: light, adds the ``tune`` and ``report`` commands."""
+"""The tuner's plugin: light, adds the ``tune``, ``report`` and ``compare`` commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """``adaptspec tune`` and ``adaptspec report``."""
+    """``adaptspec tune``, ``adaptspec report`` and ``adaptspec compare``."""
     from adaptspec_tuner.commands import report, tune
+    from adaptspec_tuner.engines.compare_command import compare
 
     cli.add_command(tune)
     cli.add_command(report)
+    cli.add_command(compare)

@@ -54,6 +54,11 @@ class TimeBudget:
         return self.deadline - self.clock()
 
     @property
+    def left_for_search(self) -> float:
+        """Seconds until the search ends."""
+        return self._search_end - self.clock()
+
+    @property
     def searching(self) -> bool:
         """Whether the search may go on."""
         return self.clock() < self._search_end

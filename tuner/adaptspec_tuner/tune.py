@@ -18,6 +18,7 @@ from adaptspec.model.hardware_costs import (
     stored_costs,
     use_costs,
 )
+from adaptspec.model.rounding import output_note, store_rounding, stored_rounding
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import work
@@ -128,6 +129,8 @@ def tune(
     )
     check_model(target, profiler.ids(workload.prompts[0]))
     store = opened_store(host, db, options.worker)
+    if not options.worker:
+        notes.append(_output_note(store, environment, target))
     deadline = started + options.seconds
 
     def doing(text: str) -> None:
@@ -190,6 +193,16 @@ def tune(
             pool.close()
         if store is not db:
             store.close()
+
+
+def _output_note(
+    store: ProfileStore, environment: Environment, target: LanguageModel
+) -> str:
+    """How near outputs are to plain decoding's; found out once per environment."""
+    if (rounding := stored_rounding(store, environment)) is None:
+        rounding = target.rounding
+        store_rounding(store, environment, rounding)
+    return output_note(rounding)
 
 
 def _compared(

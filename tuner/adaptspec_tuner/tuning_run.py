@@ -12,7 +12,12 @@ from adaptspec.cli.progress import Progress
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.profile import Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.measuring.profiler import Sample, Setting, TurnMeasurer
+from adaptspec_tuner.measuring.profiler import (
+    MeasuresAhead,
+    Sample,
+    Setting,
+    TurnMeasurer,
+)
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.searching.search import TrialPool
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.measuring.other_programs import OtherPrograms
     from adaptspec_tuner.replaying.replayer import Replayer
+    from adaptspec_tuner.searching.space import Searched
 
 # From plain decoding of prompts to what predicts from it, where anything can.
 MakesReplayer = Callable[[Sequence[tuple[Prompt, Sample]]], "Replayer | None"]
@@ -65,11 +71,12 @@ class TuneInputs:
             trained heads.
         processor: Seconds of processor time of this process; without it, that it stood
             still isn't seen.
+        starting: Seconds that a new setting takes to be ready, about.
         others: Watches what other programs take of the processors, from its making on.
     """
 
     measurer: TurnMeasurer
-    strategies: Sequence[type[Strategy]]
+    strategies: Sequence[Searched]
     workload: Workload
     store: ProfileStore
     environment: Environment
@@ -86,11 +93,22 @@ class TuneInputs:
     needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     processor: Callable[[], float] | None = None
     others: Callable[[], OtherPrograms] | None = None
+    starting: float = 0.0
+
+    @property
+    def of_engine(self) -> bool:
+        """Whether another engine's settings are measured, which nothing predicts."""
+        return isinstance(self.measurer, MeasuresAhead)
+
+    @property
+    def once(self) -> bool:
+        """Whether each setting is measured but once on a prompt."""
+        return isinstance(self.measurer, MeasuresAhead) and self.measurer.keeps
 
     @property
     def replaying(self) -> list[type[Strategy]]:
         """The strategies that can be predicted."""
-        return [cls for cls in self.strategies if cls.replays]
+        return [cls for cls in self.strategies if isinstance(cls, type) and cls.replays]
 
 
 class TuningRun:
@@ -116,7 +134,9 @@ class TuningRun:
             self.warn(note)
 
     def warn(self, text: str) -> None:
-        """Say something that belongs in the result."""
+        """Say something that belongs in the result, once."""
+        if text in self.notes:
+            return
         self.notes.append(text)
         self.progress.say(text)
 

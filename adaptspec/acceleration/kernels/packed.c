@@ -13,80 +13,89 @@
 #include <sys/mman.h>
 #endif
 
+/* Rows of x per tile: VECTORS * ROWS sums are kept in registers, of which AVX2 has sixteen.
+ * There, weights that are widened leave room for fewer. */
 #if LANES == 16
-#define ROWS 12 /* rows of x per tile: 2 * ROWS sums are kept in registers */
+#define ROWS_BF16 12
+#define ROWS_F32 12
 #else
-#define ROWS 5
+#define ROWS_BF16 5
+#define ROWS_F32 6
 #endif
+#define MOST_ROWS 12
 
 #define VECTORS 2
 #define COLS (VECTORS * LANES)
 #define AHEAD 4096 /* bytes of the stream that are fetched before their use */
-#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows */
+#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows,
+                    * of which those after the first fetch the next chunk */
 
-/* One word of x (X_STEP of X) times a vector of words of w, added to a vector of sums. */
+/* A vector of words of w is multiplied by a word of x, in HALVES one after the other, and
+ * added to a vector of sums. */
 #if defined(__AVX512BF16__)
 #define X_BF16 int32_t
-#define X_STEP_BF16 1
-#define ADD_BF16(sum, word, x)                                                          \
+#define HALVES_BF16 1
+#define ADD_BF16(sum, word, h, x)                                                       \
     (vfloat) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(word),                          \
                               (__m512bh)_mm512_set1_epi32(*(x)))
 #else
 #define X_BF16 float
-#define X_STEP_BF16 2
-#define ADD_BF16(sum, word, x)                                                          \
-    ((sum) + (vfloat)((word) << 16) * (x)[0] + (vfloat)((word) & 0xffff0000u) * (x)[1])
+#define HALVES_BF16 2
+#define ADD_BF16(sum, word, h, x)                                                       \
+    ((sum) + (vfloat)((h) ? (word) & 0xffff0000u : (word) << 16) * *(x))
 #endif
 #define X_F32 float
-#define X_STEP_F32 1
-#define ADD_F32(sum, word, x) ((sum) + (vfloat)(word) * (x)[0])
+#define HALVES_F32 1
+#define ADD_F32(sum, word, h, x) ((sum) + (vfloat)(word) * *(x))
 
 #define TILE(KIND, NAME)                                                                \
     static inline __attribute__((always_inline)) void NAME(                             \
         const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
-        int begin, float *sums) {                                                       \
-        vfloat sum[ROWS * VECTORS];                                                     \
+        int begin, float *sums, long ahead) {                                           \
+        vfloat sum[MOST_ROWS * VECTORS];                                                \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++) {                             \
             if (begin) sum[i] = (vfloat){0};                                            \
             else memcpy(&sum[i], sums + i * LANES, sizeof(vfloat));                     \
         }                                                                               \
         for (long k = 0; k < words; k++) {                                              \
             vword word[VECTORS];                                                        \
-            UNROLLED for (int c = 0; c < VECTORS; c++) {                                \
-                memcpy(&word[c], w + k * COLS + c * LANES, sizeof(vword));              \
-                __builtin_prefetch((const char *)(w + k * COLS + c * LANES) + AHEAD);   \
-            }                                                                           \
-            UNROLLED for (int r = 0; r < rows; r++)                                     \
+            UNROLLED for (int c = 0; c < VECTORS; c++)                                  \
+                __builtin_prefetch((const char *)(w + k * COLS + c * LANES) + ahead);   \
+            UNROLLED for (int h = 0; h < HALVES_##KIND; h++) {                          \
                 UNROLLED for (int c = 0; c < VECTORS; c++)                              \
-                    sum[r * VECTORS + c] =                                              \
-                        ADD_##KIND(sum[r * VECTORS + c], word[c],                       \
-                                   x + r * stride + k * X_STEP_##KIND);                 \
+                    memcpy(&word[c], w + k * COLS + c * LANES, sizeof(vword));          \
+                UNROLLED for (int r = 0; r < rows; r++)                                 \
+                    UNROLLED for (int c = 0; c < VECTORS; c++)                          \
+                        sum[r * VECTORS + c] =                                          \
+                            ADD_##KIND(sum[r * VECTORS + c], word[c], h,                \
+                                       x + r * stride + k * HALVES_##KIND + h);         \
+            }                                                                           \
         }                                                                               \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++)                               \
             memcpy(sums + i * LANES, &sum[i], sizeof(vfloat));                          \
     }                                                                                   \
     static __attribute__((noinline)) void NAME##_rows(                                  \
         const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
-        int begin, float *sums) {                                                       \
+        int begin, float *sums, long ahead) {                                           \
         switch (rows) {                                                                 \
-        case 1: NAME(w, x, stride, words, 1, begin, sums); break;                       \
-        case 2: NAME(w, x, stride, words, 2, begin, sums); break;                       \
-        case 3: NAME(w, x, stride, words, 3, begin, sums); break;                       \
-        case 4: NAME(w, x, stride, words, 4, begin, sums); break;                       \
-        case 5: NAME(w, x, stride, words, 5, begin, sums); break;                       \
+        case 1: NAME(w, x, stride, words, 1, begin, sums, ahead); break;                \
+        case 2: NAME(w, x, stride, words, 2, begin, sums, ahead); break;                \
+        case 3: NAME(w, x, stride, words, 3, begin, sums, ahead); break;                \
+        case 4: NAME(w, x, stride, words, 4, begin, sums, ahead); break;                \
+        case 5: NAME(w, x, stride, words, 5, begin, sums, ahead); break;                \
+        case 6: NAME(w, x, stride, words, 6, begin, sums, ahead); break;                \
         MORE_ROWS(NAME)                                                                 \
         }                                                                               \
     }
 
-#if ROWS > 5
+#if LANES == 16
 #define MORE_ROWS(NAME)                                                                 \
-    case 6: NAME(w, x, stride, words, 6, begin, sums); break;                           \
-    case 7: NAME(w, x, stride, words, 7, begin, sums); break;                           \
-    case 8: NAME(w, x, stride, words, 8, begin, sums); break;                           \
-    case 9: NAME(w, x, stride, words, 9, begin, sums); break;                           \
-    case 10: NAME(w, x, stride, words, 10, begin, sums); break;                         \
-    case 11: NAME(w, x, stride, words, 11, begin, sums); break;                         \
-    case 12: NAME(w, x, stride, words, 12, begin, sums); break;
+    case 7: NAME(w, x, stride, words, 7, begin, sums, ahead); break;                    \
+    case 8: NAME(w, x, stride, words, 8, begin, sums, ahead); break;                    \
+    case 9: NAME(w, x, stride, words, 9, begin, sums, ahead); break;                    \
+    case 10: NAME(w, x, stride, words, 10, begin, sums, ahead); break;                  \
+    case 11: NAME(w, x, stride, words, 11, begin, sums, ahead); break;                  \
+    case 12: NAME(w, x, stride, words, 12, begin, sums, ahead); break;
 #else
 #define MORE_ROWS(NAME)
 #endif
@@ -94,7 +103,7 @@
 TILE(BF16, tile_bf16)
 TILE(F32, tile_f32)
 
-/* `words` of k per row of w; x is [t_count, words * X_STEP], what is beyond k zero; rows of
+/* `words` of k per row of w; x is [t_count, words * HALVES], what is beyond k zero; rows of
  * y are y_row apart. NAME_part is a thread's share, inside a parallel region; it doesn't
  * wait for the others. */
 #define PACKED(KIND, NAME, TYPE, TILE_OF, STORE, BIAS)                                  \
@@ -104,8 +113,8 @@ TILE(F32, tile_f32)
         const X_##KIND *x = x_rows;                                                     \
         const TYPE *bias = biases;                                                      \
         TYPE *y = y_rows;                                                               \
-        long tiles = (t_count + ROWS - 1) / ROWS; /* of nearly as many rows each */     \
-        long blocks = (n_count + COLS - 1) / COLS, stride = words * X_STEP_##KIND;      \
+        long tiles = (t_count + ROWS_##KIND - 1) / ROWS_##KIND; /* of as many rows */   \
+        long blocks = (n_count + COLS - 1) / COLS, stride = words * HALVES_##KIND;      \
         long step = tiles > 1 ? CHUNK : words;                                          \
         float *sums = malloc(t_count * COLS * sizeof(float));                           \
         _Pragma("omp for schedule(static) nowait")                                      \
@@ -116,8 +125,9 @@ TILE(F32, tile_f32)
                 for (long t = 0, tile = tiles, rows; tile > 0; tile--, t += rows) {     \
                     rows = (t_count - t + tile - 1) / tile;                             \
                     TILE_OF##_rows(from + k * COLS,                                     \
-                                   x + t * stride + k * X_STEP_##KIND, stride, count,   \
-                                   (int)rows, k == 0, sums + t * COLS);                 \
+                                   x + t * stride + k * HALVES_##KIND, stride, count,   \
+                                   (int)rows, k == 0, sums + t * COLS,                  \
+                                   t ? step * COLS * 4 : AHEAD);                        \
                 }                                                                       \
             }                                                                           \
             long n0 = block * COLS;                                                     \
@@ -179,7 +189,7 @@ REPACK(f32, uint32_t)
 int packed_columns(void) { return COLS; }
 
 /* Whether packed_bf16 takes x as it is; otherwise widened to float. */
-int packed_pairs(void) { return X_STEP_BF16 == 1; }
+int packed_pairs(void) { return HALVES_BF16 == 1; }
 
 /* Ask for large pages, of which a stream's addresses need fewer. Only a wish. */
 void large_pages(void *start, long bytes) {

@@ -1,1 +1,1 @@
-"""Inference engines: what runs the models, each measured and tuned the same way."""
+"""Inference engines that can be tuned and compared."""

@@ -69,9 +69,11 @@ class Successors:
         self, tokens: Sequence[int], successors: torch.Tensor, levels: torch.Tensor
     ) -> None:
         """Replace the rows of distinct ``tokens`` by ``successors [n, any width]``."""
-        found = successors[:, : self.width].cpu().numpy()
-        self._table[tokens, : found.shape[1]] = found
-        self._levels[tokens] = levels.cpu().numpy()
+        # In one piece: each transfer from a GPU waits for it.
+        both = torch.cat([successors[:, : self.width], levels[:, None]], 1)
+        found = both.cpu().numpy()
+        self._table[tokens, : found.shape[1] - 1] = found[:, :-1]
+        self._levels[tokens] = found[:, -1]
         self._changed[tokens] = True
 
     def sync(self, stored: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec.classes.classifier import Classifier, Evidence
+from adaptspec.classes.classifier import Classifier
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import (
     FEATURES,
@@ -28,28 +28,8 @@ from adaptspec.profile import EVERY_CLASS
 from adaptspec.testing.fakes import tiny_model, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles.memory import MemoryStore
+from classifiers import EVIDENCE, LONG, SHORT, by_hand
 from decided import keep
-
-SHORT, LONG = "w1 w2", "w60 w61 w62 w63 w64 " * 4
-EVIDENCE = Evidence(8, 0.9, 0.8, 1.0, 0.0001)
-
-
-def by_hand(**changes: Any) -> Classifier:
-    """Each class's score is the cosine to one text, and only that text is like it."""
-    table = np.stack([features(SHORT), features(LONG)], axis=1)
-    made = Classifier(
-        ["short", "long"],
-        table.astype(np.float16).astype(np.float32),
-        np.zeros(2, np.float32),
-        20.0,
-        table.astype(np.float16).astype(np.float32),
-        np.ones(2, np.float32),
-        np.full(2, 0.125, np.float32),
-        -4.0,
-        0.6,
-        EVIDENCE,
-    )
-    return replace(made, **changes)
 
 
 def naive(text: str, bits: int) -> list[float]:

@@ -17,6 +17,7 @@ from adaptspec.cli.explain import SHARED
 from adaptspec.cli.generate import generate
 from adaptspec.environment import environment_of
 from adaptspec.host import Host
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.loading import load_model
 from adaptspec.profile import PLAIN
 from adaptspec.streaming.stream import Stream
@@ -95,6 +96,16 @@ def test_it_says_class_strategy_parameters_reason_and_speed(
     assert said["expected"] == (
         "2.00x plain decoding (1.80 to 2.20), 25.0 tokens/s (4 prompts)"
     )
+    assert said["output"].startswith("outputs equal plain decoding's")
+
+
+def test_it_says_where_logits_depend_on_the_pass(
+    explain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "rounding", "bits differ in a tree of 13")
+    said = "outputs equal plain decoding's up to near ties: bits differ in a tree of 13"
+    assert f"output:     {said}\n" in explain("--class", "edit").stdout
+    assert json.loads(explain("--class", "edit", "--json").stdout)["output"] == said
 
 
 def test_json_says_the_same(explain: Any) -> None:

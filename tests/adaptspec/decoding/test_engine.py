@@ -20,7 +20,6 @@ from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.rotary import depth_limit
 from adaptspec.strategy import Context, Drafter, Strategy, Target, TokenTree
 from adaptspec.testing.fakes import (
-    ARCHITECTURES,
     hf_greedy,
     random_ids,
     tiny_model,
@@ -228,42 +227,6 @@ def test_a_strategy_that_cant_run_says_why() -> None:
     recurrent = tiny_model("mamba")
     with pytest.raises(UnavailableStrategyError, match=r"rolled back"):
         Engine(recurrent).generate(Nothing(), PROMPT, Controls.greedy(4))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
-def test_padding_to_fixed_shapes_changes_nothing(architecture: str) -> None:
-    model = tiny_model(architecture)
-    truth = hf_greedy(model, PROMPT, 24)
-    model.buckets = (1, 4, 8, 16)
-    told = Oracle([*PROMPT, *truth], 5)
-    done = Engine(model).generate(told, PROMPT, Controls.greedy(24))
-    assert done.token_ids == truth
-    assert done.stats.tokens_per_forward > 4
-
-
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES])
-def test_few_rows_are_filled_up_without_a_trace(architecture: str) -> None:
-    model, filled = tiny_model(architecture), tiny_model(architecture)
-    if model.capability.level == "plain":
-        pytest.skip("keeps no cache of ours")
-    filled.buckets = (4,)
-    truth = hf_greedy(model, PROMPT, 24)
-    for strategy in (Nothing(), Oracle([*PROMPT, *truth], 2)):
-        done = Engine(filled).generate(strategy, PROMPT, Controls.greedy(24))
-        assert done.token_ids == truth
-    for tokens in ([7], [7, 3]):
-        caches = [m.new_cache() for m in (model, filled)]
-        forwards = []
-        for m, cache in zip((model, filled), caches, strict=True):
-            m.prefill(PROMPT, cache)
-            forwards.append(m.prefill(tokens, cache, last=1, hidden_layers=(-1,)))
-        ours, theirs = forwards
-        assert [c.length for c in caches] == [len(PROMPT) + len(tokens)] * 2
-        assert ours.rows == theirs.rows
-        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(
-            ours.hidden[-1], theirs.hidden[-1], rtol=1e-3, atol=1e-4
-        )
 
 
 def test_depth_stops_where_a_rotary_scaling_would_switch() -> None:

@@ -61,19 +61,6 @@ def test_a_node_attends_to_its_ancestors_and_the_cached_rows_in_reach(
     assert (mask == 0).tolist() == walk_up(tree, cached, reach)
 
 
-@given(trees(), st.integers(0, 12), reaches, st.integers(0, 5))
-def test_padding_changes_no_nodes_row_and_no_padded_row_is_empty(
-    tree: TokenTree, cached: int, reach: Reach, padding: int
-) -> None:
-    rows = len(tree) + padding
-    mask = tree_mask(tree, cached, reach, torch.float32, CPU, rows)[0, 0]
-    expected = walk_up(tree, cached, reach)
-    assert (mask[: len(tree)] == 0).tolist() == [
-        row + [False] * padding for row in expected
-    ]
-    assert (mask == 0).any(dim=1).all()
-
-
 @given(st.integers(1, 8), st.integers(0, 12), reaches)
 def test_a_chain_and_successive_tokens_get_the_same_mask(
     count: int, cached: int, reach: Reach

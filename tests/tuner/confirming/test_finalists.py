@@ -12,7 +12,7 @@ from adaptspec_tuner.confirming.finalists import (
     Finalist,
     corrections,
     finalists,
-    overall_leader,
+    overall_leaders,
 )
 from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.searching.standings import Standings
@@ -60,8 +60,8 @@ def test_who_leads_over_all_classes_was_raced_in_all() -> None:
         for name, ratio in zip(standings, ratios, strict=True):
             standings[name].add(found.key, ["p"], [ratio])
     standings["chat"].add(absent.key, ["p"], [9.0])
-    assert overall_leader([one, other, absent], standings) == [one]
-    assert overall_leader([absent], standings) == []
+    assert overall_leaders([one, other, absent], standings, 1) == [one]
+    assert overall_leaders([absent], standings, 1) == []
 
 
 class Arm:

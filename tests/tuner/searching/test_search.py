@@ -9,12 +9,13 @@ import pytest
 from pydantic import Field
 
 from adaptspec.cli.progress import Progress
+from adaptspec.decoding.near_ties import near_tie
 from adaptspec.params import Tunable
 from adaptspec.profile import PLAIN
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.measuring.profiler import Sample, Setting, near_tie
+from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with, untried_lines
 from adaptspec_tuner.records import raced_key

@@ -23,6 +23,7 @@ from adaptspec_tuner.measuring.in_turns import SharedAnswer, Timed, decode_in_tu
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Agreement,
+    MeasuresAhead,
     Sample,
     Setting,
     TurnMeasurer,
@@ -133,10 +134,30 @@ def confirm(
         longest = taken if count == 1 else max(longest, taken)
         return True
 
+    def fitting(left: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Those that there is time for; all of what is measured already."""
+        if isinstance(measurer, MeasuresAhead) and measurer.keeps:
+            return left
+        most = 0
+        while most < len(left) and (
+            count + most == 0 or in_time((most + 1) * longest, count + most)
+        ):
+            most += 1
+        return left[:most]
+
     for repeat in range(repeats):
         # Or repeats would measure drafts copied from the same prompt's last answer.
         measurer.forget()
-        for prompt in [p for p in prompts if p.id not in turns.failed]:
+        left = [p for p in prompts if p.id not in turns.failed]
+        ahead = fitting(left)
+        started = clock()
+        if turns.measured_ahead(ahead):
+            longest = max(longest, (clock() - started) / len(ahead))
+            for prompt in ahead:
+                turns.decode(prompt, repeat)
+            count += len(ahead)
+            left = left[len(ahead) :]
+        for prompt in left:
             if not decode(prompt, repeat):
                 break
     cleared = turns.clear()
@@ -178,7 +199,6 @@ class _Turns:
         self.kept: list[_Turn] = []
         self.memory: dict[str, int] = {}
         self._clock, self._processor, self._seed = clock, processor, seed
-        self._baselines = {one.key for one in finalists if one.baseline}
         self._numbers: Iterator[int] = itertools.count()
         self._together = True
 
@@ -196,6 +216,14 @@ class _Turns:
                     raise
                 if setting != PLAIN_SETTING:  # else each prompt will tell
                     self._drop(setting, error)
+
+    def measured_ahead(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether the settings were measured on ``prompts``, each of which is decoded
+        next, at once."""
+        if not (prompts and isinstance(self.measurer, MeasuresAhead)):
+            return False
+        asked = [(setting, prompts) for setting in self.settings[1:]]
+        return self.measurer.measure_ahead(asked)
 
     def decode(self, prompt: Prompt, repeat: int) -> None:
         """Decode a prompt once with every setting."""
@@ -234,21 +262,22 @@ class _Turns:
 
     def clear(self) -> Undisturbed:
         """Work out what everything took without disturbances."""
-        baselines = self._baselines
-        runs, where = [], []
+        runs: list[TimedRun] = []
+        where: list[tuple[_Turn, str]] = []
         for turn in self.kept:
             for key, one in turn.runs.items():
                 if one.error is None:
-                    in_steps = key not in baselines
-                    generation, name = one.result, turn.prompt.id
-                    runs.append(TimedRun(key, name, generation, one.pieces, in_steps))
+                    name = turn.prompt.id
+                    runs.append(
+                        TimedRun(key, name, one.result, one.pieces, not one.whole)
+                    )
                     where.append((turn, key))
         cleared = undisturbed(runs)
         for (turn, key), generation, held_up in zip(
             where, cleared.generations, cleared.held_up, strict=True
         ):
             turn.cleared[key] = generation
-            of = sample_of_whole if key in baselines else sample_of
+            of = sample_of_whole if turn.runs[key].whole else sample_of
             memory = self.memory.get(key, 0)
             turn.samples[key] = replace(of(generation), peak_memory=memory)
             turn.held_up[key] = held_up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from statistics import fmean, geometric_mean, median
 from typing import Any
@@ -19,6 +19,7 @@ from adaptspec_tuner.confirming.confirm import Confirmed, as_record, confirm
 from adaptspec_tuner.confirming.kept import kept_classes
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
+    MeasuresAhead,
     Sample,
     Setting,
     in_a_line,
@@ -32,6 +33,7 @@ from adaptspec_tuner.tuning_run import TuningRun
 
 FINALISTS = 3
 REPEATS = 3
+GENERAL = 2  # of the strategies for prompts of any kind, those confirmed everywhere
 BUSY = 0.1  # of the processors, worth telling
 
 
@@ -59,16 +61,21 @@ def confirm_classes(
         plain: Tuning prompt id -> its plain decoding.
     """
     baselines = run.given.baselines
+    if run.given.once:
+        finalists, held_out = measured_ahead(run, finalists, tuning, held_out, plain)
     # A run that is continued begins with the classes it has no result of.
     done = kept_classes(run)
     names = sorted(held_out.classes, key=lambda name: name in done)
     for index, name in enumerate(names):
-        once = _once(tuning, name, plain)
+        once = _once(tuning, name, plain, run.environment.concurrency)
         share = run.time.left / (len(names) - index)
         always = 1 + len(baselines)
         chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)
+        if run.given.once:  # they are measured already
+            chosen = list(finalists.get(name, ()))
         expected = once * (always + sum(_share(found.ratio) for found in chosen))
-        if (index or name in done) and FEWEST_PROMPTS * expected > run.time.left:
+        enough = run.given.once or FEWEST_PROMPTS * expected <= run.time.left
+        if (index or name in done) and not enough:
             missing = [left for left in names[index:] if left not in done]
             again = [left for left in names[index:] if left in done]
             if missing:
@@ -87,7 +94,7 @@ def confirm_classes(
             run.given.measurer,
             [*(found.setting for found in chosen), *baselines],
             _of_class(held_out, name),
-            repeats=REPEATS,
+            repeats=1 if run.given.once else REPEATS,
             in_time=run.time.confirming(share, FEWEST_PROMPTS),
             warn=run.warn,
             objective=run.options.objective,
@@ -110,6 +117,54 @@ def confirm_classes(
         yield name, confirmed
 
 
+def measured_ahead(
+    run: TuningRun,
+    finalists: Mapping[str, Sequence[Finalist]],
+    tuning: Workload,
+    held_out: Workload,
+    plain: Mapping[str, Sample],
+) -> tuple[Mapping[str, Sequence[Finalist]], Workload]:
+    """The finalists that there is time for, measured on the prompts that there is time
+    for: each setting is started once for all of its classes.
+
+    Returns:
+        What was measured: finalists and held-out prompts by class.
+    """
+    measurer = run.given.measurer
+    assert isinstance(measurer, MeasuresAhead)
+    at_once = run.environment.concurrency
+    once = {name: _once(tuning, name, plain, at_once) for name in held_out.classes}
+    kept = {name: list(finalists.get(name, ())) for name in held_out.classes}
+
+    def takes(prompts: int) -> float:
+        # Each setting takes turns with plain decoding.
+        settings = {f.setting.key for found in kept.values() for f in found}
+        answers = sum(
+            once[name] * (1 + _share(f.ratio)) for name in kept for f in kept[name]
+        )
+        return run.given.starting * (1 + len(settings)) + prompts * answers
+
+    while takes(FEWEST_PROMPTS) > run.time.left:
+        longest = max(kept, key=lambda name: len(kept[name]))
+        if len(kept[longest]) < 2:
+            break
+        kept[longest].pop()
+    most = max(map(len, held_out.by_class().values()), default=0)
+    fitting = [n for n in range(1, most + 1) if takes(n) <= run.time.left]
+    count = max(FEWEST_PROMPTS, *fitting, 0)
+    prompts = {name: of[:count] for name, of in held_out.by_class().items()}
+    asked: dict[str, tuple[Setting, list[Prompt]]] = {}
+    for name, found in kept.items():
+        for finalist in found:
+            setting = finalist.setting
+            asked.setdefault(setting.key, (setting, []))[1].extend(prompts[name])
+    run.begin("confirm")
+    run.doing("confirming on held-out prompts, setting by setting")
+    measurer.measure_ahead(list(asked.values()))
+    every = tuple(p for of in prompts.values() for p in of)
+    return kept, replace(held_out, prompts=every)
+
+
 def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
     return workload.by_class().get(name, ())
 
@@ -127,7 +182,8 @@ def confirming_takes(
         sum(plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain)
         for name in held_out.classes
     ]
-    once = {name: _once(tuning, name, plain) for name in held_out.classes}
+    at_once = run.environment.concurrency
+    once = {name: _once(tuning, name, plain, at_once) for name in held_out.classes}
     others = 1 + len(run.given.baselines)
     least = FEWEST_PROMPTS * (others + 1) * sum(once.values())
     whole = (
@@ -137,13 +193,20 @@ def confirming_takes(
             len(_of_class(held_out, name)) * seconds for name, seconds in once.items()
         )
     )
-    return least + max(late, default=0.0), whole
+    least += max(late, default=0.0)
+    if run.given.once:  # a round of the search that ends late is of all classes
+        least += sum(late) + run.given.starting * (2 + FINALISTS)
+    return least, whole
 
 
-def _once(tuning: Workload, name: str, plain: Mapping[str, Sample]) -> float:
-    """Seconds in which a prompt of the class is decoded plainly."""
-    seconds = [plain[p.id].seconds for p in _of_class(tuning, name) if p.id in plain]
-    return median(seconds or [0.0])
+def _once(
+    tuning: Workload, name: str, plain: Mapping[str, Sample], at_once: int
+) -> float:
+    """Seconds in which a prompt of the class is decoded plainly; its part of them
+    where several are answered at the same time."""
+    prompts = _of_class(tuning, name)
+    seconds = [plain[p.id].seconds for p in prompts if p.id in plain]
+    return median(seconds or [0.0]) / max(1, min(at_once, len(prompts)))
 
 
 def _plain_times(seconds: float, once: float) -> float:
@@ -157,9 +220,9 @@ def finalists_of(
 ) -> dict[str, list[Finalist]]:
     """What is confirmed of each class, the most important first.
 
-    The class's best setting; of every strategy for prompts of any kind its setting for
-    all classes; its best rivals of other strategies; and the setting for all classes of
-    the strategy that leads over all.
+    The class's best setting; of the leading strategies for prompts of any kind their
+    settings for all classes; its best rivals of other strategies; and the setting for
+    all classes of the strategy that leads over all.
 
     Args:
         common: Strategy -> its setting for all classes.
@@ -174,8 +237,11 @@ def finalists_of(
     }
     everywhere: list[Setting] = []
     if len(arms) > 1:  # of one class all is its own
-        everywhere = [shared[c.name] for c in run.given.strategies if c.general]
-        everywhere += overall_leader(shared.values(), standings)
+        general = [shared[c.name] for c in run.given.strategies if c.general]
+        everywhere = general
+        if len(general) > GENERAL:
+            everywhere = overall_leaders(general, standings, GENERAL)
+        everywhere += overall_leaders(shared.values(), standings, 1)
     return {
         name: finalists(
             [best for arm in group if (best := _best_of(arm, standings[name]))],
@@ -218,10 +284,10 @@ def finalists(
     return list({found.setting.key: found for found in chosen}.values())
 
 
-def overall_leader(
-    settings: Iterable[Setting], standings: Mapping[str, Standings]
+def overall_leaders(
+    settings: Iterable[Setting], standings: Mapping[str, Standings], most: int
 ) -> list[Setting]:
-    """The setting with the best mean over all classes, of those raced in all."""
+    """Of the settings raced in all classes those with the best mean over all."""
     known = [
         setting
         for setting in settings
@@ -231,7 +297,7 @@ def overall_leader(
     def mean(setting: Setting) -> float:
         return fmean(math.log(f.estimate(setting.key)) for f in standings.values())
 
-    return [max(known, key=mean)] if known else []
+    return sorted(known, key=mean, reverse=True)[:most]
 
 
 def _best_of(arm: Arm, standings: Standings) -> Finalist | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptspec.errors import stopped_by_user
+from adaptspec_tuner.measuring.whole import Whole
 
 if TYPE_CHECKING:
     from adaptspec.decoding.engine import Generation
@@ -144,6 +145,11 @@ class Timed:
         """What was generated; it must have begun."""
         assert self._generating is not None
         return self._generating.result
+
+    @property
+    def whole(self) -> bool:
+        """Whether it came in one piece, so that its steps weren't timed."""
+        return isinstance(self._generating, Whole)
 
     def close(self) -> None:
         """End it; what it holds is released."""

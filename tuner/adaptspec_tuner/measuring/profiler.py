@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from adaptspec.params import Scalar
 from adaptspec.profile import ANSWER, LATENCY, PLAIN
 from adaptspec_tuner.measuring.in_turns import Generating
 from adaptspec_tuner.measuring.peak_memory import PeakMemory, weights_of
+from adaptspec_tuner.measuring.whole import Whole, generation_of_baseline
 
 if TYPE_CHECKING:
     import torch
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
     from adaptspec.decoding.engine import Engine, Generation
     from adaptspec.host import Host
     from adaptspec.model.language_model import LanguageModel
-    from adaptspec.strategy import BaselineRun, Strategy
+    from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
 
 # Sampled outputs that differ aren't compared.
 Agreement = Literal["identical", "near_tie", "mismatch", "not_compared"]
 
 WARM_UP_TOKENS = 8
-# Rounding passes through every layer: a few units in the last place of the logits.
-TIE_UNITS = 4
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,24 @@ class TurnMeasurer(Measurer, Protocol):
         """A generation to iterate over; see ``decoding.engine.Run`` for ``follow``."""
 
 
+@runtime_checkable
+class MeasuresAhead(Protocol):
+    """A measurer of settings that take time to be ready, and can't all be at once."""
+
+    keeps: bool
+    """Whether a setting is measured but once on a prompt, whoever asks how often."""
+
+    def measure_ahead(self, asked: Sequence[tuple[Setting, Sequence[Prompt]]]) -> bool:
+        """Told which settings are measured next, on which prompts.
+
+        Returns:
+            Whether they were measured now, so that they take no more time.
+        """
+
+    def ready_first(self, settings: Sequence[Setting]) -> list[Setting]:
+        """The same settings, in the order in which they take the least time."""
+
+
 class Profiler:
     """Measures on a real model.
 
@@ -307,7 +324,7 @@ class Profiler:
 
         ids, length = self._encoded(prompt), self._length(prompt)
         if setting.baseline:
-            return _Whole(lambda: self._baseline(setting, ids, length))
+            return Whole(lambda: self._baseline(setting, ids, length))
         controls = self._controls(length, repeat)
         return Run(self._engine, self._strategy(setting), ids, controls, follow)
 
@@ -335,6 +352,8 @@ class Profiler:
         if at is None:
             return "mismatch"
         ids = [*self._encoded(prompt), *plain[:at]]
+        from adaptspec.decoding.near_ties import near_tie
+
         logits = self._logits(prompt, ids)
         tied = near_tie(logits, plain[at], other[at], self._engine.model.dtype)
         return "near_tie" if tied else "mismatch"
@@ -426,15 +445,13 @@ class Profiler:
         return self._strategies[setting.key]
 
     def _run_baseline(self, setting: Setting, ids: list[int], length: int) -> Sample:
-        whole = _Whole(lambda: self._baseline(setting, ids, length))
-        for _ in whole:
-            pass
-        return sample_of_whole(whole.result)
+        return sample_of_whole(self._baseline(setting, ids, length))
 
-    def _baseline(self, setting: Setting, ids: list[int], length: int) -> BaselineRun:
+    def _baseline(self, setting: Setting, ids: list[int], length: int) -> Generation:
         cls = self._host.baselines[setting.strategy]
         baseline = cls(cls.Params.parse(setting.params, setting.strategy))
-        return baseline.run(self._theirs, self._their_draft, ids, length)
+        run = baseline.run(self._theirs, self._their_draft, ids, length)
+        return generation_of_baseline(run)
 
     def _controls(self, length: int, repeat: int = 0) -> Controls:
         from adaptspec.decoding.controls import Controls
@@ -475,38 +492,6 @@ class Profiler:
         if prompt.id not in self._ids:
             self._ids[prompt.id] = prompt.encode(self._engine.model)
         return self._ids[prompt.id]
-
-
-class _Whole:
-    """Another engine's generation: all of its time is in one piece."""
-
-    def __init__(self, run: Callable[[], BaselineRun]) -> None:
-        self._run = run
-        self._result: Generation | None = None
-
-    def __iter__(self) -> Generator[list[int], None, None]:
-        from adaptspec.decoding.engine import Generation
-        from adaptspec.decoding.stats import RunStats, StepStats
-
-        run = self._run()
-        first = run.seconds_prefill or 0.0
-        decoded = max(0, len(run.token_ids) - run.first_tokens)
-        nothing = StepStats(0, 0, 0, 0.0, 0.0, 0.0)
-        whole = nothing._replace(emitted=decoded, seconds_target=run.seconds - first)
-        more = max(0, (run.target_forwards or 0) - 1)
-        stats = RunStats(
-            new_tokens=len(run.token_ids),
-            seconds_prefill=first,
-            steps=[whole, *[nothing] * more],
-        )
-        self._result = Generation(run.token_ids, stats, "length")
-        yield list(run.token_ids)
-
-    @property
-    def result(self) -> Generation:
-        """What was generated; it must have run."""
-        assert self._result is not None
-        return self._result
 
 
 def sample_of(run: Generation) -> Sample:
@@ -563,15 +548,6 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """The first index at which both have a token and not the same one."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-
-
-def near_tie(logits: torch.Tensor, one: int, other: int, dtype: torch.dtype) -> bool:
-    """Whether two tokens' logits [vocab] differ by no more than ``dtype`` rounds."""
-    import torch
-
-    first, second = float(logits[one]), float(logits[other])
-    size = max(abs(first), abs(second))
-    return abs(first - second) <= TIE_UNITS * torch.finfo(dtype).eps * size
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ def render(result: TuneResult) -> str:
         lstrip_blocks=True,
     )
     colours = _colours(result)
+    following = words.next_of(result.usage) if result.usage else {}
     measured = sum(not t.replayed for found in result.classes for t in found.tried)
     return pages.get_template("report.html").render(
         result=result,
@@ -36,8 +37,8 @@ def render(result: TuneResult) -> str:
         columns=tables.known_columns(result),
         keys={strategy: key(number) for strategy, number in colours.items()},
         colour_rules=colour_rules(max(MOST_CONTEXTS, len(colours))),
-        command=result.usage and result.usage.command(),
-        python=result.usage and "\n".join(result.usage.python()),
+        command=following.get("command"),
+        python="\n".join(following.get("python", ())),
         scale=_scale(result),
         bars=_bars,
         colours=colours,

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.cli.quantities import clock_time
-from adaptspec.profile import ANSWER, EVERY_CLASS, LATENCY, PLAIN, SPEED
+from adaptspec.profile import ANSWER, EVERY_CLASS, LATENCY, OURS, PLAIN, SPEED
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec_tuner.reporting.result import told_errors
 
 if TYPE_CHECKING:
     from adaptspec_tuner.reporting.result import ClassResult, Row, TuneResult
+    from adaptspec_tuner.reporting.usage import Usage
 
 # Objective -> what a ratio is about.
 ABOUT = {
@@ -37,6 +38,8 @@ def gain(result: TuneResult) -> str:
         if (won := found.winner) is not None and found.choice.strategy != PLAIN
     ]
     count = len(result.named)
+    if result.usage is not None and "://" in result.usage.engine:
+        return "Measured as it is: there was nothing to choose from."
     if all(found.choice.strategy == PLAIN for found in result.named):
         return "Nothing was reliably faster than plain decoding, so that is chosen."
     if not ratios:
@@ -65,6 +68,17 @@ def sentence(found: ClassResult) -> str:
     return f"{shown_class(found.name)}: {label(won)}, {ratio(won, 'x')}, {counted}"
 
 
+def at_a_load(found: ClassResult) -> str:
+    """``ngram 1.43x, 31.0/s``: what is chosen of a class, and its speed."""
+    won = found.winner
+    if won is None:
+        return found.choice.strategy
+    speed = f"{won.measurement.tokens_per_second:.1f}/s"
+    if won.strategy == PLAIN:
+        return f"plain decoding, {speed}"
+    return f"{label(won)} {won.measurement.ratio:.2f}x, {speed}"
+
+
 def shown_class(name: str) -> str:
     """The result over all classes is kept under a name that no class has."""
     return "all classes" if name == EVERY_CLASS else name
@@ -75,8 +89,9 @@ def heading(result: TuneResult) -> str:
     place = result.environment
     beside = ", ".join(filter(None, (place.draft_name, place.heads_name)))
     draft = f" with {beside}" if beside else ""
+    engine = "" if place.engine == OURS else f"{place.decoded_by}, "
     return (
-        f"{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
+        f"{engine}{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
         f"{place.threads} thread{'' if place.threads == 1 else 's'}, held-out prompts "
         f"of {result.workload}"
     )
@@ -208,11 +223,18 @@ def summary(result: TuneResult) -> list[str]:
     return lines
 
 
+def next_of(usage: Usage) -> dict[str, Any]:
+    """What to type next, by what it is typed in."""
+    if usage.ours:
+        return {"command": usage.command(), "python": usage.python()}
+    return {"command": line} if (line := usage.export()) else {}
+
+
 def as_json(result: TuneResult) -> dict[str, Any]:
     """The result as plain data, with what is said of it and what to type next."""
     usage = result.usage
     return {
         "said": opening(result),
-        "next": usage and {"command": usage.command(), "python": usage.python()},
+        "next": usage and next_of(usage),
         **result.as_json(),
     }

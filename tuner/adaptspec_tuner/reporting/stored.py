@@ -10,6 +10,7 @@ from typing import Any
 from adaptspec.classes.classifier import Classifier
 from adaptspec.errors import AdaptSpecError, ProfileStoreError
 from adaptspec.model.hardware_costs import ForwardCosts, stored_costs
+from adaptspec.model.rounding import output_note, stored_rounding
 from adaptspec.profile import PLAIN, Environment, Profile, ProfileStore
 from adaptspec.selector import Choice, select
 from adaptspec_tuner.measuring.profiler import Setting
@@ -47,6 +48,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
     newest = profiles[0]
     choices = store.choices(run=run)
     usage = store.record(run, USAGE)
+    rounding = stored_rounding(store, newest.environment)
     return TuneResult(
         run=run,
         environment=newest.environment,
@@ -66,7 +68,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
             )
             for name in sorted({p.prompt_class for p in profiles})
         ],
-        notes=[],
+        notes=[] if rounding is None else [output_note(rounding)],
         unavailable={},
         spent=dict((store.record(run, SPENT) or {}).get("parts", {})),
         created=newest.created.isoformat(timespec="seconds"),

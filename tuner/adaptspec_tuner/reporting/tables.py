@@ -149,6 +149,9 @@ def next_lines(result: TuneResult) -> list[str]:
     """What to type next; empty where it isn't known what was tuned."""
     if result.usage is None or not result.classes:
         return []
+    if not result.usage.ours:
+        line = result.usage.export()
+        return ["", "How to start the engine with it:", f"  {line}"] if line else []
     return [
         "",
         "Use it from the command line:",
@@ -156,6 +159,33 @@ def next_lines(result: TuneResult) -> list[str]:
         "or from Python:",
         *(f"  {line}" for line in result.usage.python()),
     ]
+
+
+def print_by_concurrency(results: Sequence[TuneResult], console: Console) -> None:
+    """Print what is chosen of each class at each number of requests at a time."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("class", overflow="fold")
+    for result in results:
+        count = result.environment.concurrency
+        title = "1 request" if count == 1 else f"{count} requests"
+        table.add_column(Text(title), overflow="fold")
+    for name in dict.fromkeys(found.name for r in results for found in r.classes):
+        cells = [
+            next((words.at_a_load(c) for c in r.classes if c.name == name), "-")
+            for r in results
+        ]
+        table.add_row(Text(words.shown_class(name)), *map(Text, cells))
+    console.print()
+    console.print(
+        "What is chosen at each number of requests at a time, how many times as fast "
+        "as plain decoding at that load, and tokens/s of one request:",
+        highlight=False,
+    )
+    console.print(table)
 
 
 def _table(result: TuneResult, width: int) -> tuple[Table, list[Column]]:

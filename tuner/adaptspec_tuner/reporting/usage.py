@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from adaptspec.profile import OURS
+
 PROMPT = "Your prompt"
 
 
@@ -17,6 +19,8 @@ class Usage:
     Args:
         model: Folder or hub name; None is the embedded model.
         db: As given; None is the user's own database.
+        engine: A name or URL.
+        starts: Whether the engine is started with flags, which an export prints.
     """
 
     model: str | None = None
@@ -27,6 +31,36 @@ class Usage:
     threads: int | None = None
     trust_remote_code: bool = False
     db: str | None = None
+    engine: str = OURS
+    engine_command: str | None = None
+    engine_python: str | None = None
+    engine_argument: tuple[str, ...] = ()
+    context: int | None = None
+    concurrency: int = 1
+    starts: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether our own engine decodes."""
+        return self.engine == OURS
+
+    def export(self) -> str:
+        """One line for a POSIX shell that prints how to start the engine with what was
+        found; empty where it isn't started with flags."""
+        if not self.starts:
+            return ""
+        words = ["adaptspec", "export", "--for", self.engine]
+        for flag, value in (
+            ("--model", self.model),
+            ("--draft-model", self.draft_model),
+            *(("--heads", folder) for folder in self.heads),
+            ("--db", self.db),
+            ("--concurrency", None if self.concurrency == 1 else self.concurrency),
+        ):
+            if value is not None:
+                dashed = str(value).startswith("-")
+                words += [f"{flag}={value}"] if dashed else [flag, str(value)]
+        return shlex.join(words)
 
     def command(self) -> str:
         """One line for a POSIX shell, which works as it is.
@@ -72,10 +106,16 @@ class Usage:
 
     def as_json(self) -> dict[str, Any]:
         """As kept with the run."""
-        return {**asdict(self), "heads": list(self.heads)}
+        told = asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in told.items()
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Usage:
         """What :meth:`as_json` gave; what another version wrote beside is left out."""
         known = {k: v for k, v in record.items() if k in cls.__dataclass_fields__}
-        return cls(**{**known, "heads": tuple(known.get("heads", ()))})
+        for name in ("heads", "engine_argument"):
+            known[name] = tuple(known.get(name, ()))
+        return cls(**known)

@@ -13,8 +13,8 @@ from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.searching.space import defaults
 
 if TYPE_CHECKING:
-    from adaptspec.strategy import Strategy
     from adaptspec_tuner.replaying.presearch import Presearch
+    from adaptspec_tuner.searching.space import Searched
 
 Params = Mapping[str, Scalar]
 
@@ -36,7 +36,7 @@ class Entrants:
 
 
 def common_settings(
-    strategies: Iterable[type[Strategy]], replayed: Presearch | None
+    strategies: Iterable[Searched], replayed: Presearch | None
 ) -> dict[str, Params]:
     """Strategy -> its setting for all classes: the replay's, else its defaults.
 
@@ -53,7 +53,7 @@ def common_settings(
 
 
 def entrants(
-    cls: type[Strategy],
+    cls: Searched,
     prompt_class: str,
     common: Params,
     replayed: Presearch | None,
@@ -98,7 +98,7 @@ def entrants(
 def earlier_settings(
     profiles: Iterable[Profile],
     environment: Environment,
-    strategies: Sequence[type[Strategy]],
+    strategies: Sequence[Searched],
 ) -> dict[tuple[str, str], list[Params]]:
     """Settings that earlier runs confirmed for the same model, best first.
 
@@ -116,6 +116,7 @@ def earlier_settings(
         if p.strategy in spaces
         and not p.baseline
         and p.lossless
+        and p.environment.engine == environment.engine
         and p.environment.model == environment.model
     ]
     known.sort(key=lambda p: (p.environment.key() != ours, -p.measurement.ratio))

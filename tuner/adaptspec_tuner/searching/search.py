@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import Trial as Asked
 
-    from adaptspec.strategy import Strategy
     from adaptspec.workloads import Prompt
+    from adaptspec_tuner.searching.space import Searched
 
 HOPELESS = 0.7  # of plain decoding's speed, with the defaults
 HOPELESS_TRIALS = 3
@@ -197,7 +197,7 @@ class Search:
     def add(
         self,
         prompt_class: str,
-        strategy: type[Strategy],
+        strategy: Searched,
         prompts: Sequence[Prompt],
         first: Sequence[Mapping[str, Scalar]] = (),
         predicted: Mapping[str, Mapping[str, float]] | None = None,
@@ -238,6 +238,16 @@ class Search:
             )
         )
 
+    def suggest(
+        self, prompt_class: str, strategy: str, settings: Sequence[Mapping[str, Scalar]]
+    ) -> None:
+        """Try these next of a strategy in a class, in place of what was suggested
+        before; what was tried is left out."""
+        for arm in self._arms(prompt_class):
+            if arm.name == strategy:
+                tried = [dict(trial.params) for trial in arm.trials]
+                arm.study.suggest([s for s in settings if dict(s) not in tried])
+
     def race(self) -> list[Arm]:
         """Race the strategies of each class until time or ideas run out.
 
@@ -253,11 +263,11 @@ class Search:
             self._search_on(self._pool)
         classes = list(dict.fromkeys(arm.prompt_class for arm in self.arms))
         for name in classes:
-            self._open(name)
+            self.open(name)
             self._rounds[name] += 1
         going = classes
         while going and self._in_time():
-            going = [name for name in going if self._in_time() and self._round(name)]
+            going = [name for name in going if self._in_time() and self.round(name)]
         self._refresh()
         return [arm for arm in self.arms if not arm.trials]
 
@@ -306,17 +316,21 @@ class Search:
             for arm in self.arms:
                 arm.trials = self._stored(arm)
 
-    def _open(self, prompt_class: str) -> None:
-        """Measure the first settings of all strategies of a class together."""
+    def open(self, prompt_class: str, most: int | None = None) -> None:
+        """Measure the first settings of all strategies of a class together.
+
+        Args:
+            most: Settings that there is time for.
+        """
         entrants = [
             arm
             for arm in self._arms(prompt_class)
             if not arm.trials
             for _ in range(arm.entrants)
         ]
-        self._try_together(prompt_class, entrants)
+        self._try_together(prompt_class, entrants[:most])
 
-    def _round(self, prompt_class: str) -> bool:
+    def round(self, prompt_class: str) -> bool:
         """One round of a class: close rivals on what they haven't seen, new settings.
 
         New settings run on the class's first prompts, those of one strategy on the

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import Trial
 
+    from adaptspec.engines.inference_engine import Method
+    from adaptspec.strategy import Strategy
+
+    # What is searched: a strategy of ours, or another engine's method.
+    Searched = type[Strategy] | Method
+
 
 def distributions(params: type[Params]) -> dict[str, BaseDistribution]:
     """Name -> distribution of every tuned parameter."""

@@ -69,6 +69,7 @@ class Study:
         self._params, self._clock, self._beaten = params, clock, 0.0
         self._shared = storage is not None
         self._worker = this_process() if self._shared else ""
+        self._suggested: list[Mapping[str, Scalar]] = []
         # Continued, it must not draw again what it drew before; nor what others draw.
         own = zlib.crc32(self._worker.encode()) if trials and self._shared else 0
         with quiet():
@@ -93,12 +94,20 @@ class Study:
             self._add(trials)
             self._enqueue(trials, [*first, defaults(params)])
 
+    def suggest(self, settings: Sequence[Mapping[str, Scalar]]) -> None:
+        """Try these before the sampler's own, in place of what was suggested before and
+        not begun."""
+        self._suggested = list(settings)
+
     def ask(self) -> tuple[optuna.trial.Trial, dict[str, Scalar]]:
         """A trial begun, with its setting."""
         while True:
             # Stalled before it could say who it is, a process is taken for dead, and
             # the trial was given up: the next one, then.
             with quiet(), suppress(_finished_already()):
+                if self._suggested:
+                    wanted = tuned(self._params, self._suggested.pop(0))
+                    self._study.enqueue_trial(wanted, skip_if_exists=True)
                 asked = self._study.ask()
                 setting = suggest(self._params, asked)
                 if self._shared:

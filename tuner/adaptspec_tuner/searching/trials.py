@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.errors import AdaptSpecError, stopped_by_user
+from adaptspec.errors import AdaptSpecError, EngineError, stopped_by_user
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import ANSWER, Trial
-from adaptspec_tuner.measuring.in_turns import decode_in_turns
+from adaptspec_tuner.measuring.in_turns import Timed, decode_in_turns
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
     Measurer,
+    MeasuresAhead,
     Sample,
     Setting,
     TurnMeasurer,
     in_a_line,
     sample_of,
+    sample_of_whole,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +106,9 @@ def run_together(
     for run in runs.values():
         run.prepare(measurer, warn)
     prompts = jobs[0].prompts if jobs else ()
+    if isinstance(measurer, MeasuresAhead):
+        ready = [run for run in runs.values() if run.state is None]
+        measurer.measure_ahead([(run.job.setting, prompts) for run in ready])
     for place, prompt in enumerate(prompts):
         going = [run for run in runs.values() if run.state is None]
         if not going or (place and not in_time()):
@@ -141,6 +146,8 @@ def measured(
     """
     start = turn % len(settings)
     order = [*settings[start:], *settings[:start]]
+    if isinstance(measurer, MeasuresAhead):
+        order = measurer.ready_first(order)
     if isinstance(measurer, TurnMeasurer):
         runs = decode_in_turns(
             {s.key: functools.partial(measurer.begin, s, prompt) for s in order},
@@ -152,7 +159,7 @@ def measured(
         if plain is not None and plain.error is not None:
             return {PLAIN_SETTING.key: plain.error}
         return {
-            key: sample_of(run.result) if run.error is None else run.error
+            key: _sample(run) if run.error is None else run.error
             for key, run in runs.items()
         }
     found: dict[str, Sample | Exception] = {}
@@ -165,6 +172,10 @@ def measured(
                 raise
             found[setting.key] = error
     return found
+
+
+def _sample(run: Timed) -> Sample:
+    return (sample_of_whole if run.whole else sample_of)(run.result)
 
 
 @dataclass
@@ -227,7 +238,8 @@ class _Running:
         if stopped_by_user(error):
             raise error
         self.state, self.error = "failed", f"{type(error).__name__}: {error}"
-        if not isinstance(error, AdaptSpecError):
+        # What another engine says of its end is worth telling.
+        if isinstance(error, EngineError) or not isinstance(error, AdaptSpecError):
             warn(f"{self.job.strategy} {dict(self.job.params)} failed: {self.error}")
 
     def trial(self) -> Trial:

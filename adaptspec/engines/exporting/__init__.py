@@ -1,0 +1,1 @@
+"""Turns what was measured of an engine into what starts it."""

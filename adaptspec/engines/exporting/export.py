@@ -1,0 +1,197 @@
+"""The plan for an engine, from the profile store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.classes.classifier import KEY as CLASSIFIER
+from adaptspec.engines.exporting import sglang
+from adaptspec.engines.exporting.measured import (
+    Found,
+    Setting,
+    choices_of,
+    found_here,
+)
+from adaptspec.engines.exporting.options import Asked, options_of, tuned_with
+from adaptspec.engines.exporting.plan import (
+    Launches,
+    Plan,
+    by_class,
+    for_class,
+    for_mix,
+)
+from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.errors import AdaptSpecError, EngineError
+from adaptspec.profile import ClassChoice, Pick, ProfileStore
+
+if TYPE_CHECKING:
+    from adaptspec.engines.inference_engine import EngineOptions
+    from adaptspec.host import Host
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be exported.
+
+    Args:
+        prompt_class: For this class alone; None: for all.
+        mix: Class -> its share of the prompts; empty: by how many were measured.
+        split: Whether each setting that a class is fastest with has a server.
+        port: Of the first server.
+        run: Only what this tuning run decided.
+    """
+
+    asked: Asked = field(default_factory=Asked)
+    prompt_class: str | None = None
+    mix: Mapping[str, float] = field(default_factory=dict)
+    split: bool = False
+    port: int = 8000
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A plan, and what goes with it.
+
+    Args:
+        files: The models' names: files, folders or hub names.
+        classifier: The record of what tells a prompt's class; None where none is kept.
+    """
+
+    plan: Plan
+    files: Sequence[str]
+    classifier: Mapping[str, Any] | None
+
+
+def export_for(
+    engine: str, wanted: Wanted, host: Host, store: ProfileStore
+) -> Exported:
+    """What an engine is to be started with.
+
+    Raises:
+        EngineError: if it can't be told, in one line with the way out.
+    """
+    if engine == sglang.NAME:
+        return _for_sglang(wanted, store)
+    if engine not in host.engines:
+        started = [
+            name
+            for name, cls in host.engines.items()
+            if cls.launch is not InferenceEngine.launch
+        ]
+        known = ", ".join(sorted([*started, sglang.NAME]))
+        raise EngineError(f"no engine {engine!r} to export for; there are: {known}")
+    if host.engines[engine].launch is InferenceEngine.launch:
+        raise EngineError(
+            f"{engine} isn't started with flags: it decodes in the program that loads "
+            "it; see `adaptspec generate` and `adaptspec export DIR`"
+        )
+    choices = choices_of(store, engine, wanted.run)
+    options = options_of(engine, wanted.asked, store, choices)
+    with host.engines[engine].open(options) as opened:
+        found = found_here(store, choices, opened.environment, refused=_refused(opened))
+        plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params))
+    return Exported(plan, _files(options), _classifier(store, choices, found))
+
+
+def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
+    """Another engine's profiles, in SGLang's words."""
+    source, choices = _source(wanted, store)
+    options = options_of(source, replace(wanted.asked, model=None), store, choices)
+    if wanted.asked.model is not None:
+        options = replace(options, model=wanted.asked.model)
+    found = found_here(
+        store,
+        choices,
+        choices[0].environment,
+        refused=lambda pick: sglang.untranslatable(
+            source, Setting.of(pick.strategy, pick.params)
+        ),
+    )
+    plan = _plan(found, wanted, lambda s: sglang.launch(source, s, options))
+    return Exported(plan, _files(options), _classifier(store, choices, found))
+
+
+def _source(wanted: Wanted, store: ProfileStore) -> tuple[str, list[ClassChoice]]:
+    """The engine whose profiles are translated, and its choices for one model."""
+    problem = EngineError("")
+    for engine in sglang.FROM:
+        try:
+            choices = choices_of(store, engine, wanted.run)
+        except EngineError as error:
+            problem = error
+            continue
+        if wanted.run is None:
+            choices = _of_model(engine, wanted.asked, store, choices)
+        if choices:
+            same = choices[0].environment.place()
+            return engine, [c for c in choices if c.environment.place() == same]
+        problem = EngineError(
+            f"no tune of {' or '.join(sglang.FROM)} measured {wanted.asked.model}; "
+            "name the run to translate with --run (`adaptspec profiles list` shows "
+            "them)"
+        )
+    how = "SGLang isn't measured; what vLLM's or llama.cpp's tune found is translated, "
+    raise EngineError(f"{how}and {problem}")
+
+
+def _of_model(
+    engine: str, asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
+) -> list[ClassChoice]:
+    """Those of the model that is asked for, by its place or its name."""
+    told = tuned_with(asked, store, choices)
+    name = None if asked.model is None else Path(asked.model).name
+    if asked.model is None or told:
+        name = Path(str(told.get("model"))).name if told else None
+    names = {c.environment.model_name for c in choices}
+    if name is None:
+        return list(choices) if len(names) == 1 else []
+    wanted = {name, name.removesuffix(".gguf")}
+    return [c for c in choices if c.environment.model_name in wanted]
+
+
+def _plan(found: Found, wanted: Wanted, launches: Launches) -> Plan:
+    if wanted.prompt_class is not None:
+        return for_class(found, wanted.prompt_class, launches, wanted.port)
+    plan = by_class if wanted.split else for_mix
+    return plan(found, wanted.mix, launches, wanted.port)
+
+
+def _refused(engine: InferenceEngine) -> Any:
+    """Why a setting can't be used with the engine as it is here."""
+    methods = {method.name: method for method in engine.methods}
+
+    def refused(pick: Pick) -> str | None:
+        method = methods.get(pick.strategy)
+        if method is None:
+            return engine.unavailable.get(
+                pick.strategy, f"{engine.name} has no method {pick.strategy!r} here"
+            )
+        try:
+            method.Params.parse(pick.params, pick.strategy)
+        except AdaptSpecError as error:
+            return str(error)
+        return None
+
+    return refused
+
+
+def _files(options: EngineOptions) -> list[str]:
+    """The models' names."""
+    every = [options.model, options.draft_model, *options.heads]
+    return [name for name in every if name is not None]
+
+
+def _classifier(
+    store: ProfileStore, choices: Sequence[ClassChoice], found: Found
+) -> Mapping[str, Any] | None:
+    """The record of a pinned run's classifier, else of the newest of those used."""
+    runs = {c.run: c for c in choices if c.run in found.runs}
+    order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
+    for run in reversed(order):
+        if (record := store.record(run, CLASSIFIER)) is not None:
+            return record
+    return None

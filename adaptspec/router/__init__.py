@@ -1,0 +1,1 @@
+"""Sends each request to the server that is fastest for the class of its prompt."""

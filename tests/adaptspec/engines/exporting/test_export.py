@@ -1,0 +1,407 @@
+"""``adaptspec export --for``: what is printed of what was measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import adaptspec_profiles.plugin
+from adaptspec.cli import build_cli
+from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.host import Host
+from adaptspec.profile import EVERY_CLASS, OURS, ProfileStore
+from adaptspec.router.table import read_table
+from adaptspec_profiles import open_store
+from classifiers import by_hand
+from measured_engines import HERE, FakeEngine, FakeEngines, keep_run
+
+NGRAM, MOD, DRAFT = ("ngram_simple", 6), ("ngram_mod", 8), ("draft_simple", 3)
+TWO = {
+    "code": (4.0, {NGRAM: 1.2, DRAFT: 1.9}),
+    "sums": (8.0, {NGRAM: 2.2, DRAFT: 1.1}),
+    "chat": (2.0, {NGRAM: 1.0, DRAFT: 0.8}),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    FakeEngine.opened.clear()
+    FakeEngine.closed = 0
+    here = FakeEngine.here
+    yield
+    FakeEngine.here = here
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> str:
+    return str(tmp_path / "profiles.db")
+
+
+@pytest.fixture
+def store(db: str) -> Iterator[ProfileStore]:
+    store = open_store(db)
+    yield store
+    store.close()
+
+
+def export(db: str, *arguments: str) -> Result:
+    host = Host({"profiles": adaptspec_profiles.plugin, "fake": FakeEngines()})
+    words = ["export", *arguments, "--db", db]
+    return CliRunner().invoke(build_cli(host), words)
+
+
+def printed(db: str, *arguments: str) -> str:
+    done = export(db, "--for", "llama.cpp", *arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def told(db: str, *arguments: str) -> Any:
+    return json.loads(printed(db, "--format", "json", *arguments))
+
+
+def refused(db: str, *arguments: str) -> str:
+    done = export(db, *arguments)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def commands(text: str) -> list[list[str]]:
+    """What a shell would run: comments and empty lines say nothing to it."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_command_is_one_line_with_the_engines_flags(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"code": (1.0, {NGRAM: 1.8})}, model="/m/a b.gguf")
+    (words,) = commands(printed(db))
+    assert words == [
+        *("OMP_NUM_THREADS=2", "llama-server", "-m", "/m/a b.gguf"),
+        *("--spec-type", "ngram_simple", "--draft_length=6"),
+        *("--host", "127.0.0.1", "--port", "8000"),
+    ]
+    assert FakeEngine.closed == 1
+
+
+def test_comments_say_what_was_measured_where_and_what_the_engine_cannot_do(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, TWO, draft_model="d.gguf", environment=replace(HERE, draft="d1"))
+    text = printed(db)
+    assert "A CPU, 2 threads, 1 request at a time" in text
+    assert "llama.cpp 1234" in text
+    assert "run r1" in text
+    assert "# It can't choose by class." in text
+    assert "# sums: 2.20x plain decoding in time per answer" in text
+    assert "(95%: 1.98 to 2.42, 10 prompts)" in text
+    loss = 1 - 1.2 / 1.9
+    lost = f"it loses {loss:.0%} of the 1.90x that draft_simple (draft_length=3)"
+    assert lost in text
+
+
+def test_one_setting_for_all_is_the_one_that_takes_the_least_time(
+    db: str, store: ProfileStore
+) -> None:
+    environment = replace(HERE, draft="d1", draft_name="draft")
+    keep_run(store, TWO, draft_model="d.gguf", environment=environment)
+    found = told(db)
+    plain = 4 + 8 + 2
+    assert found["expected_ratio"] == pytest.approx(plain / (4 / 1.2 + 8 / 2.2 + 2))
+    (server,) = found["servers"]
+    assert (server["method"], server["params"]) == ("ngram_simple", {"draft_length": 6})
+    assert server["classes"]["code"]["best"]["method"] == "draft_simple"
+    assert server["classes"]["code"]["loss"] == pytest.approx(1 - 1.2 / 1.9)
+    assert server["classes"]["sums"]["loss"] == 0
+    # Of much code the draft model is better.
+    found = told(db, "--mix", "code=20", "--mix", "sums=1")
+    assert found["servers"][0]["method"] == "draft_simple"
+    shares = {n: g["share"] for n, g in found["servers"][0]["classes"].items()}
+    assert shares == pytest.approx({"code": 20 / 21, "sums": 1 / 21, "chat": 0})
+
+
+def test_a_class_alone_gets_its_own(db: str, store: ProfileStore) -> None:
+    environment = replace(HERE, draft="d1")
+    keep_run(store, TWO, draft_model="d.gguf", environment=environment)
+    for name, method in (
+        ("code", "draft_simple"),
+        ("sums", "ngram_simple"),
+        ("chat", "autoregressive"),
+    ):
+        (server,) = told(db, "--class", name)["servers"]
+        assert server["method"] == method
+        assert list(server["classes"]) == [name]
+    message = refused(db, "--for", "llama.cpp", "--class", "poems")
+    assert "no class 'poems' was measured; were: chat, code, sums" in message
+
+
+def test_split_gives_each_setting_a_server_and_writes_the_routers_table(
+    db: str, store: ProfileStore, tmp_path: Path
+) -> None:
+    measured = {**TWO, "more code": (1.0, {NGRAM: 1.1, DRAFT: 1.7})}
+    environment = replace(HERE, draft="d1")
+    keep_run(store, measured, draft_model="d.gguf", environment=environment)
+    store.put_record("r1", "classifier", by_hand().as_json())
+    for name in ("table.json", "table.yaml"):
+        path = tmp_path / name
+        text = printed(db, "--split", "--table", str(path))
+        ports = [words[-2] for words in commands(text)]
+        assert ports == ["8001", "8002", "8003"]
+        assert all(words[-1] == "&" for words in commands(text))
+        table = read_table(path)
+        assert table.classes == {
+            "chat": "plain",
+            "code": "draft_simple",
+            "more code": "draft_simple",
+            "sums": "ngram_simple",
+        }
+        assert table.servers == {
+            "plain": ["http://127.0.0.1:8001"],
+            "draft_simple": ["http://127.0.0.1:8002"],
+            "ngram_simple": ["http://127.0.0.1:8003"],
+        }
+        assert table.default == "ngram_simple"  # the least time over all of them
+        assert table.teller is not None
+    found = told(db, "--split", "--port", "9000", "--host", "0.0.0.0")
+    assert found["table"]["servers"]["plain"] == "http://127.0.0.1:9000"
+    assert found["table"]["classifier"]["names"] == ["short", "long"]
+    assert found["servers"][0]["command"][-4:] == [
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "9000",
+    ]
+    plain = 4 + 8 + 2 + 1
+    took = 4 / 1.9 + 8 / 2.2 + 2 + 1 / 1.7
+    assert found["expected_ratio"] == pytest.approx(plain / took)
+
+
+def test_two_settings_of_a_method_have_names_of_their_own(
+    db: str, store: ProfileStore
+) -> None:
+    longer = ("ngram_simple", 20)
+    keep_run(
+        store,
+        {"a": (1.0, {NGRAM: 1.5, longer: 1.2}), "b": (1.0, {NGRAM: 1.2, longer: 3.0})},
+    )
+    found = told(db, "--split")
+    assert [s["name"] for s in found["servers"]] == ["ngram_simple", "ngram_simple-2"]
+    assert any("share it when both are busy" in note for note in found["notes"])
+
+
+def test_where_no_setting_is_known_on_all_classes_plain_decoding_is_added(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5}), "b": (1.0, {MOD: 1.5})})
+    found = told(db, "--split")
+    assert [s["name"] for s in found["servers"]] == [
+        "ngram_simple",
+        "ngram_mod",
+        "plain",
+    ]
+    assert found["table"]["default"] == "plain"
+    # And one for all is then plain decoding, which says what it left out.
+    found = told(db)
+    assert found["servers"][0]["method"] == "autoregressive"
+    assert len([note for note in found["notes"] if "left out" in note]) == 2
+
+
+def test_options_are_those_of_the_tune_unless_given_anew(
+    db: str, store: ProfileStore
+) -> None:
+    record: dict[str, Any] = {
+        "model": "a.gguf",
+        "draft_model": "d.gguf",
+        "engine_command": "/opt/llama-server",
+        "engine_python": "python9",
+        "engine_argument": ["-fa", "on"],
+        "threads": 2,
+        "dtype": "auto",
+        "context": 2048,
+        "trust_remote_code": True,
+    }
+    keep_run(store, TWO, environment=replace(HERE, draft="d1"), **record)
+    printed(db)
+    options = FakeEngine.opened[-1]
+    assert (options.model, options.draft_model) == ("a.gguf", "d.gguf")
+    assert (options.command, options.python) == ("/opt/llama-server", "python9")
+    assert list(options.arguments) == ["-fa", "on"]
+    assert (options.threads, options.context) == (2, 2048)
+    assert (options.concurrency, options.trust_remote_code) == (1, True)
+    printed(db, "--engine-command", "other", "--draft-model", "e.gguf")
+    options = FakeEngine.opened[-1]
+    assert (options.command, options.draft_model) == ("other", "e.gguf")
+    assert options.model == "a.gguf"
+
+
+def test_a_model_is_that_of_the_tune_however_its_path_is_written(
+    db: str, store: ProfileStore, tmp_path: Path
+) -> None:
+    keep_run(store, TWO, run="r1", model=str(tmp_path / "a.gguf"), context=111)
+    other = replace(HERE, model="m2", model_name="other")
+    keep_run(store, TWO, run="r2", model="b.gguf", context=222, environment=other)
+    message = refused(db, "--for", "llama.cpp")
+    assert "2 models were measured" in message
+    assert "--model MODEL" in message
+    printed(db, "--model", str(tmp_path / "x" / ".." / "a.gguf"))
+    assert FakeEngine.opened[-1].context == 111
+    # One that no tune was given is looked for by what is in it.
+    printed(db, "--model", "moved.gguf")
+    assert FakeEngine.opened[-1].context is None
+    FakeEngine.here = replace(HERE, model="m3", model_name="third")
+    assert "tune" in refused(db, "--for", "llama.cpp", "--model", "c.gguf")
+
+
+def test_of_several_numbers_of_requests_one_must_be_said(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, run="r1")
+    busy = replace(HERE, concurrency=4)
+    keep_run(
+        store, {"a": (1.0, {NGRAM: 0.5})}, run="r4", environment=busy, concurrency=4
+    )
+    message = refused(db, "--for", "llama.cpp")
+    assert "measured with 1, 4 requests at a time" in message
+    assert "--concurrency N" in message
+    assert told(db, "--concurrency", "1")["servers"][0]["method"] == "ngram_simple"
+    assert told(db, "--concurrency", "4")["servers"][0]["method"] == "autoregressive"
+    message = refused(db, "--for", "llama.cpp", "--concurrency", "16")
+    assert "concurrency 4 (here 16)" in message or "concurrency 1 (here 16)" in message
+
+
+def test_profiles_of_our_own_engine_do_not_carry_over(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, TWO, environment=replace(HERE, engine=OURS))
+    message = refused(db, "--for", "llama.cpp")
+    assert "what was measured of our own decoding doesn't carry over" in message
+    assert "adaptspec tune --engine llama.cpp --model MODEL" in message
+
+
+def test_an_engine_that_is_no_server_is_refused(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "launch", InferenceEngine.launch)
+    message = refused(db, "--for", "llama.cpp")
+    assert "isn't started with flags" in message
+    assert "adaptspec export DIR" in message
+
+
+def test_without_any_profile_the_command_that_measures_is_told(db: str) -> None:
+    message = refused(db, "--for", "llama.cpp")
+    assert "nothing was measured of it yet" in message
+    assert "adaptspec tune --engine llama.cpp" in message
+    assert "there are: llama.cpp, sglang" in refused(db, "--for", "triton")
+
+
+def test_what_was_measured_on_another_machine_serves_and_is_told(
+    db: str, store: ProfileStore
+) -> None:
+    there = replace(HERE, device_name="A big server", threads=64)
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, environment=there)
+    text = printed(db)
+    assert "Measured on another machine: A big server (here A CPU)." in text
+    assert "A big server, 64 threads" in text
+    assert "ngram_simple" in text
+
+
+def test_a_setting_whose_draft_model_is_not_here_is_passed_over(
+    db: str, store: ProfileStore
+) -> None:
+    environment = replace(HERE, draft="d1", draft_name="draft")
+    keep_run(store, {"a": (1.0, {DRAFT: 2.0, NGRAM: 1.5})}, environment=environment)
+    assert told(db)["servers"][0]["method"] == "ngram_simple"
+    found = told(db, "--draft-model", "d.gguf")
+    assert found["servers"][0]["method"] == "draft_simple"
+
+
+def test_a_setting_that_this_version_does_not_know_is_passed_over(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"a": (1.0, {("ngram_new", 4): 2.0, NGRAM: 1.5})})
+    assert told(db)["servers"][0]["method"] == "ngram_simple"
+    keep_run(store, {"a": (1.0, {NGRAM: 2.0})}, length="window")
+    assert told(db)["servers"][0]["method"] == "autoregressive"
+
+
+def test_a_workload_without_classes_has_one_command(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {EVERY_CLASS: (1.0, {NGRAM: 1.5})})
+    for arguments in ([], ["--split"]):
+        (server,) = told(db, *arguments)["servers"]
+        assert server["method"] == "ngram_simple"
+
+
+def test_a_compose_file_has_a_service_for_each_server(
+    db: str, store: ProfileStore, tmp_path: Path
+) -> None:
+    model = tmp_path / "mo$del.gguf"
+    real = tmp_path / "blobs" / "1"
+    real.parent.mkdir()
+    real.write_text("weights")
+    model.symlink_to(real)
+    keep_run(store, TWO, model=str(model))
+    text = printed(db, "--format", "compose", "--split")
+    assert text.startswith("# llama.cpp: target")
+    services = yaml.safe_load(text)["services"]
+    assert list(services) == ["plain", "ngram_simple"]
+    service = services["ngram_simple"]
+    assert service["image"] == "ghcr.io/ggml-org/llama.cpp:server"
+    assert service["entrypoint"] == ["/app/llama-server"]
+    literal = str(model).replace("$", "$$")
+    assert service["command"][:2] == ["-m", literal]
+    assert service["command"][-4:] == ["--host", "0.0.0.0", "--port", "8002"]
+    assert service["ports"] == ["127.0.0.1:8002:8002"]
+    assert service["environment"] == {"OMP_NUM_THREADS": "2"}
+    assert service["volumes"] == [f"{literal}:{literal}:ro", f"{real}:{real}:ro"]
+    assert "deploy" not in service
+    named = printed(db, "--format", "compose", "--image", "mine:1")
+    assert yaml.safe_load(named)["services"]["ngram_simple"]["image"] == "mine:1"
+
+
+def test_on_a_gpu_the_container_gets_it(db: str, store: ProfileStore) -> None:
+    gpu = replace(HERE, device="cuda", device_name="A GPU")
+    FakeEngine.here = gpu
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, environment=gpu)
+    text = printed(db, "--format", "compose")
+    service = yaml.safe_load(text)["services"]["ngram_simple"]
+    assert service["image"].endswith(":server-cuda")
+    devices = service["deploy"]["resources"]["reservations"]["devices"]
+    assert devices[0]["capabilities"] == ["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either DIR"),
+        (["out", "--for", "vllm"], "give either DIR"),
+        (["out", "--split"], "--split says nothing with DIR"),
+        (["out", "--port", "1"], "--port says nothing with DIR"),
+        (["--for", "llama.cpp", "--copy"], "--copy says nothing with --for"),
+        (["--for", "llama.cpp", "--class", "a", "--split"], "leave one out"),
+        (["--for", "llama.cpp", "--class", "a", "--mix", "a=1"], "leave one out"),
+        (["--for", "llama.cpp", "--table", "t"], "--table is written with --split"),
+        (["--for", "llama.cpp", "--image", "x"], "--image is for --format compose"),
+        (["--for", "llama.cpp", "--mix", "code"], "CLASS=WEIGHT"),
+        (["--for", "llama.cpp", "--mix", "code=-1"], "CLASS=WEIGHT"),
+        (["--for", "llama.cpp", "--mix", "code=nan"], "CLASS=WEIGHT"),
+        (["--for", "llama.cpp", "--run", "none"], "run 'none' decided nothing"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(
+    db: str, store: ProfileStore, arguments: list[str], message: str
+) -> None:
+    keep_run(store, TWO)
+    assert message in refused(db, *arguments)

@@ -1,0 +1,61 @@
+"""In which order servers are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+from adaptspec.router.servers import Servers
+from adaptspec.router.table import RouteTable
+from adaptspec.testing.fakes import FakeClock
+from upstreams import World, breaks_off
+
+URLS = {"a": ["http://a1", "http://a2"], "b": "http://b", "plain": "http://plain"}
+
+
+def servers_of(clock: Any = None, **more: Any) -> Servers:
+    table = {"servers": URLS, "default": "plain", **more}
+    options = {} if clock is None else {"clock": clock}
+    return Servers(RouteTable.model_validate(table), **options)
+
+
+def names(found: Sequence[tuple[str, str]]) -> list[str]:
+    return [url.removeprefix("http://") for _, url in found]
+
+
+def test_the_servers_own_urls_go_first_then_the_default_then_the_others() -> None:
+    servers = servers_of()
+    assert names(servers.candidates("a")) == ["a1", "a2", "plain", "b"]
+    assert names(servers.candidates("a")) == ["a2", "a1", "plain", "b"]
+    assert names(servers.candidates("plain")) == ["plain", "a1", "a2", "b"]
+
+
+def test_without_fallback_there_are_no_others() -> None:
+    servers = servers_of(fallback=False)
+    assert names(servers.candidates("a")) == ["a1", "a2"]
+    assert names(servers.candidates("b")) == ["b"]
+
+
+def test_what_was_down_goes_last_for_a_while(world: World) -> None:
+    clock = FakeClock()
+    down, up = world.server(breaks_off).url, world.server().url
+    table = {"servers": {"a": [down, up]}, "default": "a"}
+    servers = Servers(RouteTable.model_validate(table), clock=clock)
+
+    async def ask() -> str:
+        reached = await servers.ask("a", "POST", "/v1/completions", [], b"{}")
+        await reached.response.aclose()
+        return reached.url
+
+    def firsts() -> set[str]:
+        """Whom two requests ask first, whose turn would be each one's."""
+        return {servers.candidates("a")[0][1] for _ in range(2)}
+
+    assert firsts() == {down, up}
+    assert anyio.run(ask) == up
+    clock.advance(4.9)
+    assert firsts() == {up}
+    clock.advance(0.2)
+    assert firsts() == {down, up}

@@ -1,0 +1,275 @@
+"""Tunes of an engine whose true speeds are known, on a fake clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from adaptspec.engines.inference_engine import Method
+from adaptspec.errors import AdaptSpecError, EngineError, UnknownStrategyError
+from adaptspec.hookspecs import hookimpl
+from adaptspec.host import Host
+from adaptspec.params import Scalar
+from adaptspec.profile import EVERY_CLASS, PLAIN
+from adaptspec.selector import select
+from adaptspec.testing.scripted_engine import (
+    COPY,
+    DRAFT,
+    KindParams,
+    Machine,
+    ScriptedEngine,
+    copies_and_drafts,
+    engine_on,
+    workload_of,
+)
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.engines.tune import tune_engine
+from adaptspec_tuner.options import TuneOptions
+from adaptspec_tuner.reporting.result import TuneResult
+
+CLASSES = ("summary", "code", "chat")
+TRUTH = copies_and_drafts(
+    {"summary": (0.8, 0.6), "code": (0.2, 0.9), "chat": (-0.05, 0.3)}
+)
+
+
+OPENED: list[type[ScriptedEngine]] = []  # the engines of the tests so far
+
+
+def host_of(*classes: type) -> Host:
+    """A host with these engines."""
+    plugin = SimpleNamespace(register_engines=hookimpl(lambda: list(classes)))
+    return Host({"fakes": plugin})
+
+
+def tuned(
+    machine: Machine,
+    budget: float = 600.0,
+    *,
+    store: MemoryStore | None = None,
+    classes: Iterable[str] = CLASSES,
+    prompts: int = 8,
+    name: str = "scripted",
+    **options: Any,
+) -> tuple[TuneResult, ScriptedEngine]:
+    """A tune on a machine, and the engine that was opened for it."""
+    cls = engine_on(machine, name)
+    OPENED.append(cls)
+    result = tune_engine(
+        "model.gguf",
+        None,
+        workload_of(list(classes), prompts),
+        TuneOptions(budget, **{"engine": name, **options}),
+        db=store or MemoryStore(),
+        host=host_of(cls),
+        clock=machine.clock,
+    )
+    return result, cls.opened[-1]
+
+
+def choices(result: TuneResult) -> dict[str, str]:
+    """Class -> what is chosen."""
+    return {found.name: found.choice.strategy for found in result.named}
+
+
+def test_each_class_gets_its_method_and_chat_stays_plain() -> None:
+    machine = Machine(TRUTH, noise=0.01)
+    result, engine = tuned(machine)
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+    assert machine.clock.now < 630  # the last answers end a little late
+    assert engine.closed
+
+
+def test_a_dear_start_is_made_once_a_setting_and_serves_all_classes() -> None:
+    machine = Machine(TRUTH, start=60.0, room=2, noise=0.01)
+    result, engine = tuned(machine, 2400.0)
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+    settings = {(method, repr(params)) for method, params, _ in engine.log}
+    # Once in the search and once in the confirmation, and plain decoding now and then.
+    assert engine.starts <= 2 * len(settings) + 4
+    assert machine.clock.now < 2500
+
+
+def test_with_room_for_one_setting_it_is_tuned_all_the_same() -> None:
+    machine = Machine(TRUTH, start=60.0, room=1, noise=0.01)
+    result, _ = tuned(machine, 3600.0)
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+
+
+def test_with_little_room_the_confirmation_goes_setting_by_setting() -> None:
+    machine = Machine(TRUTH, room=2, noise=0.01)
+    result, engine = tuned(machine, 900.0)
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+    # Far fewer starts than answers, though each answer may want another setting.
+    assert engine.starts < len(engine.log) / 2
+
+
+def test_a_setting_that_fails_is_a_failed_trial_and_the_tune_goes_on() -> None:
+    def fails(method: str, params: Mapping[str, Scalar], count: int) -> str | None:
+        return "unknown option --bad" if params.get("kind") == "bad" else None
+
+    forms = Method("forms", "has two", KindParams)
+    machine = Machine(TRUTH, methods=(COPY, DRAFT, forms), fails=fails)
+    store = MemoryStore()
+    result, _ = tuned(machine, store=store)
+    failed = [t for t in store.trials(result.run) if t.strategy == "forms"]
+    assert {t.state for t in failed if t.params["kind"] == "bad"} == {"failed"}
+    assert all(
+        "unknown option" in t.detail["error"] for t in failed if t.state == "failed"
+    )
+    assert sum("unknown option" in note for note in result.notes) == 1
+    assert choices(result)["code"] == "draft"
+
+
+def test_an_engine_that_dies_on_the_way_leaves_what_was_measured() -> None:
+    dead = 60
+
+    def fails(method: str, params: Mapping[str, Scalar], count: int) -> str | None:
+        return "killed" if count >= dead else None
+
+    store = MemoryStore()
+    machine = Machine(TRUTH, fails=fails)
+    result, engine = tuned(machine, store=store)
+    assert not result.named
+    assert engine.closed
+    assert any(t.state != "failed" for t in store.trials(result.run))
+    # The same command continues, and asks nothing again that was tried.
+    tried = {(t.prompt_class, t.strategy, t.number) for t in store.trials(result.run)}
+    again, _ = tuned(Machine(TRUTH), store=store)
+    assert again.run == result.run
+    assert tried <= {
+        (t.prompt_class, t.strategy, t.number) for t in store.trials(again.run)
+    }
+    assert again.named
+
+
+def test_an_engine_that_cannot_decode_plainly_ends_the_tune_in_one_line() -> None:
+    machine = Machine(TRUTH, fails=lambda method, params, count: "no memory")
+    with pytest.raises(EngineError, match=r"^scripted ended: no memory$"):
+        tuned(machine)
+    assert OPENED[-1].opened[-1].closed
+
+
+def test_requests_at_the_same_time_are_of_one_class_and_all_count() -> None:
+    machine = Machine(TRUTH, noise=0.01)
+    result, engine = tuned(machine, concurrency=4)
+    assert result.environment.concurrency == 4
+    for _, _, prompts in engine.log:
+        assert len(prompts) in (1, 4)
+        assert len({name.partition("/")[0] for name in prompts}) == 1
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+    alone, _ = tuned(Machine(TRUTH, noise=0.01))
+    assert alone.run != result.run
+
+
+def test_held_out_prompts_are_answered_beside_held_out_ones_only() -> None:
+    _, engine = tuned(Machine(TRUTH), concurrency=3)
+    together = {frozenset(prompts) for _, _, prompts in engine.log if len(prompts) > 1}
+    parts: list[set[str]] = []
+    for group in together:
+        joined = [part for part in parts if part & group]
+        parts = [part for part in parts if not part & group]
+        parts.append(set(group).union(*joined))
+    assert len(parts) == 6  # of three classes, two halves each
+    assert max(map(len, parts)) == 4
+
+
+def test_a_server_with_plain_decoding_alone_is_measured() -> None:
+    store = MemoryStore()
+    result, _ = tuned(Machine(TRUTH, methods=()), store=store)
+    assert choices(result) == dict.fromkeys(CLASSES, PLAIN)
+    profiles = store.profiles(run=result.run)
+    assert {p.prompt_class for p in profiles} == {*CLASSES, EVERY_CLASS}
+    assert all(p.measurement.tokens_per_second > 0 for p in profiles)
+
+
+@pytest.mark.parametrize(
+    ("ties", "identical", "near"), [(True, 0, 4), ("unknown", 0, 0), ("never", 4, 0)]
+)
+def test_near_ties_are_counted_where_the_engine_tells(
+    ties: Any, identical: int, near: int
+) -> None:
+    result, _ = tuned(Machine(TRUTH, ties=ties))
+    (row,) = [
+        row for row in result.named[0].rows if row.strategy == "copy" and row.winner
+    ]
+    assert (row.measurement.identical, row.measurement.near_ties) == (identical, near)
+    assert row.profile.lossless
+
+
+def test_a_method_that_changes_the_output_is_never_chosen() -> None:
+    result, _ = tuned(Machine(TRUTH, ties=False))
+    assert set(choices(result).values()) == {PLAIN}
+    assert any("NOT LOSSLESS" in note for note in result.notes)
+
+
+def test_texts_are_compared_where_there_are_no_ids() -> None:
+    result, _ = tuned(Machine(TRUTH, told_ids=False))
+    row = result.named[0].winner
+    assert row is not None
+    assert row.measurement.identical == row.measurement.prompts == 4
+    # What differs can't be told from a near tie, so it isn't called one.
+    other, _ = tuned(Machine(TRUTH, told_ids=False, ties=False))
+    row = other.named[0].winner
+    assert row is not None
+    assert row.strategy == "copy"
+    assert (row.measurement.identical, row.measurement.near_ties) == (0, 0)
+
+
+def test_engines_are_never_mixed() -> None:
+    store = MemoryStore()
+    ours, _ = tuned(Machine(TRUTH, noise=0.01), store=store)
+    theirs, _ = tuned(
+        Machine(lambda prompt, method, params: 0.9), store=store, name="b"
+    )
+    assert ours.run != theirs.run
+    every = store.choices()
+    assert {c.environment.engine for c in every} == {"scripted", "b"}
+    assert select(every, ours.environment, "code").strategy == "draft"
+    assert select(every, theirs.environment, "code").strategy == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"worker": True}, "--worker doesn't go with --engine scripted"),
+        ({"baselines": True}, "--baselines doesn't go"),
+        ({"max_memory": 5}, "--max-memory doesn't go"),
+        ({"temperature": 0.7}, "--temperature doesn't go"),
+        ({"control": [("min_p", 0.1)]}, "--control doesn't go"),
+        ({"objective": "latency"}, "--objective latency doesn't go"),
+        ({"ray": "auto"}, "--ray doesn't go"),
+    ],
+)
+def test_what_another_engine_cannot_honour_is_refused(
+    options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(AdaptSpecError, match=match):
+        tuned(Machine(TRUTH), **options)
+    assert not OPENED[-1].opened
+
+
+def test_unknown_names_are_told_with_those_there_are() -> None:
+    with pytest.raises(EngineError, match="no engine 'lama'; known: scripted"):
+        tuned(Machine(TRUTH), engine="lama")
+    with pytest.raises(EngineError, match="no engine 'http://x:1/v1'"):
+        tuned(Machine(TRUTH), engine="http://x:1/v1")
+    with pytest.raises(UnknownStrategyError, match="has: copy, draft, eagle"):
+        tuned(Machine(TRUTH), strategies=["medusa"])
+
+
+def test_only_what_is_asked_for_is_tried() -> None:
+    store = MemoryStore()
+    result, _ = tuned(Machine(TRUTH), store=store, strategies=["copy", "eagle"])
+    assert {t.strategy for t in store.trials(result.run)} == {"copy"}
+    assert dict(result.unavailable) == {"eagle": "no heads were given (--heads)"}
+
+
+def test_options_of_other_engines_are_refused_for_ours() -> None:
+    with pytest.raises(AdaptSpecError, match="concurrency is for other engines"):
+        TuneOptions(concurrency=4)
+    with pytest.raises(AdaptSpecError, match="engine_command is for other engines"):
+        TuneOptions(engine_command="x")

@@ -1,0 +1,1 @@
+"""Tunes of other inference engines, with the same search, statistics and store."""

@@ -1,0 +1,251 @@
+"""The same prompts on several engines, each plainly and with what was tuned for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import geometric_mean, median
+from typing import TYPE_CHECKING, Any
+
+from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
+from adaptspec.errors import AdaptSpecError, stopped_by_user
+from adaptspec.profile import PLAIN, Environment, ProfileStore
+from adaptspec.selector import select
+from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.engines.measurer import EngineMeasurer
+from adaptspec_tuner.measuring.profiler import (
+    PLAIN_SETTING,
+    Sample,
+    Setting,
+    in_a_line,
+)
+from adaptspec_tuner.searching.space import defaults
+
+if TYPE_CHECKING:
+    from adaptspec.host import Host
+
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An engine's row in one class.
+
+    Args:
+        setting: The method that it decoded with.
+        params: Its parameters.
+        tokens_per_second: After the first token; median over prompts.
+        seconds_to_first: Median over prompts.
+        seconds_per_token: Of the whole answer, the prompt's reading included; median.
+    """
+
+    setting: str
+    params: Mapping[str, Any]
+    tokens_per_second: float
+    seconds_to_first: float
+    seconds_per_token: float
+    prompts: int
+
+
+@dataclass
+class Row:
+    """An engine with a way of decoding: plainly, tuned, or a method with its defaults.
+
+    Args:
+        cells: Class -> what was measured.
+    """
+
+    engine: str
+    version: str
+    way: str
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        how = "plain decoding" if self.way == PLAIN else self.way
+        return f"{self.engine}: {how}"
+
+    def ratio(self, base: Row) -> float | None:
+        """How many times as fast as ``base`` a token of an answer comes: geometric mean
+        over the classes that both have."""
+        ratios = [
+            base.cells[name].seconds_per_token / cell.seconds_per_token
+            for name, cell in self.cells.items()
+            if name in base.cells and cell.seconds_per_token > 0
+        ]
+        return geometric_mean(ratios) if ratios else None
+
+
+@dataclass
+class Comparison:
+    """What was measured.
+
+    Args:
+        left_out: Engine -> why it isn't compared.
+    """
+
+    workload: str
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        told = asdict(self)
+        for row, of in zip(told["rows"], self.rows, strict=True):
+            row["ratio"] = of.ratio(self.rows[0])
+        return told
+
+
+@dataclass
+class _Compared:
+    """An engine that answers.
+
+    Args:
+        ways: Way -> the setting of each class.
+        samples: Way and class -> what its answers took.
+    """
+
+    name: str
+    engine: InferenceEngine
+    measurer: EngineMeasurer
+    environment: Environment
+    ways: dict[str, dict[str, Setting]]
+    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+
+
+def compare(
+    asked: Sequence[EngineOptions],
+    workload: Workload,
+    store: ProfileStore | None,
+    host: Host,
+    *,
+    methods: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    doing: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Answer every prompt with every engine, prompt by prompt in turns.
+
+    An engine without room for its settings answers a class at once, setting by setting.
+
+    An engine that can't be opened, or that fails on its way, is told and left out.
+
+    Args:
+        asked: The engines with their models.
+        store: Where tuned choices are; None: none are.
+        methods: Also measured with their defaults, on the engines that have them.
+    """
+    found = Comparison(workload.name)
+    with contextlib.ExitStack() as stack:
+        compared: list[_Compared] = []
+        for options in asked:
+            doing(f"opening {options.engine}")
+            with _told(found, options.engine, warn):
+                compared.append(
+                    _opened(
+                        stack, options, workload, store, host, methods, max_new_tokens
+                    )
+                )
+        for name, prompts in workload.by_class().items():
+            for one in [c for c in compared if c.name not in found.left_out]:
+                doing(f"{name}: {one.name}")
+                with _told(found, one.name, warn):
+                    settings = [of[name] for of in one.ways.values() if name in of]
+                    others = [s for s in settings if s.strategy != PLAIN]
+                    one.measurer.forget()
+                    one.measurer.measure_ahead([(s, prompts) for s in others])
+            for prompt in prompts:
+                for one in [c for c in compared if c.name not in found.left_out]:
+                    doing(f"{name}: {one.name}")
+                    with _told(found, one.name, warn):
+                        _answered(one, prompt)
+        for one in compared:
+            version = one.environment.versions.get(one.environment.engine, "")
+            for way, by_class in one.ways.items():
+                row = Row(one.name, version, way)
+                for name, setting in by_class.items():
+                    if samples := one.samples.get((way, name)):
+                        row.cells[name] = _cell(setting, samples)
+                if row.cells:
+                    found.rows.append(row)
+            for note in getattr(one.engine, "notes", ()):
+                found.notes.append(f"{one.name}: {note}")
+    return found
+
+
+def _opened(
+    stack: contextlib.ExitStack,
+    options: EngineOptions,
+    workload: Workload,
+    store: ProfileStore | None,
+    host: Host,
+    methods: Sequence[str],
+    max_new_tokens: int,
+) -> _Compared:
+    from adaptspec_tuner.engines.tune import engine_class
+
+    engine = stack.enter_context(engine_class(host, options.engine).open(options))
+    environment = engine.environment
+    known = {method.name: method for method in engine.methods}
+    ways: dict[str, dict[str, Setting]] = {
+        PLAIN: dict.fromkeys(workload.classes, PLAIN_SETTING)
+    }
+    choices = [] if store is None else store.choices(model=environment.model)
+    tuned: dict[str, Setting] = {}
+    for name in workload.classes:
+        choice = select(choices, environment, name)
+        if choice.strategy != PLAIN and choice.strategy in known:
+            tuned[name] = Setting(choice.strategy, dict(choice.params))
+    if tuned:
+        # A class that is best decoded plainly is decoded plainly.
+        ways[TUNED] = {
+            name: tuned.get(name, PLAIN_SETTING) for name in workload.classes
+        }
+    for name in methods:
+        if name in known and name != PLAIN:
+            setting = Setting(name, defaults(known[name].Params))
+            ways[name] = dict.fromkeys(workload.classes, setting)
+    measurer = EngineMeasurer(engine, [workload], max_new_tokens)
+    measurer.check()
+    return _Compared(options.engine, engine, measurer, environment, ways)
+
+
+def _answered(one: _Compared, prompt: Prompt) -> None:
+    """Answer a prompt with each of an engine's settings, each once."""
+    name = prompt.prompt_class
+    taken: dict[str, Sample] = {}
+    for way, settings in one.ways.items():
+        setting = settings[name]
+        if setting.key not in taken:
+            taken[setting.key] = one.measurer.measure(setting, prompt)
+        one.samples.setdefault((way, name), []).append(taken[setting.key])
+
+
+@contextlib.contextmanager
+def _told(
+    found: Comparison, engine: str, warn: Callable[[str], None]
+) -> Iterator[None]:
+    """Leave out an engine that fails, and say why."""
+    try:
+        yield
+    # A third party's engine may raise anything.
+    except Exception as error:
+        if stopped_by_user(error):
+            raise
+        found.left_out[engine] = in_a_line(error)
+        if not isinstance(error, AdaptSpecError):
+            warn(f"{engine} is left out: {in_a_line(error)}")
+
+
+def _cell(setting: Setting, samples: Sequence[Sample]) -> Cell:
+    return Cell(
+        setting.strategy,
+        dict(setting.params),
+        median(sample.speed for sample in samples),
+        median(sample.seconds_to_first for sample in samples),
+        median(s.seconds / max(1, len(s.tokens)) for s in samples),
+        len(samples),
+    )
