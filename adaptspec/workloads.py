@@ -89,6 +89,7 @@ class Workload:
             stands on both sides, so their result isn't on unseen prompts.
         skipped: Of each bad line that was left out in reading, what is wrong with it.
         notes: What else a reader of the file should be told, in sentences.
+        of_class: Class -> how many prompts it had before some were left out.
     """
 
     name: str
@@ -96,6 +97,9 @@ class Workload:
     reused: frozenset[str] = field(default=frozenset(), kw_only=True)
     skipped: tuple[str, ...] = field(default=(), kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    of_class: Mapping[str, int] = field(
+        default_factory=dict, kw_only=True, compare=False
+    )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -119,6 +123,11 @@ class Workload:
             name: tuple(p for p in self.prompts if p.prompt_class == name)
             for name in self.classes
         }
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class -> how many prompts were asked for, also those that were left out."""
+        return {n: self.of_class.get(n, len(p)) for n, p in self.by_class().items()}
 
     def as_raw(self) -> Workload:
         """The same with every text read as it is, without the chat template."""

@@ -71,7 +71,7 @@ OF_ENGINES = (
     "--mix",
     metavar="CLASS=WEIGHT",
     multiple=True,
-    help="--for: a class's share of the prompts; default: as many as were measured.",
+    help="--for: a class's share of the prompts; default: as in the workload.",
 )
 @click.option(
     "--split",

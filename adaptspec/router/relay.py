@@ -143,10 +143,8 @@ class Relay:
             )
         except Unreached as error:
             log.warning("%s", error)
-            code = "server_broke_off" if error.broke else "server_down"
-            status = 502 if error.broke else 503
             told = self._told(prompt_class, server)
-            answer = error_answer(status, str(error), code, told)
+            answer = error_answer(error.status, str(error), error.code, told)
             await answer(scope, _nothing, send)
             return
         try:

@@ -29,13 +29,13 @@ class Unreached(Exception):
     """No server that may be asked answers.
 
     Args:
-        broke: Whether one took the request and closed the connection, rather than that
-            all are down.
+        status: Of HTTP, for the client.
+        code: Of the client's error.
     """
 
-    def __init__(self, told: str, broke: bool) -> None:
+    def __init__(self, told: str, status: int, code: str) -> None:
         super().__init__(told)
-        self.broke = broke
+        self.status, self.code = status, code
 
 
 class Servers:
@@ -71,6 +71,9 @@ class Servers:
     ) -> Reached:
         """The answer's beginning, from ``server`` or where it is down from another.
 
+        A server that took the request and then broke off isn't followed by another: the
+        request may be what ended it, and would end them all.
+
         Args:
             path: With its query, as it was asked for.
 
@@ -78,17 +81,20 @@ class Servers:
             Unreached: if none answers that may be asked.
         """
         problems: dict[str, str] = {}
-        broke = False
         candidates = self.candidates(server)
         for place, (name, url) in enumerate(candidates, start=1):
             try:
                 response = await self._send(url, method, path, headers, body)
-            except httpx2.TransportError as error:
-                is_down = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-                broke = broke or not is_down
-                problems[url] = "is down" if is_down else "closed the connection"
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                problems[url] = "is down"
                 self._down_until[url] = self._clock() + self._pause
                 continue
+            except httpx2.LocalProtocolError:  # the client's, and nothing was sent
+                told = "the request's headers can't be passed on: they aren't HTTP's"
+                raise Unreached(told, 400, "invalid_headers") from None
+            except httpx2.TransportError:
+                told = f"{url} closed the connection before it answered"
+                raise Unreached(told, 502, "server_broke_off") from None
             # It loads its model, or has too much to do.
             if response.status_code == UNAVAILABLE and place < len(candidates):
                 await _close(response)
@@ -97,7 +103,7 @@ class Servers:
             self._down_until.pop(url, None)
             return Reached(name, url, response)
         told = ", ".join(f"{url} {problem}" for url, problem in problems.items())
-        raise Unreached(f"no server answers: {told}", broke)
+        raise Unreached(f"no server answers: {told}", UNAVAILABLE, "server_down")
 
     def candidates(self, server: str) -> list[tuple[str, str]]:
         """Names and URLs in the order in which they are asked."""

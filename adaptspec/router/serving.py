@@ -49,10 +49,13 @@ def serve(
         access_log=False,
         server_header=False,
         date_header=False,
+        # Longer than clients keep a connection (5 s, as is the default here; proxies
+        # 60 s): one would send a request just when it is closed here.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(grace),
     )
     server = uvicorn.Server(config)
-    with listening, _told_by_signal(), _quiet():
+    with listening, _told_by_signal(server), _quiet():
         listening.listen(config.backlog)
         ready(f"http://{address}:{taken}")
         server.run(sockets=[listening])
@@ -82,10 +85,17 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _told_by_signal() -> Iterator[None]:
-    """Inside, SIGTERM ends the server and then nothing else: uvicorn raises it again
-    when it has ended."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+def _told_by_signal(server: uvicorn.Server) -> Iterator[None]:
+    """Inside, SIGTERM ends the server and then nothing else.
+
+    uvicorn's own handlers stand only while it runs: it may come before, and uvicorn
+    raises it again when it has ended.
+    """
+
+    def end(*_: Any) -> None:
+        server.should_exit = True
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

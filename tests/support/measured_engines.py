@@ -103,12 +103,15 @@ class FakeEngines:
         return [FakeEngine]
 
 
-def measurement(ratio: float, seconds: float, first: float = 0.0) -> Measurement:
-    """Of ten prompts with 100 tokens each, with plain answers of so many seconds."""
+def measurement(
+    ratio: float, seconds: float, first: float = 0.0, repeats: int = 1
+) -> Measurement:
+    """Of ten prompts with 100 tokens each, with plain answers of so many seconds after
+    the first token. Tokens are counted over all repeats, as a tune does."""
     rest = (first + seconds) / ratio - first
     return Measurement(
-        *(100 / max(rest, 1e-9), 1.0, 2.0, ratio, ratio, ratio, 1.5, 0.5),
-        *(10, 1000, 10, 0, 1.0, 0.0, 0.0),
+        *(99 / max(rest, 1e-9), 1.0, 2.0, ratio, ratio, ratio, 1.5, 0.5),
+        *(10, 1000 * repeats, 10, 0, 1.0, 0.0, 0.0),
         interval_low=ratio * 0.9,
         interval_high=ratio * 1.1,
         objective=ANSWER,
@@ -127,19 +130,30 @@ def keep_run(
     environment: Environment = HERE,
     prompts: Mapping[str, int] | None = None,
     length: str = "draft_length",
+    mix: Mapping[str, int] | None = None,
+    repeats: Mapping[str, int] | None = None,
     **record: Any,
 ) -> None:
     """Store a run: class -> seconds of a plain answer, and the ratio of each setting,
     which is a method and its draft length. Settings above 1.1 are picked, the best
-    first; over all classes those that are it in every class."""
+    first; over all classes those that are it in every class.
+
+    Args:
+        mix: Prompts of the workload by class.
+        repeats: How often each prompt was measured, by class; once otherwise.
+    """
     profiles, choices = [], []
     for name, (seconds, ratios) in measured.items():
+        times = (repeats or {}).get(name, 1)
+        speeds = {f'["{PLAIN}", {{}}]': [1.0] * times, '["another", {}]': [1.0]}
+        confirmed = {"prompts": {f"p{n}": speeds for n in range(10)}}
+        store.put_record(run, f"confirm/{name}", confirmed)
         for (method, tokens), ratio in {(PLAIN, 0): 1.0, **ratios}.items():
             profiles.append(
                 Profile(
                     *(environment, "w1", "mine", name, method),
                     {} if method == PLAIN else {length: tokens},
-                    measurement(ratio, seconds),
+                    measurement(ratio, seconds, repeats=times),
                     DAY,
                     run=run,
                 )
@@ -170,4 +184,6 @@ def keep_run(
             objective=ANSWER,
         )
         store.put_choices([every])
+    if mix is not None:
+        store.put_record(run, "mix", mix)
     store.put_record(run, "usage", {"model": "target.gguf", **record})

@@ -12,6 +12,7 @@ from pydantic import Field
 from adaptspec.cli.progress import Progress
 from adaptspec.params import Tunable
 from adaptspec.profile import EVERY_CLASS, PLAIN, Environment
+from adaptspec.run_records import answers_of
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.testing.fakes import FakeClock
 from adaptspec.workloads import Prompt, Workload
@@ -19,7 +20,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.measuring.profiler import Sample, Setting
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.phases import tune_with
-from adaptspec_tuner.records import confirmed_key, predicted_key
+from adaptspec_tuner.records import MIX, confirmed_key, predicted_key
 from adaptspec_tuner.reporting.result import TuneResult
 from adaptspec_tuner.tuning_run import Interrupted, TuneInputs
 from tuner_fakes import PLACE, FakeMeasurer, Knob, KnobParams
@@ -207,6 +208,22 @@ def test_speeds_by_prompt_are_kept_for_the_report() -> None:
             10.0,
             20.0,
         ]
+
+
+def test_what_an_export_reads_of_a_run_is_kept() -> None:
+    """How often plain decoding was measured, and how many prompts a class has."""
+    store = MemoryStore()
+    result = run(Trace(), store, 400.0)
+    assert store.record(result.run, MIX) == dict.fromkeys(CLASSES, 8)
+    (plain,) = [
+        p.measurement
+        for p in store.profiles(run=result.run)
+        if (p.strategy, p.prompt_class) == (PLAIN, "code")
+    ]
+    answers = answers_of(store.record(result.run, confirmed_key("code")), PLAIN)
+    assert answers > plain.prompts
+    assert plain.tokens / answers == 3  # of each sample
+    assert answers_of(None, PLAIN) == 0
 
 
 @pytest.mark.parametrize(

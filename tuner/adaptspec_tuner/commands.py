@@ -266,13 +266,13 @@ def _defaults(host: Host) -> dict[str, dict[str, Any]]:
 
 def _keep_usage(host: Host, result: TuneResult) -> None:
     """For `adaptspec report`; where the store fails, the result is shown without."""
-    from adaptspec_tuner.records import USAGE
+    from adaptspec.run_records import USAGE, from_anywhere
 
     assert result.usage is not None
     with contextlib.suppress(AdaptSpecError):
         store = host.open_store(result.usage.db)
         try:
-            store.put_record(result.run, USAGE, result.usage.as_json())
+            store.put_record(result.run, USAGE, from_anywhere(result.usage.as_json()))
         finally:
             store.close()
 

@@ -24,7 +24,7 @@ from adaptspec_tuner.confirming.finalists import (
 from adaptspec_tuner.confirming.kept import kept_class
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
-from adaptspec_tuner.records import CLASSIFIER, plain_key
+from adaptspec_tuner.records import CLASSIFIER, MIX, plain_key
 from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.entrants import (
@@ -50,6 +50,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
     run = TuningRun(given)
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
+    run.keep(lambda: run.store.put_record(run.id, MIX, given.workload.counts))
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(given.workload)
     result = TuneResult(

@@ -2,6 +2,7 @@
 
 ``spent``                      seconds by part (time_spent.py)
 ``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (phases.py)
+``mix``                        class -> prompts of the workload (phases.py)
 ``usage``                      what was tuned, as it was asked for (reporting/usage.py)
 ``classifier``                 what tells a prompt's class (adaptspec/classes)
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
@@ -15,11 +16,13 @@
 from __future__ import annotations
 
 from adaptspec.classes.classifier import KEY
+from adaptspec.run_records import MIX as MIX
+from adaptspec.run_records import USAGE as USAGE
+from adaptspec.run_records import confirmed_key as confirmed_key
 
 CLASSIFIER = KEY  # read where the profiles are used
 SPENT = "spent"
 SEARCH = "search"
-USAGE = "usage"
 
 
 def plain_key(prompt_class: str, prompt_id: str) -> str:
@@ -35,11 +38,6 @@ def replayed_key(prompt_class: str, strategy: str) -> str:
 def raced_key(prompt_class: str) -> str:
     """Of the leaders' further measurements."""
     return f"raced/{prompt_class}"
-
-
-def confirmed_key(prompt_class: str) -> str:
-    """Of the speeds and acceptance of what was confirmed."""
-    return f"confirm/{prompt_class}"
 
 
 def predicted_key(prompt_class: str) -> str:

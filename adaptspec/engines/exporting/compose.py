@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ IMAGES = {
     ),
 }
 INSIDE = "0.0.0.0"  # what a container's program listens on
-HUB = "~/.cache/huggingface:/root/.cache/huggingface"  # models named as on the hub
+HUB = "/root/.cache/huggingface/hub"  # where containers look for models of the hub
+PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")  # of a model file that is divided
 
 
 def compose_text(
@@ -69,7 +71,9 @@ def compose_text(
         )
     volumes = [_literal(f"{path}:{path}:ro") for path in _mounted(files)]
     if any(not Path(name).exists() for name in files) and engine != "llama.cpp":
-        volumes.append(HUB)
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        volumes.append(_literal(f"{Path(HF_HUB_CACHE).absolute()}:{HUB}"))
     services = {
         server.name: _service(server, name, chosen.program, volumes, host, gpu)
         for server in plan.servers
@@ -137,9 +141,18 @@ def _mounted(files: Sequence[str]) -> list[Path]:
         path = Path(name).absolute()
         if not path.exists():
             continue  # a hub name
-        found[path] = None
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else _parts(path)
+        found.update(dict.fromkeys([path] if path.is_dir() else inside))
         for one in inside:
             if (real := one.resolve()) != one and real.exists():
                 found[real if path.is_file() else real.parent] = None
     return [p for p in found if not any(o in p.parents for o in found)]
+
+
+def _parts(path: Path) -> list[Path]:
+    """A model file with the others that it is divided into."""
+    if (part := PART.search(path.name)) is None:
+        return [path]
+    stem = path.name[: part.start()]
+    named = re.compile(re.escape(stem) + r"-\d{5}" + re.escape(part[1]))
+    return sorted(one for one in path.parent.iterdir() if named.fullmatch(one.name))

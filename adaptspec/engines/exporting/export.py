@@ -23,9 +23,11 @@ from adaptspec.engines.exporting.plan import (
     for_class,
     for_mix,
 )
+from adaptspec.engines.exporting.sharing import shared
 from adaptspec.engines.inference_engine import InferenceEngine
 from adaptspec.errors import AdaptSpecError, EngineError
 from adaptspec.profile import ClassChoice, Pick, ProfileStore
+from adaptspec.run_records import from_anywhere
 
 if TYPE_CHECKING:
     from adaptspec.engines.inference_engine import EngineOptions
@@ -38,7 +40,7 @@ class Wanted:
 
     Args:
         prompt_class: For this class alone; None: for all.
-        mix: Class -> its share of the prompts; empty: by how many were measured.
+        mix: Class -> its share of the prompts; empty: as in the workload.
         split: Whether each setting that a class is fastest with has a server.
         port: Of the first server.
         run: Only what this tuning run decided.
@@ -93,7 +95,7 @@ def export_for(
     options = options_of(engine, wanted.asked, store, choices)
     with host.engines[engine].open(options) as opened:
         found = found_here(store, choices, opened.environment, refused=_refused(opened))
-        plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params))
+        plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params), engine)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
 
@@ -101,8 +103,8 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
     """Another engine's profiles, in SGLang's words."""
     source, choices = _source(wanted, store)
     options = options_of(source, replace(wanted.asked, model=None), store, choices)
-    if wanted.asked.model is not None:
-        options = replace(options, model=wanted.asked.model)
+    if (model := wanted.asked.model) is not None:
+        options = replace(options, model=from_anywhere({"model": model})["model"])
     found = found_here(
         store,
         choices,
@@ -111,7 +113,8 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
             source, Setting.of(pick.strategy, pick.params)
         ),
     )
-    plan = _plan(found, wanted, lambda s: sglang.launch(source, s, options))
+    launches: Launches = lambda s: sglang.launch(source, s, options)  # noqa: E731
+    plan = _plan(found, wanted, launches, sglang.NAME)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
 
@@ -153,11 +156,11 @@ def _of_model(
     return [c for c in choices if c.environment.model_name in wanted]
 
 
-def _plan(found: Found, wanted: Wanted, launches: Launches) -> Plan:
+def _plan(found: Found, wanted: Wanted, launches: Launches, engine: str) -> Plan:
     if wanted.prompt_class is not None:
         return for_class(found, wanted.prompt_class, launches, wanted.port)
     plan = by_class if wanted.split else for_mix
-    return plan(found, wanted.mix, launches, wanted.port)
+    return shared(plan(found, wanted.mix, launches, wanted.port), engine)
 
 
 def _refused(engine: InferenceEngine) -> Any:

@@ -19,6 +19,7 @@ from adaptspec.profile import (
     Pick,
     ProfileStore,
 )
+from adaptspec.run_records import MIX, answers_of, confirmed_key
 from adaptspec.selector import Ranking, decided_here, rank
 
 
@@ -64,12 +65,18 @@ class ClassFound:
         prompts: On how many prompts it rests.
         objective: What ratios are about, as of
             :class:`~adaptspec.profile.Measurement`.
+        plain_answers: How many answers of plain decoding were measured, repeats
+            counted; 0: it wasn't kept.
+        asked: How many prompts of the workload are of the class, also those that
+            weren't measured; None: it wasn't kept.
     """
 
     ranking: Ranking
     measured: Mapping[Setting, Measurement]
     prompts: int
     objective: str
+    plain_answers: int = 0
+    asked: int | None = None
 
     @property
     def settings(self) -> list[Setting]:
@@ -95,10 +102,12 @@ class ClassFound:
         None where they weren't kept.
         """
         plain = self.measured.get(PLAIN_SETTING)
-        if plain is None or not (plain.prompts and plain.tokens_per_second > 0):
+        if plain is None or not (self.plain_answers and plain.tokens_per_second > 0):
             return None
         first = plain.seconds_to_first or 0.0
-        return first, plain.tokens / plain.prompts / plain.tokens_per_second
+        # The speed is that after the first token.
+        following = max(0.0, plain.tokens / self.plain_answers - 1)
+        return first, following / plain.tokens_per_second
 
     def seconds(self, setting: Setting) -> float | None:
         """Expected seconds of an answer; None where they can't be told."""
@@ -216,7 +225,12 @@ def found_here(
             for profile in reversed(profiles)  # the newest one counts
             if (profile.run, profile.prompt_class) == (decided.run, name)
         }
-        return ClassFound(ranking, measured, decided.prompts, decided.objective)
+        confirmed = store.record(decided.run, confirmed_key(name))
+        return ClassFound(
+            *(ranking, measured, decided.prompts, decided.objective),
+            answers_of(confirmed, PLAIN),
+            (store.record(decided.run, MIX) or {}).get(name),
+        )
 
     names = dict.fromkeys(choice.prompt_class for choice in here)
     classes = {name: of_class(name) for name in sorted(names) if name != EVERY_CLASS}

@@ -22,13 +22,17 @@ class Mixed:
 
 
 def weights_of(found: Found, asked: Mapping[str, float]) -> dict[str, float]:
-    """Class -> its share of the prompts; by how many were measured unless told.
+    """Class -> its share of the prompts; unless told, by how many the workload has of
+    each, or where that isn't kept for all classes, by how many were measured.
 
     Raises:
         EngineError: for a class that wasn't measured, or where nothing is left.
     """
     if not asked:
-        return {name: float(of.prompts) for name, of in found.classes.items()}
+        counts = {name: of.asked or 0 for name, of in found.classes.items()}
+        if not all(counts.values()):
+            counts = {name: of.prompts for name, of in found.classes.items()}
+        return {name: float(count) for name, count in counts.items()}
     for name in asked:
         if name not in found.classes:
             known = ", ".join(found.classes) or "none"

@@ -10,8 +10,7 @@ from typing import Any
 from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.errors import EngineError
 from adaptspec.profile import ClassChoice, ProfileStore
-
-USAGE = "usage"  # the key under which a run keeps how it was asked for
+from adaptspec.run_records import USAGE, from_anywhere
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,21 @@ def options_of(
     Raises:
         EngineError: if it isn't clear which model or how many requests are meant.
     """
-    told = tuned_with(asked, store, choices)
+    given = {name: value for name, value in vars(asked).items() if value}
+    told = from_anywhere({**tuned_with(asked, store, choices), **given})
     return EngineOptions(
         engine=engine,
-        model=asked.model or told.get("model"),
-        draft_model=asked.draft_model or told.get("draft_model"),
-        heads=tuple(asked.heads or told.get("heads") or ()),
-        command=asked.engine_command or told.get("engine_command"),
-        python=asked.engine_python or told.get("engine_python"),
+        model=told.get("model"),
+        draft_model=told.get("draft_model"),
+        heads=tuple(told["heads"]),
+        command=told.get("engine_command"),
+        python=told.get("engine_python"),
         arguments=tuple(told.get("engine_argument") or ()),
         dtype=told.get("dtype") or "auto",
         device=told.get("device"),
         threads=told.get("threads"),
         context=told.get("context"),
-        concurrency=asked.concurrency or told.get("concurrency") or 1,
+        concurrency=told.get("concurrency") or 1,
         trust_remote_code=bool(told.get("trust_remote_code")),
     )
 

@@ -17,10 +17,7 @@ from adaptspec.errors import EngineError
 from adaptspec.profile import Measurement
 
 PLAIN_NAME = "plain"  # of the server that drafts nothing
-SHARED = (
-    "Each setting was measured alone: servers on one machine share it when both are "
-    "busy, and each holds the model."
-)
+LAST_PORT = 65535
 
 Launches = Callable[[Setting], Launch]
 
@@ -128,26 +125,39 @@ def for_mix(
 def by_class(
     found: Found, asked: Mapping[str, float], launches: Launches, port: int
 ) -> Plan:
-    """A server for each setting that a class is fastest with."""
+    """A server for each setting that a class is fastest with.
+
+    Prompts of no class go to the setting of these that takes the least time for the
+    mix, or where each is slower than plain decoding or wasn't measured on every class,
+    to plain decoding.
+
+    Raises:
+        EngineError: if there aren't as many ports from ``port`` on.
+    """
     if not found.classes:
         return for_mix(found, asked, launches, port)
     weights = weights_of(found, asked)
     settings = list(dict.fromkeys(of.best for of in found.classes.values()))
-    best = best_of_mix(found, weights, settings)
-    if best is None:  # what decodes prompts of no class must be known to be no loss
-        settings.append(PLAIN_SETTING)
-    default = PLAIN_SETTING if best is None else best.setting
+    best = best_of_mix(found, weights, [*settings, PLAIN_SETTING])
+    assert best is not None  # plain decoding is always known
+    settings = list(dict.fromkeys([*settings, best.setting]))
+    if port + len(settings) - 1 > LAST_PORT:
+        raise EngineError(
+            f"--port: {len(settings)} servers need ports to {LAST_PORT} at most, got "
+            f"{port} for the first; give {LAST_PORT + 1 - len(settings)} or less"
+        )
     servers: list[Server] = []
     for number, setting in enumerate(settings):
         names = [name for name, of in found.classes.items() if of.best == setting]
         gains = _gains(found, setting, names, weights)
         taken = [server.name for server in servers]
         servers.append(
-            _server(setting, launches, port + number, gains, setting == default, taken)
+            _server(
+                setting, launches, port + number, gains, setting == best.setting, taken
+            )
         )
     used = {name: of.best for name, of in found.classes.items()}
-    notes = [*found.notes, *([SHARED] if len(servers) > 1 else [])]
-    return Plan(found, servers, gain(found, weights, used), notes)
+    return Plan(found, servers, gain(found, weights, used), found.notes)
 
 
 def table_of(plan: Plan, host: str) -> dict[str, object]:

@@ -486,13 +486,12 @@ async def loading(request: Received, to: Conversation) -> None:
     await to.whole(body, "503 Service Unavailable")
 
 
-@pytest.mark.parametrize("problem", ["down", "breaks off", "loads"])
+@pytest.mark.parametrize("problem", ["down", "loads"])
 def test_another_server_answers_for_one_that_does_not(
     world: World, problem: str
 ) -> None:
     plain = world.server()
-    answers = {"breaks off": breaks_off, "loads": loading}
-    url = nobody() if problem == "down" else world.server(answers[problem]).url
+    url = nobody() if problem == "down" else world.server(loading).url
     router = world.router(
         {
             "servers": {"plain": plain.url, "ngram": url},
@@ -542,6 +541,22 @@ def test_where_no_server_answers_the_error_has_openais_shape(
     assert "secret" not in error["message"]
     assert headers["x-adaptspec-server"] == "a"
     assert up.received == []
+
+
+def test_a_request_that_ends_a_server_is_asked_of_no_other(world: World) -> None:
+    one, two, plain = (world.server(breaks_off) for _ in range(3))
+    router = world.router(
+        {
+            "servers": {"a": [one.url, two.url], "plain": plain.url},
+            "default": "plain",
+            "classes": {"code": "a"},
+        }
+    )
+    headers = {"x-adaptspec-class": "code"}
+    status, _, body = router.ask(b"{}", headers=headers)
+    assert status == 502
+    assert error_of(body)["code"] == "server_broke_off"
+    assert len([*one.received, *two.received, *plain.received]) == 1
 
 
 def test_a_server_that_is_unavailable_is_heard_where_no_other_may_answer(

@@ -165,3 +165,44 @@ def test_without_its_packages_the_command_names_them(
     code, said = run(good)
     assert code == 1
     assert "pip install 'adaptspec[router]'" in said
+
+
+def test_a_sigterm_at_the_first_moment_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before uvicorn's own handlers stand."""
+    import uvicorn
+
+    from adaptspec.router.relay import Limits
+    from adaptspec.router.serving import serve
+    from adaptspec.router.table import RouteTable
+
+    made: list[Any] = []
+    config = uvicorn.Config
+
+    def kept(*given: Any, **named: Any) -> Any:
+        made.append(config(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(uvicorn, "Config", kept)
+    told: list[str] = []
+
+    def ready(url: str) -> None:
+        told.append(url)
+        # Should the signal be lost, an interrupt ends the test, and it fails.
+        watchdog.start()
+        signal.raise_signal(signal.SIGTERM)
+
+    watchdog = threading.Timer(20, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGTERM)
+    table = {"servers": {"a": "http://127.0.0.1:1"}, "default": "a"}
+    try:
+        serve(RouteTable.model_validate(table), "127.0.0.1", 0, Limits(), ready=ready)
+    except KeyboardInterrupt:
+        pytest.fail("the signal was lost")
+    finally:
+        watchdog.cancel()
+    assert len(told) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    # OpenAI's client keeps a connection for five seconds, as uvicorn does by itself.
+    assert made[0].timeout_keep_alive > 60

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import anyio
+import pytest
 
-from adaptspec.router.servers import Servers
+from adaptspec.router.servers import Servers, Unreached
 from adaptspec.router.table import RouteTable
 from adaptspec.testing.fakes import FakeClock
-from upstreams import World, breaks_off
+from upstreams import World
 
 URLS = {"a": ["http://a1", "http://a2"], "b": "http://b", "plain": "http://plain"}
 
@@ -40,7 +41,9 @@ def test_without_fallback_there_are_no_others() -> None:
 
 def test_what_was_down_goes_last_for_a_while(world: World) -> None:
     clock = FakeClock()
-    down, up = world.server(breaks_off).url, world.server().url
+    gone, up = world.server(), world.server().url
+    down = gone.url
+    world.run(gone.stop())
     table = {"servers": {"a": [down, up]}, "default": "a"}
     servers = Servers(RouteTable.model_validate(table), clock=clock)
 
@@ -59,3 +62,17 @@ def test_what_was_down_goes_last_for_a_while(world: World) -> None:
     assert firsts() == {up}
     clock.advance(0.2)
     assert firsts() == {down, up}
+
+
+def test_headers_that_cannot_be_sent_are_the_clients_fault(world: World) -> None:
+    table = {"servers": {"a": world.server().url, "b": world.server().url}}
+    servers = Servers(RouteTable.model_validate({**table, "default": "a"}))
+    before = servers.candidates("a")
+
+    async def ask() -> None:
+        await servers.ask("a", "POST", "/v1/completions", [(b"x", b"a\x00b")], b"{}")
+
+    with pytest.raises(Unreached, match="headers can't be passed on") as refused:
+        anyio.run(ask)
+    assert refused.value.status == 400
+    assert servers.candidates("a") == before  # none counts as down

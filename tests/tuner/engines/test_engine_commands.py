@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from adaptspec.testing.scripted_engine import (
     copies_and_drafts,
     engine_on,
 )
+from adaptspec_profiles import open_store
 
 TRUTH = copies_and_drafts({"summary": (0.8, 0.6), "code": (0.2, 0.9)})
 
@@ -92,6 +94,24 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
     assert "scripted 7.1" in listed.stdout
     runs = run([cls], "profiles", "list", "--runs", "--db", db)
     assert "scripted 7.1" in runs.stdout
+
+
+def test_a_run_keeps_what_an_export_reads_from_another_folder(
+    workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = workload.parent
+    monkeypatch.chdir(folder)
+    (folder / "m.gguf").write_text("weights")
+    cls = engine_on(Machine(TRUTH))
+    found = tune(cls, workload, "--limit", "4", "--draft-model", "org/draft")
+    assert found.exit_code == 0, found.output
+    with closing(open_store(str(folder / "p.db"))) as store:
+        (run,) = {profile.run for profile in store.profiles()}
+        usage, mix = store.record(run, "usage"), store.record(run, "mix")
+    assert usage is not None
+    assert usage["model"] == str(folder / "m.gguf")
+    assert usage["draft_model"] == "org/draft"
+    assert mix == {"summary": 8, "code": 8}  # and not the four that were measured
 
 
 def test_what_is_told_of_the_engine_reaches_it(workload: Path) -> None:

@@ -91,6 +91,13 @@ def test_the_limit_is_of_different_prompts() -> None:
     assert kept(prompts, limit=2)[0] == ["chat0", "chat2", "code0"]
 
 
+def test_how_many_prompts_a_class_had_is_kept() -> None:
+    prompts = texts("a", "b x", "c x", "d") + texts("a", prompt_class="code")
+    workload = Workload("w", prompts)
+    assert workload.counts == {"chat": 4, "code": 1}
+    assert measurable(workload, Words(), limit=1).counts == {"chat": 4, "code": 1}
+
+
 @pytest.mark.parametrize(
     ("bad", "wrong"),
     [

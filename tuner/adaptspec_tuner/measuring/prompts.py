@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,7 +92,10 @@ def measurable(
             f"prompts with room for fewer new tokens than asked for: {cut}; their "
             f"outputs end at the model's {model.most_tokens} tokens"
         )
-    return replace(workload, prompts=tuple(kept), skipped=(), notes=())
+    asked = Counter(prompt.prompt_class for prompt in workload.prompts)
+    return replace(
+        workload, prompts=tuple(kept), skipped=(), notes=(), of_class=dict(asked)
+    )
 
 
 def check_model(model: LanguageModel, ids: Sequence[int]) -> None:

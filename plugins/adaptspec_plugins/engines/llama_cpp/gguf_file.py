@@ -103,7 +103,8 @@ class GgufFile:
                 f"llama.cpp: a model is a GGUF file, but {path} {what}; "
                 "llama.cpp's convert_hf_to_gguf.py makes one of a model's folder"
             )
-        path = path.resolve()
+        # Where links lead, as in the hub's cache, files needn't have these names.
+        path = path.absolute()
         parts = _parts(path)
         state: list[list[Any]] = [
             [str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in parts

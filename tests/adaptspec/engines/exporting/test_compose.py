@@ -60,9 +60,25 @@ def test_a_folders_links_are_mounted_where_they_lead(tmp_path: Path) -> None:
     assert service["volumes"] == [f"{path}:{path}:ro" for path in (folder, blobs)]
 
 
-def test_a_model_of_the_hub_brings_the_hubs_cache() -> None:
+def test_all_parts_of_a_divided_file_are_mounted(tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    names = ["m(1)-00001-of-00002.gguf", "m(1)-00002-of-00002.gguf"]
+    for name in [*names, "m-00001-of-00002.gguf", "m(1)-00001-of-00003.gguf"]:
+        (tmp_path / name).symlink_to(blobs / name)
+        (blobs / name).write_text("weights")
+    service = service_of(["llama-server"], "llama.cpp", str(tmp_path / names[0]))
+    paths = [folder / name for name in names for folder in (tmp_path, blobs)]
+    assert sorted(service["volumes"]) == sorted(f"{p}:{p}:ro" for p in paths)  # type: ignore[call-overload]
+
+
+def test_a_model_of_the_hub_brings_this_users_cache_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not another folder: the engine isn't to ask the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/cache/hub")
     service = service_of(["vllm", "serve", "org/model"], "vllm", "org/model")
-    assert service["volumes"] == ["~/.cache/huggingface:/root/.cache/huggingface"]
+    assert service["volumes"] == ["/cache/hub:/root/.cache/huggingface/hub"]
 
 
 def test_where_no_image_is_published_one_must_be_named() -> None:

@@ -217,6 +217,27 @@ def test_where_no_setting_is_known_on_all_classes_plain_decoding_is_added(
     assert len([note for note in found["notes"] if "left out" in note]) == 2
 
 
+def test_prompts_of_no_class_are_never_slower_for_the_split(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(
+        store,
+        {"a": (1.0, {NGRAM: 1.5, MOD: 0.2}), "b": (1.0, {NGRAM: 0.2, MOD: 1.5})},
+    )
+    found = told(db, "--split")
+    assert [s["name"] for s in found["servers"]][2:] == ["plain"]
+    assert found["table"]["default"] == "plain"
+    assert found["table"]["classes"] == {"a": "ngram_simple", "b": "ngram_mod"}
+
+
+def test_all_servers_of_a_split_have_a_port(db: str, store: ProfileStore) -> None:
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5}), "b": (1.0, {})})
+    told(db, "--split", "--port", "65534")
+    message = refused(db, "--for", "llama.cpp", "--split", "--port", "65535")
+    assert "2 servers" in message
+    assert "give 65534 or less" in message
+
+
 def test_options_are_those_of_the_tune_unless_given_anew(
     db: str, store: ProfileStore
 ) -> None:
@@ -369,6 +390,40 @@ def test_a_compose_file_has_a_service_for_each_server(
     assert "deploy" not in service
     named = printed(db, "--format", "compose", "--image", "mine:1")
     assert yaml.safe_load(named)["services"]["ngram_simple"]["image"] == "mine:1"
+
+
+def test_relative_paths_are_made_whole_wherever_they_stand(
+    db: str,
+    store: ProfileStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.gguf", "d.gguf", "heads", "llama-server"):
+        (tmp_path / name).write_text("weights")
+    told: dict[str, Any] = {
+        "model": "./a.gguf",
+        "draft_model": "d.gguf",
+        "heads": ["heads", "org/x"],
+        "engine_command": "./llama-server",
+        "engine_python": "llama-server",
+    }
+    keep_run(store, TWO, environment=replace(HERE, draft="d1"), **told)
+    text = printed(db, "--format", "compose")
+    (service,) = yaml.safe_load(text)["services"].values()
+    model, draft = tmp_path / "a.gguf", tmp_path / "d.gguf"
+    assert service["command"][1] == str(model)
+    assert f"{model}:{model}:ro" in service["volumes"]
+    assert f"{draft}:{draft}:ro" in service["volumes"]
+    options = FakeEngine.opened[-1]
+    assert options.draft_model == str(draft)
+    assert list(options.heads) == [str(tmp_path / "heads"), "org/x"]
+    # A bare name is a program on the path of programs, whatever is in this folder.
+    assert options.command == str(tmp_path / "llama-server")
+    assert options.python == "llama-server"
+    printed(db, "--model", "a.gguf", "--draft-model", "none.gguf")
+    options = FakeEngine.opened[-1]
+    assert (options.model, options.draft_model) == (str(model), "none.gguf")
 
 
 def test_on_a_gpu_the_container_gets_it(db: str, store: ProfileStore) -> None:

@@ -125,6 +125,28 @@ def test_without_kept_seconds_answers_count_alike() -> None:
     assert told == pytest.approx(2 / (1 / 2 + 1 / 4))
 
 
+@pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 1), (2, 2)])
+def test_how_often_prompts_were_measured_changes_no_time(a: int, b: int) -> None:
+    found = found_of(
+        {"a": (10.0, {A: 2.0}), "b": (1.0, {A: 1.0})}, repeats={"a": a, "b": b}
+    )
+    for name, seconds in (("a", 10.0), ("b", 1.0)):
+        assert found.classes[name].seconds(PLAIN_SETTING) == pytest.approx(seconds)
+    told = gain(found, {"a": 1.0, "b": 1.0}, dict.fromkeys("ab", setting(A)))
+    assert told == pytest.approx((10 + 1) / (10 / 2 + 1))
+
+
+def test_classes_weigh_as_in_the_workload_and_not_as_measured() -> None:
+    measured = {"a": (1.0, {A: 2.0}), "b": (1.0, {A: 1.0})}
+    prompts = {"a": 5, "b": 5}
+    found = found_of(measured, prompts=prompts, mix={"a": 900, "b": 100})
+    assert weights_of(found, {}) == {"a": 900, "b": 100}
+    assert weights_of(found, {"a": 1}) == {"a": 1, "b": 0}
+    # An older version's runs have none, or another workload's classes.
+    for mix in (None, {"a": 900}, {}):
+        assert weights_of(found_of(measured, prompts=prompts, mix=mix), {}) == prompts
+
+
 def test_a_mix_names_measured_classes_and_weighs_something() -> None:
     found = found_of({"a": (1.0, {}), "b": (1.0, {})}, prompts={"a": 3, "b": 5})
     assert weights_of(found, {}) == {"a": 3, "b": 5}

@@ -98,6 +98,19 @@ def test_without_a_place_for_the_cache_the_file_is_read(tmp_path: Path) -> None:
     assert GgufFile.open(path, tmp_path / "file" / "cache").name == "f"
 
 
+def test_parts_that_are_links_are_found_by_their_names(
+    tmp_path: Path, cache: Path
+) -> None:
+    """As in the hub's cache, whose files are named by what is in them."""
+    paths = [tmp_path / f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
+    blobs = [write_gguf(tmp_path / f"{number}f.gguf") for number in (1, 2)]
+    for path, blob in zip(paths, blobs, strict=True):
+        path.symlink_to(blob)
+    file = GgufFile.open(paths[0], cache)
+    assert (file.path, file.name) == (paths[0], "big")
+    assert file.size == sum(blob.stat().st_size for blob in blobs)
+
+
 def test_all_parts_of_a_divided_file_count(tmp_path: Path, cache: Path) -> None:
     first = write_gguf(tmp_path / "big-00001-of-00002.gguf")
     with pytest.raises(EngineError, match="one of 2 parts; missing: big-00002-of-0000"):
