@@ -193,7 +193,7 @@ def _print_for(
 
 
 def _write_directory(
-    host: Host,
+    plugins: Host,
     folder: Path,
     *,
     model: str | None,
@@ -218,7 +218,7 @@ def _write_directory(
             draft_model,
             heads,
             db,
-            host=host,
+            host=plugins,
             copy=copy,
             force=force,
             trust_remote_code=trust_remote_code,

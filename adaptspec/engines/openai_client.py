@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -118,6 +119,7 @@ class OpenAIClient:
                 headers=headers,
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
                 limits=httpx2.Limits(),  # as many connections as requests at a time
+                trust_env=not is_loopback(self.base),  # no proxy stands before it
             )
         )
 
@@ -363,6 +365,15 @@ def addresses(url: str) -> tuple[str, str]:
     if read.path.strip("/"):
         return plain, plain.removesuffix("/v1")
     return f"{plain}/v1", plain
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is of this machine alone."""
+    host = httpx2.URL(url).host.strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 @dataclass

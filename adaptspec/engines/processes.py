@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,8 @@ class ServerProcess:
         self._owner = os.getpid()
         self._returncode: int | None = None
         self._stopped = False
+        # Requests of several threads ask how it ended, which is told once.
+        self._reading = threading.RLock()
         # It has no name in the file system, so that nothing of it can be left there.
         self._log = tempfile.TemporaryFile()
         self._watcher = subprocess.Popen(
@@ -121,19 +124,21 @@ class ServerProcess:
         return self._ended_within(0.0)
 
     def _ended_within(self, seconds: float) -> str | None:
-        if self._stopped:
-            return "it was stopped"
-        if self._returncode is None:
-            assert self._watcher.stdout is not None
-            if not select.select([self._watcher.stdout], [], [], seconds)[0]:
-                return None
-            self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
-        return how_it_ended(self._returncode)
+        with self._reading:
+            if self._stopped:
+                return "it was stopped"
+            if self._returncode is None:
+                assert self._watcher.stdout is not None
+                if not select.select([self._watcher.stdout], [], [], seconds)[0]:
+                    return None
+                self._returncode = int(self._news().get("returncode", -signal.SIGKILL))
+            return how_it_ended(self._returncode)
 
-    def check(self, wait: float = 0.0) -> None:
+    def check(self, wait: float = 0.0, matching: str = "") -> None:
         """Raise where it has ended.
 
         Args:
+            matching: Lines of its log that tell why, as :meth:`tail` takes it.
             wait: Seconds that it may still take to: a connection that broke is seen
                 a moment before the end of who broke it.
 
@@ -141,7 +146,7 @@ class ServerProcess:
             EngineError: how it ended, and what it printed last.
         """
         if (ended := self._ended_within(wait)) is not None:
-            raise EngineError(f"{self.name} ended: {ended}{self.tail()}")
+            raise EngineError(f"{self.name} ended: {ended}{self.tail(matching)}")
 
     def tail(self, matching: str = "") -> str:
         """What it printed last, to be put behind a message.
@@ -214,7 +219,8 @@ class ServerProcess:
             # The watcher itself was killed, so its work is left to do.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
-        watcher.stdout.close()
+        with self._reading:
+            watcher.stdout.close()
         self._log.close()
 
     def __enter__(self) -> ServerProcess:

@@ -2,7 +2,8 @@
 
 It writes numbers: the tokens of a text are its characters' codes, and an answer counts
 on from its last token. What it was started with is written to FAKE_LLAMA_LOG, a line
-of JSON each; other variables of the environment make it fail, see below.
+of JSON each, and what it is asked to FAKE_LLAMA_LOG.asked; other variables of the
+environment make it fail, see below.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HELP = """----- common params -----
 --spec-draft-p-min, --draft-p-min P     minimum probability (default: 0.00)
 --spec-draft-model, -md, --model-draft FNAME
                                         draft model
---spec-type none,draft-simple,ngram-simple,ngram-map-k,ngram-mod,ngram-cache
+--spec-type draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod,ngram-cache
                                         comma-separated list of types
 --spec-ngram-mod-n-min N                minimum number of ngram tokens
 --spec-ngram-mod-n-max N                maximum number of ngram tokens
@@ -44,6 +45,9 @@ HELP = """----- common params -----
 --spec-ngram-simple-size-m N            ngram size M
 --spec-ngram-map-k-size-n N             the argument has been removed. use another
 --spec-ngram-map-k-size-m N             ngram size M
+--spec-ngram-map-k4v-size-n N           ngram size N
+--spec-ngram-map-k4v-size-m N           ngram size M
+--spec-ngram-map-k4v-min-hits N         minimum hits
 """
 # Options of it that take no value are none of those that the engine uses.
 KNOWN = {
@@ -52,6 +56,8 @@ KNOWN = {
     *("--spec-draft-p-min", "--spec-ngram-mod-n-min", "--spec-ngram-mod-n-max"),
     *("--spec-ngram-mod-n-match", "--spec-ngram-simple-size-n"),
     "--spec-ngram-simple-size-m",
+    *("--spec-ngram-map-k4v-size-n", "--spec-ngram-map-k4v-size-m"),
+    "--spec-ngram-map-k4v-min-hits",
 }
 EXPECTED = {
     **{"temperature": 0.0, "top_k": 1, "cache_prompt": False, "return_tokens": True},
@@ -119,6 +125,10 @@ class Handler(BaseHTTPRequestHandler):
         if wrong:
             self.say({"error": {"message": f"not greedy: {wrong}"}}, 400)
             return
+        if log := told("LOG"):
+            said = [os.getpid(), asked.get("id_slot"), asked["prompt"]]
+            with LOCK, open(f"{log}.asked", "a") as file:
+                file.write(json.dumps(said) + "\n")
         if message := told("REFUSE"):
             self.say({"error": {"message": message}}, 400)
             return
@@ -132,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             top = top[: asked["n_probs"]]
             self.say({"completion_probabilities": [{"top_logprobs": top}]})
             return
-        if count := told("TOGETHER"):
+        if (count := told("TOGETHER")) and asked["prompt"] != [0, 0]:
             # It ends only where so many requests are here at the same time.
             with LOCK:
                 self.server.answering += 1
@@ -159,6 +169,10 @@ LOCK = threading.Lock()
 
 def main() -> None:
     words = sys.argv[1:]
+    for name in os.environ:
+        if name.startswith("LLAMA_ARG_") or name == "LLAMA_API_KEY":
+            print(f"error: {name} is an option, too", file=sys.stderr)
+            sys.exit(1)
     if "--help" in words:
         print(HELP)
     elif "--version" in words:

@@ -26,7 +26,9 @@ def install(folder: Path, packages: Mapping[str, str], **faults: Any) -> str:
 
     Args:
         faults: ``unknown_option`` (one that it refuses), ``dies`` (when asked),
-            ``core_fails`` (before it is ready), ``no_ids`` (it tells no token ids),
+            ``core_fails`` (before it is ready), ``alone`` (it doesn't start beside
+            another), ``core_ends`` (in the middle of an answer: the server says so, and
+            with ``"dies"`` ends a moment later), ``no_ids`` (it tells no token ids),
             ``no_template``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,7 @@ def main(told: Mapping[str, Any], folder: str) -> None:
         print(json.dumps(told["packages"]))
         return
     names = ("PYTHONPATH", "HF_HUB_OFFLINE")
+    others = starts(Path(folder)) if (Path(folder) / "starts.jsonl").exists() else []
     with (Path(folder) / "starts.jsonl").open("a") as file:
         kept = {
             k: v for k, v in os.environ.items() if k in names or k.startswith("VLLM")
@@ -65,12 +68,23 @@ def main(told: Mapping[str, Any], folder: str) -> None:
     if (unknown := told.get("unknown_option")) in arguments:
         print(f"vllm: error: unrecognized arguments: {unknown}", file=sys.stderr)
         sys.exit(2)
+    if told.get("alone") and any(_runs(other["pid"]) for other in others):
+        print("MemoryError: no room beside another")
+        sys.exit(1)
     if told.get("core_fails"):
         print("(EngineCore pid=7) ERROR 11-30 [core.py:9] ValueError: no cache blocks")
         frame = "(APIServer pid=5)   File somewhere, line 1, in a function\n"
         print(500 * frame + "(APIServer pid=5) RuntimeError: Engine core failed.")
         sys.exit(1)
     _serve(arguments, told)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:
@@ -126,6 +140,15 @@ def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:
             "/v1/models": {"data": [{"id": model, "owned_by": "vllm"}]},
         },
     )
+    if told.get("core_ends"):
+
+        def end(tokens: int, chunks: int) -> None:
+            print("ValueError: a bad kernel\nand much more", flush=True)
+            if told["core_ends"] == "dies":
+                threading.Timer(0.3, os._exit, [3]).start()
+
+        fake.fails_after = 1
+        fake.answered = end
     if told.get("dies"):
 
         def die(tokens: int, chunks: int) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +31,8 @@ from adaptspec.strategy import NoParams
 from adaptspec.workloads import Prompt
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+# Types of llama.cpp with which an answer may be copied from an earlier request's.
+REMEMBERING = ("ngram-mod", "ngram-cache")
 AS_DEPLOYED = Method(
     PLAIN, "as deployed: whatever the server decodes with; nothing is set from here"
 )
@@ -50,6 +53,9 @@ class OpenAIServer(InferenceEngine):
             (m for m in models if m["id"] == self._model), {}
         )
         self._kind, self._version = _server(client, str(told.get("owned_by") or ""))
+        self._asked: set[Prompt] = set()
+        self._asked_again = False
+        self._remembering: Sequence[str] | None = None
         self._reads_texts = False
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -117,12 +123,27 @@ class OpenAIServer(InferenceEngine):
                 "earlier requests; where it does, first tokens of repeated prompts "
                 "come sooner than on new ones."
             )
+        if self._asked_again:
+            notes += self._memory_notes()
         if self._counted:
             notes.append(
                 "The server doesn't count tokens: the chunks of its streams were "
                 "counted, so a chunk of several tokens counts once."
             )
         return notes
+
+    def _memory_notes(self) -> Sequence[str]:
+        """What a prompt that was asked again may gain."""
+        sooner = "a prompt that is asked again may get its earlier answer sooner"
+        if self._remembering is None:
+            return [
+                "The server doesn't say whether it drafts from earlier answers, as "
+                f"suffix decoding and ngram-mod do; where it does, {sooner}."
+            ]
+        if self._remembering:
+            names = " and ".join(self._remembering)
+            return [f"The server drafts by {names} from earlier requests: {sooner}."]
+        return []
 
     def answer(
         self,
@@ -145,7 +166,16 @@ class OpenAIServer(InferenceEngine):
             # As ours does: without a chat template, a text is read as it is.
             self._reads_texts = True
             replies = self._ask(prompts, max_new_tokens)
+        self._remember(prompts)
         return [self._answer(reply) for reply in replies]
+
+    def _remember(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            read = replace(prompt, id="", max_new_tokens=None)
+            if read in self._asked and not self._asked_again:
+                self._asked_again = True
+                self._remembering = _drafts_from_memory(self._client, self._kind)
+            self._asked.add(read)
 
     def close(self) -> None:
         """Close the connections; the server goes on."""
@@ -277,5 +307,23 @@ def _server(client: OpenAIClient, owner: str) -> tuple[str, str]:
             if isinstance(told, Mapping) and told.get(field):
                 return kind, str(told[field])
         return kind, "unknown"
-    header = client.header("models", "server") or owner or "unknown"
-    return kind, header
+    header = None
+    with contextlib.suppress(EngineError):  # it may have no list of models
+        header = client.header("models", "server")
+    return kind, header or owner or "unknown"
+
+
+def _drafts_from_memory(client: OpenAIClient, kind: str) -> Sequence[str] | None:
+    """Its speculative types that remember earlier requests; None: it doesn't tell."""
+    if kind != "llama.cpp":
+        return None
+    told: set[str] = set()
+    try:
+        for slot in client.get("slots", root=True):
+            if not slot["speculative"]:
+                continue
+            if "params" in slot:  # of its last request
+                told.update(slot["params"]["speculative.types"].split(","))
+    except (EngineError, KeyError, TypeError, AttributeError):
+        return None
+    return sorted(told & set(REMEMBERING))

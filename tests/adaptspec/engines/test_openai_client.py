@@ -17,6 +17,7 @@ from adaptspec.engines.openai_client import (
     OpenAIClient,
     RefusedError,
     addresses,
+    is_loopback,
 )
 from adaptspec.errors import EngineError
 from openai_fakes import FakeServer, running
@@ -300,3 +301,32 @@ def test_all_that_a_chat_brings_is_kept_in_order(parts: list[tuple[Kind, str]]) 
     assert reply.text == "".join(words for _, words in parts)
     assert reply.tokens == len(parts)
     assert reply.seconds == max(0, len(parts) - 1)
+
+
+def test_no_proxy_stands_before_this_machine(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with OpenAIClient(fake.url) as client:
+        assert client.ask([chat()])[0].tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("127.0.0.1:8000", True),
+        ("127.1.2.3", True),
+        ("[::1]:80", True),
+        ("localhost:1", True),
+        ("LOCALHOST", True),
+        ("model.localhost", True),
+        ("128.0.0.1", False),
+        ("localhost.example.org", False),
+        ("gpu-box:8000", False),
+    ],
+)
+def test_loopback_is_told_from_other_machines(host: str, told: bool) -> None:
+    assert is_loopback(f"http://{host}/v1") is told

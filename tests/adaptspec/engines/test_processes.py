@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -267,3 +272,24 @@ def test_endings_are_told_in_words() -> None:
     assert how_it_ended(2) == "exit code 2"
     assert how_it_ended(-signal.SIGSEGV) == "ended by SIGSEGV"
     assert how_it_ended(-99) == "ended by signal 99"
+
+
+def test_threads_that_ask_together_are_told_the_same_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are held where each has seen that there is news, unless one waits."""
+    both = threading.Barrier(2)
+    really = select.select
+
+    def held(*arguments: Any) -> Any:
+        seen = really(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        return seen
+
+    ends = 'import sys; print("last words", flush=True); sys.stdin.read(); sys.exit(3)'
+    with ServerProcess("fake", [sys.executable, "-c", ends], 1) as server:
+        monkeypatch.setattr(select, "select", held)
+        with ThreadPoolExecutor(2) as pool:
+            told = list(pool.map(lambda _: server._ended_within(30), range(2)))
+        assert told == ["exit code 3"] * 2

@@ -127,7 +127,7 @@ def test_caches_of_prompts_are_kept_out_where_the_server_can(
     fake = FakeServer(pages=owned_by(owner))
     with served(fake) as engine:
         engine.answer(PLAIN, {}, [HELLO], 3)
-        engine.answer(PLAIN, {}, [HELLO], 3)
+        engine.answer(PLAIN, {}, [CHAT], 3)
         assert engine.notes == []
     told = [body[field] for _, body in fake.bodies]
     assert told == [False, False] or len(set(told)) == 2
@@ -147,6 +147,43 @@ def test_notes_say_what_was_cached_and_counted() -> None:
     with served(FakeServer(usage=False)) as engine:
         engine.answer(PLAIN, {}, [HELLO], 3)
         assert "doesn't count tokens" in engine.notes[-1]
+
+
+def slot(types: str, speculative: bool = True) -> dict[str, Any]:
+    return {"speculative": speculative, "params": {"speculative.types": types}}
+
+
+@pytest.mark.parametrize(
+    ("pages", "words"),
+    [
+        (owned_by("vllm"), "doesn't say whether it drafts from earlier answers"),
+        (owned_by("llamacpp"), "doesn't say whether it drafts"),
+        (
+            owned_by("llamacpp", slots=[{"speculative": True}, slot("x,ngram-mod")]),
+            "drafts by ngram-mod from earlier requests",
+        ),
+        (owned_by("llamacpp", slots=[slot("ngram-simple")]), None),
+        (owned_by("llamacpp", slots=[slot("ngram-mod", False)]), None),
+    ],
+)
+def test_a_note_says_what_an_earlier_answer_may_give(
+    pages: dict[str, Any], words: str | None
+) -> None:
+    with served(FakeServer(pages=pages, cached=0)) as engine:
+        engine.answer(PLAIN, {}, [HELLO], 2)
+        assert engine.notes == []
+        engine.answer(PLAIN, {}, [replace(HELLO, id="other")], 3)
+        notes = " ".join(engine.notes)
+    assert words in notes if words else not notes
+
+
+def test_a_server_without_a_list_of_models_is_asked_by_a_name() -> None:
+    fake = FakeServer(pages={"/v1/models": (404, {"detail": "no"})})
+    with served(fake, model="mine") as engine:
+        (answer,) = engine.answer(PLAIN, {}, [HELLO], 3)
+        assert engine.environment.versions["server"] == "unknown"
+    assert answer.tokens == 3
+    assert fake.bodies[-1][1]["model"] == "mine"
 
 
 @pytest.mark.parametrize(

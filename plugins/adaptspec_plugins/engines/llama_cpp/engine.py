@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,8 +18,10 @@ from adaptspec.engines.inference_engine import (
 )
 from adaptspec.errors import EngineError
 from adaptspec.params import Scalar
+from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
-from adaptspec_plugins.engines.llama_cpp.program import Program
+from adaptspec_plugins.engines.llama_cpp.processors import usable_cores
+from adaptspec_plugins.engines.llama_cpp.program import Program, dropped_variables
 from adaptspec_plugins.engines.llama_cpp.server import LlamaServer
 from adaptspec_plugins.engines.llama_cpp.settings import (
     all_methods,
@@ -34,24 +35,6 @@ if TYPE_CHECKING:
     from adaptspec.profile import Environment
     from adaptspec.workloads import Prompt
 
-# Said by this engine itself, so that a user's would be said twice.
-OURS = {
-    "--host": "it is loopback",
-    "--port": "a free one is taken",
-    "-m": "--model",
-    "--model": "--model",
-    "-md": "--draft-model",
-    "--model-draft": "--draft-model",
-    "--spec-draft-model": "--draft-model",
-    "-t": "--threads",
-    "--threads": "--threads",
-    "-c": "--context",
-    "--ctx-size": "--context",
-    "-np": "--concurrency",
-    "--parallel": "--concurrency",
-    "--cache-ram": "no answer may come from an earlier one's memory",
-    "-cram": "no answer may come from an earlier one's memory",
-}
 ROOM = 8
 MEMORY_USED = 0.7  # of what is free
 OTHER_BYTES = 512 << 20  # a server's own besides weights, keys and values
@@ -80,7 +63,7 @@ class LlamaCpp(InferenceEngine):
         self._program = program
         self._model = model
         self._draft = draft
-        self._threads = options.threads or usable_processors()
+        self._threads = options.threads or usable_cores()
         self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
         self._encoded: dict[Prompt, list[int]] = {}
         self._largest = 0  # bytes that a server was seen to hold
@@ -221,9 +204,8 @@ class LlamaCpp(InferenceEngine):
             )
         if not prompts:
             return []
-        asked = set(prompts)
-        keeps = any(kind.keeps for kind in kinds_of(method))
-        server = self._server(method, params, unseen=asked if keeps else set())
+        kinds = kinds_of(method)
+        server = self._server(method, params)
         told = []
         for prompt in prompts:
             ids = self._encode(server, prompt)
@@ -235,30 +217,25 @@ class LlamaCpp(InferenceEngine):
                     "fewer, or tell a longer context"
                 )
             told.append((ids, length))
+        asked = {tuple(ids) for ids, _ in told}
+        if any(kind.keeps for kind in kinds) and not asked.isdisjoint(server.answered):
+            # There is no request that empties the tables of n-grams.
+            self._servers.pop(tuple(self._command(method, params))).stop()
+            server = self._server(method, params)
         server.answered |= asked
-        return server.answer(told)
+        return server.answer(told, forget=any(kind.forgets for kind in kinds))
 
     def _encode(self, server: LlamaServer, prompt: Prompt) -> list[int]:
         if prompt not in self._encoded:
             self._encoded[prompt] = server.encode(prompt, self._model.has_template)
         return self._encoded[prompt]
 
-    def _server(
-        self,
-        method: str,
-        params: Mapping[str, Scalar],
-        unseen: set[Prompt] = frozenset(),  # type: ignore[assignment]
-    ) -> LlamaServer:
-        """The server of a setting, started where none runs.
-
-        Args:
-            unseen: Prompts that it must not have answered yet.
-        """
+    def _server(self, method: str, params: Mapping[str, Scalar]) -> LlamaServer:
+        """The server of a setting, started where none runs."""
         command = self._command(method, params)
         key = tuple(command)
         server = self._servers.get(key)
-        if server and (server.process.ended or not unseen.isdisjoint(server.answered)):
-            # There is no request that empties the tables of n-grams.
+        if server and server.process.ended:
             self._servers.pop(key).stop()
             server = None
         if server is None:
@@ -270,7 +247,7 @@ class LlamaCpp(InferenceEngine):
             deadline = 120 + self._model.size / 1e8
             speculates = bool(kinds_of(method))
             self._servers[key] = server = LlamaServer.start(
-                command, speculates, deadline
+                command, self._options.concurrency, speculates, deadline
             )
         self._servers.move_to_end(key)
         return server
@@ -290,8 +267,10 @@ class LlamaCpp(InferenceEngine):
             device = self._options.device
             command += ["--device", "none" if device == "cpu" else device]
         command += arguments_of(method, params)
-        if uses_draft(method) and self._draft is not None:
-            command += ["-md", str(self._draft.path)]
+        # A model that predicts ahead itself takes no draft model of another kind.
+        draft = self._draft
+        if draft is not None and draft.draft_kind == uses_draft(method):
+            command += ["-md", str(draft.path)]
         return command + list(self._options.arguments)
 
     def near_tie(
@@ -315,10 +294,25 @@ class LlamaCpp(InferenceEngine):
                 "measured with `--cache-ram 0` and `cache_prompt: false`, so that no "
                 "prompt was read from memory; serving needs neither"
             )
-        if any(kind.keeps for kind in kinds_of(method)):
+        notes.append(
+            "-np is how many requests were measured at a time, and -c the context of "
+            "the longest of them for each; raise both to serve more or longer ones"
+        )
+        kinds = kinds_of(method)
+        if any(kind.keeps for kind in kinds):
             notes.append(
                 f"{method} drafts from earlier requests, too: a prompt that comes "
                 "again gains more than was measured"
+            )
+        if any(kind.forgets for kind in kinds):
+            notes.append(
+                "each prompt was measured with an empty table of n-grams; in service a "
+                "slot's table keeps positions of its last request and finds less"
+            )
+        if dropped := dropped_variables():
+            notes.append(
+                f"measured without the variables {', '.join(dropped)}, which are set "
+                "here; unset them to start this command"
             )
         return Launch(command=self._command(method, params), notes=notes)
 
@@ -326,13 +320,6 @@ class LlamaCpp(InferenceEngine):
         """End every server."""
         while self._servers:
             self._servers.popitem()[1].stop()
-
-
-def usable_processors() -> int:
-    """Those that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _refuse_what_does_not_apply(options: EngineOptions) -> None:
@@ -361,10 +348,4 @@ def _refuse_what_does_not_apply(options: EngineOptions) -> None:
         raise EngineError(
             f"llama.cpp: concurrency >= 1 must hold, got {options.concurrency}"
         )
-    for word in options.arguments:
-        option = word.partition("=")[0]
-        if option in OURS or option.startswith(("--spec-", "--no-spec-")):
-            instead = OURS.get(option, "the tune tries them")
-            raise EngineError(
-                f"llama.cpp: {option} can't be one of the engine's arguments: {instead}"
-            )
+    refuse_ours(options.arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ HOW_TO_GET_IT = (
     "with --engine-command"
 )
 ANSWER_SECONDS = 60
+# Libraries for products on the CPU, which llama.cpp lists as devices.
+ON_THE_CPU = ("BLAS", "ZenDNN")
 OPTION = re.compile(r"--?[a-zA-Z][\w-]*")
 NAMES = re.compile(rf"(?:{OPTION.pattern}(?:,\s*)?)+")
 SPEC_TYPES = re.compile(r"^--spec-type\s+\[?([\w,|-]+)", re.MULTILINE)
@@ -73,6 +76,21 @@ class Program:
         )
 
 
+def dropped_variables() -> list[str]:
+    """Variables of this process that would be options of a server beside ours."""
+    return sorted(
+        name
+        for name in os.environ
+        if name.startswith("LLAMA_ARG_") or name == "LLAMA_API_KEY"
+    )
+
+
+def variables() -> dict[str, str]:
+    """Those that a program is started with: of this process, without options."""
+    dropped = dropped_variables()
+    return {name: text for name, text in os.environ.items() if name not in dropped}
+
+
 def options_of(help_text: str) -> frozenset[str]:
     """The options that a ``--help`` lists, without those that it calls removed."""
     found: set[str] = set()
@@ -85,9 +103,11 @@ def options_of(help_text: str) -> frozenset[str]:
 
 
 def devices_of(listed: str) -> tuple[tuple[str, str], ...]:
-    """Name and description of what ``--list-devices`` prints."""
+    """Name and description of each accelerator that ``--list-devices`` prints."""
     found = re.findall(r"^\s+(\w+): (.+?)(?: \(\d+ MiB.*)?$", listed, re.MULTILINE)
-    return tuple((name, description) for name, description in found)
+    return tuple(
+        (name, description) for name, description in found if name not in ON_THE_CPU
+    )
 
 
 def _ask(command: str, option: str) -> str:
@@ -99,6 +119,7 @@ def _ask(command: str, option: str) -> str:
             errors="replace",
             timeout=ANSWER_SECONDS,
             stdin=subprocess.DEVNULL,
+            env=variables(),
         )
     except OSError as error:
         raise EngineError(f"llama.cpp: can't run {command!r}: {error}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.engines.inference_engine import Answer
 from adaptspec.engines.processes import ServerProcess, start_server
 from adaptspec.errors import EngineError
+from adaptspec_plugins.engines.llama_cpp.program import variables
 
 if TYPE_CHECKING:
     from adaptspec.workloads import Prompt
@@ -42,14 +43,14 @@ class LlamaServer:
 
     Attributes:
         context: Tokens that a slot holds, the answer's too.
-        answered: Prompts that it has answered since it was started.
+        answered: Tokens of prompts that it has answered since it was started.
     """
 
     def __init__(self, process: ServerProcess) -> None:
         import httpx2
 
         self.process = process
-        self.answered: set[Prompt] = set()
+        self.answered: set[tuple[int, ...]] = set()
         self._client = httpx2.Client(
             base_url=process.url,
             timeout=httpx2.Timeout(ANSWER_SECONDS, connect=10.0),
@@ -65,11 +66,15 @@ class LlamaServer:
 
     @classmethod
     def start(
-        cls, command: Sequence[str], speculates: bool, deadline: float
+        cls, command: Sequence[str], slots: int, speculates: bool, deadline: float
     ) -> LlamaServer:
         """Start a command, to which address and port are added.
 
+        Every slot has answered a short prompt then, so that the first prompt that
+        counts isn't the one that finds buffers and graphs unmade.
+
         Args:
+            slots: Requests that it answers at the same time.
             speculates: Whether its setting is one of speculation. A server whose
                 draft model doesn't fit goes on without it; that is an error here.
             deadline: Seconds until it must be ready.
@@ -81,12 +86,15 @@ class LlamaServer:
             "llama-server",
             lambda port: [*command, "--host", "127.0.0.1", "--port", str(port)],
             deadline=deadline,
+            environment=variables(),
             telling=r"(^|\s)E\s|error|failed",
         )
         server = cls(process)
         try:
             if speculates:
                 server.check_speculation()
+            for slot in range(slots):
+                server.ask_shortly(slot)
         except BaseException:
             server.stop()
             raise
@@ -125,26 +133,50 @@ class LlamaServer:
             raise EngineError(f"llama.cpp: prompt {prompt.id!r} has no tokens")
         return [int(token) for token in tokens]
 
-    def answer(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[Answer]:
-        """Answer prompts at the same time.
+    def ask_shortly(self, slot: int) -> None:
+        """Have a slot read two tokens and give one.
+
+        This empties its table of ngram-map-k and -k4v: both drop what lies behind the
+        end of a shorter prompt (``common_ngram_map_begin``), which is all of it.
+        """
+        body = {**GREEDY, "prompt": [0, 0], "n_predict": 1, "id_slot": slot}
+        self._ask("POST", "/completion", body)
+
+    def answer(
+        self, prompts: Sequence[tuple[Sequence[int], int]], forget: bool
+    ) -> list[Answer]:
+        """Answer prompts at the same time, each in a slot of its own.
 
         Args:
             prompts: Tokens, and the most tokens of the answer.
+            forget: Empty the slots' tables of n-grams before.
         """
+        if forget:
+            for slot in range(len(prompts)):
+                self.ask_shortly(slot)
         if len(prompts) == 1:
-            return [self._answer(*prompts[0])]
+            return [self._answer(0, *prompts[0])]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            waiting = [pool.submit(self._answer, *prompt) for prompt in prompts]
+            waiting = [
+                pool.submit(self._answer, slot, *prompt)
+                for slot, prompt in enumerate(prompts)
+            ]
             try:
                 return [one.result() for one in waiting]
             except BaseException:
                 self.stop()  # so that the other threads don't wait for their answers
                 raise
 
-    def _answer(self, tokens: Sequence[int], length: int) -> Answer:
-        asked = {**GREEDY, "prompt": list(tokens), "n_predict": length}
+    def _answer(self, slot: int, tokens: Sequence[int], length: int) -> Answer:
+        asked = {
+            **GREEDY,
+            "prompt": list(tokens),
+            "n_predict": length,
+            "id_slot": slot,
+            "response_fields": FIELDS,
+        }
         started = time.perf_counter()
-        told = self._ask("POST", "/completion", {**asked, "response_fields": FIELDS})
+        told = self._ask("POST", "/completion", asked)
         seconds = time.perf_counter() - started
         if told.get("truncated"):
             raise EngineError(

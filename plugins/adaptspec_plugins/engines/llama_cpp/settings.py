@@ -94,7 +94,15 @@ class NgramLookupDrafted(NgramLookup, Drafted):
     """Of both."""
 
 
+class NgramMapK4VDrafted(NgramMapK4V, Drafted):
+    """Of both."""
+
+
 class NgramModDrafted(NgramMod, Drafted):
+    """Of both."""
+
+
+class NgramMapK4VMod(NgramMapK4V, NgramMod):
     """Of both."""
 
 
@@ -109,6 +117,7 @@ class Kind:
         options: Parameter -> the option that says it.
         limits: Parameter -> another one and whether it is its ``most`` or ``least``.
         keeps: Whether its memory of earlier requests can be drafted from.
+        forgets: Whether a short request empties its slot's memory.
     """
 
     word: str
@@ -117,6 +126,7 @@ class Kind:
     options: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     keeps: bool = False
+    forgets: bool = False
 
     def arguments(self, values: Mapping[str, Scalar]) -> list[str]:
         """The options of a setting, defaults too."""
@@ -162,12 +172,14 @@ NGRAMS = {
         "the same with a table of n-grams, and with shorter drafts where they failed",
         NgramLookup,
         _lookup_options("ngram-map-k"),
+        forgets=True,
     ),
     "ngram_map_k4v": Kind(
         "ngram-map-k4v",
         "drafts the most frequent of up to four continuations of an n-gram",
         NgramMapK4V,
         _lookup_options("ngram-map-k4v", "min_hits"),
+        forgets=True,
     ),
     "ngram_mod": Kind(
         "ngram-mod",
@@ -196,10 +208,16 @@ DRAFTS = {
 }
 KINDS: Mapping[str, Kind] = {**NGRAMS, **DRAFTS}
 # A draft model is asked where the n-grams find nothing.
-COMBINED: Mapping[str, type[Params]] = {
+BEFORE_DRAFTS: Mapping[str, type[Params]] = {
     "ngram_simple": NgramSimpleDrafted,
     "ngram_map_k": NgramLookupDrafted,
+    "ngram_map_k4v": NgramMapK4VDrafted,
     "ngram_mod": NgramModDrafted,
+}
+# Two kinds in the order in which llama.cpp asks them -> parameters.
+COMBINED: Mapping[tuple[str, str], type[Params]] = {
+    ("ngram_map_k4v", "ngram_mod"): NgramMapK4VMod,
+    **{(n, d): params for n, params in BEFORE_DRAFTS.items() for d in DRAFTS},
 }
 
 
@@ -209,10 +227,9 @@ def kinds_of(method: str) -> tuple[Kind, ...]:
         return ()
     if method in KINDS:
         return (KINDS[method],)
-    for ngram in COMBINED:
-        draft = method.removeprefix(f"{ngram}_")
-        if draft != method and draft in DRAFTS:
-            return KINDS[ngram], KINDS[draft]
+    for first, second in COMBINED:
+        if method == f"{first}_{second}":
+            return KINDS[first], KINDS[second]
     raise EngineError(
         f"llama.cpp: no method {method!r}; known: {', '.join(all_methods())}"
     )
@@ -228,11 +245,11 @@ def all_methods() -> dict[str, Method]:
     found = {PLAIN_METHOD.name: PLAIN_METHOD}
     for name, kind in KINDS.items():
         found[name] = Method(name, kind.summary, kind.params, general=False)
-    for ngram, params in COMBINED.items():
-        for draft, kind in DRAFTS.items():
-            name = f"{ngram}_{draft}"
-            summary = f"{KINDS[ngram].word} and, where it finds nothing, {kind.word}"
-            found[name] = Method(name, summary, params)
+    for (first, second), params in COMBINED.items():
+        name = f"{first}_{second}"
+        words = KINDS[first].word, KINDS[second].word
+        summary = "{} and, where it finds nothing, {}".format(*words)
+        found[name] = Method(name, summary, params, general=second in DRAFTS)
     return found
 
 

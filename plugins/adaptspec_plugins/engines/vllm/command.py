@@ -15,8 +15,11 @@ from adaptspec_plugins.engines.model_folder import ModelFolder
 from adaptspec_plugins.engines.vllm.installation import Installation
 
 GIB = 2**30
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Of a server beside weights and cache: Python, torch, compiled code, buffers.
 SERVER_BYTES = 2 * GIB
+MEMORY_USED = 0.7  # of what is free
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Logits with `logprobs`, and nothing in the log but errors. Neither changes an answer
 # or its speed, so a user's server is started without them.
 MEASURED_ALONE = ("--logprobs-mode", "raw_logits", "--disable-uvicorn-access-log")
@@ -68,12 +71,19 @@ class Starting:
         """Keys and values of all requests at a time, at their longest; whole GiB."""
         tokens = self.context * self.options.concurrency
         needed = self.target.cache_bytes(tokens) + self.drafter_cache_bytes * tokens
+        # Both are told for two bytes an element.
+        needed = needed * ELEMENT_BYTES.get(self.dtype, 2) // 2
         return max(1, math.ceil(needed / GIB)) * GIB
 
     @property
     def bytes(self) -> int:
         """Of memory that a server takes, about."""
         weights = self.target.bytes + self.drafter_bytes
+        computed, stored = (
+            ELEMENT_BYTES.get(name) for name in (self.dtype, self.target.dtype)
+        )
+        if computed and stored:
+            weights = weights * computed // stored
         return weights + self.cache_bytes + SERVER_BYTES
 
     def command(self, config: Mapping[str, Any]) -> list[str]:
@@ -117,10 +127,35 @@ class Starting:
             if self.cores:
                 told["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, self.cores))
                 told["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-        elif ":" in (device := self.options.device or ""):
-            told["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
         # What the user has set goes before.
-        return {name: os.environ.get(name, value) for name, value in told.items()}
+        told = {name: os.environ.get(name, value) for name, value in told.items()}
+        if (device := visible_device(self.options)) is not None:
+            told[VISIBLE] = device
+        return told
+
+
+def visible_device(options: EngineOptions) -> str | None:
+    """The one that ``--device cuda:N`` names, of those that the user lets programs see.
+
+    Raises:
+        EngineError: where it is no number, or there are fewer.
+    """
+    _, colon, number = (options.device or "").partition(":")
+    if not colon:
+        return None
+    if not number.isdecimal():
+        raise EngineError(
+            f"a device is cuda or cuda:N with a number, got {options.device!r}"
+        )
+    if not (seen := os.environ.get(VISIBLE)):
+        return number
+    names = [name.strip() for name in seen.split(",")]
+    if int(number) >= len(names):
+        raise EngineError(
+            f"{VISIBLE}={seen} shows {len(names)} devices, got {options.device!r}; "
+            "give a smaller number, or unset the variable"
+        )
+    return names[int(number)]
 
 
 def cores_of(options: EngineOptions) -> tuple[int, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -19,97 +19,34 @@ from adaptspec.engines.inference_engine import (
     Launch,
     Method,
 )
-from adaptspec.engines.openai_client import (
-    CompletionRequest,
-    OpenAIClient,
-    RefusedError,
-    Reply,
-)
+from adaptspec.engines.openai_client import CompletionRequest, RefusedError, Reply
 from adaptspec.engines.processes import ServerProcess, start_server
 from adaptspec.errors import EngineError
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.model_folder import EPSILON, ModelFolder
-from adaptspec_plugins.engines.vllm.command import Starting, cores_of, free_bytes
+from adaptspec_plugins.engines.vllm.arguments import refuse_ours
+from adaptspec_plugins.engines.vllm.command import (
+    GIB,
+    MEMORY_USED,
+    Starting,
+    cores_of,
+    free_bytes,
+    visible_device,
+)
 from adaptspec_plugins.engines.vllm.counters import Counters, shared
 from adaptspec_plugins.engines.vllm.installation import Installation
 from adaptspec_plugins.engines.vllm.methods import Option, options_of
+from adaptspec_plugins.engines.vllm.server import ERRORS, Server
 
 SECONDS_TO_START = 1200.0  # large weights on a slow disk
-SECONDS_TO_COUNT = 1.0
-# What went wrong in another of its processes stands far above what it prints last.
-ERRORS = r"(?<!Runtime)(Error|Exception|Interrupt): |error: |RuntimeError: (?!Engine )"
+ROOM = 4  # servers that are kept at most
 # After its last answer a server looks for work without pause for so long (`busy_loop_s`
 # of vLLM's shm_broadcast.py), on cores that another one would be measured on.
 SECONDS_TO_REST = 1.0
 # Rounding passes through every layer: a few units in the last place of the logits.
 TIE_UNITS = 4
-
-
-class Server:
-    """One that runs with a setting."""
-
-    def __init__(self, process: ServerProcess, model: str) -> None:
-        self.model = model
-        self._closing = ExitStack()
-        self._process = self._closing.enter_context(process)
-        self._client = self._closing.enter_context(OpenAIClient(process.url))
-
-    def ask(self, requests: Sequence[CompletionRequest]) -> list[Reply]:
-        """Answers, or how the process ended, where it did."""
-        try:
-            return self._client.ask(requests)
-        except RefusedError:
-            raise
-        except EngineError as error:
-            raise self._told(error) from None
-
-    def post(self, path: str, body: Mapping[str, Any], root: bool = False) -> Any:
-        """The same of a request that isn't streamed."""
-        try:
-            return self._client.post(path, {"model": self.model, **body}, root=root)
-        except RefusedError:
-            raise
-        except EngineError as error:
-            raise self._told(error) from None
-
-    @property
-    def ended(self) -> bool:
-        """Whether its process is gone."""
-        return self._process.ended is not None
-
-    def counters(self) -> Counters:
-        """What it has counted so far."""
-        try:
-            return Counters.read(self._client.text("metrics"))
-        except RefusedError:
-            raise
-        except EngineError as error:
-            raise self._told(error) from None
-
-    def counted(self, before: Counters, tokens: int) -> Counters:
-        """What it counted since ``before``, as soon as that is ``tokens`` tokens.
-
-        It counts a step after it has sent the step's tokens.
-        """
-        until = time.monotonic() + SECONDS_TO_COUNT
-        while True:
-            found = self.counters().since(before)
-            if found.generated >= tokens or time.monotonic() > until:
-                return found
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """End it."""
-        self._closing.close()
-
-    def _told(self, error: EngineError) -> EngineError:
-        try:
-            self._process.check(wait=1.0)
-        except EngineError as ended:
-            return ended
-        return error
 
 
 class VLLM(InferenceEngine):
@@ -131,9 +68,8 @@ class VLLM(InferenceEngine):
         self._target = starting.target
         self._draft = models["draft"]
         self._found, self._missing = choices
-        self._servers: OrderedDict[tuple[Any, ...], Server] = OrderedDict()
+        self._servers: OrderedDict[str, Server] = OrderedDict()
         self._prompts: dict[Prompt, list[int]] = {}
-        self._room: int | None = None
         self._asked: tuple[Server, float] | None = None
 
     @classmethod
@@ -143,6 +79,9 @@ class VLLM(InferenceEngine):
             raise EngineError(
                 f"concurrency must be 1 or more, got {options.concurrency}"
             )
+        if options.api_key is not None:
+            raise EngineError("vllm: its server is started here and wants no key")
+        refuse_ours(options.arguments)
         target = ModelFolder.find(options.model or _default_model())
         draft = ModelFolder.find(options.draft_model) if options.draft_model else None
         heads = [ModelFolder.find(folder) for folder in options.heads]
@@ -154,6 +93,7 @@ class VLLM(InferenceEngine):
                 f"{installation.device}, got device {options.device!r}; install the "
                 "other build, or leave out --device"
             )
+        _ = visible_device(options)
         if options.threads is not None and installation.device != "cpu":
             raise EngineError(
                 "threads are for vLLM's CPU build, this one is for "
@@ -198,10 +138,17 @@ class VLLM(InferenceEngine):
             },
             heads=hashlib.sha256(digests.encode()).hexdigest()[:16] if heads else None,
             heads_name=", ".join(h.name for h in heads if h) or None,
-            configuration=self._target.configuration,
+            configuration=self._configuration,
             engine=self.name,
             concurrency=self._options.concurrency,
         )
+
+    @property
+    def _configuration(self) -> str:
+        """Of the model, and of what the user says to vLLM beside."""
+        told = [list(self._options.arguments), self._options.context]
+        all_of_it = f"{self._target.configuration}{json.dumps(told)}"
+        return hashlib.sha256(all_of_it.encode()).hexdigest()[:16]
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -218,9 +165,12 @@ class VLLM(InferenceEngine):
         """By free memory on a CPU; a server takes a whole GPU."""
         if not self._starting.on_cpu:
             return 1
-        if self._room is None:  # before servers of ours take some
-            self._room = max(1, free_bytes() // self._starting.bytes)
-        return self._room
+        return max(1, min(ROOM, self._usable_bytes() // self._starting.bytes))
+
+    def _usable_bytes(self) -> int:
+        """Of memory, with what our servers hold already."""
+        held = sum(server.memory for server in self._servers.values())
+        return int((free_bytes() + held) * MEMORY_USED)
 
     def answer(
         self,
@@ -279,8 +229,15 @@ class VLLM(InferenceEngine):
             "It was measured without prefix caching; leave out "
             "--no-enable-prefix-caching to serve prompts that begin alike.",
         ]
-        if self._starting.installation.device != "cpu":
-            notes.append("--max-num-seqs is what was measured; raise it to serve more.")
+        notes.append(
+            "--max-num-seqs is how many requests were measured at a time; raise it to "
+            "serve more."
+        )
+        if self._options.context is not None:
+            notes.append(
+                "--max-model-len is the longest prompt with its answer that was "
+                "measured; leave it out to serve as long ones as the model knows."
+            )
         if method == "suffix":
             notes.append(
                 "suffix_decoding_max_cached_requests 0 keeps no earlier answers, so "
@@ -314,26 +271,50 @@ class VLLM(InferenceEngine):
 
     def _server(self, method: str, params: Mapping[str, Scalar]) -> Server:
         option, read = self._setting(method, params)
-        key = (method, *sorted(read.model_dump().items()))
+        config = option.config(read)
+        key = json.dumps(config, sort_keys=True)
         if key in self._servers and self._servers[key].ended:
             self._servers.pop(key).close()
         if key in self._servers:
             self._servers.move_to_end(key)
             return self._servers[key]
+        self._refuse_what_never_fits()
         room = self.room
         while len(self._servers) >= room:
             self._servers.popitem(last=False)[1].close()
-        config = option.config(read)
+        try:
+            process = self._start(method, config)
+        except EngineError:
+            if not self._servers:
+                raise
+            # It may be that it had no room beside the others.
+            self.close()
+            process = self._start(method, config)
+        self._servers[key] = Server(process, self._target.given)
+        return self._servers[key]
+
+    def _start(self, method: str, config: Mapping[str, Any]) -> ServerProcess:
         variables = self._starting.installation.variables()
-        process = start_server(
+        return start_server(
             f"vllm ({method})",
             lambda port: self._starting.measured(config, port),
             deadline=SECONDS_TO_START,
             telling=ERRORS,
             environment={**variables, **self._starting.variables()},
         )
-        self._servers[key] = Server(process, self._target.given)
-        return self._servers[key]
+
+    def _refuse_what_never_fits(self) -> None:
+        """The model's own longest context may need more memory than there is."""
+        if not self._starting.on_cpu or self._options.context is not None:
+            return
+        needed, usable = self._starting.bytes, self._usable_bytes()
+        if needed > usable:
+            raise EngineError(
+                f"vllm: {self._options.concurrency} x {self._starting.context} tokens, "
+                "the longest that the model knows, take a server of "
+                f"{needed / GIB:.0f} GiB, and {usable / GIB:.1f} GiB may be used; tell "
+                "the longest prompt with its answer by --context"
+            )
 
     def _let_others_rest(self, server: Server) -> None:
         """Wait until the server that was asked before another leaves the CPUs alone."""

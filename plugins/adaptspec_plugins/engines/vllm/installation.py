@@ -97,6 +97,7 @@ class Installation:
     def variables(self) -> dict[str, str]:
         """The variables of its process, without those for this Python alone."""
         kept = dict(os.environ)
+        kept.pop("VLLM_API_KEY", None)  # the servers are asked without a key
         # Links are kept: environments differ by folder, and share their Python.
         theirs = Path(shutil.which(self.python) or self.python).absolute().parent
         if theirs != Path(sys.executable).absolute().parent:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model
 
 from adaptspec.engines.inference_engine import PLAIN_METHOD, Method
 from adaptspec.errors import EngineError
@@ -21,34 +21,29 @@ from adaptspec_plugins.engines.model_folder import ModelFolder
 
 
 class NgramParams(Params):
-    """The defaults are those of vLLM's documentation."""
+    """n-grams are looked up as vLLM does by itself; the number of tokens, which it has
+    no default for, is that of its documentation."""
 
-    num_speculative_tokens: Annotated[int, Tunable(1, 9, step=4)] = Field(
+    num_speculative_tokens: Annotated[int, Tunable(5, 32, step=9)] = Field(
         default=5, ge=1, le=128, description="tokens drafted in a step"
     )
-    prompt_lookup_max: int = Field(
-        default=4, ge=1, le=64, description="longest n-gram looked up, in tokens"
+    prompt_lookup_max: Annotated[int, Tunable(2, 8, step=3)] = Field(
+        default=5, ge=1, le=64, description="longest n-gram looked up, in tokens"
     )
-    prompt_lookup_min: Annotated[int, Tunable(2, 4, step=2)] = Field(
-        default=4, ge=1, le=64, description="shortest n-gram looked up, in tokens"
+    prompt_lookup_min: Annotated[int, Tunable(2, 5, step=3)] = Field(
+        default=5,
+        ge=1,
+        le=64,
+        description="shortest n-gram looked up, in tokens; at most prompt_lookup_max "
+        "is told",
     )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> NgramParams:
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError(
-                "prompt_lookup_min <= prompt_lookup_max must hold, got "
-                f"prompt_lookup_min={self.prompt_lookup_min}, "
-                f"prompt_lookup_max={self.prompt_lookup_max}"
-            )
-        return self
 
 
 class SuffixParams(Params):
     """Of Arctic Inference's suffix trees (Oliaro et al. 2024, arXiv:2411.04975)."""
 
-    num_speculative_tokens: Annotated[int, Tunable(8, 32, step=12)] = Field(
-        default=32, ge=1, le=256, description="most tokens drafted in a step"
+    num_speculative_tokens: Annotated[int, Tunable(8, 40, step=16)] = Field(
+        default=24, ge=1, le=256, description="most tokens drafted in a step"
     )
     suffix_decoding_max_spec_factor: Annotated[float, Tunable(1, 3, step=2)] = Field(
         default=1.0,
@@ -56,10 +51,15 @@ class SuffixParams(Params):
         le=16,
         description="tokens drafted for each token that the match is long",
     )
-    suffix_decoding_min_token_prob: float = Field(
-        default=0.1, ge=0, le=1, description="least estimated probability of a token"
+    suffix_decoding_min_token_prob: Annotated[float, Tunable(0.1, 0.5, step=0.4)] = (
+        Field(
+            default=0.1,
+            ge=0,
+            le=1,
+            description="least estimated probability of a token",
+        )
     )
-    suffix_decoding_max_tree_depth: int = Field(
+    suffix_decoding_max_tree_depth: Annotated[int, Tunable(24, 64, step=40)] = Field(
         default=24, ge=1, le=256, description="longest match and draft together"
     )
     suffix_decoding_max_cached_requests: int = Field(
@@ -118,7 +118,11 @@ class Option:
         if self.method is PLAIN_METHOD:
             return {}
         model = {} if self.model is None else {"model": self.model.given}
-        return {"method": self.method.name, **model, **params.model_dump()}
+        told = params.model_dump()
+        if self.method is NGRAM:
+            longest, shortest = told["prompt_lookup_max"], told["prompt_lookup_min"]
+            told["prompt_lookup_min"] = min(shortest, longest)
+        return {"method": self.method.name, **model, **told}
 
 
 def options_of(

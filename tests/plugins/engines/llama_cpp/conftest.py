@@ -30,6 +30,12 @@ class Fake:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [(pid, words) for pid, words in map(json.loads, lines)]
 
+    @property
+    def asked(self) -> list[tuple[int, int, list[int]]]:
+        """Process, slot and tokens of each request for an answer."""
+        lines = Path(f"{self.log}.asked").read_text().splitlines()
+        return [(pid, slot, tokens) for pid, slot, tokens in map(json.loads, lines)]
+
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:

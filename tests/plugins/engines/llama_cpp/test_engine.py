@@ -157,6 +157,75 @@ def test_memory_of_earlier_requests_never_answers_the_same_prompt(
     assert len(fake.starts) == 3
 
 
+def test_a_shorter_answer_to_a_prompt_counts_as_an_earlier_one(
+    open_engine: OpenEngine, fake: Any
+) -> None:
+    engine = open_engine()
+    short = Prompt("s", text=TEXT.text, raw=True, max_new_tokens=1)
+    for prompt in (short, TEXT):
+        engine.answer("ngram_mod", {}, [prompt], 2)
+    assert len(fake.starts) == 2
+
+
+SHORT = [0, 0]
+
+
+def test_every_slot_of_every_start_is_warm_before_what_counts(
+    open_engine: OpenEngine, fake: Any
+) -> None:
+    engine = open_engine(concurrency=2)
+    for _ in range(2):  # the second one starts again
+        engine.answer("ngram_mod", {}, [TEXT], 1)
+    (first, _), (second, _) = fake.starts
+    abc = [ord(c) for c in "abc"]
+    assert fake.asked == [
+        (pid, slot, tokens)
+        for pid in (first, second)
+        for slot, tokens in ((0, SHORT), (1, SHORT), (0, abc))
+    ]
+
+
+def test_maps_of_n_grams_are_emptied_before_each_prompt(
+    open_engine: OpenEngine, fake: Any
+) -> None:
+    engine = open_engine(concurrency=2)
+    prompts = [Prompt(c, text=c, raw=True) for c in "kam"]
+    engine.answer("ngram_map_k4v", {}, prompts[:1], 1)
+    engine.answer("ngram_map_k4v", {}, prompts[1:], 1)
+    assert len(fake.starts) == 1
+    slots = [(slot, tokens) for _, slot, tokens in fake.asked]
+    start = [(0, SHORT), (1, SHORT)]
+    assert slots[:4] == [*start, (0, SHORT), (0, [ord("k")])]
+    assert slots[4:6] == start
+    assert sorted(slots[6:]) == [(0, [ord("a")]), (1, [ord("m")])]
+
+
+def test_variables_that_are_options_of_the_server_are_not_passed_on(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake ends where it finds one."""
+    monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "ngram-simple")
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    engine = open_engine()
+    assert engine.answer(PLAIN, {}, [TEXT], 1)
+    (note,) = [n for n in engine.launch(PLAIN, {}).notes if "variables" in n]
+    assert "LLAMA_API_KEY, LLAMA_ARG_SPEC_TYPE" in note
+    assert "secret" not in note
+
+
+def test_a_model_that_predicts_ahead_takes_no_other_draft_model(
+    open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = write_gguf(tmp_path / "draft.gguf", seed=1)
+    ahead = write_gguf(tmp_path / "ahead.gguf", tensors=("blk.0.nextn.eh_proj.weight",))
+    monkeypatch.setattr(
+        "adaptspec_plugins.engines.llama_cpp.engine.missing_options", lambda *_: []
+    )
+    engine = open_engine(model=str(ahead), draft_model=str(draft))
+    assert "-md" not in engine.launch("draft_mtp", {}).command
+    assert "-md" in engine.launch("draft_simple", {}).command
+
+
 def test_room_follows_the_free_memory(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +272,7 @@ def test_launch_is_what_was_measured(open_engine: OpenEngine, fake: Any) -> None
     assert words[ours + 2 :: 2] == ["--host", "--port"]
     assert any("--cache-ram 0" in note for note in launch.notes)
     assert any("a prompt that comes again" in note for note in launch.notes)
+    assert any("-np is how many" in note for note in launch.notes)
 
 
 def test_a_draft_model_opens_its_methods(
@@ -211,8 +281,9 @@ def test_a_draft_model_opens_its_methods(
     draft = write_gguf(tmp_path / "draft.gguf", seed=1)
     engine = open_engine(draft_model=str(draft))
     assert [m.name for m in engine.methods] == [
-        *(PLAIN, "ngram_simple", "ngram_mod", "ngram_cache", "draft_simple"),
-        *("ngram_simple_draft_simple", "ngram_mod_draft_simple"),
+        *(PLAIN, "ngram_simple", "ngram_map_k4v", "ngram_mod", "ngram_cache"),
+        *("draft_simple", "ngram_map_k4v_ngram_mod", "ngram_simple_draft_simple"),
+        *("ngram_map_k4v_draft_simple", "ngram_mod_draft_simple"),
     ]
     engine.answer("ngram_simple_draft_simple", {"draft_n_max": 5}, [TEXT], 1)
     ((_, words),) = fake.starts
@@ -306,6 +377,8 @@ def test_environments_differ_by_what_decides_speed(
     ]
     for options in others:
         assert open_engine(**options).environment.key() != one.key()
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", "BLAS: OpenBLAS (0 MiB, 0 MiB free)")
+    assert open_engine(threads=2).environment.key() == one.key()
     monkeypatch.setenv("FAKE_LLAMA_DEVICES", "CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)")
     engine = open_engine()
     assert engine.environment.device == "cuda"
@@ -328,6 +401,13 @@ def test_environments_differ_by_what_decides_speed(
         ({"arguments": ["--port", "1"]}, "--port can't be one .*: a free one is taken"),
         ({"arguments": ["-np", "2"]}, "-np can't be one .*: --concurrency"),
         ({"arguments": ["--spec-type", "x"]}, "--spec-type can't be one"),
+        ({"arguments": ["--spec_type", "x"]}, "--spec-type can't be one"),
+        ({"arguments": ["--draft-p-min", "1"]}, "--draft-p-min .*the tune tries it"),
+        ({"arguments": ["-hfd", "a/b"]}, "-hfd can't be .*a file: --draft-model"),
+        ({"arguments": ["--api-key", "x"]}, "--api-key can't be .*wants no key"),
+        ({"arguments": ["--no-slots"]}, "--no-slots can't be"),
+        ({"arguments": ["--cache-reuse", "1"]}, "--cache-reuse .*earlier one's memory"),
+        ({"arguments": ["--fim-qwen-7b-spec"]}, "a model is a file: --model"),
         ({"command": "no-such-server"}, "no program 'no-such-server'"),
     ],
 )
@@ -337,3 +417,10 @@ def test_what_would_be_ignored_is_refused(
     told = {"model": str(tmp_path / "m.gguf"), **options}
     with pytest.raises(EngineError, match=says):
         LlamaCpp.open(EngineOptions(**told))
+
+
+def test_what_no_setting_says_is_passed_on(open_engine: OpenEngine) -> None:
+    words = ["-tb", "2", "--threads-batch", "2", "-td", "1", "-ctk", "q8_0"]
+    words += ["--spec-draft-threads", "1", "--spec-draft-type-k", "q8_0", "-5"]
+    launch = open_engine(arguments=words).launch(PLAIN, {})
+    assert list(launch.command[-len(words) :]) == words

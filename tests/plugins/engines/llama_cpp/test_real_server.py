@@ -57,6 +57,8 @@ def engine() -> Iterator[LlamaCpp]:
         ("ngram_cache", {}),
         ("draft_simple", {"draft_n_max": 4}),
         ("ngram_simple_draft_simple", {"size_n": 3, "size_m": 6}),
+        ("ngram_map_k4v_draft_simple", {"size_n": 3, "size_m": 6}),
+        ("ngram_map_k4v_ngram_mod", {"size_n": 3, "size_m": 6}),
     ],
 )
 def test_every_method_drafts_and_keeps_plain_decodings_tokens(
@@ -75,6 +77,21 @@ def test_every_method_drafts_and_keeps_plain_decodings_tokens(
         if one != other:
             assert engine.near_tie(REPEATING, plain.token_ids[:at], one, other)
             break
+
+
+@pytest.mark.parametrize("method", ["ngram_map_k", "ngram_map_k4v"])
+def test_a_prompt_finds_as_much_after_others_as_in_a_new_server(
+    method: str, engine: LlamaCpp
+) -> None:
+    if method in engine.unavailable:
+        pytest.skip(engine.unavailable[method])
+    params = {"size_n": 2, "size_m": 4}
+    told = []
+    for prompt in (REPEATING, EMOJI, REPEATING, REPEATING):
+        (answer,) = engine.answer(method, params, [prompt], 24)
+        told.append((answer.proposed, answer.accepted))
+    assert told[0][1] > 0
+    assert told[0] == told[2] == told[3]
 
 
 def test_no_token_of_a_divided_character_is_lost(engine: LlamaCpp) -> None:

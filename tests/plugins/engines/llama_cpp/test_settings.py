@@ -73,9 +73,13 @@ def test_every_tuned_value_reaches_the_program(
     """And no setting is one with which llama.cpp would never draft."""
     name, values = setting
     words = as_pairs(arguments_of(name, values))
-    prefix = "--spec-" + name.partition("_draft")[0].replace("_", "-")
+    hyphened = name.partition("_draft")[0].replace("_", "-")
+    first, _, second = hyphened.removeprefix("ngram-").partition("-ngram-")
+    of_mod = {"n_match", "n_min", "n_max"}
     for key, value in values.items():
-        option = f"--spec-{key}" if key.startswith("draft_") else f"{prefix}-{key}"
+        kind = second if second and key in of_mod else first
+        of_ngram = f"--spec-ngram-{kind}-{key}"
+        option = f"--spec-{key}" if key.startswith("draft_") else of_ngram
         told = float(words.pop(option.replace("_", "-")))
         if name.startswith("ngram_simple") and key == "size_m":
             value = max(value, values["size_n"])

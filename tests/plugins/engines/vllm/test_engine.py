@@ -161,7 +161,7 @@ def test_as_many_servers_run_as_there_is_room_for(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(tmp_path, model) as engine:
-        monkeypatch.setattr(engine, "_room", 2)
+        monkeypatch.setattr(VLLM, "room", 2)
         lengths = [1, 2, 1, 3, 1]
         for length in lengths:
             params = {"num_speculative_tokens": length}
@@ -216,6 +216,14 @@ def test_what_is_printed_is_what_was_measured(tmp_path: Path, model: str) -> Non
         ),
         ({"core_fails": True}, "exit code 1; it printed last: .*: no cache blocks$"),
         ({"dies": True}, f"ended: exit code 3.*{LAST_WORDS}"),
+        (
+            {"core_ends": "dies"},
+            "ended: exit code 3; .*: (.*\\| )?ValueError: a bad kernel( \\|.*)?$",
+        ),
+        (
+            {"core_ends": True},
+            "engine is dead; .*: (.*\\| )?ValueError: a bad kernel( \\|.*)?$",
+        ),
     ],
 )
 def test_how_a_server_ended_is_one_line_with_what_it_printed_last(
@@ -236,7 +244,7 @@ def test_another_server_is_asked_when_the_one_before_has_come_to_rest(
     with opened(tmp_path, model) as engine:
         for method in (PLAIN, "ngram"):  # started, so that nothing else is waited for
             engine.answer(method, {}, [HELLO], 2)
-        monkeypatch.setattr(engine, "_room", 2)
+        monkeypatch.setattr(VLLM, "room", 2)
         for (server, now), pause in (
             ((engine._server(PLAIN, {}), 0.0), 1.0),
             ((engine._server("ngram", {}), 0.0), None),
@@ -275,5 +283,32 @@ def test_unknown_methods_and_parameters_are_refused(tmp_path: Path, model: str) 
             engine.launch("draft_model", {})
         with pytest.raises(InvalidParamsError, match="num_speculative_tokens"):
             engine.launch("ngram", {"num_speculative_tokens": 0})
-        with pytest.raises(InvalidParamsError, match="prompt_lookup_min <= "):
-            engine.launch("ngram", {"prompt_lookup_max": 3})
+
+
+def test_a_start_that_fails_beside_others_is_tried_alone(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLM, "room", 2)
+    with opened(tmp_path, model, {"alone": True}) as engine:
+        for method in (PLAIN, "ngram"):
+            (answer,) = engine.answer(method, {}, [HELLO], 2)
+            assert answer.tokens == 2
+        assert running(tmp_path) == 1
+    assert len(started(tmp_path)) == 3
+
+
+def test_settings_that_say_the_same_share_a_server(tmp_path: Path, model: str) -> None:
+    with opened(tmp_path, model) as engine:
+        for shortest in (3, 5):  # no longer than the longest
+            params = {"prompt_lookup_max": 3, "prompt_lookup_min": shortest}
+            engine.answer("ngram", params, [HELLO], 2)
+    assert len(started(tmp_path)) == 1
+
+
+def test_what_is_not_there_to_be_kept_is_told(tmp_path: Path, model: str) -> None:
+    with opened(tmp_path, model) as engine:
+        notes = " ".join(engine.launch(PLAIN, {}).notes)
+    assert "--max-num-seqs" in notes
+    assert "--max-model-len" in notes
+    with opened(tmp_path, model, context=None) as engine:
+        assert "--max-model-len" not in " ".join(engine.launch(PLAIN, {}).notes)

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaptspec.errors import EngineError, InvalidParamsError
 from adaptspec_plugins.engines.model_folder import ModelFolder
-from adaptspec_plugins.engines.vllm.methods import Option, kind_of_heads, options_of
+from adaptspec_plugins.engines.vllm.methods import (
+    NGRAM,
+    SUFFIX,
+    Option,
+    kind_of_heads,
+    options_of,
+)
 
 TARGET = {"vocab_size": 512, "num_hidden_layers": 2}
 
@@ -178,7 +186,42 @@ def test_every_searched_setting_is_valid_and_there_are_few(tmp_path: Path) -> No
             kind = float if spec.kind == "float" else int
             values.append([kind(low + i * (step or 1)) for i in range(count)])
         settings = list(product(*values))
-        assert len(settings) <= 6
+        assert len(settings) <= 24
         for setting in settings:
             names = (spec.name for spec in searched)
             params.parse(dict(zip(names, setting, strict=True)))
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_the_shortest_n_gram_is_never_longer_than_the_longest(
+    longest: int, shortest: int
+) -> None:
+    option = Option(NGRAM)
+    told = {"prompt_lookup_max": longest, "prompt_lookup_min": shortest}
+    config = option.config(NGRAM.Params.parse(told, "ngram"))
+    assert config["prompt_lookup_max"] == longest
+    assert config["prompt_lookup_min"] == min(longest, shortest)
+
+
+def test_defaults_are_vllms_and_among_what_is_tried() -> None:
+    """vllm/config/speculative.py of 0.32."""
+    ngram, suffix = NGRAM.Params(), SUFFIX.Params()
+    assert ngram.model_dump() == {
+        "num_speculative_tokens": 5,
+        "prompt_lookup_max": 5,
+        "prompt_lookup_min": 5,
+    }
+    assert suffix.model_dump() == {
+        "num_speculative_tokens": 24,
+        "suffix_decoding_max_tree_depth": 24,
+        "suffix_decoding_max_spec_factor": 1.0,
+        "suffix_decoding_min_token_prob": 0.1,
+        "suffix_decoding_max_cached_requests": 0,
+    }
+    for params in (NGRAM.Params, SUFFIX.Params):
+        for spec in params.specs():
+            if spec.tunable is not None:
+                low, step = spec.tunable.low, spec.tunable.step
+                assert low is not None
+                assert step is not None
+                assert (float(spec.default) - low) % step == 0

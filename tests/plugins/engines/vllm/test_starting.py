@@ -67,6 +67,87 @@ def test_the_environment_is_of_vllms_python_and_the_models_files(
     assert opened(tmp_path, model, CPU).environment.model != place.model
 
 
+def test_what_the_user_says_to_vllm_is_part_of_the_environment(
+    tmp_path: Path, model: str
+) -> None:
+    told: list[dict[str, Any]] = [
+        {},
+        {"context": 512},
+        {"arguments": ("--block-size", "32")},
+        {"arguments": ("--block-size", "16")},
+    ]
+    keys = [opened(tmp_path, model, CPU, **o).environment.key() for o in told]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == opened(tmp_path, model, CPU).environment.key()
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ("--speculative-config={}", "the tune tries it"),
+        ("--speculative_config.method=ngram", "the tune tries it"),
+        ("-sc", "the tune tries it"),
+        ("--spec-method", "the tune tries it"),
+        ("--enable-prefix-caching", "earlier one's memory"),
+        ("--port", "a free one is taken"),
+        ("--host", "it is loopback"),
+        ("--model", "--model"),
+        ("--max-num-seq", "--concurrency"),
+        ("--max_model_len=9", "--context"),
+        ("--dtype", "--dtype"),
+        ("--api-key", "no key"),
+        ("--disable-log-stats", "counters"),
+    ],
+)
+def test_what_the_engine_says_itself_is_refused(
+    tmp_path: Path, model: str, argument: str, why: str
+) -> None:
+    with pytest.raises(EngineError, match=f"can't be one of .*arguments: .*{why}"):
+        opened(tmp_path, model, CPU, arguments=(argument, "x"))
+
+
+def test_other_arguments_are_passed_on(tmp_path: Path, model: str) -> None:
+    words = ("--block-size", "32", "--model-impl", "auto", "-tp", "2", "-1", "--seed=3")
+    launch = opened(tmp_path, model, CPU, arguments=words).launch("autoregressive", {})
+    assert tuple(launch.command[-len(words) :]) == words
+
+
+def test_bytes_follow_the_type_that_is_computed_in(tmp_path: Path, model: str) -> None:
+    """Twice the 128 KiB a token of bfloat16, and twice the weights."""
+    (Path(model) / "model.safetensors").write_bytes(bytes(1 << 20))
+    options: dict[str, Any] = {"concurrency": 3, "context": 8192}
+    half = opened(tmp_path, model, CPU, **options)
+    whole = opened(tmp_path, model, CPU, dtype="float32", **options)
+    told = whole.launch("autoregressive", {}).environment
+    assert told["VLLM_CPU_KVCACHE_SPACE"] == "6"
+    more = whole._starting.bytes - half._starting.bytes
+    assert more == 3 * 2**30 + 2**20
+
+
+def test_a_context_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8192 tokens: 1 GiB, beside 2 GiB."""
+    name = "adaptspec_plugins.engines.vllm.engine.free_bytes"
+    monkeypatch.setattr(name, lambda: int(2.9 * 2**30 / 0.7))
+    engine = opened(tmp_path, model, CPU)
+    with pytest.raises(EngineError, match=r"1 x 8192 tokens.* 3 GiB.*2\.9.*--context"):
+        engine.answer("autoregressive", {}, [], 1)
+
+
+def test_a_device_is_one_of_those_that_can_be_seen(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
+    for device, seen in (("cuda:1", "GPU-7"), ("cuda:0", "4"), ("cuda", None)):
+        launch = opened(tmp_path, model, CUDA, device=device).launch(
+            "autoregressive", {}
+        )
+        assert launch.environment.get("CUDA_VISIBLE_DEVICES") == seen
+    with pytest.raises(EngineError, match=r"4, GPU-7 shows 2 devices, got 'cuda:2'"):
+        opened(tmp_path, model, CUDA, device="cuda:2")
+
+
 def test_a_cpu_build_is_told_its_cores_and_the_room_for_its_cache(
     tmp_path: Path, model: str
 ) -> None:
@@ -97,6 +178,7 @@ def test_room_is_what_free_memory_holds_and_one_at_least(
     tmp_path_factory: pytest.TempPathFactory, gib: int, concurrency: int
 ) -> None:
     """A server takes its cache, 1 GiB for each request here, 2 GiB, and little else."""
+    each, usable = concurrency + 2, 0.7 * gib
     folder = tmp_path_factory.mktemp("room")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
@@ -105,7 +187,9 @@ def test_room_is_what_free_memory_holds_and_one_at_least(
         patch.setattr(
             "adaptspec_plugins.engines.vllm.engine.free_bytes", lambda: gib * 2**30
         )
-        assert engine.room == max(1, gib // (concurrency + 2))
+        room = engine.room
+    assert room == 1 or room * each <= usable + 1e-6
+    assert room == 4 or (room + 1) * each > usable - 1e-6
 
 
 @pytest.mark.parametrize(
@@ -116,6 +200,8 @@ def test_room_is_what_free_memory_holds_and_one_at_least(
         (CUDA, {"threads": 2}, "leave out --threads"),
         (CPU, {"threads": 4096}, "threads must be 1.."),
         (CPU, {"concurrency": 0}, "concurrency must be 1 or more"),
+        (CPU, {"api_key": "x"}, "wants no key"),
+        (CUDA, {"device": "cuda:x"}, "cuda or cuda:N with a number, got 'cuda:x'"),
         ({"python": "3.11"}, {}, "no vLLM is installed for .*--engine-python"),
         ({**CUDA, "vllm": "0.6.3"}, {}, r"0.12 or newer is needed, .* has 0\.6\.3"),
         (CPU, {"draft_model": "no/such"}, "neither a folder nor in the Hugging Face"),
@@ -201,10 +287,11 @@ def test_the_process_is_without_variables_of_this_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     theirs = Installation.find(
         EngineOptions(python=install(tmp_path / "environment", CUDA))
     )
-    assert "PYTHONPATH" not in theirs.variables()
+    assert not {"PYTHONPATH", "VLLM_API_KEY"} & set(theirs.variables())
     assert theirs.variables()["PATH"].startswith(str(tmp_path / "environment"))
     ours = Installation((sys.executable,), sys.executable, CUDA)
     assert ours.variables()["PYTHONPATH"] == "/of/ours"
