@@ -64,6 +64,8 @@ class Method:
         summary: One line: what it does.
         general: Whether it serves prompts of any kind, so that it is confirmed in
             every class.
+        opening: Parameters that most texts are drafted well with, where the engine's
+            defaults are for other ones; a tune begins with them.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Method:
     general: bool = True
     lossless: bool = True
     replays: bool = False
+    opening: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 PLAIN_METHOD = Method(PLAIN, "plain decoding: one token in each forward")

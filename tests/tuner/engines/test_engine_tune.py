@@ -26,11 +26,12 @@ from adaptspec.testing.scripted_engine import (
     engine_on,
     workload_of,
 )
-from adaptspec.workloads import split
+from adaptspec.workloads import Prompt, split
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.searching.one_by_one import ordered
 from adaptspec_tuner.tuning_run import Interrupted
 
 CLASSES = ("summary", "code", "chat")
@@ -350,3 +351,52 @@ def test_options_of_other_engines_are_refused_for_ours() -> None:
         TuneOptions(concurrency=4)
     with pytest.raises(AdaptSpecError, match="engine_command is for other engines"):
         TuneOptions(engine_command="x")
+
+
+def test_a_methods_opening_is_tried_first_and_its_defaults_later() -> None:
+    opening = {"length": 3, "ngram": 3}
+    copy = Method("copy", "copies", COPY.Params, opening=opening)
+    result, engine = tuned(Machine(TRUTH, methods=(copy, DRAFT)), classes=["summary"])
+    asked = [params for method, params, _ in engine.log if method == "copy"]
+    assert asked[0] == opening
+    assert {"length": 8, "ngram": 2} in asked
+    assert choices(result)["summary"] == "copy"
+
+
+def test_many_methods_and_little_time_leave_some_for_the_parameters_of_the_best() -> (
+    None
+):
+    """Of methods that gain nothing in the first class not all are tried in others."""
+
+    def truth(prompt: Prompt, method: str, params: Mapping[str, Scalar]) -> float:
+        if method != "copy":
+            return 0.8
+        return TRUTH(prompt, method, params)
+
+    idle = [Method(f"idle_{n}", "gains nothing", DRAFT.Params) for n in range(10)]
+    machine = Machine(truth, methods=(*idle, COPY), noise=0.01)
+    result, engine = tuned(machine, 700.0, classes=("summary", "code", "chat"))
+    assert choices(result)["summary"] == "copy"
+    settings = {repr(params) for method, params, _ in engine.log if method == "copy"}
+    assert len(settings) > 2  # the defaults are one of them
+    assert machine.clock.now < 770
+
+
+def test_the_best_are_tried_first_and_each_of_the_others_in_turn() -> None:
+    methods = [Method(name, "x") for name in "abcdef"]
+    reached: dict[str, list[float]] = {
+        m.name: [-0.1 * n] for n, m in enumerate(methods)
+    }
+    tried = []
+    for _ in range(4):
+        order = ordered(methods, reached, 3)
+        assert sorted(m.name for m in order) == list("abcdef")
+        assert [m.name for m in order[:2]] == ["a", "b"]
+        tried.append(order[2].name)
+        for method in order[:3]:
+            reached[method.name].append(reached[method.name][0])
+    assert tried == ["c", "d", "e", "f"]
+    assert ordered(methods, {"f": [1.0], "a": [0.5]}, 9)[-2:] == [
+        methods[5],
+        methods[0],
+    ]

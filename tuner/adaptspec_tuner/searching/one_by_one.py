@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from adaptspec.engines.inference_engine import Method
 from adaptspec.params import Scalar
 from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.searching.moves import Learnt, Move
@@ -35,7 +37,8 @@ def open_one_by_one(
     *,
     earlier: Mapping[tuple[str, str], Sequence[Params]],
     starting: Callable[[], float] = lambda: 0.0,
-    share: float = 0.4,
+    opening: float = 0.6,
+    fewest: int = 4,
     worth: float = 1.02,
     rounds: int = 2,
 ) -> dict[str, Params]:
@@ -47,8 +50,9 @@ def open_one_by_one(
         left: Seconds until the search ends; may be infinite.
         earlier: Class and method -> settings of earlier runs, best first.
         starting: Seconds that a setting takes to be ready, as far as is known.
-        share: Of the seconds that opening the later classes leaves, what goes to new
-            settings of a class.
+        opening: Of a class's seconds, what opening its race may take; the rest goes to
+            new settings. Its share of all seconds left is that of its answers.
+        fewest: Settings that open the race of a class in any case.
         worth: How much better than the one before a setting must be to open the later
             classes.
         rounds: Of new settings, where there is no end.
@@ -56,27 +60,32 @@ def open_one_by_one(
     Returns:
         Method -> the setting that it was at last worth opening a class with.
     """
-    common: dict[str, Params] = {m.name: defaults(m.Params) for m in methods}
+    common: dict[str, Params] = {m.name: first_setting(m) for m in methods}
     if not methods:
         return common
     learnt = Learnt()
     names = sorted(prompts, key=lambda name: seconds.get(name, 0.0))
+    reached: dict[str, list[float]] = {}  # method -> log of its best, by class
     for at, name in enumerate(names):
-        for method in methods:
-            opening = [common[method.name]]
-            opening += [
+        each = seconds.get(name, 0.0) + starting()
+        rest = sum(seconds.get(n, 0.0) + starting() for n in names[at:])
+        budget = left() * each / rest if rest else left()
+        end = left() - budget
+        once = search.first * seconds.get(name, 0.0) + starting()
+        # All of them in the first class, whose answers are the soonest: they teach.
+        most = fitting(left() if at == 0 else opening * budget, once)
+        most = len(methods) if most is None else max(fewest, most)
+        for method in ordered(methods, reached, most):
+            first = [common[method.name]]
+            first += [
                 p
                 for p in earlier.get((name, method.name), ())[:1]
-                if dict(p) != dict(opening[0])
+                if dict(p) != dict(first[0])
             ]
-            search.add(name, method, prompts[name], opening, entrants=len(opening))
-        search.open(name, fitting(left(), seconds.get(name, 0.0) + starting()))
-        others = [seconds.get(n, 0.0) + starting() for n in names[at + 1 :]]
-        later = (1 + len(methods)) * sum(others)
-        spare = left() - later
-        end = left() - share * spare if math.isfinite(spare) else 0.0
+            search.add(name, method, prompts[name], first, entrants=len(first))
+        search.open(name, most)
         done = 0
-        while left() > end if math.isfinite(spare) else done < rounds:
+        while left() > end if math.isfinite(end) else done < rounds:
             made: dict[str, tuple[Move, str]] = {}
             for method in methods:
                 best = best_of(search.standings(name), method.name)
@@ -101,12 +110,41 @@ def open_one_by_one(
         for method in methods:
             opened = Setting(method.name, dict(common[method.name])).key
             best = best_of(standings, method.name)
+            if best is not None:
+                gains = reached.setdefault(method.name, [])
+                gains.append(math.log(standings.estimate(best)))
             if best is None or best == opened:
                 continue
             least = standings.estimate(opened) if opened in standings else 0.0
             if standings.estimate(best) >= worth * least:
                 common[method.name] = Setting.from_key(best).params
     return common
+
+
+def first_setting(method: Searched) -> Params:
+    """What a method opens its first class with: its defaults, or what it names."""
+    named = method.opening if isinstance(method, Method) else {}
+    return {**defaults(method.Params), **named}
+
+
+def ordered(
+    methods: Sequence[Searched], reached: Mapping[str, Sequence[float]], most: int
+) -> list[Searched]:
+    """Methods in the order in which a class tries them; there is time for ``most``.
+
+    Those that reached most in other classes are first, unknown ones before all. The
+    last that there is time for is one that was tried least: what gains nothing in one
+    class may gain much in another.
+
+    Args:
+        reached: Method -> log of its best ratio, by class.
+    """
+    ranked = sorted(methods, key=lambda m: -fmean(reached.get(m.name) or [math.inf]))
+    if not 0 < most < len(ranked):
+        return ranked
+    kept, others = ranked[: most - 1], ranked[most - 1 :]
+    least = min(others, key=lambda m: len(reached.get(m.name, ())))
+    return [*kept, least, *(m for m in others if m is not least)]
 
 
 def fitting(left: float, each: float) -> int | None:

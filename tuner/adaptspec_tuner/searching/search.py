@@ -190,6 +190,11 @@ class Search:
         self.finished = 0  # trials, by this process
 
     @property
+    def first(self) -> int:
+        """Prompts on which new settings are measured."""
+        return self._first
+
+    @property
     def tried(self) -> int:
         """Trials finished, by whomever, and those that this process is at."""
         return sum(len(arm.trials) + len(arm.running) for arm in self.arms)

@@ -116,6 +116,8 @@ class Kind:
         params: Its own parameters.
         options: Parameter -> the option that says it.
         limits: Parameter -> another one and whether it is its ``most`` or ``least``.
+        opening: Parameters that a tune begins with: the defaults look for longer
+            repetitions than most texts have, and let a draft model guess on.
         keeps: Whether its memory of earlier requests can be drafted from.
         forgets: Whether a short request empties its slot's memory.
     """
@@ -125,6 +127,7 @@ class Kind:
     params: type[Params] = NoParams
     options: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    opening: Mapping[str, Scalar] = field(default_factory=dict)
     keeps: bool = False
     forgets: bool = False
 
@@ -155,9 +158,11 @@ DRAFT_LIMITS = {"draft_n_min": ("draft_n_max", "most")}
 
 
 def _drafted(word: str, summary: str) -> Kind:
-    return Kind(word, summary, Drafted, DRAFT_OPTIONS, DRAFT_LIMITS)
+    opening = {"draft_n_max": 4, "draft_p_min": 0.6}
+    return Kind(word, summary, Drafted, DRAFT_OPTIONS, DRAFT_LIMITS, opening)
 
 
+SHORT = {"size_n": 3, "size_m": 8}
 NGRAMS = {
     # `min-hits` exists for it and for ngram-map-k, but neither reads it.
     "ngram_simple": Kind(
@@ -166,12 +171,14 @@ NGRAMS = {
         NgramSimple,
         _lookup_options("ngram-simple"),
         {"size_m": ("size_n", "least")},
+        opening=SHORT,
     ),
     "ngram_map_k": Kind(
         "ngram-map-k",
         "the same with a table of n-grams, and with shorter drafts where they failed",
         NgramLookup,
         _lookup_options("ngram-map-k"),
+        opening=SHORT,
         forgets=True,
     ),
     "ngram_map_k4v": Kind(
@@ -179,6 +186,7 @@ NGRAMS = {
         "drafts the most frequent of up to four continuations of an n-gram",
         NgramMapK4V,
         _lookup_options("ngram-map-k4v", "min_hits"),
+        opening=SHORT,
         forgets=True,
     ),
     "ngram_mod": Kind(
@@ -191,6 +199,7 @@ NGRAMS = {
             "n_max": "--spec-ngram-mod-n-max",
         },
         {"n_min": ("n_max", "most")},
+        opening={"n_match": 8, "n_min": 2, "n_max": 16},
         keeps=True,
     ),
     "ngram_cache": Kind(
@@ -244,12 +253,17 @@ def all_methods() -> dict[str, Method]:
     """Every method that this file knows, plain decoding first."""
     found = {PLAIN_METHOD.name: PLAIN_METHOD}
     for name, kind in KINDS.items():
-        found[name] = Method(name, kind.summary, kind.params, general=False)
+        found[name] = Method(
+            name, kind.summary, kind.params, general=False, opening=kind.opening
+        )
     for (first, second), params in COMBINED.items():
         name = f"{first}_{second}"
         words = KINDS[first].word, KINDS[second].word
         summary = "{} and, where it finds nothing, {}".format(*words)
-        found[name] = Method(name, summary, params, general=second in DRAFTS)
+        opening = {**KINDS[first].opening, **KINDS[second].opening}
+        found[name] = Method(
+            name, summary, params, general=second in DRAFTS, opening=opening
+        )
     return found
 
 
