@@ -192,12 +192,12 @@ def main(
             | {"defaults": by_default}
         )
     every = [p for group in groups.values() for p in group]
-    for method, setting in defaults.items():
+    for named, setting in defaults.items():
         if setting in ratios:
             all_of_it = mean(ratios[setting], every)
             lowest = min(mean(ratios[setting], g) for g in groups.values())
             table.add_row(
-                *("defaults", method, f"{all_of_it:.2f}", "its worst class"),
+                *("defaults", named, f"{all_of_it:.2f}", "its worst class"),
                 *(f"{lowest:.2f}", ""),
             )
     Console(width=110).print(table)
