@@ -382,6 +382,14 @@ class LanguageModel:
             return PlainCache(None, text=[])
         return PlainCache(DynamicCache(config=self.config))
 
+    def read_alone(
+        self, tokens: Sequence[int], *, hidden_layers: Sequence[int] = ()
+    ) -> Forward:
+        """:meth:`prefill` of ``tokens`` with nothing before them, in a new cache."""
+        plain = self.capability.level == "plain"
+        cache = self.plain_cache() if plain else self.new_cache(len(tokens))
+        return self.prefill(tokens, cache, hidden_layers=hidden_layers)
+
     @torch.inference_mode()
     def prefill(
         self,

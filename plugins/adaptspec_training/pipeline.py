@@ -315,12 +315,7 @@ class _Run:
 
     def _hidden(self, example: Example) -> torch.Tensor:
         """Features by a forward over the whole example."""
-        target = self._target
-        plain = target.capability.level == "plain"
-        cache: Any = (
-            target.plain_cache() if plain else target.new_cache(len(example.tokens))
-        )
-        forward = target.prefill(example.tokens, cache, hidden_layers=(-1,))
+        forward = self._target.read_alone(example.tokens, hidden_layers=(-1,))
         found = forward.hidden[-1][torch.tensor(example.positions)]
         return found.clone()
 

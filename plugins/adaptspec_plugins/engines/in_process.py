@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from adaptspec.engines.inference_engine import Answer, EngineOptions, InferenceEngine
 from adaptspec.errors import EngineError
@@ -134,6 +135,7 @@ class InProcessEngine(InferenceEngine):
             for prompt in prompts
         ]
 
+    @abstractmethod
     def _answer(
         self,
         method: str,
@@ -142,7 +144,6 @@ class InProcessEngine(InferenceEngine):
         max_new_tokens: int,
     ) -> Answer:
         """One answer."""
-        raise NotImplementedError
 
     def near_tie(
         self, prompt: Prompt, tokens: Sequence[int], one: int, other: int
@@ -152,9 +153,7 @@ class InProcessEngine(InferenceEngine):
 
         model = self._model
         ids = [*prompt.encode(model), *tokens]
-        plain = model.capability.level == "plain"
-        cache: Any = model.plain_cache() if plain else model.new_cache(len(ids))
-        forward = model.prefill(ids, cache)
+        forward = model.read_alone(ids)
         logits = forward.logits[forward.rows[len(ids) - 1]]
         return near_tie(logits, one, other, model.dtype)
 

@@ -442,9 +442,7 @@ class Profiler:
         from adaptspec.decoding.processing import Processors
 
         model = self._engine.model
-        plain = model.capability.level == "plain"
-        cache: Any = model.plain_cache() if plain else model.new_cache(len(ids))
-        forward = model.prefill(ids, cache)
+        forward = model.read_alone(ids)
         raw = forward.logits[forward.rows[len(ids) - 1]]
         controls = self._controls(self._length(prompt))
         processors = Processors(controls, len(self._encoded(prompt)), model.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adaptspec.errors import AdaptSpecError, WorkloadError
 from adaptspec.workloads import Prompt, Workload
@@ -104,9 +104,7 @@ def check_model(model: LanguageModel, ids: Sequence[int]) -> None:
     Raises:
         AdaptSpecError: naming the model, what is wrong and the way out.
     """
-    plain = model.capability.level == "plain"
-    cache: Any = model.plain_cache() if plain else model.new_cache(len(ids))
-    logits = model.prefill(ids, cache).logits[-1]
+    logits = model.read_alone(ids).logits[-1]
     if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
         raise AdaptSpecError(
             f"{model.name} can't be tuned: after the first prompt its logits aren't "
