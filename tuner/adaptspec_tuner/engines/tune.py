@@ -127,7 +127,7 @@ def chosen_methods(
 
 def engine_notes(engine: InferenceEngine, progress: Progress) -> list[str]:
     """What the engine has to say of the figures."""
-    told = list(getattr(engine, "notes", ()))
+    told = list(engine.notes)
     for note in told:
         progress.say(note)
     return told
