@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from adaptspec.engines.exporting.plan import PLAIN_NAME, Gain, Plan, Server, table_of
+from adaptspec.engines.exporting.plan import PLAIN_NAME, Gain, Plan, Server
 from adaptspec.profile import ANSWER, LATENCY
 
 OBJECTIVES = {ANSWER: "time per answer", LATENCY: "p95 latency per token"}
@@ -37,7 +37,7 @@ def as_flags(plan: Plan, engine: str, host: str) -> str:
 
 
 def as_json(plan: Plan, engine: str, host: str) -> dict[str, Any]:
-    """All of it, for programs."""
+    """All of it but the router's table, for programs."""
     then = plan.found.environment
     return {
         "for": engine,
@@ -59,7 +59,6 @@ def as_json(plan: Plan, engine: str, host: str) -> dict[str, Any]:
         "expected_ratio": plan.ratio,
         "notes": list(plan.notes),
         "servers": [_server_json(server, host) for server in plan.servers],
-        "table": table_of(plan, host),
     }
 
 
