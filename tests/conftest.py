@@ -57,6 +57,9 @@ getattr(module, function)(*arguments)
 hypothesis.settings.register_profile("adaptspec", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("adaptspec")
 
+# Tests neither read nor write the database that a user's programs have.
+os.environ.pop("ADAPTSPEC_DB", None)
+
 # Test processes beside each other share the cores; torch would take all for each.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     threads = max(1, (os.cpu_count() or 1) // workers)
