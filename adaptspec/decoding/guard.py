@@ -332,7 +332,8 @@ class Guard(Drafter):
         reads: Whether proposals read what was committed with a draft model.
         row: What showing ``inner`` the logits of a prompt's position costs, as a share
             of reading a token.
-        starting: Seconds that starting ``inner`` took.
+        starting: Seconds that starting ``inner`` took. The first start may time the
+            model's forwards, which no later one does.
         kept: What of an answer's gains may be lost again in it, up to ``most_kept``
             plain steps.
         least_read: Fewer of the prompt's tokens aren't worth reading alone.
@@ -368,7 +369,8 @@ class Guard(Drafter):
         self._have = 0  # tokens up to which it has
         self._asks = self._losing = False
         self._proposing = self._reading = 0.0  # seconds of this step
-        self._unpaid = starting  # seconds, before a plain step was timed
+        # Seconds, before a plain step was timed.
+        self._starting, self._unpaid = starting, 0.0
         self._net = self._best = 0.0  # plain steps gained, and the most so far
         self._bet = 0.0  # plain steps that may be lost more, for the prompt's reading
         self.passed_over = 0  # steps
@@ -523,5 +525,8 @@ class Guard(Drafter):
         """So many seconds went into drafting beside a drafted step."""
         self._unpaid += seconds
         if plain := self._memory.plain.step:
+            if self._starting:
+                self._unpaid += self._memory.own("start", self._starting)
+                self._starting = 0.0
             cost, self._unpaid = self._unpaid / plain, 0.0
             self._earn(-cost)

@@ -411,6 +411,22 @@ def test_what_starting_a_drafter_took_is_lost_once() -> None:
     assert guard.gained == pytest.approx(-0.5)
 
 
+def test_a_first_start_that_timed_forwards_says_nothing_of_drafting() -> None:
+    now = [0.0]
+    memory = GuardMemory()
+    for starting in (100.0, 0.1):
+        inner = Watches(lambda seconds: None)
+        guard = Guard(inner, memory, lambda: now[0], starting=starting)
+        now[0] += 1
+        guard.observe(Outcome(None, (), [1], {}, NONE))
+        for step in range(3):
+            tree = guard.propose(Context([1, 1], 9, 9, step))
+            now[0] += 1
+            guard.observe(Outcome(tree, [0], [1], {}, NONE))
+        assert inner.asked
+        assert guard.gained > -2
+
+
 class Watches(Drafter):
     """Takes its time to look at every step, whether it was asked or not."""
 
