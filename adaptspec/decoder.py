@@ -669,6 +669,7 @@ def load(
     run: str | None = None,
     adapt: bool | Learning = True,
     shapes: Shapes = "auto",
+    compile: bool = False,
 ) -> Decoder:
     """Load a target, perhaps a draft model, and the profiles measured for them.
 
@@ -692,6 +693,8 @@ def load(
         shapes: ``auto``: on CUDA, forwards of few fixed shapes as graphs, or what of
             that gives the same logits. ``fixed``: fixed shapes without graphs.
             ``dynamic``: each forward has its own shape.
+        compile: Norms and MLPs run as ``torch.compile`` makes them, in place of our
+            own operations. The first load waits for it; later ones read a cache.
 
     Raises:
         ModelLoadError: if a model can't be loaded.
@@ -703,14 +706,17 @@ def load(
     if model is None:
         model = default_model_path(lambda line: print(line, file=sys.stderr))
     host = host or Host.installed()
-    target = _language_model(model, tokenizer, dtype, device, trust_remote_code, shapes)
+    target = _language_model(
+        model, tokenizer, dtype, device, trust_remote_code, shapes, compile
+    )
     for folder in [heads] if isinstance(heads, str | Path) else heads:
         target.attach(host.open_heads(folder, target))
     draft = (
         None
         if draft_model is None
         else _language_model(
-            draft_model, None, dtype, target.device, trust_remote_code, shapes
+            *(draft_model, None, dtype, target.device, trust_remote_code),
+            *(shapes, compile),
         )
     )
     can_open = host.opens_stores
@@ -760,12 +766,18 @@ def _language_model(
     device: str | torch.device | None,
     trust_remote_code: bool,
     shapes: Shapes,
+    compile: bool,
 ) -> LanguageModel:
     if isinstance(model, LanguageModel):
         if shapes not in ("auto", model.asked_shapes):
             raise ModelLoadError(
                 f"shapes must be those that {model.name} was loaded with "
                 f"({model.asked_shapes}), got {shapes!r}; pass them to LanguageModel"
+            )
+        if compile and not model.compile:
+            raise ModelLoadError(
+                f"compile=True came with {model.name}, which is loaded already; "
+                "pass it to LanguageModel"
             )
         return model
     return load_model(
@@ -775,4 +787,5 @@ def _language_model(
         device=device,
         trust_remote_code=trust_remote_code,
         shapes=shapes,
+        compile=compile,
     )

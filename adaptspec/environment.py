@@ -23,6 +23,8 @@ def environment_of(model: LanguageModel, draft: LanguageModel | None) -> Environ
     kernel = model.linear.kind.partition(":")[0]
     if (shapes := model.shapes.kind) != "dynamic":
         kernel = f"{kernel}, {shapes}"
+    if model.compiled:
+        kernel = f"{kernel}, compiled"
     return Environment(
         model=model.digest,
         model_name=model.name,

@@ -116,6 +116,8 @@ def measure(
 @click.option("--context", default=200, show_default=True, help="tokens before")
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--threads", type=int, help="default: as torch does")
+@click.option("--compile", "compiled", is_flag=True, help="as torch.compile makes it")
+@click.option("--plain", is_flag=True, help="the model's own modules")
 @click.option("--busy", is_flag=True, help="processor time of one thread")
 @click.option(
     "--machine",
@@ -128,6 +130,8 @@ def main(
     context: int,
     rounds: int,
     threads: int | None,
+    compiled: bool,
+    plain: bool,
     busy: bool,
     machine: str | None,
 ) -> None:
@@ -140,7 +144,9 @@ def main(
     threads = 1 if busy else threads
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load_model(path, dtype=dtype, device="cpu")
+    model = load_model(
+        path, dtype=dtype, device="cpu", accelerate=not plain, compile=compiled
+    )
     read, numbers = weights_read(model)
     times, bandwidth, peak = measure(
         model, context, rounds, thread_time if busy else perf_counter
@@ -150,7 +156,8 @@ def main(
     console.print(
         f"{model.name}, {dtype}, {torch.get_num_threads()} threads"
         f"{' (processor time)' if busy else ''}, behind {context} "
-        f"tokens; {model.linear.kind}; {layers} layers in one operation\n"
+        f"tokens; {model.linear.kind}; {layers} layers in one operation, "
+        f"{model.compiled} parts compiled\n"
         f"{read / 1e9:.2f} GB of weights; memory gives {bandwidth / 1e9:.0f} GB/s, "
         f"instructions {peak / 1e9:.0f} GFLOP/s",
         highlight=False,

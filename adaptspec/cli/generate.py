@@ -97,6 +97,12 @@ if TYPE_CHECKING:
 @click.option("--device", help="Default: CUDA if there is one, else the CPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Run norms and MLPs as torch.compile makes them; the first time waits.",
+)
+@click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run code that comes with a model. Only for models you trust.",
@@ -151,6 +157,7 @@ def generate(
     dtype: str,
     device: str | None,
     threads: int | None,
+    compiled: bool,
     trust_remote_code: bool,
     learn: bool,
     record: bool,
@@ -204,6 +211,7 @@ def generate(
             dtype=dtype,
             device=device,
             threads=threads,
+            compile=compiled,
             host=host,
             learn=learn,
             heads=heads,

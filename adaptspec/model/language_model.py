@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adaptspec.acceleration.attention import use_our_attention
+from adaptspec.acceleration.compiled import compile_parts
 from adaptspec.acceleration.layers import fuse_layers
 from adaptspec.acceleration.linear import LinearReport, accelerate_linears
 from adaptspec.errors import ModelLoadError, NoHiddenStatesError
@@ -97,9 +98,12 @@ class LanguageModel:
             as a graph where that gives what eager forwards do; elsewhere dynamic.
             ``fixed``: the same without graphs, on any device. ``dynamic``: each
             forward's own. See :attr:`shapes` for what came of it.
+        compile: Norms and MLPs run as ``torch.compile`` makes them, in place of our
+            Linear and decoder layers. The first load waits for it.
 
     Raises:
-        ModelLoadError: if it can't be decoded, or ``shapes`` is none of these.
+        ModelLoadError: if it can't be decoded or compiled, or ``shapes`` is
+            none of these.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class LanguageModel:
         own_weights: bool = False,
         accelerate: bool = True,
         shapes: Shapes = "auto",
+        compile: bool = False,
     ) -> None:
         if shapes not in get_args(Shapes):
             raise ModelLoadError(
@@ -139,6 +144,7 @@ class LanguageModel:
         self.heads: dict[str, TrainedHeads] = {}
         self._own_weights, self._accelerate = own_weights, accelerate
         self.asked_shapes = shapes
+        self.compile = compile
         self._build()
 
     def _build(self) -> None:
@@ -173,9 +179,10 @@ class LanguageModel:
                 self.__dict__["unverifiable"] = unverifiable(self.over(self.model))
             if self._accelerate and self.__dict__.get("unverifiable") is None:
                 use_our_attention(self.model)
-                self.linear = accelerate_linears(
-                    self.model, own_weights=self._own_weights
-                )
+                if not self.compile:
+                    self.linear = accelerate_linears(
+                        self.model, own_weights=self._own_weights
+                    )
         elif drops(model):
             raise ModelLoadError(
                 f"{self.name} drops activations at random, since it is in training "
@@ -193,9 +200,26 @@ class LanguageModel:
         self._growing = growing_rotations(self.model)
         self._state = ModuleState(self.model, self.name)
         self.fused = 0  # decoder layers that run as one operation
-        if self._accelerate and (self._own_weights or self.model is not model):
+        self.compiled = 0  # norms and MLPs that run compiled
+        if self.compile:
+            self.compiled = self._compile()
+        elif self._accelerate and (self._own_weights or self.model is not model):
             self.fused = fuse_layers(self.model, self._look)
         self._seen = seen  # at last: what is interrupted is done again
+
+    def _compile(self) -> int:
+        """Compile what can be; refused where nothing is."""
+        if not self._own_weights and self.model is self.source:
+            raise ModelLoadError(
+                f"{self.name} can't be copied, so compile=True would change the "
+                "caller's module; leave compile out or load it by its folder"
+            )
+        if not (count := compile_parts(self.model, self._look)):
+            raise ModelLoadError(
+                f"no norm or MLP of {self.name} gives the same when it is compiled; "
+                "leave compile out"
+            )
+        return count
 
     def follow(self) -> bool:
         """Take over what the caller has changed in a model of his since: adapters,

@@ -25,6 +25,7 @@ def load_model(
     accelerate: bool = True,
     trust_remote_code: bool = False,
     shapes: Shapes = "auto",
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a model folder or hub name, or take a loaded model as it is.
 
@@ -33,6 +34,7 @@ def load_model(
         device: Default: CUDA if there is one, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
         shapes: Of forwards, see :class:`LanguageModel`.
+        compile: See :class:`LanguageModel`.
 
     Raises:
         ModelLoadError: if it can't be found, read, or isn't a causal LM; if the device
@@ -41,7 +43,9 @@ def load_model(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             tokenizer = _tokenizer_of(unwrapped(model), trust_remote_code)
-        return LanguageModel(model, tokenizer, accelerate=accelerate, shapes=shapes)
+        return LanguageModel(
+            model, tokenizer, accelerate=accelerate, shapes=shapes, compile=compile
+        )
     if not isinstance(model, str | os.PathLike):
         raise ModelLoadError(
             f"a folder, a hub name or a transformers model is expected, got "
@@ -58,6 +62,7 @@ def load_model(
         own_weights=True,
         accelerate=accelerate,
         shapes=shapes,
+        compile=compile,
     )
 
 
