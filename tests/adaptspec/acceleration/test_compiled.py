@@ -13,6 +13,8 @@ from adaptspec.testing.fakes import random_ids, tiny_module
 from adaptspec.token_tree import TokenTree
 from kernels import needs_compiler
 
+# Importing the compiler of torch warns of its own use of TorchScript.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
 PROMPT = random_ids(20)
 
 
