@@ -121,6 +121,7 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapper_hides_neither_positions_nor_which_logits_are_wanted(
     kind: str,
@@ -182,6 +183,7 @@ def adapted() -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_change_of_adapter_takes_effect(adapted: Any) -> None:
     decoder = load(adapted)
     assert decoder.model.capability.level == "tree"
