@@ -195,7 +195,7 @@ class LanguageModel:
         self.fused = 0  # decoder layers that run as one operation
         if self._accelerate and (self._own_weights or self.model is not model):
             self.fused = fuse_layers(self.model, self._look)
-        self._seen = seen  # at last: what is interrupted is done again
+        self._seen = seen
 
     def follow(self) -> bool:
         """Take over what the caller has changed in a model of his since: adapters,
@@ -212,6 +212,7 @@ class LanguageModel:
         for name in KNOWN_OF_A_MODEL:
             self.__dict__.pop(name, None)
         self.use_masks = True
+        self._seen = ()  # equals no snapshot: what is interrupted is done again
         self._build()
         return True
 

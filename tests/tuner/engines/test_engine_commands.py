@@ -101,6 +101,7 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
     assert "scripted 7.1" in runs.stdout
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_an_export_reads_from_another_folder(
     workload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_run_keeps_what_an_export_reads_from_another_folder(
     assert mix == {"summary": 8, "code": 8}  # and not the four that were measured
 
 
+@pytest.mark.slow
 def test_what_is_told_of_the_engine_reaches_it(workload: Path) -> None:
     cls = engine_on(Machine(TRUTH))
     found = tune(
@@ -253,6 +255,7 @@ def compare(engines: Sequence[type], workload: Path, *more: object) -> Result:
     )
 
 
+@pytest.mark.slow
 def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) -> None:
     slow = engine_on(Machine(TRUTH, token=0.1), "slow")
     fast = engine_on(Machine(TRUTH, token=0.05), "fast")
@@ -284,6 +287,7 @@ def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) ->
     assert all(engine.closed for engine in [*slow.opened, *fast.opened])
 
 
+@pytest.mark.slow
 def test_what_was_tuned_is_opened_as_it_was_tuned(workload: Path) -> None:
     cls = engine_on(Machine(TRUTH))
     heads = workload.parent / "heads"
