@@ -352,6 +352,7 @@ def test_classes_that_are_told_rightly_gain_what_declared_ones_do() -> None:
     assert found[classing.ONE] < 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "asked"),
     [

@@ -84,6 +84,7 @@ def test_families_are_built_compared_and_put_in_a_table(tmp_path: Path) -> None:
     assert "float32: 1 chains, 1 plain, 1 not built" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_engine_that_believes_its_drafts_is_found_out(
     checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -566,7 +566,14 @@ def _compile(compiler: str, folder: Path, name: str) -> Path:
                 [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)]
                 for source, compiled in objects.items()
             ),
-            [compiler, "-shared", *map(str, objects.values()), "-o", str(linked)],
+            [
+                compiler,
+                "-shared",
+                *map(str, objects.values()),
+                "-o",
+                str(linked),
+                "-lm",
+            ],
         ):
             try:
                 done = subprocess.run(

@@ -133,6 +133,8 @@ class InferenceEngine(ABC):
         summary: One line: what it is.
         starting: Seconds that a new setting takes to be ready, about. Where that is
             much, a tune tries a setting on many prompts at once.
+        resting: Seconds after an answer in which it may still keep the cores busy, so
+            that another engine isn't measured yet.
 
     Raises:
         EngineError: from any method, in one line with the way out: a program that isn't
@@ -143,6 +145,7 @@ class InferenceEngine(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     starting: ClassVar[float] = 0.0
+    resting: float = 0.0
 
     @classmethod
     @abstractmethod

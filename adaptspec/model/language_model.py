@@ -205,7 +205,7 @@ class LanguageModel:
             self.compiled = self._compile()
         elif self._accelerate and (self._own_weights or self.model is not model):
             self.fused = fuse_layers(self.model, self._look)
-        self._seen = seen  # at last: what is interrupted is done again
+        self._seen = seen
 
     def _compile(self) -> int:
         """Compile what can be; refused where nothing is."""
@@ -236,6 +236,7 @@ class LanguageModel:
         for name in KNOWN_OF_A_MODEL:
             self.__dict__.pop(name, None)
         self.use_masks = True
+        self._seen = ()  # equals no snapshot: what is interrupted is done again
         self._build()
         return True
 

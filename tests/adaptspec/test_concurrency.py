@@ -89,6 +89,7 @@ def greedy(decoder: Decoder) -> list[list[int]]:
     return [hf_greedy(decoder.model, prompt, TOKENS) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_draft_model_that_was_loaded_first_makes_nobody_wait_for_ever() -> None:
     """Turns are taken in the order in which models were made, streams' steps, too."""
@@ -254,6 +255,7 @@ def test_a_stream_may_be_closed_by_another_thread_in_the_middle_of_a_step(
     assert "".join(read) == stream.result.text
 
 
+@pytest.mark.slow
 def test_a_stream_dropped_in_a_cycle_is_given_up_after_the_step_that_runs(
     decoder: Decoder,
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_stream_dropped_in_a_cycle_is_given_up_after_the_step_that_runs(
     running.finish()
 
 
+@pytest.mark.slow
 def test_knowledge_is_exchanged_while_other_threads_decode(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, greedy: list[list[int]]
 ) -> None:

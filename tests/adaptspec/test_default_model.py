@@ -265,6 +265,7 @@ def test_a_cache_that_is_no_folder_is_named(
         fetch()
 
 
+@pytest.mark.slow
 def test_pip_downloads_by_the_users_configuration_and_without_dependencies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

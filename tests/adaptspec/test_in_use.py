@@ -86,6 +86,7 @@ _uses = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(_uses, _uses, _uses)
 def test_sums_are_the_same_in_any_order(one: Use, two: Use, three: Use) -> None:
     assert one + two == two + one

@@ -160,6 +160,7 @@ def test_a_whole_file_that_the_strategy_stumbles_over_is_refused_and_replaced(
     file.exchange(Otherwise())  # what replaced it is its own
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks_is_told_once_and_decoding_goes_on(
     tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +252,7 @@ def host() -> Host:
     return Host({"test": plugin})
 
 
+@pytest.mark.slow
 def test_a_decoder_goes_on_with_what_the_last_one_learnt(
     tmp_path: Path, host: Host
 ) -> None:
@@ -259,6 +261,7 @@ def test_a_decoder_goes_on_with_what_the_last_one_learnt(
     assert (tmp_path / "knowledge").is_dir()
 
 
+@pytest.mark.slow
 def test_nothing_of_an_output_is_written_unless_asked_for(
     tmp_path: Path, host: Host
 ) -> None:
@@ -279,6 +282,7 @@ def test_a_store_without_a_folder_keeps_nothing(host: Host) -> None:
     assert decoder.generate([1], strategy="requests", max_new_tokens=1).token_ids
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_told_once_and_decoding_goes_on(
     tmp_path: Path, host: Host
 ) -> None:

@@ -82,6 +82,7 @@ MAKERS: dict[str, Callable[[], Strategy]] = {
 }
 
 
+@pytest.mark.slow
 @few
 @given(
     st.lists(st.integers(0, 9), min_size=2, max_size=12),

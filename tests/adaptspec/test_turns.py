@@ -186,6 +186,7 @@ def test_all_who_decode_with_a_module_share_its_turns() -> None:
     assert turns_of(thing) is not turns_of(other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_waits_for_the_step_that_another_thread_is_at() -> None:
     turns, inside, leave = Turns(), list[int](), threading.Event()

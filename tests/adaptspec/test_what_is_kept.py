@@ -88,10 +88,12 @@ def found(home: Path, sequences: Sequence[Sequence[int]]) -> set[str]:
     return holding
 
 
+@pytest.mark.slow
 def test_nothing_of_prompts_and_outputs_is_written(home: Path) -> None:
     assert found(home, decoded(home)) == set()
 
 
+@pytest.mark.slow
 def test_what_is_learnt_is_written_where_that_is_asked_for(home: Path) -> None:
     """And so the test above would find it."""
     assert "suffix.safetensors" in found(home, decoded(home, learn=True))

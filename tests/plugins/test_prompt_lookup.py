@@ -58,6 +58,7 @@ def naive_continuation(ids: Sequence[int], start: int, length: int) -> list[int]
     return grown[len(ids) :]
 
 
+@pytest.mark.slow
 @given(Tokens, st.integers(1, 3), st.integers(0, 3), st.lists(st.integers(0, 40)))
 def test_the_index_finds_what_a_scan_finds_however_it_was_fed(
     ids: list[int], low: int, more: int, cuts: list[int]

@@ -65,6 +65,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", DAMAGED)
 def test_a_damaged_profile_is_named_once_and_the_others_are_used(
     path: Path, assignment: str

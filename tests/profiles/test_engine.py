@@ -142,6 +142,7 @@ def test_a_choice_is_made_of_what_an_older_release_measured(path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_a_file_that_stays_in_use_is_read_in_its_old_mode(path: Path) -> None:
     with raw(path) as connection:
         connection.executescript(NEWEST.read_text())
@@ -223,6 +224,7 @@ def test_migrations_stopped_one_step_short_go_on_with_the_data_kept(
     assert rows == [("r1", "none")]
 
 
+@pytest.mark.slow
 def test_a_step_that_another_process_did_meanwhile_is_not_repeated(
     path: Path, one_more: ScriptDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

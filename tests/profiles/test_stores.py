@@ -175,6 +175,7 @@ def older(place: Environment, **changes: Any) -> Environment:
     return replace(place, configuration=None, kernel=None, attention=None, **changes)
 
 
+@pytest.mark.slow
 def test_the_first_releases_database_still_opens(tmp_path: Path) -> None:
     golden = Path(__file__).parent / "golden" / "m001.sql"
     path = tmp_path / "old.db"
@@ -354,6 +355,7 @@ def test_optuna_shares_the_file(tmp_path: Path) -> None:
     storage.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_waiting_trial_goes_to_one_of_two_that_ask_at_once(tmp_path: Path) -> None:
     running = optuna.trial.TrialState.RUNNING
     stores = [SqlStore(f"sqlite:///{tmp_path / 'p.db'}") for _ in range(2)]
@@ -412,6 +414,7 @@ def test_a_trial_that_breaks_a_rule_is_not_dropped_silently(tmp_path: Path) -> N
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["[/a]", "[bold]"])
 def test_class_names_are_listed_as_they_are(tmp_path: Path, name: str) -> None:
     db = str(tmp_path / "p.db")

@@ -93,6 +93,7 @@ def naive_loss(adapted: Any, heads: MedusaHeads, distilled: bool) -> torch.Tenso
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("distilled", [True, False])
 @pytest.mark.parametrize("most", [10, 1000])

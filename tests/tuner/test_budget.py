@@ -153,6 +153,7 @@ def test_what_is_repaid_counts_every_run_of_a_continued_one() -> None:
     assert record["seconds"] == pytest.approx(trace.clock.now)
 
 
+@pytest.mark.slow
 def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises() -> (
     None
 ):
@@ -171,6 +172,7 @@ def test_what_there_was_no_time_to_try_is_confirmed_by_what_the_replay_promises(
     assert all(not any(found.trials.values()) for found in result.named)
 
 
+@pytest.mark.slow
 def test_every_finalist_that_replays_is_predicted_even_where_time_is_up() -> None:
     """A replay that promises knobs 10% more than they give, which the race tells."""
 

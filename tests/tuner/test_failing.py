@@ -85,6 +85,7 @@ def run(trace: Trace, store: ProfileStore, **options: Any) -> TuneResult:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [TUNING, HELD_OUT])
 def test_a_prompt_that_fails_is_named_and_the_others_count(part: Workload) -> None:
     trace = Trace()
@@ -185,6 +186,7 @@ def test_what_cannot_be_stored_is_still_in_the_result() -> None:
     assert len(run(Trace(), store).named) == 2  # the same command goes on
 
 
+@pytest.mark.slow
 def test_whenever_the_disk_is_full_it_is_one_line_and_nothing_stored_is_repeated() -> (
     None
 ):

@@ -272,6 +272,8 @@ def _usage(
         context=options.context,
         concurrency=options.concurrency,
         starts=starts,
+        allow_lossy=options.allow_lossy,
+        controls=options.controls,
     )
 
 

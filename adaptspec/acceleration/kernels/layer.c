@@ -22,7 +22,7 @@ struct norm {
     int early;             /* rounded before the weight is multiplied, and after it */
 };
 
-enum { SILU, GELU_TANH };
+enum { SILU, GELU_TANH, GELU };
 
 struct layer {
     long hidden, heads, groups, head, inner;
@@ -122,6 +122,11 @@ static inline vfloat sigmoid_of(vfloat x) {
 }
 static inline vfloat activated(vfloat x, int kind) {
     if (kind == SILU) return x * sigmoid_of(x);
+    if (kind == GELU) {
+        for (int i = 0; i < LANES; i++)
+            x[i] *= 0.5f * (1.0f + __builtin_erff(0.70710678f * x[i]));
+        return x;
+    }
     return x * sigmoid_of(1.5957691216f * (x + 0.044715f * x * x * x));
 }
 

@@ -1,9 +1,10 @@
 /* y[t, n] = sum_k x[t, k] * w[n, k] + bias[n], of weights packed once for reading.
  *
- * A packed weight is a row of blocks of COLS outputs. A block holds, for each word of k in
- * order, that word of all its outputs side by side; a word is one float, or two neighbours
- * of bfloat16. So each thread reads one contiguous stream, fetched ahead; a word of x is
- * broadcast to all lanes; and no sum across lanes is left.
+ * A packed weight is a row of blocks of COLS outputs, more for a type that needs them. A
+ * block holds, for each word of k in order, that word of all its outputs side by side; a
+ * word is one float, or two neighbours of bfloat16. So each thread reads one contiguous
+ * stream, fetched ahead; a word of x is broadcast to all lanes; and no sum across lanes is
+ * left.
  *
  * Every (t, n) is summed over k in order, in one accumulator, so a row's bits don't depend
  * on how many rows there are.
@@ -13,22 +14,28 @@
 #include <sys/mman.h>
 #endif
 
-/* Rows of x per tile: VECTORS * ROWS sums are kept in registers, of which AVX2 has sixteen.
- * There, weights that are widened leave room for fewer. */
+/* A tile is ROWS of x by VECTORS of outputs, whose sums are kept in registers, of which AVX2
+ * has sixteen. Each sum waits for its last addition, twice a word where bfloat16 is widened:
+ * one row then needs four vectors, so that memory decides and not those waits. */
 #if LANES == 16
 #define ROWS_BF16 12
+#define VECTORS_BF16 2
 #define ROWS_F32 12
 #else
-#define ROWS_BF16 5
+#define ROWS_BF16 2
+#define VECTORS_BF16 4
 #define ROWS_F32 6
 #endif
+#define VECTORS_F32 2
 #define MOST_ROWS 12
 
-#define VECTORS 2
-#define COLS (VECTORS * LANES)
+/* In a function of one KIND: vectors and outputs of a block. */
+#define BLOCK_OF(KIND) \
+    enum { VECTORS = VECTORS_##KIND, COLS = VECTORS * LANES }
 #define AHEAD 4096 /* bytes of the stream that are fetched before their use */
-#define CHUNK 512  /* words of k: a block's chunk stays in cache for all tiles of rows,
-                    * of which those after the first fetch the next chunk */
+#define CHUNK 128  /* words of k: 16 KiB of a block and as much of the rows of x stay in the
+                    * first-level cache for all tiles of rows, of which those after the
+                    * first fetch the next chunk */
 
 /* A vector of words of w is multiplied by a word of x, in HALVES one after the other, and
  * added to a vector of sums. */
@@ -52,6 +59,7 @@
     static inline __attribute__((always_inline)) void NAME(                             \
         const uint32_t *w, const X_##KIND *x, long stride, long words, int rows,        \
         int begin, float *sums, long ahead) {                                           \
+        BLOCK_OF(KIND);                                                                 \
         vfloat sum[MOST_ROWS * VECTORS];                                                \
         UNROLLED for (int i = 0; i < rows * VECTORS; i++) {                             \
             if (begin) sum[i] = (vfloat){0};                                            \
@@ -110,6 +118,7 @@ TILE(F32, tile_f32)
     void NAME##_part(const void *x_rows, const uint32_t *w, const void *biases,         \
                      void *y_rows, long y_row, long t_count, long n_count,              \
                      long words) {                                                      \
+        BLOCK_OF(KIND);                                                                 \
         const X_##KIND *x = x_rows;                                                     \
         const TYPE *bias = biases;                                                      \
         TYPE *y = y_rows;                                                               \
@@ -151,9 +160,10 @@ PACKED(BF16, packed_bf16, uint16_t, tile_bf16, narrow, widen)
 PACKED(F32, packed_f32, float, tile_f32, SAME, SAME)
 
 /* Between a plain weight [n_count, k_count] and a packed one; `per` elements to a word. */
-#define REPACK(NAME, TYPE)                                                              \
+#define REPACK(KIND, NAME, TYPE)                                                        \
     void pack_##NAME(const TYPE *plain, TYPE *packed, long n_count, long k_count,       \
                      int threads) {                                                     \
+        BLOCK_OF(KIND);                                                                 \
         const long per = sizeof(uint32_t) / sizeof(TYPE);                               \
         long words = (k_count + per - 1) / per, blocks = (n_count + COLS - 1) / COLS;   \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")               \
@@ -172,6 +182,7 @@ PACKED(F32, packed_f32, float, tile_f32, SAME, SAME)
     }                                                                                   \
     void unpack_##NAME(const TYPE *packed, const int64_t *rows, TYPE *plain,            \
                        long count, long k_count, int threads) {                         \
+        BLOCK_OF(KIND);                                                                 \
         const long per = sizeof(uint32_t) / sizeof(TYPE);                               \
         long words = (k_count + per - 1) / per;                                         \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")               \
@@ -183,10 +194,14 @@ PACKED(F32, packed_f32, float, tile_f32, SAME, SAME)
         }                                                                               \
     }
 
-REPACK(bf16, uint16_t)
-REPACK(f32, uint32_t)
+REPACK(BF16, bf16, uint16_t)
+REPACK(F32, f32, uint32_t)
 
-int packed_columns(void) { return COLS; }
+/* What a number of outputs is filled up to: whole blocks, whatever the type. */
+int packed_columns(void) {
+    const int vectors = VECTORS_BF16 > VECTORS_F32 ? VECTORS_BF16 : VECTORS_F32;
+    return vectors * LANES;
+}
 
 /* Whether packed_bf16 takes x as it is; otherwise widened to float. */
 int packed_pairs(void) { return HALVES_BF16 == 1; }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptspec.engines.exporting.plan import Plan, Server
-from adaptspec.engines.exporting.texts import heading, sentences
+from adaptspec.engines.exporting.texts import HEALTH, heading, sentences
 from adaptspec.errors import EngineError
 
 
@@ -78,6 +78,12 @@ def compose_text(
         server.name: _service(server, name, chosen.program, volumes, host, gpu)
         for server in plan.servers
     }
+    for server in plan.servers:
+        if (first := plan.before(server)) is not None:
+            services[first.name]["healthcheck"] = _health(first)
+            services[server.name]["depends_on"] = {
+                first.name: {"condition": "service_healthy"}
+            }
     lines = [f"# {line}" for line in heading(plan, engine)]
     for server in plan.servers:
         lines += ["#", *(f"# {line}" for line in sentences(server, plan))]
@@ -115,6 +121,20 @@ def _service(
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
         service["ipc"] = "host"
     return service
+
+
+def _health(server: Server) -> dict[str, Any]:
+    """Asked by Python, which is in the image of every engine that needs it."""
+    url = f"http://127.0.0.1:{server.port}{HEALTH}"
+    asked = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
+    return {
+        "test": ["CMD", "python3", "-c", asked],
+        "interval": "5s",
+        "timeout": "10s",
+        "retries": 3,
+        # Weights may be read from a slow disk, and compiled for the first time.
+        "start_period": "20m",
+    }
 
 
 def _arguments(command: Sequence[str]) -> list[str]:

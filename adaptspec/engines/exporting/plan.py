@@ -81,12 +81,19 @@ class Plan:
         ratio: Plain decoding's expected time for the mix over that with these servers;
             None where it isn't known.
         notes: What is to be known of the choice, in sentences.
+        one_by_one: Whether each server is started when the one before it is ready.
     """
 
     found: Found
     servers: Sequence[Server]
     ratio: float | None
     notes: Sequence[str]
+    one_by_one: bool = False
+
+    def before(self, server: Server) -> Server | None:
+        """The server that must be ready before this one is started."""
+        at = [one.name for one in self.servers].index(server.name)
+        return self.servers[at - 1] if self.one_by_one and at else None
 
 
 def for_class(found: Found, name: str, launches: Launches, port: int) -> Plan:

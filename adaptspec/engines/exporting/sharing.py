@@ -37,7 +37,7 @@ def shared(plan: Plan, engine: str) -> Plan:
         servers = [_with_share(server, share) for server in servers]
         notes.append(
             f"The servers share one GPU ({VLLM_SHARE}), which leaves each less room "
-            "for requests than was measured; start each when the one before it is "
+            "for requests than was measured; each is started when the one before it is "
             f"ready. Where one has a GPU of its own, {OWN_GPU} and without that option."
         )
     elif engine in ("vllm", "sglang"):
@@ -45,7 +45,9 @@ def shared(plan: Plan, engine: str) -> Plan:
             "The servers don't divide a GPU's memory, so each needs a GPU of its own: "
             f"{OWN_GPU}."
         )
-    return replace(plan, servers=servers, notes=notes)
+    # A server of vLLM measures what memory is free while it starts, and ends where
+    # another takes some of it meanwhile.
+    return replace(plan, servers=servers, notes=notes, one_by_one=engine == "vllm")
 
 
 def _tells_share(server: Server) -> bool:

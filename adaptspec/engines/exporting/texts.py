@@ -9,6 +9,7 @@ from typing import Any
 from adaptspec.engines.exporting.plan import PLAIN_NAME, Gain, Plan, Server
 from adaptspec.profile import ANSWER, LATENCY
 
+HEALTH = "/health"  # is answered with 200 by a server that is ready
 OBJECTIVES = {ANSWER: "time per answer", LATENCY: "p95 latency per token"}
 
 
@@ -27,11 +28,21 @@ def shell_line(server: Server, host: str) -> str:
     return " ".join([*variables, shlex.join(command_of(server, host))])
 
 
+def waiting_line(server: Server, host: str) -> str:
+    """For a POSIX shell: wait until the server that was started last is ready, or has
+    ended."""
+    url = shlex.quote(f"{server.url(host)}{HEALTH}")
+    ready = f"curl -sf -o /dev/null {url}"
+    return f"while kill -0 $! 2>/dev/null && ! {ready}; do sleep 2; done"
+
+
 def as_flags(plan: Plan, engine: str, host: str) -> str:
     """Commands to paste into a shell; all that is said is a comment there."""
     lines = [f"# {line}" for line in heading(plan, engine)]
     for server in plan.servers:
         lines += ["", *(f"# {line}" for line in sentences(server, plan))]
+        if (first := plan.before(server)) is not None:
+            lines.append(waiting_line(first, host))
         lines.append(shell_line(server, host) + (" &" if len(plan.servers) > 1 else ""))
     return "\n".join(lines) + "\n"
 
@@ -58,7 +69,7 @@ def as_json(plan: Plan, engine: str, host: str) -> dict[str, Any]:
         },
         "expected_ratio": plan.ratio,
         "notes": list(plan.notes),
-        "servers": [_server_json(server, host) for server in plan.servers],
+        "servers": [_server_json(server, plan, host) for server in plan.servers],
     }
 
 
@@ -125,9 +136,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _server_json(server: Server, host: str) -> dict[str, Any]:
+def _server_json(server: Server, plan: Plan, host: str) -> dict[str, Any]:
+    first = plan.before(server)
     return {
         "name": server.name,
+        "start_when_ready": None if first is None else first.name,
         "method": server.setting.method,
         "params": dict(server.setting.params),
         "url": server.url(host),

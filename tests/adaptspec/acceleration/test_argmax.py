@@ -35,6 +35,7 @@ def by(way: str) -> Iterator[None]:
 ways = pytest.mark.parametrize("way", ["native", "torch"])
 
 
+@pytest.mark.slow
 @ways
 @settings(deadline=None, max_examples=60)
 @given(

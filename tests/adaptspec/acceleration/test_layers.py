@@ -257,6 +257,33 @@ def test_other_ways_to_put_a_layer_together_are_recognised(
     assert apart(logits_of(model), expected) < ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "own",
+    [nn.SiLU(), nn.GELU(approximate="tanh"), nn.GELU()],
+    ids=["silu", "tanh", "erf"],
+)
+def test_two_activations_that_rounding_hides_are_told_apart(
+    own: nn.Module, dtype: torch.dtype
+) -> None:
+    if dtype is torch.bfloat16 and native.kernel().tiles:
+        pytest.skip("matrix units have products of their own")
+
+    def change(layer: Any) -> None:
+        layer.mlp.act_fn = own
+        # Where the two ways to compute GELU are furthest apart.
+        layer.mlp.gate_proj.weight.data *= 2 / layer.mlp.gate_proj.weight.data.std()
+        layer.mlp.up_proj.weight.data *= 1 / layer.mlp.up_proj.weight.data.std()
+
+    model = LanguageModel(changed("llama", change).to(dtype), own_weights=True)
+    assert model.fused == 2
+    found = [
+        layer.__dict__["whole"].recipe.activation for layer in model.model.model.layers
+    ]
+    wanted = 0 if isinstance(own, nn.SiLU) else 2 - (own.approximate == "tanh")
+    assert found == [wanted, wanted]
+
+
 def model_of(dtype: torch.dtype = torch.float32) -> LanguageModel:
     return LanguageModel(tiny_module("llama").to(dtype), own_weights=True)
 

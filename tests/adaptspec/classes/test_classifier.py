@@ -47,6 +47,7 @@ def naive(text: str, bits: int) -> list[float]:
     return [value / length for value in logs]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60))
 def test_features_are_counts_of_hashed_ngrams(text: str) -> None:
     both = naive(text, 12) + [0.5 * value for value in naive(text[:40], 11)]

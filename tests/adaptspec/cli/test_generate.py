@@ -402,6 +402,7 @@ def test_the_c_locale_reads_and_prints_every_character() -> None:
     assert done.stdout.decode() == "café\n\nnaïve 你"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "requests"), [([], [1]), (["--no-record"], [])])
 def test_what_a_request_took_is_recorded_unless_it_is_refused(
     model: Path,

@@ -129,6 +129,7 @@ def test_greedy_output_is_the_models_own_or_the_strategy_refuses(
         assert run.token_ids == reference(architecture, prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*TREES, *CHAINS, *PLAIN])
 def test_bfloat16_leaves_generates_output_at_near_ties_only(architecture: str) -> None:
     module = tiny_module(architecture).to(torch.bfloat16)
@@ -189,6 +190,7 @@ def sampling(seed: int) -> Controls:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "bloom"])
 @pytest.mark.parametrize("name", sorted(DETERMINISTIC))
 def test_sampled_output_of_deterministic_drafts_is_plain_samplings(

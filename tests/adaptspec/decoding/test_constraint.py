@@ -115,6 +115,7 @@ def paths(tree: TokenTree) -> dict[tuple[int, ...], int]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     texts=languages,

@@ -166,6 +166,7 @@ def test_the_table_has_every_field_of_the_class_and_no_invented_one() -> None:
             assert value in FIELDS[name].neutral, name
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(sampled() | penalties, prompts, st.integers(1, 9), st.data())
 def test_processors_are_those_of_generate_in_its_order(
@@ -197,6 +198,7 @@ def test_processors_are_those_of_generate_in_its_order(
         tokens.append(token)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(penalties, prompts)
 def test_greedy_output_is_generates_under_any_controls(
@@ -330,6 +332,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_every_refusal_names_a_way_out_that_works() -> None:
     refused = {name for name, field in FIELDS.items() if field.effect == "refused"}
     assert refused == set(REFUSED)
@@ -347,6 +350,7 @@ def test_every_refusal_names_a_way_out_that_works() -> None:
     assert Controls.for_model(everything, **ONE_SEQUENCE).max_time is None
 
 
+@pytest.mark.slow
 def test_fields_without_effect_are_taken_and_change_nothing() -> None:
     plain = Controls.for_model(MODEL)
     for name, field in FIELDS.items():

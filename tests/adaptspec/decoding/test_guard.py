@@ -150,6 +150,7 @@ def test_useless_drafting_costs_little_in_each_sequence_whatever_was_before(
             assert lost <= (0.05 if length == 32 else 0.02)
 
 
+@pytest.mark.slow
 @few
 @given(row=st.floats(0.01, 0.1), nodes=st.integers(1, 64))
 def test_drafting_that_stays_useless_costs_less_and_less(

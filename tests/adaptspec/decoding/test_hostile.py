@@ -88,6 +88,7 @@ def hostile_trees(draw: st.DrawFn) -> Callable[[int, list[int]], TokenTree]:
     return build
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "bloom"])
 @pytest.mark.parametrize("sampled", [False, True])

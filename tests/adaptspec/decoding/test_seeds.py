@@ -42,6 +42,7 @@ def sample(
     )
 
 
+@pytest.mark.slow
 def test_runs_without_a_seed_differ_and_their_seeds_repeat_them() -> None:
     runs = [sample(PROMPT, None) for _ in range(8)]
     assert len({tuple(run.token_ids) for run in runs}) == 8
@@ -52,6 +53,7 @@ def test_runs_without_a_seed_differ_and_their_seeds_repeat_them() -> None:
         assert sample(PROMPT, run.seed, run.token_ids).token_ids == run.token_ids
 
 
+@pytest.mark.slow
 def test_torchs_seed_makes_runs_without_a_seed_repeat() -> None:
     found = []
     for _ in range(2):
@@ -100,6 +102,7 @@ def test_the_result_holds_the_seed() -> None:
     assert decoder.generate(PROMPT, temperature=0, **asked).seed is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_seed_it_drew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_copy_needs_nothing_outside_and_can_be_moved(
     assert load_model(str(settings.draft_model)).digest == load_model(draft).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", [[], ["--copy"]])
 def test_heads_are_found_again(
     export: Export, model: Path, tmp_path: Path, copy: list[str]

@@ -224,6 +224,7 @@ def test_everything_is_loaded_once(fast: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_copied_model_has_a_decoder_of_its_own(fast: Any) -> None:
     given = {"max_new_tokens": 12, "do_sample": False}
     expected = fast.generate(PROMPT, **given)

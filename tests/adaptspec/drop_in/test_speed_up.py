@@ -230,6 +230,7 @@ def test_a_compiled_model_is_bound_inside(module: Any) -> None:
     assert "generate" not in vars(module)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_model_with_adapters_is_bound_outside(
     module: Any, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,7 @@ def built(config: str, seed: int = 0, **arguments: Any) -> Any:
     return module.float().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("window", [16, 200])
 def test_a_model_that_counts_rows_verifies_chains_in_every_precision(
@@ -65,6 +66,7 @@ def test_a_model_that_counts_rows_verifies_chains_in_every_precision(
     assert "trees fail" in capability.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("architecture", "level"),
@@ -85,6 +87,7 @@ def test_half_precision_finds_what_float32_does(
     assert model.capability.level == level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FREE)
 def test_prompts_longer_than_a_window_of_rows_are_decoded_as_generate_does(
     name: str,
@@ -102,6 +105,7 @@ def test_prompts_longer_than_a_window_of_rows_are_decoded_as_generate_does(
         assert run.token_ids == hf_greedy(model, prompt, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FREE)
 @pytest.mark.parametrize("config", ["GPTNeoConfig", "GPT2Config", "OPTConfig"])
 def test_no_row_is_run_past_the_last_position(config: str, name: str) -> None:
@@ -126,6 +130,7 @@ def test_no_row_is_run_past_the_last_position(config: str, name: str) -> None:
     assert run.token_ids == hf_greedy(model, prompt, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_whose_cache_is_swallowed_reads_its_text_anew(
     dtype: torch.dtype,

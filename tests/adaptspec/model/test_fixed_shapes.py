@@ -69,6 +69,7 @@ def unfused(model: LanguageModel) -> LanguageModel:
     return model
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +108,7 @@ def own_length(caches: Any) -> int:
     return int(lengths.pop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("architecture", TREES)
 def test_levels_of_a_tree_are_appended_as_in_dynamic_shapes(
@@ -148,6 +150,7 @@ def test_every_strategy_decodes_the_same_tokens(architecture: str, whole: bool) 
     assert {"autoregressive", "draft_model", "draft_tree", "hybrid"} <= set(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_sampled_tokens_are_those_of_dynamic_shapes(whole: bool) -> None:
     module = tiny_module("qwen2")
@@ -168,6 +171,7 @@ def trees(draw: st.DrawFn) -> TokenTree:
     return TokenTree([5] * count, parents)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     trees(),
@@ -210,6 +214,7 @@ def test_on_a_cpu_shapes_are_dynamic_unless_fixed_ones_are_asked_for() -> None:
         LanguageModel(tiny_module("llama"), shapes="static")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_cache_moves_to_more_slots_when_it_needs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,6 +239,7 @@ def test_a_cache_moves_to_more_slots_when_it_needs_them(
     torch.testing.assert_close(forward.logits[0], whole.logits[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sequences_without_a_set_are_decoded_in_dynamic_shapes() -> None:
     model = fixed(tiny_module("llama"), whole=True)
     caches = [model.new_cache(50) for _ in range(5)]

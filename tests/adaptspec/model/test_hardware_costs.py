@@ -54,6 +54,7 @@ def test_more_context_never_costs_less(one: int, other: int, rows: int) -> None:
         assert costs.curve(low)(rows) <= costs.curve(high)(rows) + 1e-9
 
 
+@pytest.mark.slow
 def test_measured_costs_cover_what_the_model_has_room_for_and_come_back() -> None:
     model = tiny_model("gpt2")  # few positions
     draft = noisy_draft(model)
@@ -69,6 +70,7 @@ def test_measured_costs_cover_what_the_model_has_room_for_and_come_back() -> Non
     )
 
 
+@pytest.mark.slow
 def test_a_machine_that_turns_slow_meanwhile_does_so_for_both_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -219,6 +219,7 @@ def test_too_little_memory_is_told(
     assert "doesn't fit into the memory of cpu" in refusal(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_attention_that_takes_no_mask_gives_way_to_one_that_does(
@@ -237,6 +238,7 @@ def test_attention_that_takes_no_mask_gives_way_to_one_that_does(
     assert module.config._attn_implementation == name  # the caller's stays
 
 
+@pytest.mark.slow
 def test_a_draft_with_fewer_embeddings_than_the_targets_ids_still_drafts() -> None:
     target = tiny_module("llama", vocab_size=80)
     draft = tiny_module("llama", seed=2, vocab_size=64)

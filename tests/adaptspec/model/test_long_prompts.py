@@ -64,6 +64,7 @@ def lengths_read(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[
     return lengths
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("count", [4 * PART, 4 * PART + 1, 23, 5 * PART, 41])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES])
@@ -179,6 +180,7 @@ def test_logits_that_nobody_asked_for_arent_made(
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
 def test_no_tensor_grows_with_the_square_of_the_prompt(architecture: str) -> None:
     count = 6000

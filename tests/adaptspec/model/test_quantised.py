@@ -191,6 +191,7 @@ def test_rows_that_change_each_others_logits_are_refused_as_a_batch() -> None:
         module.generate(two, custom_generate=decoder, **asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", [PerToken, FewBits])
 def test_activations_of_few_steps_mean_plain_decoding(

@@ -121,6 +121,7 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapper_hides_neither_positions_nor_which_logits_are_wanted(
     kind: str,
@@ -182,6 +183,7 @@ def adapted() -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_change_of_adapter_takes_effect(adapted: Any) -> None:
     decoder = load(adapted)
     assert decoder.model.capability.level == "tree"
@@ -307,6 +309,25 @@ def test_a_later_change_of_the_callers_model_takes_effect(change: str) -> None:
         assert after != before
     assert (decoder.model.digest != digest) == (change != "hook")
     assert decoder.model.vocab_size == module.get_output_embeddings().weight.shape[0]
+
+
+def test_a_change_that_is_undone_after_an_interruption_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = tiny_module("llama")
+    decoder = load(module)
+    before = check(decoder, module)
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = module.model.layers[0].mlp.register_forward_hook(lambda m, a, y: 0 * y)
+    with monkeypatch.context() as patch:
+        patch.setattr("adaptspec.model.language_model.fuse_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.generate(PROMPT, max_new_tokens=4, **GREEDY)
+    handle.remove()
+    assert check(decoder, module) == before
 
 
 def test_nothing_is_built_again_where_nothing_changed() -> None:

@@ -263,6 +263,7 @@ def adapted(kind: str) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_every_kind_of_adapter_decodes_as_its_generate_or_is_refused_by_name(

@@ -66,6 +66,7 @@ def test_the_class_is_that_of_the_last_message_or_the_text(
     assert told_class(None, request_value) is None
 
 
+@pytest.mark.slow
 @given(VALUES, st.sampled_from(["messages", "prompt"]))
 def test_any_json_has_a_class_or_none(value: Any, key: str) -> None:
     for given_value in (value, {key: value}, {key: [value]}):

@@ -227,6 +227,7 @@ def test_a_reader_that_stops_early_frees_everything(
     assert not gated.closed.acquire(blocking=False)
 
 
+@pytest.mark.slow
 def test_an_error_arrives_once(
     decoder: Decoder, gated: Gated, caches: list[weakref.ref[TreeCache]]
 ) -> None:

@@ -155,6 +155,7 @@ def failing(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Failing:
     return strategy
 
 
+@pytest.mark.slow
 def test_an_error_is_raised_once_and_what_was_decoded_stays(
     decoder: Decoder, failing: Failing, caches: list[weakref.ref[TreeCache]]
 ) -> None:

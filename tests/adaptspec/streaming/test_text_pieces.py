@@ -103,6 +103,7 @@ def streamed(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [*given, pieces.rest(tokenizer.decode(list(ids), skip_special_tokens=True))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(tokenizers()))
 @settings(max_examples=250)
 @given(data=st.data())

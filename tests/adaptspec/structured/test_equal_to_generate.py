@@ -108,6 +108,7 @@ def truth(language: str, seed: int) -> list[int]:
     return generates(speaker(seed), prompt(seed), processor, NEW_TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_emits_generates_tokens(strategy: str, language: str) -> None:

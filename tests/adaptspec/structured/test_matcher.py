@@ -43,6 +43,7 @@ def allowed(place: GrammarMatcher) -> list[int]:
     return [int(token) for token in place.allowed().nonzero()[:, 0]]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(text=st.sampled_from(TEXTS), seed=st.integers(0, 1 << 30), endless=st.booleans())
 def test_walks_ahead_and_back_lose_nothing(text: str, seed: int, endless: bool) -> None:

@@ -211,6 +211,7 @@ def test_reads_are_counted() -> None:
         assert cuda.reads == 8
 
 
+@pytest.mark.slow
 def test_a_mixed_operation_in_the_decoding_loop_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -230,6 +231,7 @@ def test_a_mixed_operation_in_the_decoding_loop_is_found(
             decoded("autoregressive", GREEDY, model, None)
 
 
+@pytest.mark.slow
 def test_a_forward_that_waits_for_the_device_is_not_captured() -> None:
     """The next rung is taken, and the reason kept."""
     with PretendedCuda() as cuda:
@@ -293,6 +295,7 @@ def test_a_graph_is_run_again_over_the_same_tensors() -> None:
         assert (cuda.captures, cuda.replays) == (1, 1)
 
 
+@pytest.mark.slow
 def test_dynamic_and_fixed_shapes_can_be_asked_for() -> None:
     truth = hf_greedy(LanguageModel(tiny_module("llama")), PROMPT, TOKENS)
     for shapes in ("dynamic", "fixed"):

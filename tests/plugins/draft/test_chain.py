@@ -148,6 +148,7 @@ class Overconfident(DraftModel):
         return Argmax()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "exact"),
     [

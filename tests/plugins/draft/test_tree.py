@@ -194,6 +194,7 @@ class Pretended(DraftTree):
         return Likeliest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "params", "exact"),
     [

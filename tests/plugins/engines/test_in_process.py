@@ -76,6 +76,7 @@ def test_a_token_that_is_far_off_is_no_near_tie(
     assert told.count(True) == 1  # itself
 
 
+@pytest.mark.slow
 def test_methods_that_need_a_draft_model_wait_for_one(models: tuple[str, str]) -> None:
     for cls, method in (
         (AdaptSpecEngine, "draft_model"),

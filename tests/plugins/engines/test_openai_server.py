@@ -133,6 +133,7 @@ def test_caches_of_prompts_are_kept_out_where_the_server_can(
     assert told == [False, False] or len(set(told)) == 2
 
 
+@pytest.mark.slow
 def test_notes_say_what_was_cached_and_counted() -> None:
     with served(FakeServer(cached=6)) as engine:
         assert engine.notes == []

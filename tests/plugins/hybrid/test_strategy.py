@@ -424,6 +424,7 @@ def test_chances_become_those_of_each_drafter_and_evidence() -> None:
     assert 0.2 < counts["moody"].chance(3) < 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sources", [("a",), ("a", "a", "b"), ("a", "a", "a")], ids="".join
 )
@@ -536,6 +537,7 @@ def test_a_draft_model_that_pays_makes_the_hybrid_faster_than_either_alone() -> 
     assert total(True, True) < 0.9 * min(total(True, False), total(False, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs_draft", [True, False])
 def test_a_slow_drafter_that_is_seldom_right_costs_almost_nothing(
     needs_draft: bool,
@@ -547,6 +549,7 @@ def test_a_slow_drafter_that_is_seldom_right_costs_almost_nothing(
     assert len(simulated.asked["slow"]) >= 5  # tried again: texts change
 
 
+@pytest.mark.slow
 def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
     simulated = world(6000)
     free = sure_then_unsure(simulated)
@@ -559,6 +562,7 @@ def test_trying_a_model_that_never_pays_costs_under_a_hundredth() -> None:
     assert simulated.clock.now < 1.01 * alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "again"), [(14, False), (400, True)])
 def test_a_model_known_not_to_pay_is_tried_again_in_long_answers_only(
     length: int, again: bool

@@ -97,6 +97,7 @@ class TestMedusaTypical(StrategyContract):
         return model, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "fitted", "wrong", "nan", "infinite"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_output_is_plain_decodings_with_any_heads_on_any_architecture(
@@ -118,6 +119,7 @@ def test_output_is_plain_decodings_with_any_heads_on_any_architecture(
         assert found == plainly(architecture, prompt, controls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["own", "joint", "base"])
 @pytest.mark.parametrize("tree", TREES)
 def test_fitted_heads_are_accepted_and_wrong_ones_are_not(
@@ -377,6 +379,7 @@ def test_an_unsure_head_is_marked_as_such() -> None:
 # In a hybrid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
 def test_a_hybrid_takes_the_heads_in_where_they_are_attached(
     architecture: str,
@@ -421,6 +424,7 @@ def test_typical_acceptance_is_greedy_decoding_at_temperature_0() -> None:
         assert run.token_ids == own_greedy("llama", prompt)
 
 
+@pytest.mark.slow
 def test_typical_acceptance_accepts_more_than_sampling_would() -> None:
     model = headed("llama", "fitted")
     setting: Mapping[str, Scalar] = {"draft_length": 32, "posterior_threshold": 0.01}

@@ -216,6 +216,7 @@ def test_the_newest_occurrences_are_those_that_count() -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_is_held_is_compact_and_bounded_however_much_went_through() -> None:
     drawn = random.Random(3)
     past = PastOutputs(20_000)

@@ -106,6 +106,7 @@ def naive_row(logits: torch.Tensor, k: int) -> Row:
     return [token for token, _ in ranked[:k]], level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [0, 5, 256])
 def test_every_evaluated_node_teaches_and_committed_ones_teach_last(
     target: LanguageModel, fresh_logits: FreshLogits, prompt: list[int], positions: int
@@ -217,6 +218,7 @@ def all_chances(
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tables(),
@@ -492,6 +494,7 @@ def test_the_commonest_are_those_of_most_weight_and_late_ones_weigh_more(
     assert len(set(commonest.tokens)) == len(ranked)
 
 
+@pytest.mark.slow
 @given(
     tokens=st.lists(st.integers(0, 12), min_size=1, max_size=40),
     asked=st.sets(st.integers(0, 39)),

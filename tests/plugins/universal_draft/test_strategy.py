@@ -289,6 +289,7 @@ TEXTS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(text=TEXTS, canonical=st.booleans(), data=st.data())
 @settings(max_examples=40)
 def test_the_draft_reads_what_was_committed_and_drafts_what_follows_it(
@@ -356,6 +357,7 @@ def test_proposed_text_is_cut_into_tokens_where_the_target_cuts_it(k: int) -> No
     assert steps < len(ids) / 3
 
 
+@pytest.mark.slow
 def test_a_growing_text_is_read_as_the_drafts_tokenizer_reads_the_whole() -> None:
     harbour, kitchen = byte_level("harbour", 330), byte_level("kitchen", 310)
     text = " ".join([*HARBOUR, HOSTILE, *KITCHEN])
@@ -402,6 +404,7 @@ def test_a_step_encodes_no_more_than_the_last_tokens_of_a_long_text(
     assert lengths or mode == "intersection"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("swapped", [False, True])
@@ -503,6 +506,7 @@ def permuted() -> tuple[LanguageModel, LanguageModel, LanguageModel]:
     return target, draft, related(draft, other, noise=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params", [{"draft_length": 4}, {"draft_length": 8, "stop": 0.5}]
 )
@@ -604,6 +608,7 @@ class Misreporting(UniversalDraft):
         return Flattened()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "exact"),
     [
@@ -672,6 +677,7 @@ def test_drafting_ends_where_the_draft_models_positions_end(mode: str) -> None:
     assert proposed[-3:] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_reasons_why_it_cannot_run_name_the_way_out() -> None:
     model, draft = contract_pair("llama")
     unread = noisy_draft(tiny_model("llama"))

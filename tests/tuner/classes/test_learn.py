@@ -150,6 +150,7 @@ def test_scores_are_those_of_ridge_regression_on_the_features() -> None:
     assert scores == pytest.approx(centred @ weights + 1 / 3, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_tune_learns_classes_that_the_decoder_tells() -> None:
     """From `tune` to `generate` without a class, with a real tiny model."""
     model = tiny_model("llama", tokenizer=tiny_tokenizer())

@@ -95,6 +95,7 @@ def test_workers_share_the_search_and_one_that_dies_is_made_good(
     assert all(r["identical"] == r["prompts"] for r in found["results"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "rule"),
     [

@@ -15,17 +15,20 @@ from click.testing import CliRunner, Result
 import adaptspec_profiles.plugin
 import adaptspec_tuner.plugin
 from adaptspec.cli import build_cli
-from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
 from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
+from adaptspec.testing.fakes import FakeClock
 from adaptspec.testing.scripted_engine import (
     Machine,
     ScriptedEngine,
     copies_and_drafts,
     engine_on,
+    workload_of,
 )
 from adaptspec_profiles import open_store
+from adaptspec_tuner.engines.compare import compare as compare_engines
 
 TRUTH = copies_and_drafts({"summary": (0.8, 0.6), "code": (0.2, 0.9)})
 
@@ -98,6 +101,7 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
     assert "scripted 7.1" in runs.stdout
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_an_export_reads_from_another_folder(
     workload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +120,7 @@ def test_a_run_keeps_what_an_export_reads_from_another_folder(
     assert mix == {"summary": 8, "code": 8}  # and not the four that were measured
 
 
+@pytest.mark.slow
 def test_what_is_told_of_the_engine_reaches_it(workload: Path) -> None:
     cls = engine_on(Machine(TRUTH))
     found = tune(
@@ -250,6 +255,7 @@ def compare(engines: Sequence[type], workload: Path, *more: object) -> Result:
     )
 
 
+@pytest.mark.slow
 def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) -> None:
     slow = engine_on(Machine(TRUTH, token=0.1), "slow")
     fast = engine_on(Machine(TRUTH, token=0.05), "fast")
@@ -281,6 +287,7 @@ def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) ->
     assert all(engine.closed for engine in [*slow.opened, *fast.opened])
 
 
+@pytest.mark.slow
 def test_what_was_tuned_is_opened_as_it_was_tuned(workload: Path) -> None:
     cls = engine_on(Machine(TRUTH))
     heads = workload.parent / "heads"
@@ -338,6 +345,66 @@ def test_each_engine_may_have_a_model_of_its_own(workload: Path) -> None:
     assert "write --model ENGINE=VALUE" in twice.output
     vague = compare([one, two], workload, "--engine-command", "prog")
     assert "write --engine-command ENGINE=prog" in vague.output
+
+
+def test_each_engine_is_compared_with_options_of_its_own(workload: Path) -> None:
+    one, two = engine_on(Machine(TRUTH), "one"), engine_on(Machine(TRUTH), "two")
+    found = compare(
+        *([one, two], workload, "--heads", "h", "--heads", "two=a", "--heads", "two=b"),
+        *("--engine-argument=two=--flash=on", "--engine-argument", "two=x"),
+        *("--context", "two=512"),
+    )
+    assert found.exit_code == 0, found.output
+    first, second = one.opened[0].options, two.opened[0].options
+    assert (list(first.heads), list(second.heads)) == (["h"], ["a", "b"])
+    assert (first.arguments, list(second.arguments)) == ((), ["--flash=on", "x"])
+    assert (first.context, second.context) == (None, 512)
+    for flag, value in (("--context", "512"), ("--engine-argument", "--flash=on")):
+        vague = compare([one, two], workload, f"{flag}={value}")
+        assert f"write {flag} ENGINE={value}" in vague.output
+    for value in ("0", "many", "-3"):
+        wrong = compare([one, two], workload, "--context", f"two={value}")
+        assert f"whole number from 1, got '{value}'" in wrong.output
+
+
+def test_engines_are_compared_at_several_requests_at_a_time(workload: Path) -> None:
+    cls = engine_on(Machine(TRUTH))
+    found = compare([cls], workload, "--concurrency", 4, "--limit", 8)
+    assert found.exit_code == 0, found.output
+    (engine,) = cls.opened
+    assert engine.options.concurrency == 4
+    assert {len(prompts) for _, _, prompts in engine.log} == {4}
+
+
+def test_an_engine_that_keeps_the_cores_busy_is_waited_for() -> None:
+    clock = FakeClock()
+    told: list[tuple[str, float]] = []
+
+    def noting(name: str, seconds: float) -> type[InferenceEngine]:
+        class Noting(engine_on(Machine(TRUTH, clock=clock), name)):  # type: ignore[misc]
+            resting = seconds
+            busy = 0.0
+
+            def answer(self, *asked: Any) -> Any:
+                told.append((name, clock() - max(of.busy for of in known)))
+                found = super().answer(*asked)
+                type(self).busy = clock() + seconds
+                return found
+
+        return Noting
+
+    known: list[Any] = [noting("busy", 5.0), noting("calm", 0.0)]
+    plugin = SimpleNamespace(register_engines=hookimpl(lambda: known))
+    compare_engines(
+        [EngineOptions(engine=cls.name, model="m") for cls in known],
+        workload_of(["code"]),
+        None,
+        Host({"scripted": plugin}),
+        sleep=clock.advance,
+    )
+    after = [wait for name, wait in told if name == "calm"]
+    assert len(after) > 8
+    assert min(after) >= 0.0
 
 
 def test_an_engine_that_is_not_at_hand_is_left_out_with_the_reason(

@@ -76,6 +76,7 @@ def sampled(profiler: Profiler, repeat: int) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_under_a_temperature_repeats_have_seeds_and_controls_are_kept(
     engine: Engine, host: Host
 ) -> None:

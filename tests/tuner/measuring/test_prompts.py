@@ -215,6 +215,7 @@ def test_tune_names_file_and_line_before_anything_is_measured(
     assert "--skip-bad" in done.stderr
 
 
+@pytest.mark.slow
 def test_tune_leaves_bad_lines_out_and_says_how_many(
     host: Host, strict_model: str, tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_tune_leaves_bad_lines_out_and_says_how_many(
     assert all(r["prompts"] == 2 for r in found["results"])
 
 
+@pytest.mark.slow
 def test_a_prompt_eight_times_is_one_prompt_and_chooses_nothing(host: Host) -> None:
     model = tiny_model("llama", tokenizer=tiny_tokenizer())
     prompts = texts(*["w2 w3 w4 w2 w3 w4"] * 8)

@@ -126,6 +126,7 @@ def test_strategies_that_read_more_than_tokens_do_not_claim_to_replay() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "bloom"])
 @pytest.mark.parametrize("tree", ["calibrated", "dynamic", "chain"])
 def test_heads_see_the_states_of_a_real_run_and_the_target_reads_once(

@@ -303,6 +303,7 @@ def test_texts_and_graphics_have_the_contrast_of_wcag_aa(time: str) -> None:
         assert contrast(colour, colours["paper"]) >= 3
 
 
+@pytest.mark.slow
 def test_a_long_run_of_many_strategies_stays_below_a_megabyte() -> None:
     store = MemoryStore()
     names = [f"a_strategy_{number}" for number in range(14)]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptspec
-from adaptspec.cli.generate import generate
+from adaptspec.cli.generate import _controls, generate
 from adaptspec_tuner.reporting.usage import PROMPT, Usage
 
 texts = st.text(
@@ -29,6 +29,19 @@ usages = st.builds(
     threads=st.none() | st.integers(1, 9),
     trust_remote_code=st.booleans(),
     db=st.none() | texts,
+    allow_lossy=st.booleans(),
+    controls=st.just({})
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 2),
+            "top_k": st.none() | st.integers(0, 9),
+            "top_p": st.none() | st.floats(0, 1),
+            "min_p": st.none() | st.floats(-1, 1),
+            "bad_words_ids": st.lists(st.lists(st.integers(0, 9), min_size=1)),
+            "stop_strings": st.none() | texts | st.lists(texts),
+        },
+    ),
 )
 
 
@@ -58,10 +71,13 @@ def test_the_command_gives_the_shell_what_was_asked(usage: Usage) -> None:
     assert read["prompt"] == PROMPT
     assert read["prompt_class"] is None
     wanted = usage.as_json()
-    for key in (*OF_OTHER_ENGINES, "heads"):
+    for key in (*OF_OTHER_ENGINES, "heads", "controls"):
         del wanted[key]
     assert {key: read[key] for key in wanted} == wanted
     assert read["heads"] == usage.heads
+    named = {key: read[key] for key in ("temperature", "top_k", "top_p")}
+    given = {key: value for key, value in named.items() if value is not None}
+    assert {**_controls(read["control"], named), **given} == usage.controls
 
 
 @given(usages)
@@ -69,8 +85,8 @@ def test_the_lines_of_python_ask_for_the_same(usage: Usage) -> None:
     asked: dict[str, Any] = {}
 
     class Decoder:
-        def generate(self, prompt: str) -> Any:
-            asked.update(prompt=prompt)
+        def generate(self, prompt: str, **controls: Any) -> Any:
+            asked.update(prompt=prompt, controls=controls)
             return type("Result", (), {"text": "text"})
 
     def load(model: object = None, **more: Any) -> Decoder:

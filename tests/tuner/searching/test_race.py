@@ -50,6 +50,7 @@ def test_a_race_chooses_almost_what_ten_times_its_budget_chooses() -> None:
     assert math.exp(fmean(short) - fmean(long)) > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_every_class_races_every_strategy_and_confirms_the_general_one_and_rivals(
     seed: int,
@@ -72,6 +73,7 @@ def test_every_class_races_every_strategy_and_confirms_the_general_one_and_rival
     assert shared  # one setting of it is confirmed in every class
 
 
+@pytest.mark.slow
 def test_plain_decoding_runs_beside_what_it_is_compared_with() -> None:
     """A machine that becomes half as fast after the answers were recorded."""
     world = Slower(0, classes=3, prompts=0.0, runs=0.0, pauses=0.0)

@@ -94,6 +94,7 @@ def finished(db: str) -> dict[int, float | None]:
     }
 
 
+@pytest.mark.slow
 def test_optunas_own_tools_find_the_trials_by_the_same_address(
     db: str, store: SqlStore
 ) -> None:
@@ -151,6 +152,7 @@ def test_what_a_dead_process_began_is_tried_again_and_counted_once(
     assert number not in finished(db)
 
 
+@pytest.mark.slow
 def test_what_was_stored_and_not_told_is_told_and_not_run_again(
     db: str, store: SqlStore
 ) -> None:

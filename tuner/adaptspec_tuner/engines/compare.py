@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import geometric_mean, median
@@ -129,6 +130,7 @@ def compare(
     max_new_tokens: int = 64,
     doing: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Comparison:
     """Answer every prompt with every engine, prompt by prompt in turns.
 
@@ -141,6 +143,8 @@ def compare(
         asked: The engines with their models.
         store: Where tuned choices are; None: none are.
         methods: Also measured with their defaults, on the engines that have them.
+        sleep: Waits for seconds, until an engine that was asked leaves the cores to
+            the next one.
     """
     found = Comparison(workload.name)
     with contextlib.ExitStack() as stack:
@@ -153,6 +157,7 @@ def compare(
                         stack, options, workload, store, host, methods, max_new_tokens
                     )
                 )
+                sleep(compared[-1].engine.resting)
         for name, prompts in workload.by_class().items():
             for one in [c for c in compared if c.name not in found.left_out]:
                 doing(f"{name}: {one.name}")
@@ -161,11 +166,13 @@ def compare(
                     others = [s for s in settings if s.strategy != PLAIN]
                     one.measurer.forget()
                     one.measurer.measure_ahead([(s, prompts) for s in others])
+                    sleep(one.engine.resting)
             for prompt in prompts:
                 for one in [c for c in compared if c.name not in found.left_out]:
                     doing(f"{name}: {one.name}")
                     with _told(found, one.name, warn):
                         _answered(one, prompt)
+                        sleep(one.engine.resting)
         for one in [c for c in compared if c.name not in found.left_out]:
             version = one.environment.versions.get(one.environment.engine, "")
             for way, by_class in one.ways.items():
@@ -221,7 +228,7 @@ def _opened(
         if name in known and name != PLAIN:
             setting = Setting(name, defaults(known[name].Params))
             ways[name] = dict.fromkeys(workload.classes, setting)
-    measurer = EngineMeasurer(engine, [workload], max_new_tokens)
+    measurer = EngineMeasurer(engine, [workload], max_new_tokens, options.concurrency)
     measurer.check()
     notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
     found = _Compared(options.engine, engine, measurer, environment, ways)

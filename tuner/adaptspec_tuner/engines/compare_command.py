@@ -54,6 +54,34 @@ def by_engine(
     return common, own
 
 
+def lists_by_engine(
+    given: Sequence[str], engines: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The same of an option that may be given several times for each engine."""
+    common: list[str] = []
+    own: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if equals and name in engines:
+            own.setdefault(name, []).append(value)
+        else:
+            common.append(text)
+    return common, own
+
+
+def _tokens(text: str | None) -> int | None:
+    """An engine's ``--context``.
+
+    Raises:
+        AdaptSpecError: for anything but a whole number from 1.
+    """
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise AdaptSpecError(f"--context must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
 @click.command()
 @click.option(
     "-m",
@@ -69,6 +97,12 @@ def by_engine(
     multiple=True,
     metavar="[ENGINE=]MODEL",
     help="The same of a draft model.",
+)
+@click.option(
+    "--heads",
+    multiple=True,
+    metavar="[ENGINE=]DIR",
+    help="Heads trained for the model; may be repeated.",
 )
 @click.option(
     "--engine",
@@ -118,6 +152,27 @@ def by_engine(
     metavar="ENGINE=PROGRAM",
     help="Python that an engine is installed for.",
 )
+@click.option(
+    "--engine-argument",
+    "arguments",
+    multiple=True,
+    metavar="ENGINE=TEXT",
+    help="One more argument of an engine's program; may be repeated.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    metavar="ENGINE=N",
+    help="An engine's tokens of the longest prompt with its answer.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Requests at a time.",
+)
 @click.option("--dtype", default="auto", show_default=True, help="As tune's.")
 @click.option("--device", help="As tune's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each engine.")
@@ -129,6 +184,7 @@ def compare(
     host: Host,
     models: Sequence[str],
     drafts: Sequence[str],
+    heads: Sequence[str],
     engines: Sequence[str],
     methods: Sequence[str],
     workload: Path | None,
@@ -136,6 +192,9 @@ def compare(
     max_new_tokens: int,
     commands: Sequence[str],
     pythons: Sequence[str],
+    arguments: Sequence[str],
+    contexts: Sequence[str],
+    concurrency: int,
     dtype: str,
     device: str | None,
     threads: int | None,
@@ -164,7 +223,15 @@ def compare(
     draft, own_drafts = by_engine(drafts, names, "--draft-model")
     command, own_commands = by_engine(commands, names, "--engine-command")
     python, own_pythons = by_engine(pythons, names, "--engine-python")
-    for flag, value in (("--engine-command", command), ("--engine-python", python)):
+    common_heads, own_heads = lists_by_engine(heads, names)
+    words, own_words = lists_by_engine(arguments, names)
+    context, own_contexts = by_engine(contexts, names, "--context")
+    for flag, value in (
+        ("--engine-command", command),
+        ("--engine-python", python),
+        ("--engine-argument", next(iter(words), None)),
+        ("--context", context),
+    ):
         if value is not None:
             raise AdaptSpecError(
                 f"{flag} is one engine's: write {flag} ENGINE={value}; engines: "
@@ -175,8 +242,12 @@ def compare(
             engine=name,
             model=own_models.get(name, None if "://" in name else model),
             draft_model=own_drafts.get(name, None if "://" in name else draft),
+            heads=tuple(own_heads.get(name, [] if "://" in name else common_heads)),
             command=own_commands.get(name),
             python=own_pythons.get(name),
+            arguments=tuple(own_words.get(name, ())),
+            context=_tokens(own_contexts.get(name)),
+            concurrency=concurrency,
             dtype=dtype,
             device=device,
             threads=threads,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adaptspec.profile import OURS
@@ -21,6 +22,9 @@ class Usage:
         db: As given; None is the user's own database.
         engine: A name or URL.
         starts: Whether the engine is started with flags, which an export prints.
+        allow_lossy: Whether strategies that change sampled output were measured, too.
+        controls: Generation controls that were measured under, as ``generate`` of a
+            :class:`~adaptspec.decoder.Decoder` takes them; greedily if empty.
     """
 
     model: str | None = None
@@ -38,6 +42,8 @@ class Usage:
     context: int | None = None
     concurrency: int = 1
     starts: bool = False
+    allow_lossy: bool = False
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -84,6 +90,14 @@ class Usage:
                 words += [f"{flag}={value}"] if dashed else [flag, str(value)]
         if self.trust_remote_code:
             words.append("--trust-remote-code")
+        if self.allow_lossy:
+            words.append("--allow-lossy")
+        for name, value in self.controls.items():
+            said = json.dumps(value, ensure_ascii=False)
+            if name in ("temperature", "top_k", "top_p") and value is not None:
+                words += [f"--{name.replace('_', '-')}", said]
+            else:
+                words += ["--control", name, said]
         return shlex.join([*words, PROMPT])
 
     def python(self) -> list[str]:
@@ -96,13 +110,15 @@ class Usage:
             "threads": self.threads,
             "heads": list(self.heads) or None,
             "trust_remote_code": self.trust_remote_code or None,
+            "allow_lossy": self.allow_lossy or None,
         }
         given = [] if self.model is None else [repr(self.model)]
         given += [f"{k}={v!r}" for k, v in asked.items() if v is not None]
+        asks = [repr(PROMPT), *(f"{k}={v!r}" for k, v in self.controls.items())]
         return [
             "import adaptspec",
             f"decoder = adaptspec.load({', '.join(given)})",
-            f"print(decoder.generate({PROMPT!r}).text)",
+            f"print(decoder.generate({', '.join(asks)}).text)",
         ]
 
     def as_json(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class VLLM(InferenceEngine):
         self._servers: OrderedDict[str, Server] = OrderedDict()
         self._prompts: dict[Prompt, list[int]] = {}
         self._asked: tuple[Server, float] | None = None
+        self.resting = SECONDS_TO_REST if starting.on_cpu else 0.0
 
     @classmethod
     def open(cls, options: EngineOptions) -> VLLM:
@@ -318,11 +319,11 @@ class VLLM(InferenceEngine):
 
     def _let_others_rest(self, server: Server) -> None:
         """Wait until the server that was asked before another leaves the CPUs alone."""
-        if not self._starting.on_cpu or self._asked is None:
+        if self._asked is None:
             return
         before, at = self._asked
         if before is not server and not before.ended:
-            time.sleep(max(0.0, at + SECONDS_TO_REST - time.monotonic()))
+            time.sleep(max(0.0, at + self.resting - time.monotonic()))
 
     def _ids(self, server: Server, prompt: Prompt) -> list[int]:
         """The prompt as the server's own tokenizer and chat template read it."""

@@ -365,6 +365,7 @@ def test_a_workload_without_classes_has_one_command(
         assert server["method"] == "ngram_simple"
 
 
+@pytest.mark.slow
 def test_a_compose_file_has_a_service_for_each_server(
     db: str, store: ProfileStore, tmp_path: Path
 ) -> None:

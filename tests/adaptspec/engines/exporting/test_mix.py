@@ -50,6 +50,7 @@ def test_it_is_time_that_counts_and_not_the_mean_of_ratios() -> None:
     assert (1.0 + 4.0) / 2 > (2.0 + 1.0) / 2
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.floats(0.5, 50), RATIO, RATIO, st.integers(1, 9)), min_size=1)
 )
@@ -95,6 +96,7 @@ def test_a_setting_that_misses_a_class_is_no_candidate_unless_it_weighs_nothing(
     assert best.setting == setting(A)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(0.1, 9), RATIO, RATIO), min_size=2, max_size=4))
 def test_the_weights_decide(rows: list[tuple[float, float, float]]) -> None:
     """Each class alone gets what is fastest for it."""

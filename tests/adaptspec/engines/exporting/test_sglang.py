@@ -225,6 +225,7 @@ def test_llama_cpps_profile_needs_models_that_sglang_loads(
     assert "NGRAM" in export(db, "--model", "org/target")  # by its name
 
 
+@pytest.mark.slow
 def test_without_any_profile_the_commands_that_measure_are_told(db: str) -> None:
     told = export(db)
     assert told.startswith("Error: SGLang isn't measured")

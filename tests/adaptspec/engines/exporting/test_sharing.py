@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
+from adaptspec.engines.exporting.compose import compose_text
 from adaptspec.engines.exporting.measured import choices_of, found_here
 from adaptspec.engines.exporting.plan import Plan, by_class
 from adaptspec.engines.exporting.sharing import shared
+from adaptspec.engines.exporting.texts import as_flags, as_json
 from adaptspec.engines.inference_engine import Launch
 from adaptspec_profiles.memory import MemoryStore
 from measured_engines import HERE, keep_run
@@ -43,7 +51,78 @@ def test_servers_of_vllm_share_a_gpu_and_start_one_after_the_other(count: int) -
     found = shares(plan)
     assert len(found) == len(plan.servers) > 1
     assert 0.8 < sum(found) <= 0.92
-    assert any("start each when the one before it is ready" in n for n in plan.notes)
+    assert any("when the one before it is ready" in note for note in plan.notes)
+
+
+LATE_SERVER = """
+import http.server, sys, time
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+time.sleep(0.5)
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Health)
+print("ready", flush=True)
+server.handle_request()
+"""
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_printed_lines_start_each_server_when_the_one_before_it_is_ready(
+    device: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "serve.py"
+    program.write_text(LATE_SERVER)
+    plan = split("vllm", device, 2)
+    first, second = plan.servers[:2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = Launch([sys.executable, str(program)])
+    then = Launch(["echo", "second"])
+    servers = [replace(first, launch=serve, port=port), replace(second, launch=then)]
+    text = as_flags(replace(plan, servers=servers), "vllm", "127.0.0.1")
+    done = subprocess.run(
+        ["sh", "-c", f"{text}\nwait"], capture_output=True, text=True, timeout=60
+    )
+    order = [line.split()[0] for line in done.stdout.splitlines()]
+    assert order == ["ready", "second"], done.stderr
+    # One that ends isn't waited for.
+    servers[0] = replace(servers[0], launch=Launch(["false"]))
+    text = as_flags(replace(plan, servers=servers), "vllm", "127.0.0.1")
+    ended = subprocess.run(
+        ["sh", "-c", f"{text}\nwait"], capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.startswith("second")
+
+
+def test_a_compose_file_starts_each_when_the_one_before_it_is_ready() -> None:
+    plan = split("vllm", "cuda", 3)
+    text = compose_text(plan, "vllm", "127.0.0.1", None, ["org/model"])
+    services = yaml.safe_load(text)["services"]
+    names = [server.name for server in plan.servers]
+    assert [list(services[name].get("depends_on", {})) for name in names] == [
+        [],
+        *([name] for name in names[:-1]),
+    ]
+    for server in plan.servers[:-1]:
+        after = services[names[names.index(server.name) + 1]]["depends_on"]
+        assert after[server.name] == {"condition": "service_healthy"}
+        test = services[server.name]["healthcheck"]["test"]
+        assert f"http://127.0.0.1:{server.port}/health" in test[-1]
+        compile(test[-1], "healthcheck", "exec")
+    told = [s["start_when_ready"] for s in as_json(plan, "vllm", "::1")["servers"]]
+    assert told == [None, *names[:-1]]
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "sglang"])
+def test_servers_of_other_engines_start_at_once(engine: str) -> None:
+    plan = split(engine, "cuda", 2)
+    assert "while" not in as_flags(plan, engine, "127.0.0.1")
+    assert "depends_on" not in compose_text(plan, engine, "::1", "image", [])
 
 
 def test_one_server_has_the_gpu_alone() -> None:

@@ -173,6 +173,7 @@ def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
     assert engine.room == 1
 
 
+@pytest.mark.slow
 @given(st.integers(0, 40), st.integers(1, 8))
 def test_room_is_what_free_memory_holds_and_one_at_least(
     tmp_path_factory: pytest.TempPathFactory, gib: int, concurrency: int
