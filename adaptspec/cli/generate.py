@@ -98,7 +98,6 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @click.option(
     "--compile",
-    "compiled",
     is_flag=True,
     help="Run norms and MLPs as torch.compile makes them; the first time waits.",
 )
@@ -157,7 +156,7 @@ def generate(
     dtype: str,
     device: str | None,
     threads: int | None,
-    compiled: bool,
+    compile: bool,
     trust_remote_code: bool,
     learn: bool,
     record: bool,
@@ -211,7 +210,7 @@ def generate(
             dtype=dtype,
             device=device,
             threads=threads,
-            compile=compiled,
+            compile=compile,
             host=host,
             learn=learn,
             heads=heads,

@@ -208,7 +208,16 @@ class LanguageModel:
         self._seen = seen
 
     def _compile(self) -> int:
-        """Compile what can be; refused where nothing is."""
+        """Compile what can be; refused where nothing is, or rounding moves too much."""
+        if not self._accelerate:
+            raise ModelLoadError(
+                "compile=True replaces modules, which accelerate=False forbids; leave "
+                "out one"
+            )
+        if (why := self.__dict__.get("unverifiable")) is not None:
+            raise ModelLoadError(
+                f"{self.name} can't be compiled: {why}; leave compile out"
+            )
         if not self._own_weights and self.model is self.source:
             raise ModelLoadError(
                 f"{self.name} can't be copied, so compile=True would change the "
@@ -323,7 +332,12 @@ class LanguageModel:
             return found
         if (small := miniature.build(self.model, self.config)) is None:
             return ""
-        twin = LanguageModel(small, own_weights=True, accelerate=self._accelerate)
+        twin = LanguageModel(
+            small,
+            own_weights=True,
+            accelerate=self._accelerate,
+            compile=self.compile,
+        )
         twin.use_masks = self.use_masks
         found = what_differs(twin, level)
         return found and f"in a small float32 model of its class {found}"

@@ -273,6 +273,7 @@ def _usage(
         concurrency=options.concurrency,
         starts=starts,
         allow_lossy=options.allow_lossy,
+        compile=options.compile,
         controls=options.controls,
     )
 

@@ -187,6 +187,10 @@ class TuneOptions:
         Asked("Run code that comes with a model. Only for models you trust."),
     ] = False
     threads: Annotated[int | None, Asked("Threads of torch.", least=1)] = None
+    compile: Annotated[
+        bool,
+        Asked("Run norms and MLPs as torch.compile makes them; the first time waits."),
+    ] = False
     temperature: Annotated[
         float, Asked("Decode as your requests do; 0 is greedy.", "-t", "--temperature")
     ] = 0.0
@@ -264,6 +268,11 @@ class TuneOptions:
             raise AdaptSpecError(
                 "baselines decode greedily; leave --baselines out, or --temperature "
                 "and other controls"
+            )
+        if self.engine != OURS and self.compile:
+            raise AdaptSpecError(
+                f"compile is for our own engine, got engine={self.engine!r}; leave it "
+                "out"
             )
         if self.engine == OURS:
             usual = {f.name: f.default for f in fields(self)}

@@ -90,6 +90,7 @@ def tune(
         options.dtype,
         options.device,
         options.trust_remote_code,
+        options.compile,
     )
     if options.ray is not None and not models.are_paths:
         raise AdaptSpecError("ray takes models by path, which every node loads")

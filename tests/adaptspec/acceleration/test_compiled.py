@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from adaptspec.acceleration import compiled
+from adaptspec.decoder import Decoder
 from adaptspec.environment import environment_of
 from adaptspec.errors import ModelLoadError
 from adaptspec.model.language_model import LanguageModel
@@ -22,7 +25,7 @@ PROMPT = random_ids(20)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_compiled_forwards_choose_what_the_module_chooses(
-    family: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(compiled.CACHE_DIR_VARIABLE, str(tmp_path))
     module = tiny_module(family).float().eval()
@@ -42,6 +45,32 @@ def test_compiled_forwards_choose_what_the_module_chooses(
             own = module(torch.tensor([ids + list(tokens)])).logits[0, len(ids) :]
         assert torch.equal(found.argmax(-1), own.argmax(-1))
         torch.testing.assert_close(found.float(), own, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
+def test_what_is_decoded_is_what_generate_gives(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compiled.CACHE_DIR_VARIABLE, str(tmp_path))
+    module = tiny_module(family).float().eval()
+    decoder = Decoder(LanguageModel(module, compile=True))
+    own = module.generate(
+        torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    for strategy in ("autoregressive", "suffix", "hybrid"):
+        found = decoder.generate(
+            PROMPT, strategy=strategy, max_new_tokens=24, temperature=0
+        )
+        assert found.token_ids == own[0, len(PROMPT) :].tolist()
+    assert any(tmp_path.rglob("*.so"))  # kept on disk
+
+
+def test_modules_that_may_not_be_replaced_are_not_compiled() -> None:
+    module = tiny_module("llama").eval()
+    with pytest.raises(ModelLoadError, match="accelerate=False forbids"):
+        LanguageModel(module, accelerate=False, compile=True)
 
 
 def test_a_missing_compiler_is_refused_by_name(

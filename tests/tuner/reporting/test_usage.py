@@ -30,6 +30,7 @@ usages = st.builds(
     trust_remote_code=st.booleans(),
     db=st.none() | texts,
     allow_lossy=st.booleans(),
+    compile=st.booleans(),
     controls=st.just({})
     | st.fixed_dictionaries(
         {},

@@ -22,6 +22,7 @@ class Models:
         draft: The same, or None.
         heads: Folders of heads trained for the target.
         trust_remote_code: Whether code that comes with the models may run.
+        compile: Whether their norms and MLPs run as ``torch.compile`` makes them.
     """
 
     target: Any
@@ -30,6 +31,7 @@ class Models:
     dtype: str = "auto"
     device: str | None = None
     trust_remote_code: bool = False
+    compile: bool = False
 
     @property
     def are_paths(self) -> bool:
@@ -74,4 +76,5 @@ class Models:
             device=self.device,
             accelerate=accelerate,
             trust_remote_code=self.trust_remote_code,
+            compile=self.compile and accelerate,
         )

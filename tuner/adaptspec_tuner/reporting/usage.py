@@ -22,6 +22,7 @@ class Usage:
         db: As given; None is the user's own database.
         engine: A name or URL.
         starts: Whether the engine is started with flags, which an export prints.
+        compile: Whether norms and MLPs ran as ``torch.compile`` makes them.
         allow_lossy: Whether strategies that change sampled output were measured, too.
         controls: Generation controls that were measured under, as ``generate`` of a
             :class:`~adaptspec.decoder.Decoder` takes them; greedily if empty.
@@ -43,6 +44,7 @@ class Usage:
     concurrency: int = 1
     starts: bool = False
     allow_lossy: bool = False
+    compile: bool = False
     controls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,6 +94,8 @@ class Usage:
             words.append("--trust-remote-code")
         if self.allow_lossy:
             words.append("--allow-lossy")
+        if self.compile:
+            words.append("--compile")
         for name, value in self.controls.items():
             said = json.dumps(value, ensure_ascii=False)
             if name in ("temperature", "top_k", "top_p") and value is not None:
@@ -111,6 +115,7 @@ class Usage:
             "heads": list(self.heads) or None,
             "trust_remote_code": self.trust_remote_code or None,
             "allow_lossy": self.allow_lossy or None,
+            "compile": self.compile or None,
         }
         given = [] if self.model is None else [repr(self.model)]
         given += [f"{k}={v!r}" for k, v in asked.items() if v is not None]
