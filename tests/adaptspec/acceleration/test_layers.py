@@ -275,11 +275,10 @@ def test_two_activations_that_rounding_hides_are_told_apart(
         layer.mlp.gate_proj.weight.data *= 2 / layer.mlp.gate_proj.weight.data.std()
         layer.mlp.up_proj.weight.data *= 1 / layer.mlp.up_proj.weight.data.std()
 
-    model = LanguageModel(changed("llama", change).to(dtype), own_weights=True)
-    assert model.fused == 2
-    found = [
-        layer.__dict__["whole"].recipe.activation for layer in model.model.model.layers
-    ]
+    module: Any = changed("llama", change).to(dtype)
+    assert LanguageModel(module, own_weights=True).fused == 2
+    layers = module.model.layers
+    found = [layer.__dict__["whole"].recipe.activation for layer in layers]
     wanted = 0 if isinstance(own, nn.SiLU) else 2 - (own.approximate == "tanh")
     assert found == [wanted, wanted]
 
