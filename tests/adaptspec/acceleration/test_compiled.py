@@ -23,7 +23,7 @@ PROMPT = random_ids(20)
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_compiled_forwards_choose_what_the_module_chooses(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +49,7 @@ def test_compiled_forwards_choose_what_the_module_chooses(
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
+@pytest.mark.parametrize("family", ["phi", "gpt2"])
 def test_what_is_decoded_is_what_generate_gives(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
