@@ -48,6 +48,7 @@ def run(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_model_with_a_tower_that_knows_one_attention_is_loaded() -> None:
     module = benchmark("tiny_families").tiny_module("gemma4")
     towers = {type(part).__name__: part for part in module.modules()}

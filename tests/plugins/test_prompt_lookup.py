@@ -72,6 +72,7 @@ def test_the_index_finds_what_a_scan_finds_however_it_was_fed(
     assert found == [starts[-MOST_MATCHES:] for starts in expected if starts]
 
 
+@pytest.mark.slow
 @given(Tokens, st.data(), st.integers(1, 30))
 def test_a_copy_runs_on_as_if_the_copied_tokens_were_committed(
     ids: list[int], data: st.DataObject, length: int

@@ -120,6 +120,7 @@ def test_what_is_piped_in_comes_before_the_prompt(
     assert asked == [(expected, False)]
 
 
+@pytest.mark.slow
 def test_input_that_isnt_fed_is_left_alone_beside_a_prompt(
     model: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +282,7 @@ def test_text_is_printed_as_it_comes(
     ]
 
 
+@pytest.mark.slow
 def test_stops_sampling_and_threads_are_passed_on(
     model: Path,
     asked: list[Any],

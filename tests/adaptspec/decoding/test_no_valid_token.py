@@ -92,6 +92,7 @@ def test_broken_logits_are_an_error_before_anything_is_emitted(
     assert run.result.token_ids == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_what_was_accepted_before_is_emitted_whatever_drafted_it(

@@ -60,6 +60,7 @@ def test_a_race_samples_the_distribution_and_never_the_impossible() -> None:
     assert stats.chisquare(counts[:5], uniform).pvalue < 1e-9  # the test can fail
 
 
+@pytest.mark.slow
 def test_draws_without_replacement_follow_the_successive_distribution() -> None:
     sampler = Sampler(Processors(Controls(temperature=1.0), 1, CPU), seed=5)
     counts: dict[tuple[int, ...], int] = {}

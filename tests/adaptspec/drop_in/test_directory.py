@@ -180,6 +180,7 @@ def test_a_directory_with_files_needs_force(export: Export, tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_force_replaces_an_export_and_leaves_other_files(
     export: Export, model: Path, draft: Path, tmp_path: Path
 ) -> None:

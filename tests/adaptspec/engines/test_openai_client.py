@@ -225,6 +225,7 @@ def test_no_server_is_an_error_with_the_way_out() -> None:
                 client.ask([text()])
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_an_error() -> None:
     fake = FakeServer(held=["Hello"])
     with running(fake), OpenAIClient(fake.url, timeout=0.3) as client:

@@ -147,6 +147,7 @@ def test_a_model_whose_cache_is_swallowed_reads_its_text_anew(
         assert run.token_ids == hf_greedy(model, prompt, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["BertConfig", "RobertaConfig", "ElectraConfig"])
 def test_an_encoder_is_refused_by_name(config: str) -> None:
     sizes = {

@@ -256,6 +256,7 @@ def test_sequences_without_a_set_are_decoded_in_dynamic_shapes() -> None:
     assert id(again.set) in sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_row_that_isnt_a_number_is_gone_once_it_is_rejected(number: float) -> None:
     """Masked slots are multiplied by zero, which leaves NaN what is NaN."""
@@ -324,6 +325,7 @@ def test_forwards_that_dont_agree_are_found_out(
     assert "logits differ" in model.shapes.reason
 
 
+@pytest.mark.slow
 def test_what_a_caller_changes_in_his_model_is_settled_again() -> None:
     module = tiny_module("llama")
     model = fixed(module, whole=True)

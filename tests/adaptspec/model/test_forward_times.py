@@ -124,6 +124,7 @@ def test_the_nearest_sequence_that_never_falls(seconds: list[float]) -> None:
     assert rising(seconds) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_real_measurement_covers_all_sizes() -> None:
     model = tiny_model("gpt2")  # learned positions: it must stay inside them
     curve = measure_latency(model, rows=(1, 2, 8), rounds=1)

@@ -111,6 +111,7 @@ def test_logits_states_and_rows_are_those_of_one_forward(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_tokens_behind_a_long_prompt_are_read_in_parts_too(
     monkeypatch: pytest.MonkeyPatch,

@@ -253,6 +253,7 @@ def test_a_forward_that_waits_for_the_device_is_not_captured() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_python_decides_in_a_capture_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

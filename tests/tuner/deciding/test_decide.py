@@ -232,6 +232,7 @@ tables = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(tables, st.integers(0, 99))
 def test_the_order_of_classes_settings_and_prompts_changes_no_choice(

@@ -59,6 +59,7 @@ def controls(most: int = NEW, **changes: Any) -> Controls:
     return Controls(max_new_tokens=most, temperature=0.0, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "bloom"])
 @pytest.mark.parametrize(("name", "params"), SETTINGS)
 def test_it_takes_the_steps_of_a_real_run(

@@ -266,6 +266,7 @@ def test_options_are_those_of_the_tune_unless_given_anew(
     assert options.model == "a.gguf"
 
 
+@pytest.mark.slow
 def test_a_model_is_that_of_the_tune_however_its_path_is_written(
     db: str, store: ProfileStore, tmp_path: Path
 ) -> None:

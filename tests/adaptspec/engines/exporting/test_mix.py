@@ -74,6 +74,7 @@ def test_the_gain_is_the_time_of_all_prompts_one_after_the_other(
     assert sum(plain) / best.ratio == pytest.approx(least)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from("abcd"), st.tuples(RATIO, RATIO), min_size=1))
 def test_it_is_never_slower_than_plain_decoding(
     ratios: dict[str, tuple[float, float]],
