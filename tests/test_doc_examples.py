@@ -127,6 +127,7 @@ def test_the_heads_of_the_page_are_read_or_left_or_refused(
         host.open_heads(tmp_path, model)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_page_of_generate_decode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_an_engine_that_believes_its_drafts_is_found_out(
     assert report.equal < report.compared
 
 
+@pytest.mark.slow
 def test_a_plain_step_that_is_wrong_is_found_out(
     checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

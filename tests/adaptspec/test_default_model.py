@@ -282,6 +282,7 @@ def test_pip_downloads_by_the_users_configuration_and_without_dependencies(
     assert wheel.read_bytes() == published.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_package_the_index_does_not_have_is_named_with_pips_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -415,6 +415,7 @@ def test_a_frozen_choice_is_what_was_tuned_whatever_use_saw(
     assert found.requests == (33 if "adapt" in options else 30)
 
 
+@pytest.mark.slow
 @pytest.mark.guarded
 def test_a_running_decoder_moves_to_what_decodes_faster(model: LanguageModel) -> None:
     """Time passes at looks at the clock: a step costs the same whatever it drafts."""

@@ -29,6 +29,7 @@ def said(row: object, answers: bool = False) -> list[tuple[str, str | None]]:
 texts = st.text(min_size=1, max_size=8).filter(lambda t: t.isprintable())
 
 
+@pytest.mark.slow
 @given(texts, texts, texts)
 def test_every_layout_of_a_conversation_gives_the_same_prompt(
     first: str, answer: str, second: str

@@ -159,6 +159,7 @@ def test_equal_siblings_of_an_acceptable_window_are_one_node(prompt: list[int]) 
     assert not tree.probes
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=40),
     st.integers(1, 4),
@@ -176,6 +177,7 @@ def test_the_pool_keeps_the_continuations_seen_last(
         assert pool.get(key) == [(token,) for token in newest]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 19))
 def test_the_text_fills_the_pool_once_however_it_arrives(
     text: list[int], cut: int
@@ -222,6 +224,7 @@ def test_sampling_emits_plain_samplings_tokens(
         assert found.token_ids == plain.token_ids
 
 
+@pytest.mark.slow
 def test_guesses_are_accepted_on_a_model_that_repeats_itself(
     target: LanguageModel,
 ) -> None:

@@ -249,6 +249,7 @@ def test_a_worker_with_a_budget_of_trials_does_not_wait_for_ever(
     store.close()
 
 
+@pytest.mark.slow
 def test_a_worker_runs_no_more_trials_than_its_budget(tmp_path: Path) -> None:
     store, trace = SqlStore(str(tmp_path / "p.db")), Trace()
     prompts = TUNING.by_class()

@@ -179,6 +179,7 @@ def test_generate_prints_one_line_on_stderr_whatever_is_loaded(
     assert "Loading weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stored_search_is_refused_with_an_option_that_lets_it_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -315,6 +315,7 @@ def typical_paths(
     return found
 
 
+@pytest.mark.slow
 @given(judged_trees(), st.floats(0.01, 0.9), st.floats(0.05, 1.0))
 def test_typical_acceptance_keeps_the_longest_then_likeliest_typical_path(
     judged: tuple[TokenTree, list[torch.Tensor]], epsilon: float, delta: float

@@ -65,6 +65,7 @@ def reference(architecture: str, prompt: tuple[int, ...]) -> list[int]:
     return hf_greedy(target_and_draft(architecture)[0], prompt, NEW_TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TREES)
 def test_models_with_plain_attention_verify_trees(architecture: str) -> None:
     model, draft = target_and_draft(architecture)

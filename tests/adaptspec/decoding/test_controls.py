@@ -214,6 +214,7 @@ def test_greedy_output_is_generates_under_any_controls(
     assert decode(controls, prompt, expected).token_ids == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(sampled(), prompts)
 def test_sampled_scores_are_those_that_generate_samples_from(
@@ -284,6 +285,7 @@ def test_top_k_is_generates_where_nothing_sets_it_and_can_be_switched_off() -> N
         assert Controls.for_model(MODEL, temperature=1.0, top_k=off).top_k == 0
 
 
+@pytest.mark.slow
 def test_the_length_is_generates() -> None:
     prompt = random_ids(6)
     for asked in (
@@ -469,6 +471,7 @@ def test_a_processor_sees_long_ids_without_reading_them_again() -> None:
     assert committed.read <= first + 50
 
 
+@pytest.mark.slow
 @given(st.lists(ids, min_size=1, max_size=40), st.lists(ids, max_size=3), st.data())
 def test_growing_ids_are_the_ids(
     start: list[int], before: list[int], data: st.DataObject

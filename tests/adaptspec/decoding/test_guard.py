@@ -123,6 +123,7 @@ class Decoding:
         return self.now - began
 
 
+@pytest.mark.slow
 @few
 @given(
     row=st.floats(0.005, 0.1),
@@ -163,6 +164,7 @@ def test_drafting_that_stays_useless_costs_less_and_less(
     assert lost <= 0.0075
 
 
+@pytest.mark.slow
 @few
 @given(
     row=st.floats(0.0, 0.05),
@@ -208,6 +210,7 @@ def test_a_machine_that_slows_down_does_not_end_useful_drafting() -> None:
     assert len(decoding.asked_at) >= 0.9 * (400 / 3)
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(0, 60), st.floats(5.0, 100.0))
 def test_a_pause_neither_ends_drafting_nor_lets_it_lose_more(

@@ -189,6 +189,7 @@ def test_one_nan_is_seen_in_any_type_and_among_many_tokens(dtype: torch.dtype) -
         Engine(model).generate(Autoregressive(), PROMPT, Controls(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_streams_seeds_and_positions_have_different_noise(
     assert len(keys) == 5
 
 
+@pytest.mark.slow
 def test_a_race_samples_the_distribution_and_never_the_impossible() -> None:
     draws = [race(PROBS, key(3, position, 1)) for position in range(6000)]
     counts = [draws.count(token) for token in range(6)]

@@ -74,6 +74,7 @@ def test_greedy_decoding_draws_no_seed() -> None:
     assert engine.generate(silent, PROMPT, Controls(4, seed=3)).seed == 3
 
 
+@pytest.mark.slow
 def test_prompts_of_one_length_and_seed_have_independent_noise() -> None:
     probs = torch.full((VOCAB,), 1 / VOCAB)
     processors = Processors(Controls(temperature=1.0), 4, torch.device("cpu"))

@@ -146,6 +146,7 @@ def test_heads_are_found_again(
     assert HOST.open_heads(found, target).digest == expected
 
 
+@pytest.mark.slow
 def test_a_copy_takes_the_models_profiles_and_no_others(
     export: Export, tmp_path: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_the_model_is_never_written_over(
     assert {path.name for path in model.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_links_into_the_place_are_seen(export: Export, tmp_path: Path) -> None:
     """A copy, and a folder of links to it, over which the copy must not be written."""
     assert export(tmp_path / "copy", "--copy").exit_code == 0

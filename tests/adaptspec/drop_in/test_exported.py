@@ -235,6 +235,7 @@ def test_a_copied_model_has_a_decoder_of_its_own(fast: Any) -> None:
     assert kept is not vars(fast)[exported.KEPT]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::adaptspec.decoder.PlainDecodingWarning")
 def test_the_draft_model_follows_another_type(folder: Path) -> None:
     half = read(folder, trust_remote_code=True, dtype=torch.bfloat16)

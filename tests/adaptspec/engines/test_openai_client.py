@@ -282,6 +282,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 Kind = Literal["content", "reasoning_content", "reasoning"]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -179,6 +179,7 @@ def test_a_model_that_raises_is_refused_in_one_line() -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_fault_of_this_very_model_is_seen_though_its_class_is_fine() -> None:
     module = tiny_module("llama").to(torch.bfloat16)
     plain = module.model.forward

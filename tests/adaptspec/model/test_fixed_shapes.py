@@ -206,6 +206,7 @@ def test_masks_over_slots_are_those_over_rows(
     assert inputs.slots.tolist() == list(range(cached, cached + width))
 
 
+@pytest.mark.slow
 def test_on_a_cpu_shapes_are_dynamic_unless_fixed_ones_are_asked_for() -> None:
     model = LanguageModel(tiny_module("llama"))
     assert model.capability.level == "tree"

@@ -105,6 +105,7 @@ def test_forwards_are_timed_on_the_tokens_of_a_text_or_of_the_whole_vocabulary(
         assert len(every) > 8
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8))
 def test_the_nearest_sequence_that_never_falls(seconds: list[float]) -> None:
     """Against its closed form: the greatest over starts of the least mean over ends."""

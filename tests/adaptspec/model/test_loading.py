@@ -286,6 +286,7 @@ def own_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_code_of_the_models_own_runs_only_if_trusted(own_code: Path) -> None:
     told = refusal(own_code)
     assert "trust_remote_code=True" in told

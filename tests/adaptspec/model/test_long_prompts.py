@@ -82,6 +82,7 @@ def test_a_prompt_read_in_parts_is_continued_as_generate_does(
         assert done.token_ids == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [1, PART, PART + 2, 100])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral", "gpt2"])
 def test_logits_states_and_rows_are_those_of_one_forward(

@@ -162,6 +162,7 @@ def load(module: Any) -> Decoder:
     return adaptspec.load(module, db=MemoryStore())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_scale_for_all_tokens_of_a_pass_means_plain_decoding(
@@ -204,6 +205,7 @@ def test_activations_of_few_steps_mean_plain_decoding(
     check(decoder, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_weights_of_whole_numbers_are_no_obstacle(dtype: str) -> None:
     module = with_layers(Quantised, TYPES[dtype])

@@ -140,6 +140,7 @@ def reference(case: str, length: int) -> list[int]:
     return hf_greedy(fresh, random_ids(length, seed=length), NEW_TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
 def test_texts_across_a_switch_are_generates(case: str, name: str) -> None:

@@ -222,6 +222,7 @@ def test_a_stream_doesnt_go_on_with_another_adapter(adapted: Any) -> None:
     assert len(stream.result.token_ids) == 1
 
 
+@pytest.mark.slow
 def test_an_adapter_put_into_a_loaded_model_takes_effect() -> None:
     peft = pytest.importorskip("peft")
     module = tiny_module("llama")

@@ -96,6 +96,7 @@ OFFLOADED: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OFFLOADED)
 def test_an_offloaded_model_decodes_as_its_generate(
     kind: str, folder: Path, tmp_path: Path

@@ -88,6 +88,7 @@ def test_it_is_the_class_that_a_decoder_tells(contents: list[str]) -> None:
     assert told_class(by_hand(), {"messages": messages}) == told.prompt_class
 
 
+@pytest.mark.slow
 @given(VALUES, st.booleans(), st.sampled_from(["utf-8", "utf-16", "utf-32"]))
 def test_a_body_is_read_as_json_is(value: Any, ascii_only: bool, encoding: str) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)

@@ -157,6 +157,7 @@ def test_the_limit_cuts_wherever_it_is(new_tokens: int) -> None:
         assert done.finish == "length"
 
 
+@pytest.mark.slow
 def test_of_several_ends_the_scores_choose() -> None:
     """Some models would rather end with the second; the language has no say."""
     ends, chosen = (END, OTHER_END), set()
@@ -194,6 +195,7 @@ def test_forced_tokens_save_forwards_without_a_drafter() -> None:
     assert drafts.stats.target_forwards < plain.stats.target_forwards / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["prompt_lookup", "token_recycling", "hybrid"])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_sampled_output_is_that_of_plain_decoding(strategy: str, language: str) -> None:

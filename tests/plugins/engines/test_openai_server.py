@@ -63,6 +63,7 @@ def test_prompts_are_chats_and_raw_texts_are_continued() -> None:
     }
 
 
+@pytest.mark.slow
 def test_without_a_chat_template_a_text_is_read_as_it_is_and_a_chat_refused() -> None:
     fake = FakeServer(template=False)
     with served(fake) as engine:

@@ -162,6 +162,7 @@ Small = Paths.filter(lambda paths: len(prefixes(paths)) <= 9)
 Curve = st.lists(st.floats(0.0, 0.4), min_size=10, max_size=10)
 
 
+@pytest.mark.slow
 @given(Small, st.integers(0, 99))
 def test_best_first_has_the_largest_sum_of_all_closed_sets_of_its_size(
     paths: list[list[int]], seed: int
@@ -404,6 +405,7 @@ def calibration(hybrid: Hybrid) -> Calibration:
     return hybrid._members.calibration
 
 
+@pytest.mark.slow
 def test_chances_become_those_of_each_drafter_and_evidence() -> None:
     simulated = world(2000)
     hybrid = hybrid_of(
@@ -525,6 +527,7 @@ def test_the_draft_model_is_asked_only_where_the_free_drafters_are_unsure() -> N
     assert sum(unsure) >= 0.95 * len(unsure)
 
 
+@pytest.mark.slow
 def test_a_draft_model_that_pays_makes_the_hybrid_faster_than_either_alone() -> None:
     def total(free: bool, use_draft: bool) -> float:
         simulated = world(2000)

@@ -398,6 +398,7 @@ def test_a_hybrid_takes_the_heads_in_where_they_are_attached(
     assert Hybrid().observes(tiny_model(architecture)).hidden_layers == ()
 
 
+@pytest.mark.slow
 def test_a_hybrid_that_has_run_notices_heads_that_are_attached_later() -> None:
     model = tiny_model("llama")
     strategy = Hybrid()

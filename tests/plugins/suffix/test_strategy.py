@@ -164,6 +164,7 @@ def test_the_best_draft_has_the_highest_score_over_all_match_lengths(
     assert best.score == pytest.approx(max(scores))
 
 
+@pytest.mark.slow
 @given(Texts, Context_, st.floats(0, 4))
 def test_a_draft_that_must_beat_a_score_is_the_best_one_or_none(
     texts: list[list[int]], context: list[int], above: float
@@ -192,6 +193,7 @@ def test_a_text_is_indexed_alike_in_pieces_and_at_once(
     assert whole.matches(context, 9) == pieces.matches(context, 9)
 
 
+@pytest.mark.slow
 @given(Texts, Context_, st.data())
 def test_forgotten_texts_leave_nothing_behind(
     texts: list[list[int]], context: list[int], data: st.DataObject
@@ -235,6 +237,7 @@ def test_what_is_held_is_compact_and_bounded_however_much_went_through() -> None
     assert SuffixIndex().nbytes < 10_000
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=300), st.data())
 def test_a_long_text_is_indexed_as_if_it_came_token_by_token(
     text: list[int], data: st.DataObject
@@ -255,6 +258,7 @@ def test_a_long_text_is_indexed_as_if_it_came_token_by_token(
     assert at_once.matches(context, 12) == one_by_one.matches(context, 12)
 
 
+@pytest.mark.slow
 def test_a_text_whose_front_is_forgotten_still_leads_to_the_rest() -> None:
     """Forgetting in small pieces moves all places now and then."""
     drawn = random.Random(5)

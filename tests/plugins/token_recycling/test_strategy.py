@@ -313,6 +313,7 @@ def accepted(model: LanguageModel, strategy: TokenRecycling, ids: list[int]) -> 
     return Engine(model).generate(strategy, ids, Controls.greedy(60)).stats.accepted
 
 
+@pytest.mark.slow
 def test_a_second_request_finds_the_table_warm_unless_it_is_told_to_forget(
     target: LanguageModel, prompt: list[int]
 ) -> None:
@@ -471,6 +472,7 @@ def test_a_table_of_another_vocabulary_is_refused_when_the_model_is_known(
     assert drafter.propose(Context(prompt, 50, 50, 0)).proposed == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 5),

@@ -546,6 +546,7 @@ def test_sampled_characters_in_another_order_have_the_same_distributions() -> No
     torch.testing.assert_close(tree.draft_probs[1], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_drafts_cache_holds_what_it_has_read_after_every_rejection(
     monkeypatch: pytest.MonkeyPatch, fresh_logits: FreshLogits, mode: str

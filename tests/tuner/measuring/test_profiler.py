@@ -46,6 +46,7 @@ def confirmed(
     )
 
 
+@pytest.mark.slow
 def test_all_settings_write_what_the_model_itself_generates(
     engine: Engine, host: Host
 ) -> None:

@@ -131,6 +131,7 @@ def test_one_setting_for_all_is_the_one_that_takes_the_least_time(
     assert shares == pytest.approx({"code": 20 / 21, "sums": 1 / 21, "chat": 0})
 
 
+@pytest.mark.slow
 def test_a_class_alone_gets_its_own(db: str, store: ProfileStore) -> None:
     environment = replace(HERE, draft="d1")
     keep_run(store, TWO, draft_model="d.gguf", environment=environment)
@@ -146,6 +147,7 @@ def test_a_class_alone_gets_its_own(db: str, store: ProfileStore) -> None:
     assert "no class 'poems' was measured; were: chat, code, sums" in message
 
 
+@pytest.mark.slow
 def test_split_gives_each_setting_a_server_and_writes_the_routers_table(
     db: str, store: ProfileStore, tmp_path: Path
 ) -> None:

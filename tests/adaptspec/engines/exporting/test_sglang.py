@@ -212,6 +212,7 @@ def test_vllms_profile_is_translated_and_labelled(db: str, store: ProfileStore) 
     assert found["servers"][0]["command"][4] == "org/target"
 
 
+@pytest.mark.slow
 def test_llama_cpps_profile_needs_models_that_sglang_loads(
     db: str, store: ProfileStore
 ) -> None:

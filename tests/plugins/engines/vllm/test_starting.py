@@ -67,6 +67,7 @@ def test_the_environment_is_of_vllms_python_and_the_models_files(
     assert opened(tmp_path, model, CPU).environment.model != place.model
 
 
+@pytest.mark.slow
 def test_what_the_user_says_to_vllm_is_part_of_the_environment(
     tmp_path: Path, model: str
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_context_that_does_not_fit_is_refused_by_name(
         engine.answer("autoregressive", {}, [], 1)
 
 
+@pytest.mark.slow
 def test_a_device_is_one_of_those_that_can_be_seen(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
