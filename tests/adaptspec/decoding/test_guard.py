@@ -403,30 +403,29 @@ class Nothing(Drafter):
         return TokenTree.root_only(context.ids[-1])
 
 
-def test_what_starting_a_drafter_took_is_lost_once() -> None:
+def three_steps(inner: Drafter, memory: GuardMemory, starting: float) -> Guard:
+    """A guard after a prompt and three steps of a second each, none accepted."""
     now = [0.0]
-    guard = Guard(Nothing(), GuardMemory(), lambda: now[0], starting=0.5)
+    guard = Guard(inner, memory, lambda: now[0], starting=starting)
     now[0] += 1
     guard.observe(Outcome(None, (), [1], {}, NONE))
     for step in range(3):
         tree = guard.propose(Context([1, 1], 9, 9, step))
         now[0] += 1
         guard.observe(Outcome(tree, [0], [1], {}, NONE))
+    return guard
+
+
+def test_what_starting_a_drafter_took_is_lost_once() -> None:
+    guard = three_steps(Nothing(), GuardMemory(), starting=0.5)
     assert guard.gained == pytest.approx(-0.5)
 
 
 def test_a_first_start_that_timed_forwards_says_nothing_of_drafting() -> None:
-    now = [0.0]
     memory = GuardMemory()
     for starting in (100.0, 0.1):
         inner = Watches(lambda seconds: None)
-        guard = Guard(inner, memory, lambda: now[0], starting=starting)
-        now[0] += 1
-        guard.observe(Outcome(None, (), [1], {}, NONE))
-        for step in range(3):
-            tree = guard.propose(Context([1, 1], 9, 9, step))
-            now[0] += 1
-            guard.observe(Outcome(tree, [0], [1], {}, NONE))
+        guard = three_steps(inner, memory, starting)
         assert inner.asked
         assert guard.gained > -2
 
