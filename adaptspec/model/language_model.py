@@ -225,8 +225,8 @@ class LanguageModel:
             )
         if not (count := compile_parts(self.model, self._look)):
             raise ModelLoadError(
-                f"no norm or MLP of {self.name} gives the same when it is compiled; "
-                "leave compile out"
+                f"{self.name} can't be compiled: no norm or MLP was found that then "
+                "gives the same; leave compile out"
             )
         return count
 

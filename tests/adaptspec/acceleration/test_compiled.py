@@ -73,6 +73,12 @@ def test_modules_that_may_not_be_replaced_are_not_compiled() -> None:
         LanguageModel(module, accelerate=False, compile=True)
 
 
+@needs_compiler
+def test_a_model_with_a_state_of_its_own_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadError, match="no norm or MLP was found"):
+        LanguageModel(tiny_module("mamba").eval(), compile=True)
+
+
 def test_a_missing_compiler_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
