@@ -287,11 +287,13 @@ def _of_class(
 ) -> tuple[list[ClassChoice], list[str]]:
     """The choices for a class, or what serves in their place and why."""
     found = [choice for choice in here if choice.prompt_class == wanted]
-    if found:
+    if found and wanted != EVERY_CLASS:
         return found, []
     said = []
     classes = sorted({c.prompt_class for c in here} - {EVERY_CLASS})
-    if wanted is not None:
+    if wanted == EVERY_CLASS:
+        pass  # what serves all classes, or stands for it
+    elif wanted is not None:
         said = [f"class {wanted!r} isn't profiled; is: {', '.join(classes)}"]
     elif len(classes) > 1:
         said = ["no class was told"]

@@ -157,16 +157,19 @@ def _several_engines(places: Iterable[Environment]) -> list[str]:
 
 def in_use(choices: Sequence[ClassChoice]) -> list[ClassChoice]:
     """Those that are used where they were decided, without naming a run."""
-    from adaptspec.selector import best_evidence
+    from adaptspec.selector import rank
 
-    groups: dict[tuple[object, ...], list[ClassChoice]] = {}
+    places: dict[tuple[object, ...], list[ClassChoice]] = {}
     for choice in choices:
-        place = (*choice.environment.key(), choice.prompt_class)
-        groups.setdefault(place, []).append(choice)
-    return [
-        best_evidence(group, max(group, key=lambda c: c.created).environment)
-        for group in groups.values()
-    ]
+        places.setdefault(choice.environment.key(), []).append(choice)
+    found = []
+    for here in places.values():
+        newest = {c.prompt_class: c for c in sorted(here, key=lambda c: c.created)}
+        for name, choice in newest.items():
+            decided = rank(here, choice.environment, name).decided
+            assert decided is not None  # the newest is one
+            found.append(decided)
+    return found
 
 
 def _run_as_json(

@@ -241,6 +241,8 @@ def test_a_run_of_few_classes_does_not_speak_for_all() -> None:
     ]
     choices = [*broad, *narrow]
     assert select(choices, HERE, None).strategy == "a"
+    # What `tune` prints of all classes is what serves a prompt without a class.
+    assert select(choices, HERE, EVERY_CLASS).strategy == "a"
     assert select(choices, HERE, "chat").strategy == "b"
     pinned = [replace(choice, pinned=True) for choice in narrow]
     assert select([*broad, *pinned], HERE, None).strategy == "b"

@@ -67,6 +67,20 @@ def test_runs_are_listed_with_what_they_are_used_for(db: str) -> None:
     assert "all classes, code" in " ".join(table.split())
 
 
+def test_a_run_of_few_classes_is_not_said_to_serve_all(tmp_path: Path) -> None:
+    path = str(tmp_path / "p.db")
+    store = open_store(path)
+    names = ("chat", "code", "json", EVERY_CLASS)
+    broad = [of_day(0, name) for name in names]
+    narrow = [of_day(1, name) for name in ("chat", EVERY_CLASS)]
+    store.put_choices([*broad, *narrow])
+    assert select(store.choices(), HERE).run == "run0"
+    store.close()
+    runs = {r["run"]: r for r in json.loads(run("list", "--runs", "--json", "--db", path))}
+    used = [c["prompt_class"] for c in runs["run1"]["choices"] if c["used"]]
+    assert used == ["chat"]
+
+
 def test_a_run_is_shown_with_its_reasons(db: str) -> None:
     shown = run("show", "run0", "--db", db)
     assert "all classes: prompt_lookup, measured 1.50x" in shown
