@@ -19,7 +19,7 @@ from torch import nn
 
 from adaptspec.choosing.learning import Chooser, Finalists, Learning
 from adaptspec.classes.classifier import KEY as CLASSIFIER
-from adaptspec.classes.classifier import Classifier, Told
+from adaptspec.classes.classifier import Classifier, Told, best_record
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
@@ -494,21 +494,20 @@ class Decoder:
             weakref.finalize(self, self._keeper.save)  # at exit, too
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
-        """A pinned run's, else the newest that was learnt for the model, whatever it
-        was tuned with."""
-        runs = {choice.run: (choice.pinned, choice.created) for choice in self.choices}
+        """What was learnt for the model, whatever it was tuned with."""
+        runs = {choice.run: (choice.created, choice.pinned) for choice in self.choices}
         if self._run_id is not None:
             runs = {run: at for run, at in runs.items() if run == self._run_id}
-        for run in sorted(runs, key=lambda run: (runs[run], run), reverse=True):
-            record = store.record(run, CLASSIFIER)
-            if record is None:
-                continue
-            try:
-                return Classifier.from_json(record)
-            except AdaptSpecError as error:
-                warnings.warn(f"classes can't be told: {error}", stacklevel=4)
-                return None
-        return None
+        records = [
+            (runs[run][1], record)
+            for run in sorted(runs, key=lambda run: (runs[run][0], run))
+            if (record := store.record(run, CLASSIFIER)) is not None
+        ]
+        try:
+            return Classifier.from_json(best_record(records)) if records else None
+        except AdaptSpecError as error:
+            warnings.warn(f"classes can't be told: {error}", stacklevel=4)
+            return None
 
     def save(self) -> None:
         """Write down now what was learnt and recorded; done at exit anyway."""

@@ -200,6 +200,39 @@ class Classifier:
             raise AdaptSpecError(f"not a stored classifier: {error!r}") from None
 
 
+def best_record(
+    records: Sequence[tuple[bool, Mapping[str, Any]]],
+) -> Mapping[str, Any]:
+    """The record of the classifier that is used, of those of several runs.
+
+    A pinned run's counts before all others. Then it is the newest of those that know at
+    least half as many classes, and were learnt from at least half as many prompts, as
+    the best: a tune of few prompts, to see whether things work, replaces nothing.
+
+    Args:
+        records: Whether the run is pinned, and what :meth:`Classifier.as_json` made;
+            the oldest first, one or more. Of no account are those that can't be read.
+    """
+    kept = [record for pinned, record in records if pinned]
+    kept = kept or [record for _, record in records]
+    for size in (_classes, _prompts):
+        most = max(map(size, kept))
+        kept = [record for record in kept if 2 * size(record) >= most]
+    return kept[-1]
+
+
+def _classes(record: Mapping[str, Any]) -> int:
+    names = record.get("names")
+    readable = record.get("format") == FORMAT and isinstance(names, list)
+    return len(names) if readable and names else 0
+
+
+def _prompts(record: Mapping[str, Any]) -> int:
+    evidence = record.get("evidence")
+    count = evidence.get("prompts") if isinstance(evidence, dict) else None
+    return count if isinstance(count, int) else 0
+
+
 def _packed(table: np.ndarray) -> str:
     """Half-precision numbers as text: a class takes 33 kilobytes."""
     return base64.b64encode(table.astype("<f2").tobytes()).decode()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.classes.classifier import KEY as CLASSIFIER
+from adaptspec.classes.classifier import best_record
 from adaptspec.engines.exporting import sglang
 from adaptspec.engines.exporting.measured import (
     Found,
@@ -191,10 +192,11 @@ def _files(options: EngineOptions) -> list[str]:
 def _classifier(
     store: ProfileStore, choices: Sequence[ClassChoice], found: Found
 ) -> Mapping[str, Any] | None:
-    """The record of a pinned run's classifier, else of the newest of those used."""
-    runs = {c.run: c for c in choices if c.run in found.runs}
-    order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
-    for run in reversed(order):
-        if (record := store.record(run, CLASSIFIER)) is not None:
-            return record
-    return None
+    """The record of the best classifier of the runs that are used."""
+    runs = {c.run: (c.created, c.pinned) for c in choices if c.run in found.runs}
+    records = [
+        (runs[run][1], record)
+        for run in sorted(runs, key=lambda run: (runs[run][0], run))
+        if (record := store.record(run, CLASSIFIER)) is not None
+    ]
+    return best_record(records) if records else None

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec.classes.classifier import Classifier
+from adaptspec.classes.classifier import Classifier, best_record
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import (
     FEATURES,
@@ -326,3 +326,28 @@ def test_the_newest_run_that_learnt_classes_tells_them() -> None:
     told = Decoder(run.model, store=store).classify(SHORT)
     assert told is not None
     assert told.likeliest == "c"
+
+
+def learnt_from(prompts: int, *names: str) -> dict[str, Any]:
+    """A record as far as it is looked at to choose one."""
+    evidence = {**vars(by_hand().evidence), "prompts": prompts}
+    return {**by_hand().as_json(), "names": list(names), "evidence": evidence}
+
+
+def test_a_classifier_of_few_prompts_or_classes_replaces_no_better_one() -> None:
+    whole = learnt_from(64, "a", "b", "c", "d", "e", "f", "g", "h")
+    smoke = learnt_from(16, "a", "b", "c", "d", "e", "f", "g", "h")
+    narrow = learnt_from(200, "a", "b")
+    again = learnt_from(40, "a", "b", "c", "d", "e", "f")
+    damaged = {**learnt_from(999, *map(str, range(20))), "format": 1}
+
+    def best(*found: dict[str, Any], pinned: dict[str, Any] | None = None) -> Any:
+        return best_record([(one is pinned, one) for one in found])
+
+    assert best(whole, smoke) is whole
+    assert best(whole, narrow) is whole
+    assert best(whole, damaged) is whole
+    assert best(whole, again) is again
+    assert best(again, whole) is whole
+    assert best(whole, smoke, pinned=smoke) is smoke
+    assert best(damaged) is damaged  # to be refused by whoever reads it
