@@ -217,6 +217,61 @@ def test_the_prompts_that_are_asked_for_are_enough() -> None:
     assert 0.65 < np.mean(seen) < 0.97
 
 
+@pytest.mark.slow
+def test_a_class_is_asked_for_prompts_as_if_it_had_them() -> None:
+    """With more prompts a class has a larger share of what may be wrong, and its spread
+    is better known; twelve are enough beside seven classes of four."""
+    random_ = np.random.default_rng(4)
+
+    def tune(first: int, gain: float = 0.0) -> dict[str, Any]:
+        counts = [first, *[4] * 7]
+        return {
+            f"c{c}": {
+                key: {
+                    f"p{i}": [
+                        math.exp(gain * (c == 0) + 0.15 * random_.standard_normal())
+                    ]
+                    for i in range(count)
+                }
+                for key in "ab"
+            }
+            for c, count in enumerate(counts)
+        }
+
+    rule = Rule(draws=500)
+    powers = [of(tune(1), rule)["c0"].power for _ in range(9)]
+    count = int(np.median([p.prompts or 0 for p in powers if p is not None]))
+    assert 6 < count < 25
+    gain = math.log(1.15)
+    quick = Rule(draws=500, gain=None)
+    seen = [of(tune(count, gain), quick)["c0"].chosen is not None for _ in range(40)]
+    assert 0.6 < np.mean(seen) < 0.97
+
+
+@pytest.mark.slow
+def test_an_interval_over_classes_of_unlike_spreads_covers_the_truth() -> None:
+    random_ = np.random.default_rng(5)
+    spreads = (0.05, 0.05, 0.1, 0.1, 0.15, 0.2, 0.3, 0.4)
+    inside = []
+    for _ in range(250):
+        ratios = {
+            f"c{c}": {
+                key: {
+                    f"p{i}": [math.exp(spread * random_.standard_normal())]
+                    for i in range(4)
+                }
+                for key in "ab"
+            }
+            for c, spread in enumerate(spreads)
+        }
+        for found in of(ratios, Rule(draws=50, gain=None))[EVERY_CLASS].found.values():
+            assert found.low is not None
+            assert found.high is not None
+            inside.append(found.low <= 1 <= found.high)
+    # Of 500, a standard deviation of one hundredth.
+    assert 0.92 < np.mean(inside) < 0.98
+
+
 tables = st.dictionaries(
     st.sampled_from(["x", "y", "z"]),
     st.dictionaries(

@@ -194,6 +194,18 @@ def test_the_newest_run_is_shown_and_any_other_on_demand() -> None:
         build(MemoryStore())
 
 
+def test_only_what_was_confirmed_last_stands_beside_a_choice() -> None:
+    store = MemoryStore()
+    then = example_profile().created
+    now = then.replace(year=2031)
+    keep(store, [profile("chat", PLAIN, 10.0), profile("chat", "b", 99.0)])
+    again = [profile("chat", s, v, created=now) for s, v in ((PLAIN, 10.0), ("a", 20.0))]
+    keep(store, again)
+    assert len(store.profiles()) == 3
+    (chat,) = build(store).classes
+    assert {p.strategy for p in chat.profiles} == {PLAIN, "a"}
+
+
 def test_what_was_not_recorded_is_said_to_be_missing() -> None:
     store = MemoryStore()
     keep(store, [profile("chat", PLAIN, 10.0), profile("chat", "a", 20.0)])

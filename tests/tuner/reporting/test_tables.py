@@ -13,6 +13,7 @@ from rich.console import Console
 from adaptspec.profile import EVERY_CLASS, PLAIN, Profile
 from adaptspec.selector import Choice
 from adaptspec.testing.stores import example_profile
+from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.reporting import sentences
 from adaptspec_tuner.reporting.result import ClassResult, TuneResult
 from adaptspec_tuner.reporting.tables import print_result
@@ -115,6 +116,17 @@ def test_it_begins_with_what_was_gained_and_a_sentence_a_class() -> None:
     why = lines.index("Why:")
     assert lines[why + 1] == "  json: why hybrid"
     assert why < next(i for i, line in enumerate(lines) if "class, strategy" in line)
+
+
+def test_over_all_classes_nothing_is_predicted_and_nothing_is_missed() -> None:
+    json = found("json", "hybrid", 4.0)
+    rival = json.profiles[2]
+    key = Setting(rival.strategy, rival.params).key
+    classes = [replace(json, predicted={key: 4.1}), found(EVERY_CLASS, "hybrid", 3.0)]
+    lines = sentences.summary(result(*classes, spent={"trials": 60.0}))
+    assert any(line.startswith("Replay: its predictions") for line in lines)
+    missing = [line for line in lines if line.startswith("Without a prediction")]
+    assert "hybrid" not in " ".join(missing)
 
 
 def test_one_prompt_is_one_prompt_and_without_an_interval_there_is_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+
+
+MOST_PROMPTS = 1_000_000  # that a class is ever said to need
 
 
 class Pooled:
@@ -55,10 +59,7 @@ class Pooled:
         self._known = bool(groups) and bool(np.isfinite(evidence.spread).all())
         if not self._known:
             return
-        self._error = np.sqrt(
-            np.einsum("rg,gh,rh->r", self._weights, evidence.covariance, self._weights)
-        )
-        self._freedom = _satterthwaite(self._weights, evidence)
+        self._error, self._freedom = _errors(self._weights, evidence)
         class_of = np.array([names.index(name) for name, _ in groups])
         key_of = np.array([keys.index(key) for _, key in groups])
         self._pooling = Pooling(
@@ -127,17 +128,40 @@ class Pooled:
         shifted = self._lucky[:500] + gain * used
         mean, deviation = self._pooling.of(shifted)
         passed = self._passes(mean, deviation, shifted @ self._weights.T)
-        needed = stats.t.isf(self._own_bar * self._share[row], self._freedom[row])
-        needed += stats.norm.ppf(self._rule.power)
-        prompts = self._evidence.prompts[used]
-        # With so many times the prompts the error is what it must be.
-        times = (needed * self._error[row] / gain) ** 2
         return Power(
             self._rule.gain,
             float(passed[:, row].mean()),
-            max(2, math.ceil(times * float(prompts.mean()))),
+            self._enough(row, gain, len(rows)),
             self._rule.power,
         )
+
+    def _enough(self, row: int, gain: float, settings: int) -> int:
+        """How many prompts of a class, or of each class, show a gain often enough.
+
+        More prompts make the error smaller, its degrees of freedom more and, of one
+        class alone, its share of what may be wrong larger.
+
+        Args:
+            gain: In logarithms.
+            settings: Of the class, that may be chosen.
+        """
+        used = self._weights[row] > 0
+        now = float(self._evidence.prompts[used].mean())
+        alone = used.sum() == 1 < used.size
+        # The share is a cube over the sum of all cubes.
+        others = now**3 * (1 / self._share[row] - settings)
+
+        def shows(count: int) -> bool:
+            share = self._share[row]
+            if alone:
+                share = count**3 / (others + settings * count**3)
+            freedom = self._freedom[row] + max(0.0, count - now)
+            needed = stats.t.isf(self._own_bar * share, freedom)
+            needed += stats.norm.ppf(self._rule.power)
+            return bool(needed * self._error[row] * math.sqrt(now / count) <= gain)
+
+        counts = range(2, MOST_PROMPTS)
+        return 2 + bisect.bisect_left(counts, True, key=shows)
 
     def _interval(self, row: int) -> tuple[float, float]:
         reach = stats.t.ppf(0.975, self._freedom[row]) * self._error[row]
@@ -190,11 +214,31 @@ def _rank(values: Floats) -> Floats:
     return np.asarray((np.argsort(np.argsort(values)) + 0.5) / len(values))
 
 
-def _satterthwaite(weights: Floats, evidence: Evidence) -> Floats:
-    """Degrees of freedom of each weighted sum of groups (Satterthwaite, 1946)."""
+def _errors(weights: Floats, evidence: Evidence) -> tuple[Floats, Floats]:
+    """Standard error of each weighted sum of groups and its degrees of freedom.
+
+    Where groups have spreads of their own, a sum of several is one of t distributions;
+    the t distribution with its variance and kurtosis stands for it (as in Patil,
+    "Approximation to the Behrens-Fisher distributions", 1965). Of one with fewer
+    degrees than have a kurtosis, its 95% interval counts.
+
+    Args:
+        weights: ``[results, groups]``; no two groups of a result are of one class.
+
+    Returns:
+        Two of ``[results]``.
+    """
+    error = np.sqrt(np.einsum("rg,gh,rh->r", weights, evidence.covariance, weights))
     if evidence.common == math.inf:
-        return np.full(len(weights), evidence.freedom[0])
-    variance = weights**2 * np.diag(evidence.covariance)
-    return np.asarray(
-        variance.sum(axis=1) ** 2 / (variance**2 / evidence.freedom).sum(axis=1)
+        return error, np.full(len(weights), evidence.freedom[0])
+    freedom = np.maximum(evidence.freedom, 5.0)
+    same = stats.t.ppf(0.975, evidence.freedom) / stats.t.ppf(0.975, freedom)
+    scale = np.diag(evidence.covariance) * same**2
+    variance = weights**2 * (scale * freedom / (freedom - 2))
+    total = variance.sum(axis=1)
+    degrees = 4 + total**2 / (variance**2 / (freedom - 4)).sum(axis=1)
+    alone = (weights > 0).sum(axis=1) == 1
+    return (
+        np.where(alone, error, np.sqrt(total * (degrees - 2) / degrees)),
+        np.where(alone, (weights > 0) @ evidence.freedom, degrees),
     )

@@ -205,7 +205,8 @@ def summary(result: TuneResult) -> list[str]:
         )
     if told := told_errors(result.prediction_errors):
         lines.append(f"Replay: {told}.")
-        rows = [row for found in result.classes for row in found.rows]
+        # What is over all classes was confirmed class by class.
+        rows = [row for found in result.named for row in found.rows]
         without = {
             row.strategy
             for row in rows

@@ -58,7 +58,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
             _class(
                 name,
                 select(choices, newest.environment, name),
-                [p for p in profiles if p.prompt_class == name],
+                _confirmed_last([p for p in profiles if p.prompt_class == name]),
                 [
                     *(Tried.of(t) for t in trials if t.prompt_class == name),
                     *_replayed(store, run, name),
@@ -76,6 +76,13 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
         classifier=_classes_told(store, run),
         usage=None if usage is None else Usage.from_json(usage),
     )
+
+
+def _confirmed_last(profiles: Sequence[Profile]) -> list[Profile]:
+    """Those of a class's last confirmation, which have one time; what was confirmed
+    before, of other strategies, wasn't decided on beside them."""
+    newest = max(p.created for p in profiles)
+    return [p for p in profiles if p.created == newest]
 
 
 def _class(
