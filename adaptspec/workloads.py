@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CLASS = "default"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
 STANDARD_INPUT = "-"
 
 
@@ -148,10 +151,11 @@ def read_workload(
 ) -> Workload:
     """The workload in a file, named after the file; ``-`` is standard input.
 
-    The file holds JSON lines, or one JSON array; blank lines are skipped. A row has one
-    of the layouts of :mod:`adaptspec.workload_formats`. Without an id its line (or its
-    place in the array) is its id. What nothing reads is told once in ``notes``, and so
-    are conversations in which no user speaks, which are left out.
+    The file holds JSON lines, or one JSON array, also packed by gzip; blank lines are
+    skipped. A row has one of the layouts of :mod:`adaptspec.workload_formats`. Without
+    an id its line (or its place in the array) is its id. What nothing reads is told
+    once in ``notes``, and so are conversations in which no user speaks, which are left
+    out.
 
     Args:
         skip_bad: Leave bad rows out; the workload's ``skipped`` tells of them.
@@ -268,6 +272,14 @@ def _content(path: Path, name: str) -> bytes:
             f"can't read the workload {name}: {error.strerror or error}; "
             "give a file of JSON lines"
         ) from error
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise WorkloadError(
+                f"can't unpack the workload {name}: {error}; give a whole gzip file, "
+                "or JSON lines"
+            ) from error
     return content.removeprefix(BYTE_ORDER_MARK)
 
 

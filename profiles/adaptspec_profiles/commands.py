@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
@@ -14,6 +14,9 @@ from adaptspec.cli.output import print_json, stdout_console
 from adaptspec.errors import ProfileStoreError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from adaptspec.host import Host
     from adaptspec.profile import ClassChoice, Environment, Profile, ProfileStore
 
 RUN_LENGTH = 16  # of a run's name, which may be digits alone
@@ -35,7 +38,10 @@ def profiles() -> None:
 @click.option("--runs", is_flag=True, help="List runs, and what is used of each.")
 @json_option
 @db_option
+@click.pass_obj
 def list_profiles(
+    host: Host | None,
+    /,
     prompt_class: str | None,
     run: str | None,
     runs: bool,
@@ -54,44 +60,61 @@ def list_profiles(
     if not found:
         click.echo("no profiles yet; `adaptspec tune` measures some", err=True)
         return
+    engines = _several_engines(p.environment for p in found)
+    defaults = {} if host is None else _defaults(host)
+    runs: dict[tuple[object, ...], list[Profile]] = {}
+    for p in found:
+        runs.setdefault((p.run, *p.environment.key()), []).append(p)
+    for ours in runs.values():
+        name, place = ours[0].run, ours[0].environment
+        of = [f"{place.model_name} {place.dtype}", place.device]
+        of += [place.decoded_by] if engines else []
+        of += [
+            f"with {other}" for other in (place.draft_name, place.heads_name) if other
+        ]
+        click.echo(f"run {name}: {', '.join(of)}")
+        stdout_console().print(_settings(ours, defaults))
+
+
+def _defaults(host: Host) -> dict[str, dict[str, Any]]:
+    """The parameters' defaults of every strategy and baseline that is installed."""
+    found: dict[str, Any] = {**host.strategies, **host.baselines}
+    return {
+        name: {spec.name: spec.default for spec in cls.Params.specs()}
+        for name, cls in found.items()
+    }
+
+
+def _settings(
+    found: Sequence[Profile], defaults: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """What a run measured, one row a setting; its figures and its id stay whole.
+
+    Args:
+        defaults: Strategy -> its parameters' defaults, which aren't shown.
+    """
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
-    engines = _several_engines(p.environment for p in found)
-    for column in (
-        *(
-            "id",
-            "run",
-            *engines,
-            "model",
-            "draft, heads",
-            "device",
-            "class",
-            "strategy",
-        ),
-        *("parameters", "tokens/s", "x plain", "identical"),
-    ):
-        table.add_column(column)
+    for column in ("id", "x plain", "tokens/s", "identical"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for column in ("class", "strategy", "not default"):
+        table.add_column(column, overflow="fold")
     for p in found:
         m = p.measurement
+        usual = defaults.get(p.strategy, {})
+        params = {k: v for k, v in p.params.items() if k not in usual or usual[k] != v}
         table.add_row(
             str(p.id),
-            p.run,
-            *(p.environment.decoded_by for _ in engines),
-            f"{p.environment.model_name} {p.environment.dtype}",
-            ", ".join(
-                filter(None, (p.environment.draft_name, p.environment.heads_name))
-            )
-            or "-",
-            p.environment.device,
-            p.prompt_class,
-            p.strategy + _marks(p),
-            " ".join(f"{k}={v}" for k, v in p.params.items()) or "-",
-            f"{m.tokens_per_second:.1f}",
             f"{m.ratio:.2f}",
+            f"{m.tokens_per_second:.1f}",
             f"{m.identical}/{m.prompts}",
+            Text(p.prompt_class),
+            p.strategy + _marks(p),
+            Text(" ".join(f"{k}={v}" for k, v in params.items()) or "-"),
         )
-    stdout_console().print(table)
+    return table
 
 
 def _list_runs(
@@ -129,7 +152,7 @@ def _list_runs(
         "used for",
     )
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "run", overflow="fold")
     for name in runs:
         ours = [choice for choice in choices if choice.run == name]
         named = [c for c in ours if c.prompt_class != EVERY_CLASS]
@@ -272,16 +295,18 @@ def costs(as_json: bool, db: str | None) -> None:
         for name, of in ((place.model_name, found.target), ("draft", found.draft)):
             if of is None:
                 continue
-            table = Table(
-                "cached",
-                *("1 token" if count == 1 else str(count) for count in of.rows),
-                box=None,
-                title=f"{name} {place.dtype}, {place.device_name}, {place.threads} "
-                f"threads, {found.measured[:10]}: milliseconds of a forward",
-                title_justify="left",
+            threads = f"{place.threads} thread{'' if place.threads == 1 else 's'}"
+            click.echo(
+                f"{name} {place.dtype}, {place.device_name}, {threads}, "
+                f"{found.measured[:10]}: milliseconds of a forward"
             )
-            for context, line in zip(of.contexts, of.seconds, strict=True):
-                table.add_row(str(context), *(f"{1e3 * each:.1f}" for each in line))
+            table = Table(
+                "tokens",
+                *(f"behind {context}" for context in of.contexts),
+                box=None,
+            )
+            for count, *line in zip(of.rows, *of.seconds, strict=True):
+                table.add_row(str(count), *(f"{1e3 * each:.1f}" for each in line))
             stdout_console().print(table)
 
 
@@ -334,7 +359,7 @@ def compare(runs: Sequence[str], as_json: bool, db: str | None) -> None:
 
     table = Table(box=None)
     for column in ("class", "run", "choice", "x plain", "95% interval", "prompts", ""):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "run", overflow="fold")
     for name in sorted({c.prompt_class for ours in by_run.values() for c in ours}):
         for run, ours in by_run.items():
             for choice in [c for c in ours if c.prompt_class == name]:
@@ -355,11 +380,17 @@ def compare(runs: Sequence[str], as_json: bool, db: str | None) -> None:
 @click.argument("run")
 @db_option
 def pin(run: str, db: str | None) -> None:
-    """Use what a tuning run decided before all others of its model."""
+    """Use what a tuning run decided before all others of its model and engine."""
     with _store(db) as store:
         choices = store.choices()
-        model = _of_run(choices, run)[0].environment.model
-        for other in {c.run for c in choices if c.environment.model == model} - {run}:
+        place = _of_run(choices, run)[0].environment
+        ours = (place.model, place.engine)
+        same = {
+            c.run
+            for c in choices
+            if (c.environment.model, c.environment.engine) == ours
+        }
+        for other in same - {run}:
             store.pin(other, False)
         store.pin(run, True)
     click.echo(f"run {run} is pinned", err=True)
@@ -390,7 +421,7 @@ def prune(dry_run: bool, db: str | None) -> None:
                 store.delete_run(run)
             click.echo(run)
     said = "would be forgotten" if dry_run else "forgotten"
-    click.echo(f"{len(gone)} runs {said}", err=True)
+    click.echo(f"{len(gone)} run{'' if len(gone) == 1 else 's'} {said}", err=True)
 
 
 @profiles.command("export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -245,6 +246,20 @@ def test_a_fault_in_an_array_is_named_by_its_line(
     tmp_path: Path, content: bytes, said: str
 ) -> None:
     assert said in refusal(written(tmp_path, content))
+
+
+def test_a_packed_file_is_read_like_the_file(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "mine.jsonl", tmp_path / "mine.jsonl.gz"
+    content = b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\n'
+    plain.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    assert read_workload(packed).digest == read_workload(plain).digest
+    for broken in (gzip.compress(content)[:-9], b"\x1f\x8bmore"):
+        packed.write_bytes(broken)
+        with pytest.raises(
+            WorkloadError, match=r"mine.jsonl.gz: .*; give a whole gzip"
+        ):
+            read_workload(packed)
 
 
 def test_standard_input_is_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_run_of_few_classes_is_not_said_to_serve_all(tmp_path: Path) -> None:
     store.put_choices([*broad, *narrow])
     assert select(store.choices(), HERE).run == "run0"
     store.close()
-    runs = {r["run"]: r for r in json.loads(run("list", "--runs", "--json", "--db", path))}
+    runs = {
+        r["run"]: r for r in json.loads(run("list", "--runs", "--json", "--db", path))
+    }
     used = [c["prompt_class"] for c in runs["run1"]["choices"] if c["used"]]
     assert used == ["chat"]
 
@@ -106,6 +109,35 @@ def test_a_pinned_run_is_used_before_better_evidence(db: str) -> None:
     run("unpin", "run2", "--db", db)
     assert select(store.choices(), HERE, "chat").run == "run1"
     store.close()
+
+
+def test_a_pin_takes_no_other_engines_pin_away(db: str) -> None:
+    store = open_store(db)
+    other = replace(HERE, engine="llama.cpp")
+    store.put_choices([of_day(3, environment=other)])
+    run("pin", "run0", "--db", db)
+    run("pin", "run3", "--db", db)
+    assert {c.run for c in store.choices() if c.pinned} == {"run0", "run3"}
+    store.close()
+
+
+def test_only_parameters_that_differ_from_defaults_are_listed(db: str) -> None:
+    class Params:
+        @classmethod
+        def specs(cls) -> list[Any]:
+            return [SimpleNamespace(name="k", default=4)]
+
+    host = SimpleNamespace(
+        strategies={"a": SimpleNamespace(Params=Params)}, baselines={}
+    )
+    store = open_store(db)
+    params = {"k": 4, "m": 7}
+    store.add_profiles([example_profile(run="r9", strategy="a", params=params)])
+    store.close()
+    done = CliRunner().invoke(command, ["list", "--run", "r9", "--db", db], obj=host)
+    assert "m=7" in done.stdout
+    assert "k=4" not in done.stdout
+    assert "k=4" in run("list", "--run", "r9", "--db", db)
 
 
 def test_what_nothing_is_used_of_is_pruned(db: str) -> None:

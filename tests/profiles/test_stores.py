@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -21,12 +22,17 @@ from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from sqlalchemy import inspect
 
 from adaptspec.errors import ProfileStoreError
 from adaptspec.host import Host
 from adaptspec.profile import Environment, ProfileStore, Trial, Use
-from adaptspec.testing.stores import ProfileStoreContract, example_profile
+from adaptspec.testing.stores import (
+    ProfileStoreContract,
+    example_choice,
+    example_profile,
+)
 from adaptspec_profiles import open_store
 from adaptspec_profiles.as_json import profile_from_json, profile_to_json
 from adaptspec_profiles.commands import profiles as profiles_command
@@ -486,6 +492,33 @@ def test_the_commands_list_show_export_and_import(tmp_path: Path) -> None:
     run.invoke(profiles_command, ["delete", "r1", "--db", second])
     empty = run.invoke(profiles_command, ["list", "--json", "--db", second])
     assert json.loads(empty.stdout) == []
+
+
+def test_on_a_narrow_terminal_a_run_and_figures_stay_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = str(tmp_path / "p.db")
+    store = open_store(db)
+    name = "0123456789abcdef"
+    long = {f"parameter_number_{i}": i for i in range(9)}
+    other = example_profile(run=name, strategy="b", params=long)
+    store.add_profiles([example_profile(run=name, params=long), other])
+    store.put_choices([example_choice(run=name)])
+    store.close()
+    narrow = Console(width=80, markup=False, file=io.StringIO(), force_terminal=False)
+    monkeypatch.setattr("adaptspec_profiles.commands.stdout_console", lambda: narrow)
+    heading = run_command("list", "--db", db)
+    assert [line for line in heading.splitlines() if name in line]
+    run_command("list", "--runs", "--db", db)
+    run_command("compare", name, "--db", db)
+    printed = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert printed.count(name) == 2
+    assert "…" not in printed
+    for figure in ("1.50", "chat"):
+        assert figure in printed
+    for key in long:
+        assert f"{key}={long[key]}" in "".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_importing_twice_adds_nothing_and_keeps_the_ids(tmp_path: Path) -> None:

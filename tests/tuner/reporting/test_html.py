@@ -199,7 +199,9 @@ def test_only_what_was_confirmed_last_stands_beside_a_choice() -> None:
     then = example_profile().created
     now = then.replace(year=2031)
     keep(store, [profile("chat", PLAIN, 10.0), profile("chat", "b", 99.0)])
-    again = [profile("chat", s, v, created=now) for s, v in ((PLAIN, 10.0), ("a", 20.0))]
+    again = [
+        profile("chat", s, v, created=now) for s, v in ((PLAIN, 10.0), ("a", 20.0))
+    ]
     keep(store, again)
     assert len(store.profiles()) == 3
     (chat,) = build(store).classes
