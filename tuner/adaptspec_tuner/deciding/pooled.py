@@ -59,7 +59,12 @@ class Pooled:
         self._known = bool(groups) and bool(np.isfinite(evidence.spread).all())
         if not self._known:
             return
-        self._error, self._freedom = _errors(self._weights, evidence)
+        self._error = np.sqrt(
+            np.einsum("rg,gh,rh->r", self._weights, evidence.covariance, self._weights)
+        )
+        # What luck brings is drawn, so this only shares out what may be wrong.
+        self._freedom = _satterthwaite(self._weights, evidence)
+        self._reach = _reach(self._weights, evidence, self._error, self._freedom)
         class_of = np.array([names.index(name) for name, _ in groups])
         key_of = np.array([keys.index(key) for _, key in groups])
         self._pooling = Pooling(
@@ -164,7 +169,7 @@ class Pooled:
         return 2 + bisect.bisect_left(counts, True, key=shows)
 
     def _interval(self, row: int) -> tuple[float, float]:
-        reach = stats.t.ppf(0.975, self._freedom[row]) * self._error[row]
+        reach = self._reach[row]
         return self._own[row] - reach, self._own[row] + reach
 
     def _drawn(self, seed: int) -> Floats:
@@ -214,31 +219,41 @@ def _rank(values: Floats) -> Floats:
     return np.asarray((np.argsort(np.argsort(values)) + 0.5) / len(values))
 
 
-def _errors(weights: Floats, evidence: Evidence) -> tuple[Floats, Floats]:
-    """Standard error of each weighted sum of groups and its degrees of freedom.
+def _satterthwaite(weights: Floats, evidence: Evidence) -> Floats:
+    """Degrees of freedom of each weighted sum of groups (Satterthwaite, 1946)."""
+    if evidence.common == math.inf:
+        return np.full(len(weights), evidence.freedom[0])
+    variance = weights**2 * np.diag(evidence.covariance)
+    return np.asarray(
+        variance.sum(axis=1) ** 2 / (variance**2 / evidence.freedom).sum(axis=1)
+    )
+
+
+def _reach(
+    weights: Floats, evidence: Evidence, error: Floats, freedom: Floats
+) -> Floats:
+    """Half of each weighted sum's 95% interval, ``[results]``.
 
     Where groups have spreads of their own, a sum of several is one of t distributions;
     the t distribution with its variance and kurtosis stands for it (as in Patil,
-    "Approximation to the Behrens-Fisher distributions", 1965). Of one with fewer
-    degrees than have a kurtosis, its 95% interval counts.
+    "Approximation to the Behrens-Fisher distributions", 1965). Satterthwaite's takes
+    variances that were drawn toward each other for unbiased ones: its intervals over
+    classes of unlike spreads cover the truth in 90%. Of a group with fewer degrees than
+    have a kurtosis, its own 95% interval counts.
 
     Args:
         weights: ``[results, groups]``; no two groups of a result are of one class.
-
-    Returns:
-        Two of ``[results]``.
+        error: ``[results]``, standard errors.
+        freedom: ``[results]``, their degrees of freedom.
     """
-    error = np.sqrt(np.einsum("rg,gh,rh->r", weights, evidence.covariance, weights))
+    reach = np.asarray(error * stats.t.ppf(0.975, freedom))
     if evidence.common == math.inf:
-        return error, np.full(len(weights), evidence.freedom[0])
-    freedom = np.maximum(evidence.freedom, 5.0)
-    same = stats.t.ppf(0.975, evidence.freedom) / stats.t.ppf(0.975, freedom)
+        return reach
+    own = np.maximum(evidence.freedom, 5.0)
+    same = stats.t.ppf(0.975, evidence.freedom) / stats.t.ppf(0.975, own)
     scale = np.diag(evidence.covariance) * same**2
-    variance = weights**2 * (scale * freedom / (freedom - 2))
+    variance = weights**2 * (scale * own / (own - 2))
     total = variance.sum(axis=1)
-    degrees = 4 + total**2 / (variance**2 / (freedom - 4)).sum(axis=1)
-    alone = (weights > 0).sum(axis=1) == 1
-    return (
-        np.where(alone, error, np.sqrt(total * (degrees - 2) / degrees)),
-        np.where(alone, (weights > 0) @ evidence.freedom, degrees),
-    )
+    degrees = 4 + total**2 / (variance**2 / (own - 4)).sum(axis=1)
+    sums = np.sqrt(total * (degrees - 2) / degrees) * stats.t.ppf(0.975, degrees)
+    return np.where((weights > 0).sum(axis=1) == 1, reach, sums)
