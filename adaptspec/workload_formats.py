@@ -12,6 +12,7 @@ A row is a JSON object. Its layout is told by the key that holds the prompt:
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -224,6 +225,9 @@ def _fields(row: Mapping[str, Any], layout: str) -> tuple[_Fields, list[str]]:
     if fields.prompt_class == EVERY_CLASS:
         key, _ = found["class"]
         raise BadRow(f"{key!r} must not be {EVERY_CLASS!r}, which is all classes")
+    if any(unicodedata.category(each) == "Cc" for each in fields.prompt_class or ""):
+        key, value = found["class"]
+        raise BadRow(f"{key!r} must hold no control characters, got {short(value)}")
     return fields, [_short_key(key) for key in given if key not in passed]
 
 

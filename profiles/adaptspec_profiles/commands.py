@@ -380,7 +380,7 @@ def compare(runs: Sequence[str], as_json: bool, db: str | None) -> None:
 @click.argument("run")
 @db_option
 def pin(run: str, db: str | None) -> None:
-    """Use what a tuning run decided before all others of its model and engine."""
+    """Use a run's choices before all others of its model and engine."""
     with _store(db) as store:
         choices = store.choices()
         place = _of_run(choices, run)[0].environment

@@ -128,6 +128,8 @@ def test_bom_crlf_blank_lines_and_line_separators_in_text_do_no_harm(
             r"'category' must not be '\*', which is all",
         ),
         ('{"prompt": "a", "class": ""}', "'class' .* at least 1 character"),
+        (r'{"prompt": "a", "class": "a\nb"}', r"control .* got 'a\\nb'"),
+        (r'{"prompt": "a", "class": "\u001b[1m"}', r"control .* got '\\x1b\[1m'"),
         ('{"prompt": "a", "id": 1.5}', "'id' should be a valid string, got 1.5;"),
         ('{"prompt": "a", "max_new_tokens": 0}', "'max_new_tokens' .* got 0"),
         ('{"prompt": "a", "max_new_tokens": true}', "'max_new_tokens' .* got True"),
