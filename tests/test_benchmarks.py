@@ -592,10 +592,12 @@ def test_bars_compare_prompt_by_prompt_and_class_by_class() -> None:
     assert ratio == pytest.approx(math.sqrt(2 * 4))
     assert error == pytest.approx(ratio * math.log(2) / 2)
     strategies = {name: name for name in times["p1"] if name != auto}
-    over, whole, oracle, worst = mixed.bars(times, groups, strategies)
+    over, whole, oracle, fair, worst = mixed.bars(times, groups, strategies)
     assert "hybrid's, a (1.15 or more): 1.260 ±" in over  # 2 ** (1 / 3)
     assert "fixed setting, hybrid: 0.630 ±" in whole  # 2 ** (-2 / 3)
     assert "0.97 or more): 0.595 ±" in oracle  # the root of 1 / sqrt(2) and 1 / 2
+    # The hybrid is best on either of x; y has no other prompt.
+    assert "other prompts: 0.707 ±" in fair  # the root of 1 / 2 and 1
     assert "y (0.98 or more): 1.000 ±" in worst
 
 
