@@ -62,10 +62,10 @@ def list_profiles(
         return
     engines = _several_engines(p.environment for p in found)
     defaults = {} if host is None else _defaults(host)
-    runs: dict[tuple[object, ...], list[Profile]] = {}
+    by_run: dict[tuple[object, ...], list[Profile]] = {}
     for p in found:
-        runs.setdefault((p.run, *p.environment.key()), []).append(p)
-    for ours in runs.values():
+        by_run.setdefault((p.run, *p.environment.key()), []).append(p)
+    for ours in by_run.values():
         name, place = ours[0].run, ours[0].environment
         of = [f"{place.model_name} {place.dtype}", place.device]
         of += [place.decoded_by] if engines else []
