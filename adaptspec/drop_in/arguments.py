@@ -144,8 +144,19 @@ def check_inputs(input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
                 "a decoder keeps a cache of its own and reads the whole prompt",
                 "leave it out and pass the whole text as input_ids",
             )
+    if input_ids.numel() == 0:
+        way = "pass at least one row of at least one token"
+        raise refusal("input_ids", input_ids, "there is nothing to decode", way)
     given = arguments.get("position_ids")
     mask = arguments.get("attention_mask")
+    # Of a mask of ones transformers hands on the positions alone.
+    for made in (mask, given):
+        if made is not None and made.shape[-1] != input_ids.shape[1]:
+            raise UnsupportedControlError(
+                "attention_mask and position_ids must be as long as input_ids, "
+                f"{input_ids.shape[1]}, got {made.shape[-1]}; pass them as the "
+                "tokenizer makes them, or leave them out"
+            )
     if given is not None and not _counted(given, input_ids, mask):
         why = "positions are those that generate works out of the attention mask"
         raise refusal("position_ids", given, why, "leave it out")

@@ -296,10 +296,13 @@ class LanguageModel:
         """Probed once: trees, else chains, else plain decoding, each compared with
         the model's own ``generate``.
 
+        What is found holds from then on, so a caller's ``torch.autocast`` is left out.
+
         Raises:
             ModelLoadError: if it isn't causal, or nothing agrees with ``generate``.
         """
-        return probe(self)
+        with torch.autocast(self.device.type, enabled=False):
+            return probe(self)
 
     @functools.cached_property
     def unverifiable(self) -> str | None:

@@ -54,6 +54,13 @@ def built(config: str, seed: int = 0, **arguments: Any) -> Any:
     return module.float().eval()
 
 
+def test_a_callers_autocast_hides_nothing_that_a_model_can_verify() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        capability = tiny_model("llama").capability
+        assert torch.is_autocast_enabled("cpu")
+    assert capability.level == "tree"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("window", [16, 200])
