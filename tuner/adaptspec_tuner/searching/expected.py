@@ -21,7 +21,7 @@ from adaptspec_tuner.searching.space import active
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
+    Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,14 @@ class Expected:
         squares = ((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)
         near = np.exp(-0.5 * squares / s.reach**2)
         near *= s.related + (1 - s.related) * same_method
-        return (
+        found: Floats = (
             s.every**2
             + s.of_class**2 * same_class
             + (s.method**2 + s.method_in_class**2 * same_class) * same_method
             + (s.params**2 + s.params_in_class**2 * same_class) * near
             + s.prompt**2 * same_prompt * same_method
         )
+        return found
 
     def _placed(self, points: Sequence[Point]) -> Floats:
         """Coordinates of settings: from 0 to 1 in each parameter; one that a setting
@@ -199,4 +200,5 @@ def _same(ones: Sequence[Point], others: Sequence[Point], key: Any) -> Floats:
     numbers: dict[Any, int] = {}
     a = [numbers.setdefault(key(p), len(numbers)) for p in ones]
     b = [numbers.setdefault(key(p), len(numbers)) for p in others]
-    return (np.array(a)[:, None] == np.array(b)[None, :]).astype(float)
+    same: Floats = (np.array(a)[:, None] == np.array(b)[None, :]).astype(float)
+    return same
