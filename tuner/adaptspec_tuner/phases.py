@@ -19,6 +19,7 @@ from adaptspec_tuner.confirming.finalists import (
     confirm_classes,
     confirming_takes,
     finalists_of,
+    shortest_confirmation,
     stored_class,
 )
 from adaptspec_tuner.confirming.kept import kept_class
@@ -32,8 +33,8 @@ from adaptspec_tuner.searching.entrants import (
     earlier_settings,
     entrants,
 )
-from adaptspec_tuner.searching.one_by_one import open_one_by_one
 from adaptspec_tuner.searching.search import Arm, Search
+from adaptspec_tuner.searching.sweeps import Costs, sweep_all
 from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
             over_all = replayed_over_all(run, replayer, recorded)
             common = common_settings(given.strategies, over_all)
             replayed = replayed_by_class(run, replayer, recorded, common)
-            search, shared = raced(run, recorded, plain, common, replayed)
+            search, shared = raced(run, tuning, recorded, plain, common, replayed)
             learn_classes(run)
             finalists = finalists_of(run, search, shared)
             records: dict[str, dict[str, Any]] = {}
@@ -270,6 +271,7 @@ def _by_class(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 
 def raced(
     run: TuningRun,
+    tuning: Workload,
     recorded: Sequence[Prompt],
     plain: Mapping[str, Sample],
     common: Mapping[str, Mapping[str, Scalar]],
@@ -306,7 +308,6 @@ def raced(
         },
         pool=given.pool,
         repeats=1 if given.once else 3,
-        challengers=5 if given.of_engine else 3,
         first=opening_prompts(
             {
                 name: [plain[p.id].seconds for p in group if p.id in plain]
@@ -324,16 +325,22 @@ def raced(
             name: median([plain[p.id].seconds for p in group if p.id in plain] or [0.0])
             for name, group in prompts.items()
         }
-        learnt = open_one_by_one(
+        costs = Costs(seconds, lambda: given.starting, given.at_once)
+        run.time.search_for(
+            costs.opening(len(given.strategies)),
+            shortest_confirmation(run, tuning, plain),
+        )
+        common = sweep_all(
             search,
             given.strategies,
             prompts,
-            seconds,
-            lambda: run.time.left_for_search,
+            costs,
+            lambda: run.time.left_for_search if may_try() else 0.0,
             earlier=earlier,
-            starting=lambda: given.starting,
         )
-        return _raced_on(run, search, prompts), learnt
+        for line in untried_lines([arm for arm in search.arms if not arm.trials]):
+            run.warn(line)
+        return search, common
     for cls in given.strategies:
         for name, group in prompts.items():
             opening = entrants(

@@ -80,6 +80,13 @@ class TimeBudget:
         if math.isfinite(self.deadline):
             self._search_end = self.deadline - kept
 
+    def search_for(self, seconds: float, least: float) -> None:
+        """Let the search go on for ``seconds`` from now on, as far as ``least`` of them
+        are left for confirming behind it."""
+        if math.isfinite(self.deadline):
+            end = min(self.clock() + seconds, self.deadline - least)
+            self._search_end = max(self._search_end, end)
+
     def for_opening(self) -> float:
         """Seconds in which every class's race is opened."""
         return (self._search_end - self.clock()) * self._opening

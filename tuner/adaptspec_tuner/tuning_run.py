@@ -106,6 +106,13 @@ class TuneInputs:
         return 0.0
 
     @property
+    def at_once(self) -> int:
+        """How many settings are measured beside the same plain answers."""
+        if isinstance(self.measurer, MeasuresAhead):
+            return self.measurer.beside_plain
+        return 1
+
+    @property
     def once(self) -> bool:
         """Whether each setting is measured but once on a prompt."""
         return isinstance(self.measurer, MeasuresAhead) and self.measurer.keeps

@@ -31,7 +31,6 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
-from adaptspec_tuner.searching.one_by_one import ordered
 from adaptspec_tuner.tuning_run import Interrupted
 
 CLASSES = ("summary", "code", "chat")
@@ -382,21 +381,73 @@ def test_many_methods_and_little_time_leave_some_for_the_parameters_of_the_best(
     assert machine.clock.now < 770
 
 
-def test_the_best_are_tried_first_and_each_of_the_others_in_turn() -> None:
-    methods = [Method(name, "x") for name in "abcdef"]
-    reached: dict[str, list[float]] = {
-        m.name: [-0.1 * n] for n, m in enumerate(methods)
+@pytest.mark.parametrize(
+    ("start", "room", "requests"),
+    [(3.0, 4, 1), (3.0, 1, 1), (60.0, 2, 1), (75.0, 1, 4)],
+)
+def test_every_method_is_asked_in_every_class_before_a_second_setting_of_any(
+    start: float, room: int, requests: int
+) -> None:
+    idle = Method("idle", "gains nothing", DRAFT.Params)
+    machine = Machine(
+        TRUTH, start=start, room=room, noise=0.01, methods=(COPY, idle, DRAFT)
+    )
+    # Little beside the starts, which must not keep any method from being asked.
+    budget = 300.0 + 14 * start
+    store = MemoryStore()
+    result, engine = tuned(machine, budget, store=store, concurrency=requests)
+    opened: dict[str, str] = {}
+    asked: set[tuple[str, str]] = set()
+    for method, params, prompts in engine.log:
+        if method == PLAIN:
+            continue
+        if opened.setdefault(method, repr(params)) != repr(params):
+            break
+        if prompts[0] not in HELD_OUT:
+            asked |= {(method, name.partition("/")[0]) for name in prompts}
+    assert asked == {(m, c) for m in ("copy", "idle", "draft") for c in CLASSES}
+    tried = {(t.strategy, t.prompt_class) for t in store.trials(result.run)}
+    assert tried >= asked  # what was measured counts
+    assert result.named
+    assert machine.clock.now <= 1.05 * budget + start
+
+
+def test_a_killed_search_goes_on_where_it_was() -> None:
+    def kill(method: str, params: Mapping[str, Scalar], count: int) -> str | None:
+        if count > 20:
+            raise KeyboardInterrupt
+        return None
+
+    store = MemoryStore()
+    with pytest.raises(Interrupted) as stopped:
+        tuned(Machine(TRUTH, fails=kill), store=store)
+    run = stopped.value.result.run
+    before = {(t.prompt_class, t.strategy, repr(t.params)) for t in store.trials(run)}
+    assert before
+    result, engine = tuned(Machine(TRUTH), store=store)
+    assert result.run == run
+    after = [(t.prompt_class, t.strategy, repr(t.params)) for t in store.trials(run)]
+    assert len(after) == len(set(after)) > len(before)
+    again = {
+        (names[0].partition("/")[0], method, repr(params))
+        for method, params, names in engine.log
+        if names[0] not in HELD_OUT and names[0] != engine.log[0][2][0]
+    }  # but each start's first little answer
+    assert not before & again
+    assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
+
+
+def test_settings_of_earlier_runs_are_tried_again_in_their_classes() -> None:
+    store = MemoryStore()
+    first, _ = tuned(Machine(TRUTH), store=store)
+    found = {f.name: f.choice for f in first.named if f.choice.strategy != PLAIN}
+    last, _ = tuned(Machine(TRUTH), store=store, classes=(*CLASSES, "code"), prompts=7)
+    assert last.run != first.run
+    tried = {
+        (t.prompt_class, t.strategy, repr(dict(t.params)))
+        for t in store.trials(last.run)
     }
-    tried = []
-    for _ in range(4):
-        order = ordered(methods, reached, 3)
-        assert sorted(m.name for m in order) == list("abcdef")
-        assert [m.name for m in order[:2]] == ["a", "b"]
-        tried.append(order[2].name)
-        for method in order[:3]:
-            reached[method.name].append(reached[method.name][0])
-    assert tried == ["c", "d", "e", "f"]
-    assert ordered(methods, {"f": [1.0], "a": [0.5]}, 9)[-2:] == [
-        methods[5],
-        methods[0],
-    ]
+    assert {
+        (name, choice.strategy, repr(dict(choice.params)))
+        for name, choice in found.items()
+    } <= tried

@@ -1,8 +1,7 @@
-"""Settings one step away, and what is learnt of such steps."""
+"""Settings one step away."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from hypothesis import given
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from adaptspec.params import Params, Tunable
-from adaptspec_tuner.searching.moves import Learnt, moves
-from adaptspec_tuner.searching.one_by_one import fitting
-from adaptspec_tuner.searching.space import defaults
+from adaptspec_tuner.searching.moves import moves
 
 
 class Space(Params):
@@ -57,32 +54,3 @@ def test_a_move_changes_one_parameter_that_matters_to_an_allowed_value(
     assert len(seen) == len(set(seen))
     # Every parameter that matters can be changed, upward or downward.
     assert {name for name, _ in seen} >= {"length", "least", "kind"}
-
-
-def test_what_paid_comes_first_and_what_lost_is_left_out() -> None:
-    learnt, start = Learnt(), defaults(Space)
-    first = [move for move, _ in learnt.settings("m", Space, start)]
-    assert len(first) == 5  # length both ways, least upward, two kinds
-    learnt.tell(("m", "least", 1), math.log(1.3))
-    learnt.tell(("m", "length", 1), math.log(0.7))
-    learnt.tell(("other", "length", -1), math.log(0.5))
-    found = [move for move, _ in learnt.settings("m", Space, start)]
-    assert found[0] == ("m", "least", 1)
-    assert ("m", "length", 1) not in found
-    assert ("m", "length", -1) in found
-
-
-def test_one_loss_counts_less_than_several() -> None:
-    learnt = Learnt()
-    move = ("m", "length", 1)
-    learnt.tell(move, -0.1)
-    once = learnt.expected(move)
-    learnt.tell(move, -0.1)
-    assert -0.1 < learnt.expected(move) < once < 0
-
-
-def test_as_many_settings_are_opened_as_there_is_time_for() -> None:
-    assert fitting(60.0, 10.0) == 5  # and plain decoding
-    assert fitting(9.0, 10.0) == 0
-    assert fitting(-5.0, 10.0) == 0
-    assert fitting(math.inf, 10.0) is None

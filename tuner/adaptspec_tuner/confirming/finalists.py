@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from statistics import fmean, geometric_mean, median
@@ -74,7 +74,11 @@ def confirm_classes(
         yield from ((name, {}) for name in staying)
     for index, name in enumerate(names):
         once = _once(tuning, name, plain, run.environment.concurrency)
-        share = run.time.left / (len(names) - index)
+        rest = sum(
+            _once(tuning, left, plain, run.environment.concurrency)
+            for left in names[index:]
+        )
+        share = run.time.left * (once / rest if rest else 1 / (len(names) - index))
         always = 1 + len(baselines)
         chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)
         if run.given.once:  # they are measured already
@@ -167,7 +171,7 @@ def measured_ahead(
     once = {name: _once(tuning, name, plain, at_once) for name in held_out.classes}
     kept = {name: list(finalists.get(name, ())) for name in held_out.classes}
 
-    def takes(prompts: int) -> float:
+    def takes(kept: Mapping[str, Sequence[Finalist]], prompts: int) -> float:
         # Each setting takes turns with plain decoding.
         settings = {f.setting.key for found in kept.values() for f in found}
         answers = sum(
@@ -176,13 +180,9 @@ def measured_ahead(
         starts = len(settings) + math.ceil(len(settings) / beside_plain)
         return starting * starts + prompts * answers
 
-    while takes(FEWEST_PROMPTS) > run.time.left:
-        longest = max(kept, key=lambda name: len(kept[name]))
-        if len(kept[longest]) < 2:
-            break
-        kept[longest].pop()
+    kept = shortened(kept, lambda kept: takes(kept, FEWEST_PROMPTS), run.time.left)
     most = max(map(len, held_out.by_class().values()), default=0)
-    fitting = [n for n in range(1, most + 1) if takes(n) <= run.time.left]
+    fitting = [n for n in range(1, most + 1) if takes(kept, n) <= run.time.left]
     count = max(FEWEST_PROMPTS, *fitting, 0)
     prompts = {name: of[:count] for name, of in held_out.by_class().items()}
     asked: dict[str, tuple[Setting, list[Prompt]]] = {}
@@ -210,6 +210,57 @@ def measured_ahead(
     }
     every = tuple(p for of in prompts.values() for p in of)
     return kept, replace(held_out, prompts=every)
+
+
+def shortened(
+    finalists: Mapping[str, Sequence[Finalist]],
+    takes: Callable[[Mapping[str, Sequence[Finalist]]], float],
+    left: float,
+) -> dict[str, list[Finalist]]:
+    """As many finalists as there is time for, one of each class at least.
+
+    Those go first that cost the least gain for the time they take: one of a class, or a
+    setting everywhere, whose start is then saved.
+
+    Args:
+        takes: Seconds of finalists by class.
+    """
+    kept = {name: list(found) for name, found in finalists.items()}
+    while (now := takes(kept)) > left:
+        settings = {f.setting.key for found in kept.values() for f in found}
+        fewer = [
+            {n: [f for f in of if f.setting.key != key] for n, of in kept.items()}
+            for key in settings
+        ]
+        fewer += [
+            {**kept, name: [f for f in found if f is not one]}
+            for name, found in kept.items()
+            for one in found
+        ]
+        # None that leaves a class without any, or saves no time.
+        fewer = [
+            less
+            for less in fewer
+            if all(less[name] or not kept[name] for name in kept) and takes(less) < now
+        ]
+        if not fewer:
+            break
+        before = _gained(kept)
+        kept = min(
+            fewer, key=lambda less: (before - _gained(less)) / (now - takes(less))
+        )
+    return kept
+
+
+def _gained(finalists: Mapping[str, Sequence[Finalist]], doubt: float = 0.3) -> float:
+    """What confirming these is worth: the log of each class's best ratio to plain
+    decoding; of the next ones ``doubt`` times as much each, as they may be the best."""
+    total = 0.0
+    for found in finalists.values():
+        ranked = sorted((f.ratio for f in found), reverse=True)
+        for place, ratio in enumerate(ranked):
+            total += doubt**place * max(0.0, math.log(ratio))
+    return total
 
 
 def _of_class(workload: Workload, name: str) -> Sequence[Prompt]:
@@ -244,6 +295,18 @@ def confirming_takes(
     if run.given.once:  # a round of the search that ends late is of all classes
         least += sum(late) + run.given.starting * (2 + FINALISTS)
     return least, whole
+
+
+def shortest_confirmation(
+    run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
+) -> float:
+    """Seconds in which a setting is confirmed in each class beside plain decoding."""
+    once = sum(
+        _once(tuning, name, plain, run.environment.concurrency)
+        for name in tuning.classes
+    )
+    starts = 2 * run.given.starting if run.given.once else 0.0
+    return starts + 2 * FEWEST_PROMPTS * once
 
 
 def _once(

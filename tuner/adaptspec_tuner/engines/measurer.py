@@ -55,8 +55,7 @@ class EngineMeasurer:
 
     Attributes:
         keeps: Whether starts take so long that a setting is measured once on each
-            prompt, and on the same places of all classes at once; as the engine says,
-            or as :meth:`check` saw it.
+            prompt; as the engine says, or as :meth:`check` saw it.
         starts: How often a setting was asked that wasn't ready, as far as can be told.
     """
 
@@ -85,7 +84,6 @@ class EngineMeasurer:
         ]
         every = [prompt for group in self._groups for prompt in group]
         self._shortest = min(every, key=lambda prompt: len(self.ids(prompt)))
-        self._tuning = list(parts[0].by_class().values())
         self.keeps, self.starts = engine.starting >= dear, 0
         self._ready: list[str] = []  # setting keys, the one asked last at the end
         self._took: dict[str, float] = {}  # setting key -> seconds of its first start
@@ -163,7 +161,7 @@ class EngineMeasurer:
         wanted = [
             (setting, missing)
             for setting, prompts in asked
-            if (missing := self._missing(setting, prompts))
+            if (missing := [p for p in prompts if self._lacks(setting, p)])
         ]
         late: set[str] = set()
         size = self.beside_plain
@@ -250,15 +248,8 @@ class EngineMeasurer:
             raise known
         return known
 
-    def _missing(self, setting: Setting, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those that aren't measured; where starts are dear, with each tuning prompt
-        those at the same place of all classes."""
-        found = {p.id: p for p in prompts}
-        if self.keeps:
-            groups = self._tuning
-            places = {g.index(p) for g in groups for p in prompts if p in g}
-            found |= {g[k].id: g[k] for g in groups for k in places if k < len(g)}
-        return [p for p in found.values() if (setting.key, p.id) not in self._waiting]
+    def _lacks(self, setting: Setting, prompt: Prompt) -> bool:
+        return (setting.key, prompt.id) not in self._waiting
 
     def _read(
         self,

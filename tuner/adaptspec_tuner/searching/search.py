@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import ANSWER, Trial
-from adaptspec_tuner.measuring.profiler import Measurer, Setting
+from adaptspec_tuner.measuring.profiler import Measurer, MeasuresAhead, Setting
 from adaptspec_tuner.records import raced_key
 from adaptspec_tuner.searching.space import distributions
 from adaptspec_tuner.searching.standings import Standings
@@ -243,16 +243,6 @@ class Search:
             )
         )
 
-    def suggest(
-        self, prompt_class: str, strategy: str, settings: Sequence[Mapping[str, Scalar]]
-    ) -> None:
-        """Try these next of a strategy in a class, in place of what was suggested
-        before; what was tried is left out."""
-        for arm in self._arms(prompt_class):
-            if arm.name == strategy:
-                tried = [dict(trial.params) for trial in arm.trials]
-                arm.study.suggest([s for s in settings if dict(s) not in tried])
-
     def race(self) -> list[Arm]:
         """Race the strategies of each class until time or ideas run out.
 
@@ -312,6 +302,13 @@ class Search:
                 found.drop(key)
         return found
 
+    def logs(self, prompt_class: str) -> dict[str, dict[str, float]]:
+        """Setting key -> prompt id -> log ratio to plain decoding; those of a class."""
+        return self.standings(prompt_class).logs()
+
+    def _arm(self, prompt_class: str, strategy: str) -> Arm:
+        return next(a for a in self._arms(prompt_class) if a.name == strategy)
+
     def _arms(self, prompt_class: str) -> list[Arm]:
         return [arm for arm in self.arms if arm.prompt_class == prompt_class]
 
@@ -321,19 +318,75 @@ class Search:
             for arm in self.arms:
                 arm.trials = self._stored(arm)
 
-    def open(self, prompt_class: str, most: int | None = None) -> None:
-        """Measure the first settings of all strategies of a class together.
-
-        Args:
-            most: Settings that there is time for.
-        """
+    def open(self, prompt_class: str) -> None:
+        """Measure the first settings of all strategies of a class together."""
         entrants = [
             arm
             for arm in self._arms(prompt_class)
             if not arm.trials
             for _ in range(arm.entrants)
         ]
-        self._try_together(prompt_class, entrants[:most])
+        self._try_together(prompt_class, entrants)
+
+    def sweep(self, wanted: Mapping[str, Sequence[Setting]]) -> bool:
+        """Measure new settings in several classes, each started once for all of them.
+
+        What is measured already is left out.
+
+        Args:
+            wanted: Class -> settings.
+
+        Returns:
+            Whether anything was measured.
+        """
+        begun = {
+            name: self._begin_these(name, settings) for name, settings in wanted.items()
+        }
+        asked: dict[str, tuple[Setting, list[Prompt]]] = {}
+        for jobs in begun.values():
+            for job in jobs:
+                found = asked.setdefault(job.setting.key, (job.setting, []))
+                found[1].extend(job.prompts)
+        ahead = None
+        if asked and isinstance(self._measurer, MeasuresAhead):
+            self._doing("starting settings for all classes")
+            self._measurer.forget()
+            ahead = self._measurer.measure_ahead(list(asked.values()), self._in_time)
+        measured = False
+        for name, jobs in begun.items():
+            if ahead is not None or self._in_time():
+                measured |= self._measure_new(name, jobs, ahead)
+            else:
+                for arm, trial in jobs.values():
+                    self._withdraw(arm, trial)
+        return measured
+
+    def _withdraw(self, arm: Arm, asked: Asked) -> None:
+        """There was no time for it."""
+        del arm.running[asked.number]
+        arm.study.withdraw(asked)
+
+    def _begin_these(
+        self, prompt_class: str, settings: Sequence[Setting]
+    ) -> dict[Job, tuple[Arm, Asked]]:
+        """Those of the settings that are new in a class, on its first prompts."""
+        begun: dict[Job, tuple[Arm, Asked]] = {}
+        for setting in settings:
+            arm = self._arm(prompt_class, setting.strategy)
+            known = [dict(t.params) for t in arm.trials] + [*arm.running.values()]
+            if dict(setting.params) in known or not self._in_time():
+                continue
+            arm.study.suggest([setting.params])
+            if (found := self._begin(arm)) is None:
+                continue
+            asked, job = found
+            begun[replace(job, prompts=arm.prompts[: self._first])] = arm, asked
+        return begun
+
+    def open_to(self, prompt_class: str, strategy: str) -> bool:
+        """Whether a strategy may be tried once more in a class."""
+        arm = self._arm(prompt_class, strategy)
+        return not arm.done(self._most, self._hopeless)
 
     def round(self, prompt_class: str) -> bool:
         """One round of a class: close rivals on what they haven't seen, new settings.
@@ -390,6 +443,22 @@ class Search:
                 promised = arm.promised(job.setting.key, prompts)
                 job = replace(job, prompts=prompts, predicted=promised)
                 begun[job] = arm, asked
+        return self._measure_new(prompt_class, begun)
+
+    def _measure_new(
+        self,
+        prompt_class: str,
+        begun: Mapping[Job, tuple[Arm, Asked]],
+        ahead: Sequence[Setting] | None = None,
+    ) -> bool:
+        """Measure what was begun in a class.
+
+        Args:
+            ahead: Settings that are measured already, which takes no more time.
+
+        Returns:
+            Whether anything was measured.
+        """
         if not begun:
             return False
         self._tell_race(prompt_class, begun)
@@ -410,17 +479,21 @@ class Search:
             ]
 
         trials = run_together(
-            self._measurer, list(begun), given_up, self._warn, in_time=self._in_time
+            self._measurer,
+            list(begun),
+            given_up,
+            self._warn,
+            in_time=self._in_time,
+            ahead=ahead,
         )
         for (arm, asked), trial in zip(begun.values(), trials, strict=True):
-            if trial is None:  # there was no time for it
-                del arm.running[asked.number]
-                arm.study.withdraw(asked)
+            if trial is None:
+                self._withdraw(arm, asked)
                 continue
             for step, ratio in enumerate(trial.detail["running"]):
                 arm.study.report(asked, step, ratio)
             self._finish(arm, asked, trial)
-        return True
+        return any(trial is not None for trial in trials)
 
     def _measure_again(
         self, prompt_class: str, keys: Sequence[str], prompts: Sequence[Prompt]

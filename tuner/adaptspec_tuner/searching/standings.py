@@ -59,6 +59,10 @@ class Standings:
         """Whether anything is known of a setting."""
         return bool(self._logs.get(key))
 
+    def logs(self) -> dict[str, dict[str, float]]:
+        """Setting key -> prompt id -> mean log ratio, of what was measured."""
+        return {key: self._means(key) for key, found in self._logs.items() if found}
+
     def repeats(self, key: str, prompt: str) -> int:
         """How often a setting was measured on a prompt."""
         return len(self._logs.get(key, {}).get(prompt, ()))

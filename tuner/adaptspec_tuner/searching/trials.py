@@ -87,6 +87,7 @@ def run_together(
     warn: Callable[[str], None],
     *,
     in_time: Callable[[], bool] = lambda: True,
+    ahead: Collection[Setting] | None = None,
 ) -> list[Trial | None]:
     """Measure settings of one class prompt by prompt, in turns with plain decoding.
 
@@ -98,27 +99,30 @@ def run_together(
         given_up: Told the ratios by prompt id of those still running, after each prompt
             but the last; which of them end here.
         in_time: Whether another prompt may begin; the first is measured anyway.
+        ahead: Settings that are measured already, which takes no more time; there is
+            none for the others. None: none is.
 
     Returns:
         A trial for each job, in their order; None for one that there was no time for.
     """
-    measurer.forget()
+    if ahead is None:
+        measurer.forget()
     runs = {job: _Running(job) for job in jobs}
     for run in runs.values():
         run.prepare(measurer, warn)
     prompts = jobs[0].prompts if jobs else ()
     late: set[Job] = set()
-    if isinstance(measurer, MeasuresAhead):
-        ready = [run.job for run in runs.values() if run.state is None]
+    ready = [run.job for run in runs.values() if run.state is None]
+    if ahead is None and isinstance(measurer, MeasuresAhead):
         ahead = measurer.measure_ahead([(j.setting, prompts) for j in ready], in_time)
-        if ahead is not None:
-            keys = {setting.key for setting in ahead}
-            late = {job for job in ready if job.setting.key not in keys}
+    if ahead is not None:
+        keys = {setting.key for setting in ahead}
+        late = {job for job in ready if job.setting.key not in keys}
     for place, prompt in enumerate(prompts):
         going = [
             run for job, run in runs.items() if run.state is None and job not in late
         ]
-        if not going or (place and not in_time()):
+        if not going or (place and ahead is None and not in_time()):
             break
         found = measured(
             measurer, [PLAIN_SETTING, *(r.job.setting for r in going)], prompt, place
