@@ -104,10 +104,9 @@ class Decoding:
         guard.observe(Outcome(None, (), [0], {}, NONE))
         emitted, step, self.asked_at = 1, 0, []
         while emitted < length:
-            most = guard.most_nodes(128)
             before = inner.asked
             tree = guard.propose(
-                Context(range(prompt + emitted), length - emitted, most, step)
+                Context(range(prompt + emitted), length - emitted, 128, step)
             )
             if inner.asked > before:
                 self.asked_at.append(emitted)
@@ -456,8 +455,7 @@ def test_watching_does_not_keep_a_drafter_from_being_asked_again() -> None:
     tick(1)
     guard.observe(Outcome(None, (), [1], {}, NONE))
     for step in range(300):
-        most = guard.most_nodes(128)
-        tree = guard.propose(Context([1] * (step + 2), 400 - step, most, step))
+        tree = guard.propose(Context([1] * (step + 2), 400 - step, 128, step))
         tick(1 + 0.05 * (len(tree) - 1))
         accepted = 0 if step < 100 else len(tree) - 1
         guard.observe(Outcome(tree, [0], [1] * (1 + accepted), {}, NONE))
