@@ -81,8 +81,8 @@ class GuardMemory:
     Args:
         plain: Times without drafts, which all strategies of an engine share.
         credit: Plain steps that an answer may lose, whatever its length.
-        share: What it may lose more, of the time that decoding it plainly takes; half
-            of it where earlier answers lost.
+        share: What it may lose more, of the time that decoding it plainly takes; two
+            thirds of it where earlier answers lost.
         most_share: What it may lose in all at most, of that time.
         bet_share: The same where a draft model reads the prompt for it.
         answer: Tokens that an answer is taken to have until answers are known.
@@ -101,7 +101,7 @@ class GuardMemory:
         self,
         plain: PlainTimes | None = None,
         credit: float = 1.2,
-        share: float = 0.0125,
+        share: float = 0.0095,
         most_share: float = 0.045,
         bet_share: float = 0.08,
         answer: int = 200,
@@ -160,7 +160,7 @@ class GuardMemory:
         """
         trust = self._trust.value
         ahead = max(0.0, 2 * trust - 1) * max(0.0, whole - passed)
-        growth = self._share * (1 + trust) / 2 * (passed + ahead)
+        growth = self._share * min(1.0, (1 + trust) / 1.5) * (passed + ahead)
         most = self._most_share * max(passed, whole)
         return min(most, min(2 * trust, 1.0) * self._credit + growth)
 
