@@ -592,10 +592,12 @@ def test_bars_compare_prompt_by_prompt_and_class_by_class() -> None:
     assert ratio == pytest.approx(math.sqrt(2 * 4))
     assert error == pytest.approx(ratio * math.log(2) / 2)
     strategies = {name: name for name in times["p1"] if name != auto}
-    over, whole, oracle, worst = mixed.bars(times, groups, strategies)
+    over, whole, oracle, fair, worst = mixed.bars(times, groups, strategies)
     assert "hybrid's, a (1.15 or more): 1.260 ±" in over  # 2 ** (1 / 3)
     assert "fixed setting, hybrid: 0.630 ±" in whole  # 2 ** (-2 / 3)
     assert "0.97 or more): 0.595 ±" in oracle  # the root of 1 / sqrt(2) and 1 / 2
+    # The hybrid is best on either of x; y has no other prompt.
+    assert "other prompts: 0.707 ±" in fair  # the root of 1 / 2 and 1
     assert "y (0.98 or more): 1.000 ±" in worst
 
 
@@ -683,3 +685,50 @@ def test_checks_for_a_gpu_run_on_a_cpu_and_find_faults(
 
     done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--limit", "0"])
     assert "left out for want of time: tiny llama" in done.output
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    from adaptspec.engines.inference_engine import EngineOptions
+    from adaptspec.testing.scripted_engine import (
+        Machine,
+        copies_and_drafts,
+        engine_on,
+        workload_of,
+    )
+
+    grid = importlib.import_module("engine_grid")
+    truth = copies_and_drafts({"code": (0.2, 0.9), "chat": (-0.05, 0.3)})
+    cls = engine_on(Machine(truth, room=2))
+    prompts = workload_of(["code", "chat"], 2).prompts
+    settings = [("copy", '{"length": 4}'), ("draft", '{"length": 4}')]
+    path = tmp_path / "measured.json"
+    engine = cls(EngineOptions(model="m"))
+    with engine:
+        first = grid.Measured(path)
+        turns = iter([True, False])
+        grid.measure(engine, settings, prompts, 16, first, in_time=lambda: next(turns))
+        assert list(first.ratios) == settings[:1]
+        asked = engine.answers
+        again = grid.Measured(path)
+        grid.measure(engine, settings, prompts, 16, again)
+        answered = [(method, ids) for method, _, ids in engine.log[asked:]]
+        assert [method for method, _ in answered if method == "copy"] == []
+    assert grid.Measured(path).ratios == again.ratios
+    assert list(again.ratios) == settings
+    # By the truth drafting pays for code alone.
+    ratios = again.ratios[settings[1]]
+    assert min(ratios["code/0"], ratios["code/1"]) > 1.2
+
+
+def test_a_grids_best_is_judged_on_prompts_it_was_not_picked_on() -> None:
+    grid = importlib.import_module("engine_grid")
+    prompts = [Prompt("a", text="a"), Prompt("b", text="b")]
+    # Each is the best on one prompt, by luck, and a loss on the other.
+    ratios = {("x", "{}"): {"a": 2.0, "b": 0.5}, ("y", "{}"): {"a": 0.5, "b": 2.0}}
+    assert grid.best(ratios, prompts[:1]) == (("x", "{}"), 2.0)
+    assert grid.best_of_others(ratios, prompts) == pytest.approx(0.5)
+    assert math.isnan(grid.best_of_others(ratios, prompts[:1]))
+    # Where nothing is faster, plain decoding is the grid's best.
+    slow = {("x", "{}"): {"a": 0.8, "b": 0.9}}
+    assert grid.best(slow, prompts) == (("autoregressive", "{}"), 1.0)
+    assert grid.best_of_others(slow, prompts) == 1.0

@@ -31,6 +31,7 @@ class EngineOptions:
         dtype: ``auto``: as the weights are stored.
         device: None: the engine's own choice.
         threads: None: as many as the process may use.
+        batch_threads: Of forwards of several tokens; None: as many as ``threads``.
         context: Tokens of the longest prompt with its answer; None: the engine's own.
         concurrency: Requests that are answered at the same time.
         api_key: For a server that wants one.
@@ -47,6 +48,7 @@ class EngineOptions:
     dtype: str = "auto"
     device: str | None = None
     threads: int | None = None
+    batch_threads: int | None = None
     context: int | None = None
     concurrency: int = 1
     api_key: str | None = field(default=None, repr=False)
@@ -176,6 +178,22 @@ class InferenceEngine(ABC):
     def room(self) -> int:
         """How many settings can be ready at the same time; 1 at least."""
         return 1
+
+    @property
+    def thread_counts(self) -> Sequence[int]:
+        """Numbers of threads that a tune should try with plain decoding, the engine's
+        own first; empty where the user told one, or where they don't matter."""
+        return ()
+
+    def use_threads(self, threads: int, batch_threads: int) -> None:
+        """Decode with other threads from now on; asked of engines with
+        ``thread_counts`` alone.
+
+        Args:
+            threads: Of forwards of one token.
+            batch_threads: Of forwards of several tokens.
+        """
+        raise NotImplementedError(f"{self.name} has one number of threads")
 
     @abstractmethod
     def answer(

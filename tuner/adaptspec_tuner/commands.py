@@ -177,7 +177,9 @@ def tune(
                 continue
             result = replace(
                 result,
-                usage=_usage(host, model, draft_model, one, db),
+                usage=_usage(
+                    host, model, draft_model, replace(one, **result.settled), db
+                ),
                 defaults={**_defaults(host), **result.defaults},
             )
             if result.classes:
@@ -269,6 +271,7 @@ def _usage(
         engine_command=options.engine_command,
         engine_python=options.engine_python,
         engine_argument=tuple(options.engine_argument),
+        batch_threads=options.batch_threads,
         context=options.context,
         concurrency=options.concurrency,
         starts=starts,

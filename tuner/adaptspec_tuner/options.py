@@ -33,7 +33,7 @@ EXAMPLE_TOKENS = 48
 # Options that say nothing of our own engine.
 OF_OTHER_ENGINES = (
     *("engine_command", "engine_python", "engine_argument"),
-    *("context", "concurrency"),
+    *("context", "concurrency", "batch_threads"),
 )
 
 
@@ -186,7 +186,13 @@ class TuneOptions:
         bool,
         Asked("Run code that comes with a model. Only for models you trust."),
     ] = False
-    threads: Annotated[int | None, Asked("Threads of torch.", least=1)] = None
+    threads: Annotated[
+        int | None, Asked("Threads of torch, or of another engine.", least=1)
+    ] = None
+    batch_threads: Annotated[
+        int | None,
+        Asked("Another engine's threads for forwards of several tokens.", least=1),
+    ] = None
     compile: Annotated[
         bool,
         Asked("Run norms and MLPs as torch.compile makes them; the first time waits."),
@@ -305,7 +311,7 @@ class TuneOptions:
             "objective": self.objective,
         }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("max_memory", "allow_lossy", "context"):
+        for name in ("max_memory", "allow_lossy", "context", "batch_threads"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
         if self.engine_argument:

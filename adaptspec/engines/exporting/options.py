@@ -49,6 +49,7 @@ def options_of(
         dtype=told.get("dtype") or "auto",
         device=told.get("device"),
         threads=told.get("threads"),
+        batch_threads=told.get("batch_threads"),
         context=told.get("context"),
         concurrency=told.get("concurrency") or 1,
         trust_remote_code=bool(told.get("trust_remote_code")),

@@ -46,6 +46,7 @@ class InProcessEngine(InferenceEngine):
             "--engine-python": options.python,
             "--engine-argument": list(options.arguments),
             "--context": options.context,
+            "--batch-threads": options.batch_threads,
             "--heads": [] if cls.takes_heads else list(options.heads),
         }
         for flag, value in refused.items():

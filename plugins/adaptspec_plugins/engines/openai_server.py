@@ -246,6 +246,7 @@ def _refuse_what_is_deployed(options: EngineOptions) -> None:
         "dtype": "--dtype",
         "device": "--device",
         "threads": "--threads",
+        "batch_threads": "--batch-threads",
         "context": "the context's length",
         "trust_remote_code": "--trust-remote-code",
     }

@@ -97,6 +97,7 @@ def test_methods_that_need_a_draft_model_wait_for_one(models: tuple[str, str]) -
         ({"python": "x"}, "--engine-python says nothing to"),
         ({"arguments": ["--x"]}, "--engine-argument says nothing to"),
         ({"context": 5}, "--context says nothing to"),
+        ({"batch_threads": 1}, "--batch-threads says nothing to"),
         ({"concurrency": 2}, "one request at a time"),
     ],
 )

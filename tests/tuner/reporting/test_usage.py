@@ -49,7 +49,7 @@ usages = st.builds(
 # Fields that say nothing of our own engine.
 OF_OTHER_ENGINES = (
     *("engine", "engine_command", "engine_python", "engine_argument"),
-    *("context", "concurrency", "starts"),
+    *("context", "concurrency", "starts", "batch_threads"),
 )
 
 

@@ -14,6 +14,7 @@ from adaptspec.errors import AdaptSpecError, EngineError, UnknownStrategyError
 from adaptspec.profile import ANSWER, LATENCY, OURS, PLAIN, ProfileStore
 from adaptspec.workloads import Workload, split
 from adaptspec_tuner.engines.measurer import EngineMeasurer
+from adaptspec_tuner.engines.threads import environment_at, settle_threads
 from adaptspec_tuner.measuring.prompts import measurable
 from adaptspec_tuner.options import (
     TuneOptions,
@@ -61,6 +62,7 @@ def engine_options(
         dtype=options.dtype,
         device=options.device,
         threads=options.threads,
+        batch_threads=options.batch_threads,
         context=options.context,
         concurrency=options.concurrency,
         api_key=options.api_key,
@@ -177,23 +179,26 @@ def tune_engine(
             clock=clock,
         )
         measurer.check()
-        environment = replace(
-            engine.environment, concurrency=max(1, options.concurrency)
-        )
-        if environment.engine == OURS and cls.name != OURS:
+        if engine.environment.engine == OURS and cls.name != OURS:
             raise EngineError(
                 f"{cls.name} calls itself {OURS!r}; its environment must name the "
                 "engine (a fault of the plugin)"
             )
         store = opened_store(host, db, worker=False)
         try:
+            settled = settle_threads(engine, workload, store, options, progress)
+            if settled:
+                notes.append(
+                    f"threads, chosen by plain decoding: {settled['threads']} for "
+                    f"single tokens, {settled['batch_threads']} for prompts and drafts"
+                )
             result = tune_with(
                 TuneInputs(
                     measurer,
                     methods,
                     workload,
                     store,
-                    environment,
+                    environment_at(engine, options),
                     options,
                     clock=clock,
                     progress=progress,
@@ -203,7 +208,7 @@ def tune_engine(
                 )
             )
             result.notes.extend(engine_notes(engine, progress))
-            return result
+            return replace(result, settled=settled)
         finally:
             if store is not db:
                 store.close()

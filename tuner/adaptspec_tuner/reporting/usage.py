@@ -40,6 +40,7 @@ class Usage:
     engine_command: str | None = None
     engine_python: str | None = None
     engine_argument: tuple[str, ...] = ()
+    batch_threads: int | None = None
     context: int | None = None
     concurrency: int = 1
     starts: bool = False

@@ -24,6 +24,7 @@ OURS = {
     "-md --model-draft": "--draft-model",
     "-hfd -hfrd --hf-repo-draft": ANOTHER_DRAFT,
     "-t --threads": "--threads",
+    "-tb --threads-batch": "--batch-threads",
     "-c --ctx-size": "--context",
     "-np --parallel": "--concurrency",
     "-cram --cache-ram --cache-reuse -lcd --lookup-cache-dynamic": NO_MEMORY,

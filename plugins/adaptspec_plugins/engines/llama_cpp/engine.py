@@ -20,7 +20,10 @@ from adaptspec.errors import EngineError
 from adaptspec.params import Scalar
 from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
-from adaptspec_plugins.engines.llama_cpp.processors import usable_cores
+from adaptspec_plugins.engines.llama_cpp.processors import (
+    usable_cores,
+    usable_processors,
+)
 from adaptspec_plugins.engines.llama_cpp.program import Program, dropped_variables
 from adaptspec_plugins.engines.llama_cpp.server import LlamaServer
 from adaptspec_plugins.engines.llama_cpp.settings import (
@@ -64,6 +67,7 @@ class LlamaCpp(InferenceEngine):
         self._model = model
         self._draft = draft
         self._threads = options.threads or usable_cores()
+        self._batch_threads = options.batch_threads or self._threads
         self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
         self._encoded: dict[Prompt, list[int]] = {}
         self._largest = 0  # bytes that a server was seen to hold
@@ -183,6 +187,20 @@ class LlamaCpp(InferenceEngine):
         fit = int(free * MEMORY_USED) // max(each, self._largest)
         return max(1, min(ROOM, fit))
 
+    @property
+    def thread_counts(self) -> Sequence[int]:
+        """Physical cores first, then processors and half of the cores."""
+        told = self._options.threads or self._options.batch_threads
+        if told or self._accelerators():
+            return ()
+        counts = [usable_cores(), usable_processors(), usable_cores() // 2]
+        return [n for n in dict.fromkeys(counts) if n > 0]
+
+    def use_threads(self, threads: int, batch_threads: int) -> None:
+        """With ``-t`` and ``-tb``: servers that run with others stay until they make
+        room."""
+        self._threads, self._batch_threads = threads, batch_threads
+
     def _slot_tokens(self) -> int | None:
         """Of one request, as llama.cpp counts them; None: the model's own."""
         if self._options.context is None:
@@ -258,9 +276,10 @@ class LlamaCpp(InferenceEngine):
             raise EngineError(
                 f"llama.cpp: {method} isn't available: {self._lacking[method]}"
             )
-        threads, slots = str(self._threads), self._options.concurrency
+        slots = self._options.concurrency
         command = [self._program.command, "-m", str(self._model.path)]
-        command += ["-t", threads, "-tb", threads, "-np", str(slots)]
+        command += ["-t", str(self._threads), "-tb", str(self._batch_threads)]
+        command += ["-np", str(slots)]
         if (tokens := self._slot_tokens()) is not None:
             command += ["-c", str(tokens * slots)]
         if self._options.device is not None:

@@ -19,13 +19,22 @@ def usable_cores(topology: Path = TOPOLOGY, cgroup: Path = CGROUP) -> int:
         topology: Linux's folder of what it knows of each processor.
         cgroup: Where the control group of the process is mounted.
     """
+    return _within(_quota(cgroup), _cores_of(_allowed(), topology))
+
+
+def usable_processors(cgroup: Path = CGROUP) -> int:
+    """Processors that this process may run on, those that share a core counted each."""
+    return _within(_quota(cgroup), len(_allowed()))
+
+
+def _within(quota: float | None, count: int) -> int:
+    return max(1, count if quota is None else min(count, int(quota)))
+
+
+def _allowed() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-    else:
-        allowed = set(range(os.cpu_count() or 1))
-    cores = _cores_of(allowed, topology)
-    quota = _quota(cgroup)
-    return max(1, cores if quota is None else min(cores, int(quota)))
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _cores_of(processors: set[int], topology: Path) -> int:

@@ -82,6 +82,11 @@ class VLLM(InferenceEngine):
             )
         if options.api_key is not None:
             raise EngineError("vllm: its server is started here and wants no key")
+        if options.batch_threads is not None:
+            raise EngineError(
+                "vllm: it has one number of threads for all forwards; leave out "
+                "--batch-threads"
+            )
         refuse_ours(options.arguments)
         target = ModelFolder.find(options.model or _default_model())
         draft = ModelFolder.find(options.draft_model) if options.draft_model else None

@@ -250,6 +250,7 @@ def test_options_are_those_of_the_tune_unless_given_anew(
         "engine_python": "python9",
         "engine_argument": ["-fa", "on"],
         "threads": 2,
+        "batch_threads": 3,
         "dtype": "auto",
         "context": 2048,
         "trust_remote_code": True,
@@ -260,7 +261,8 @@ def test_options_are_those_of_the_tune_unless_given_anew(
     assert (options.model, options.draft_model) == ("a.gguf", "d.gguf")
     assert (options.command, options.python) == ("/opt/llama-server", "python9")
     assert list(options.arguments) == ["-fa", "on"]
-    assert (options.threads, options.context) == (2, 2048)
+    assert (options.threads, options.batch_threads) == (2, 3)
+    assert options.context == 2048
     assert (options.concurrency, options.trust_remote_code) == (1, True)
     printed(db, "--engine-command", "other", "--draft-model", "e.gguf")
     options = FakeEngine.opened[-1]

@@ -49,6 +49,25 @@ def test_plain_decoding_answers(open_engine: OpenEngine, fake: Any) -> None:
     assert "--spec-type" not in words
 
 
+def test_threads_are_tried_where_none_is_told(
+    open_engine: OpenEngine, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "adaptspec_plugins.engines.llama_cpp.engine"
+    monkeypatch.setattr(f"{module}.usable_cores", lambda: 4)
+    monkeypatch.setattr(f"{module}.usable_processors", lambda: 8)
+    assert open_engine(threads=3).thread_counts == ()
+    assert open_engine(batch_threads=3).thread_counts == ()
+    engine = open_engine()
+    assert engine.thread_counts == [4, 8, 2]
+    engine.use_threads(2, 8)
+    engine.answer(PLAIN, {}, [TEXT], 2)
+    ((_, words),) = fake.starts
+    assert (option(words, "-t"), option(words, "-tb")) == ("2", "8")
+    assert engine.environment.threads == 2
+    printed = list(engine.launch(PLAIN, {}).command)
+    assert (option(printed, "-t"), option(printed, "-tb")) == ("2", "8")
+
+
 def test_acceptance_and_forwards_are_told(open_engine: OpenEngine) -> None:
     (answer,) = open_engine().answer("ngram_simple", {"size_n": 3}, [TEXT], 8)
     assert (answer.proposed, answer.accepted) == (16, 4)
@@ -420,7 +439,7 @@ def test_what_would_be_ignored_is_refused(
 
 
 def test_what_no_setting_says_is_passed_on(open_engine: OpenEngine) -> None:
-    words = ["-tb", "2", "--threads-batch", "2", "-td", "1", "-ctk", "q8_0"]
+    words = ["-td", "1", "-ctk", "q8_0"]
     words += ["--spec-draft-threads", "1", "--spec-draft-type-k", "q8_0", "-5"]
     launch = open_engine(arguments=words).launch(PLAIN, {})
     assert list(launch.command[-len(words) :]) == words

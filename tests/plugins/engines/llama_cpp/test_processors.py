@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from adaptspec_plugins.engines.llama_cpp.processors import usable_cores
+from adaptspec_plugins.engines.llama_cpp.processors import (
+    usable_cores,
+    usable_processors,
+)
 
 
 def topology(folder: Path, siblings: dict[int, str]) -> Path:
@@ -46,6 +49,8 @@ def test_cores_count_once_and_a_quota_limits_them(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     assert usable_cores(known, tmp_path / "cgroup") == cores
+    # The fourth processor shares a core with another.
+    assert usable_processors(tmp_path / "cgroup") in (cores, 4 if cores == 3 else cores)
 
 
 def test_without_a_topology_processors_are_the_limit(

@@ -1,0 +1,161 @@
+"""Threads are chosen by plain decoding, and all settings are measured with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from adaptspec.engines.inference_engine import Answer, EngineOptions
+from adaptspec.errors import EngineError
+from adaptspec.hookspecs import hookimpl
+from adaptspec.host import Host
+from adaptspec.params import Scalar
+from adaptspec.profile import PLAIN, Environment
+from adaptspec.testing.scripted_engine import (
+    Machine,
+    ScriptedEngine,
+    copies_and_drafts,
+    workload_of,
+)
+from adaptspec.workloads import Prompt
+from adaptspec_profiles.memory import MemoryStore
+from adaptspec_tuner.engines.threads import Threads, choose_threads
+from adaptspec_tuner.engines.tune import tune_engine
+from adaptspec_tuner.options import TuneOptions
+
+PROMPTS = workload_of(["chat"], 2).prompts
+TRUTH = copies_and_drafts({"chat": (0.8, 0.6)})
+
+
+class Threaded(ScriptedEngine):
+    """Its speed depends on its threads.
+
+    Attributes:
+        speeds: Threads -> seconds of a single token, and until the first token.
+        broken: Threads with which it ends.
+        used: What it was told, in order.
+    """
+
+    name = "threaded"
+    speeds: Mapping[int, tuple[float, float]] = {}
+    broken: Sequence[int] = ()
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self.threads = self.batch_threads = options.threads or min(self.speeds)
+        self.used: list[tuple[int, int]] = []
+        self.asked: list[tuple[str, int, int]] = []
+
+    @property
+    def environment(self) -> Environment:
+        return replace(super().environment, threads=self.threads)
+
+    @property
+    def thread_counts(self) -> Sequence[int]:
+        return () if self.options.threads else list(self.speeds)
+
+    def use_threads(self, threads: int, batch_threads: int) -> None:
+        self.threads, self.batch_threads = threads, batch_threads
+        self.used.append((threads, batch_threads))
+
+    def answer(
+        self,
+        method: str,
+        params: Mapping[str, Scalar],
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        if self.threads in self.broken:
+            raise EngineError(f"threaded: {self.threads} threads: out of memory")
+        self.asked.append((method, self.threads, self.batch_threads))
+        single = self.threads if len(prompts) == 1 else self.batch_threads
+        self.machine.token = self.speeds[single][0]
+        first = self.speeds[self.batch_threads][1]
+        self.machine.prefill = {"chat": first}
+        return super().answer(method, params, prompts, max_new_tokens)
+
+
+def threaded(
+    speeds: Mapping[int, tuple[float, float]], broken: Sequence[int] = ()
+) -> type[Threaded]:
+    """A class of its own; the first of ``speeds`` is the engine's own number."""
+    values = {"machine": Machine(TRUTH), "opened": [], "speeds": speeds}
+    return type("Engine", (Threaded,), {**values, "broken": broken})
+
+
+def opened(cls: type[Threaded], **options: int) -> Threaded:
+    return cls(EngineOptions(engine="threaded", model="m", **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({2: (0.1, 1.0), 4: (0.12, 0.6), 1: (0.15, 2.0)}, (2, 4)),
+        ({2: (0.1, 1.0), 4: (0.08, 1.2)}, (4, 2)),
+        # Less than a twentieth is what a machine's luck is.
+        ({2: (0.1, 1.0), 4: (0.097, 0.97)}, (2, 2)),
+        ({4: (0.2, 1.0), 2: (0.1, 0.5)}, (2, 2)),
+    ],
+)
+def test_single_tokens_and_batches_have_their_own(
+    speeds: Mapping[int, tuple[float, float]], chosen: tuple[int, int]
+) -> None:
+    engine = opened(threaded(speeds))
+    assert choose_threads(engine, PROMPTS) == Threads(*chosen)
+    assert engine.used[-1] == chosen
+    assert {method for method, *_ in engine.asked} == {PLAIN}
+
+
+def test_with_several_requests_all_forwards_are_batches() -> None:
+    engine = opened(threaded({2: (0.1, 1.0), 4: (0.05, 0.9)}), concurrency=3)
+    assert choose_threads(engine, PROMPTS, 3) == Threads(4, 4)
+    assert {len(ids) for *_, ids in engine.log} == {3}
+
+
+def test_a_number_that_fails_is_left_out_and_the_engines_own_must_work() -> None:
+    speeds = {2: (0.1, 1.0), 4: (0.05, 0.5)}
+    engine = opened(threaded(speeds, broken=[4]))
+    assert choose_threads(engine, PROMPTS) == Threads(2, 2)
+    with pytest.raises(EngineError, match="out of memory"):
+        choose_threads(opened(threaded(speeds, broken=[2])), PROMPTS)
+
+
+def test_nothing_is_tried_where_the_user_told_a_number() -> None:
+    engine = opened(threaded({2: (0.1, 1.0), 4: (0.05, 0.5)}), threads=2)
+    assert choose_threads(engine, PROMPTS) is None
+    assert not engine.asked
+    assert not engine.used
+
+
+def test_a_tune_measures_with_what_it_chose_and_a_continued_one_keeps_it() -> None:
+    cls = threaded({2: (0.1, 0.5), 4: (0.05, 0.4)})
+    store = MemoryStore()
+
+    def tune() -> tuple[Threaded, object]:
+        plugin = SimpleNamespace(register_engines=hookimpl(lambda: [cls]))
+        result = tune_engine(
+            *("m.gguf", None, workload_of(["chat"], 8)),
+            TuneOptions(300.0, engine="threaded"),
+            db=store,
+            host=Host({"fakes": plugin}),
+            clock=cls.machine.clock,
+        )
+        assert result.settled == {"threads": 4, "batch_threads": 4}
+        assert result.environment.threads == 4
+        assert any("threads, chosen by plain" in note for note in result.notes)
+        engine = cls.opened[-1]
+        assert isinstance(engine, Threaded)
+        return engine, result.run
+
+    engine, run = tune()
+    drafted = [asked for asked in engine.asked if asked[0] != PLAIN]
+    assert drafted
+    assert {asked[1:] for asked in drafted} == {(4, 4)}
+    # Now the other number would look better; what was measured holds for the first.
+    cls.speeds = {2: (0.04, 0.3), 4: (0.05, 0.4)}
+    engine, again = tune()
+    assert engine.used == [(4, 4)]
+    assert again == run
