@@ -120,7 +120,7 @@ class GuardMemory:
         # Plain steps that one takes more if none is right, by the number of candidates:
         # those of 1, 2 to 3, 4 to 7 and so on are told apart.
         self._losses: dict[int, RunningMean] = {}
-        self._risks: dict[int, float] = {}  # by the number, as long as nothing is learnt
+        self._risks: dict[int, float] = {}  # of so many, until more is learnt
         self._took = RunningMean()  # a drafted step
         self._tokens = RunningMean()  # of a drafted step
         self._last = 1  # of the last one
