@@ -207,7 +207,8 @@ class Outcome:
         emitted: Tokens committed by the step: the accepted ones and one more, cut at
             EOS or the limit.
         rows: Node -> row of ``logits``; for the prefill, prompt position -> row.
-        logits: ``[rows, vocab]`` as the model gave them.
+        logits: ``[rows, vocab]`` as the model gave them; no later step writes to them,
+            so that they may be kept.
         hidden: Layer -> ``[nodes or prompt positions, hidden]``, see ``Observes``.
         best: Row -> likeliest token, where the engine looked for it; else empty. It
             may be one that a grammar forbids.

@@ -182,9 +182,8 @@ def decode(
     drafter.observe(Outcome(None, (), [0], {}, NOTHING))
     emitted, step, passed, trace = 1, 0, 0, []
     while emitted < length:
-        most = 128 if guard is None else guard.most_nodes(128)
         ids = range(prompt + emitted)
-        tree = drafter.propose(Context(ids, length - emitted, most, step))
+        tree = drafter.propose(Context(ids, length - emitted, 128, step))
         asked = guard is None or guard.passed_over == passed
         passed = 0 if guard is None else guard.passed_over
         nodes = len(tree) - 1

@@ -258,6 +258,7 @@ class Run:
                 prompt=self._prompt,
                 room=self._room,
                 reads=self._strategy.requires.draft is not None,
+                may_read=self._draft is not None,
                 row=model.head_share,
                 starting=self._clock() - starting,
             )
@@ -364,9 +365,7 @@ class Run:
         cached = len(self._ids) - 1
         context = self.context(self._ids, len(self._stats.steps))
         most = context.max_nodes
-        if self._guard is not None:
-            context.max_nodes = self._guard.most_nodes(most)
-        tree = drafter.propose(context)
+        tree = drafter.propose(context)  # a guard may have lowered its max_nodes
         proposed = self._clock()
         shaped: Shaped | None = None
         if self._constraint is not None and level != "plain":

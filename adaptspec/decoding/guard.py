@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median_low
 from typing import NamedTuple
 
@@ -42,16 +41,12 @@ class PlainTimes:
         self._steps: deque[float] = deque(maxlen=recent)
         self._prompts: deque[float] = deque(maxlen=recent)
         self.step: float | None = None  # of a step; None before any was seen
+        self.prompt_token: float | None = None  # of reading one; the same
 
     @property
     def settled(self) -> bool:
         """Whether steps enough were seen that a slow one among them counts little."""
         return len(self._steps) >= 2
-
-    @property
-    def prompt_token(self) -> float | None:
-        """Of reading a token of a prompt; None before any was read."""
-        return median_low(self._prompts) if self._prompts else None
 
     def add_step(self, seconds: float) -> None:
         """A step without drafts took so long."""
@@ -61,6 +56,7 @@ class PlainTimes:
     def add_prompt(self, seconds: float, tokens: int) -> None:
         """Reading a prompt of ``tokens`` took so long."""
         self._prompts.append(seconds / tokens)
+        self.prompt_token = median_low(self._prompts)
 
 
 class DraftedStep(NamedTuple):
@@ -85,8 +81,8 @@ class GuardMemory:
     Args:
         plain: Times without drafts, which all strategies of an engine share.
         credit: Plain steps that an answer may lose, whatever its length.
-        share: What it may lose more, of the time that decoding it plainly takes; half
-            of it where earlier answers lost.
+        share: What it may lose more, of the time that decoding it plainly takes; two
+            thirds of it where earlier answers lost.
         most_share: What it may lose in all at most, of that time.
         bet_share: The same where a draft model reads the prompt for it.
         answer: Tokens that an answer is taken to have until answers are known.
@@ -105,7 +101,7 @@ class GuardMemory:
         self,
         plain: PlainTimes | None = None,
         credit: float = 1.2,
-        share: float = 0.0125,
+        share: float = 0.0095,
         most_share: float = 0.045,
         bet_share: float = 0.08,
         answer: int = 200,
@@ -124,6 +120,7 @@ class GuardMemory:
         # Plain steps that one takes more if none is right, by the number of candidates:
         # those of 1, 2 to 3, 4 to 7 and so on are told apart.
         self._losses: dict[int, RunningMean] = {}
+        self._risks: dict[int, float] = {}  # of so many, until more is learnt
         self._took = RunningMean()  # a drafted step
         self._tokens = RunningMean()  # of a drafted step
         self._last = 1  # of the last one
@@ -163,7 +160,7 @@ class GuardMemory:
         """
         trust = self._trust.value
         ahead = max(0.0, 2 * trust - 1) * max(0.0, whole - passed)
-        growth = self._share * (1 + trust) / 2 * (passed + ahead)
+        growth = self._share * min(1.0, (1 + trust) / 1.5) * (passed + ahead)
         most = self._most_share * max(passed, whole)
         return min(most, min(2 * trust, 1.0) * self._credit + growth)
 
@@ -183,6 +180,7 @@ class GuardMemory:
             gained: Plain steps that drafting gained in it.
             drafted: Whether any time went into drafting.
         """
+        self._risks.clear()
         if emitted:
             self._length.add(emitted)
             if drafted and not -0.25 < gained <= 0:
@@ -194,6 +192,11 @@ class GuardMemory:
         Sizes not seen are in proportion to the nearest that was; before any was, the
         model's known costs tell.
         """
+        if nodes not in self._risks:
+            self._risks[nodes] = self._expected_loss(nodes)
+        return self._risks[nodes]
+
+    def _expected_loss(self, nodes: int) -> float:
         if not self._losses:
             if costs := self.plain.costs():
                 return costs(1 + nodes) / costs(1) - 1
@@ -245,7 +248,9 @@ class GuardMemory:
         Args:
             occasion: What it did; each has an own usual time.
         """
-        usual = self._own.setdefault(occasion, RunningMean())
+        usual = self._own.get(occasion)
+        if usual is None:
+            usual = self._own[occasion] = RunningMean()
         most = 2 * usual.value + self._pause * (self.plain.step or math.inf)
         usual.add_seconds(seconds)
         return min(seconds, most)
@@ -291,6 +296,7 @@ class GuardMemory:
         # mustn't make larger trees look free.
         believed = RunningMean(self.risk(step.nodes), count=1)
         self._losses.setdefault(size, believed).add(took - 1)
+        self._risks.clear()
         self._took.add(took)
         self._tokens.add(step.emitted)
         self._last = step.emitted
@@ -308,7 +314,9 @@ class GuardMemory:
         """
         if self._doubt or self.plain.step is None or (losing and self._since >= 8):
             return True
-        if self._last == 1 and self._since and not self.plain.settled:
+        if not self._since:
+            return False
+        if self._last == 1 and not self.plain.settled:
             return True
         took = max(self._took.value, 1.0)
         lost = 1 - took / max(self._tokens.value, 1.0)
@@ -330,6 +338,7 @@ class Guard(Drafter):
         prompt: Tokens of the prompt.
         room: Tokens that may be emitted.
         reads: Whether proposals read what was committed with a draft model.
+        may_read: Whether some may.
         row: What showing ``inner`` the logits of a prompt's position costs, as a share
             of reading a token.
         starting: Seconds that starting ``inner`` took. The first start may time the
@@ -349,6 +358,7 @@ class Guard(Drafter):
         prompt: int = 1,
         room: int = 200,
         reads: bool = False,
+        may_read: bool = True,
         row: float = 0.0,
         starting: float = 0.0,
         kept: float = 0.25,
@@ -357,7 +367,8 @@ class Guard(Drafter):
         least_left: int = 48,
     ) -> None:
         self._inner, self._memory, self._clock = inner, memory, clock
-        self._prompt, self._reads, self._row = prompt, reads, row
+        self._prompt, self._row = prompt, row
+        self._reads, self._may_read = reads, may_read
         self._kept, self._most_kept = kept, most_kept
         self._least_read, self._least_left = least_read, least_left
         self._room, self._expected = room, memory.expected(room)
@@ -399,26 +410,33 @@ class Guard(Drafter):
         self._shown = 1 + min(wanted - 1, max(0, int(afforded)))
         return self._shown
 
-    def most_nodes(self, most: int) -> int:
-        """How many candidates the next step may verify, of ``most`` otherwise."""
-        return self._memory.most_nodes(most, self.left())
-
     def propose(self, context: Context) -> TokenTree:
-        """The inner drafter's proposal, or nothing."""
-        self._started = self._clock()
+        """The inner drafter's proposal, or nothing.
+
+        Lowers ``max_nodes`` of the context to what the step may verify, and says how
+        much is ``readable``.
+        """
         self._proposing = self._reading = 0.0
-        tokens, memory = len(context.ids), self._memory
-        spare = self.left() - memory.risk(1)
+        memory, left = self._memory, self.left()
+        spare = left - memory.risk(1)
         self._asks = spare >= 0 and not memory.looks(self._losing)
-        readable = self._readable(tokens, spare) if self._asks else 0
-        if self._asks and self._reads:
-            self._asks = readable >= min(self._least_read, tokens - self._have)
+        if self._asks and self._may_read:
+            tokens = len(context.ids)
+            context.readable = self._readable(tokens, spare)
+            if self._reads:
+                least = min(self._least_read, tokens - self._have)
+                self._asks = context.readable >= least
         if not self._asks:
             self.passed_over += 1
+            self._started = self._clock()
             return TokenTree.root_only(context.ids[-1])
-        tree = self._inner.propose(replace(context, readable=readable))
+        context.max_nodes = memory.most_nodes(context.max_nodes, left)
+        self._started = self._clock()
+        tree = self._inner.propose(context)
         self._proposing = self._clock() - self._started
-        self._learn_proposal(tokens, readable, len(tree) - 1)
+        self._asked += 1
+        if self._may_read or self._inner.read_seconds:
+            self._learn_proposal(context, len(tree) - 1)
         return tree
 
     def _readable(self, tokens: int, spare: float) -> int:
@@ -501,10 +519,11 @@ class Guard(Drafter):
             observing = memory.own("prompt", observing)
         self._spend(shown + observing)
 
-    def _learn_proposal(self, tokens: int, readable: int, nodes: int) -> None:
+    def _learn_proposal(self, context: Context, nodes: int) -> None:
         """Take in what the proposal took, and what of it was for reading."""
         memory, known = self._memory, self._inner.read_seconds
-        self._asked += 1
+        tokens = len(context.ids)
+        readable = tokens if context.readable is None else context.readable
         read = min(tokens, readable) if known else 0
         if self._reads:
             first = reading_from(self._first, self._have, tokens, readable)

@@ -132,6 +132,9 @@ class MemberDrafter:
 
     def observe(self, outcome: Outcome) -> None:
         """Hand on the outcome with the hidden states that the member asked for."""
+        if not outcome.hidden:
+            self.drafter.observe(outcome)
+            return
         wanted = self.observes.hidden_layers
         if outcome.tree is None and self.observes.prefill_hidden == "none":
             wanted = ()

@@ -212,6 +212,7 @@ class _HybridDrafter(Drafter):
             steps = (self._clock() - self._began) / self._forward(1)
             for pace in (self._all, self._pace):
                 pace.add(len(outcome.emitted), steps)
+            self._plan = None
 
     def close(self) -> None:
         for member in self._drafters:

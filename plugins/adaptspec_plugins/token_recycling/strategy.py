@@ -150,7 +150,8 @@ class _Recycler(Drafter):
         waiting: int = 16,
     ) -> None:
         self._most_waiting = waiting
-        self._waiting: list[tuple[int, torch.Tensor]] = []  # token, logits [vocab]
+        # Token, those emitted behind it, logits [1, vocab].
+        self._waiting: list[tuple[int, Sequence[int], torch.Tensor]] = []
         self._asked = False
         self._params, self._table, self._prompt = params, table, prompt
         self._commonest = commonest
@@ -186,10 +187,9 @@ class _Recycler(Drafter):
         tree, asked = outcome.tree, self._asked
         self._asked = False
         if tree is not None and 0 in outcome.rows and len(tree) == 1 and not asked:
-            self._commonest.count(outcome.emitted)
-            # Copied: the next forward may be written to the same place.
-            logits = outcome.logits[outcome.rows[0]].clone()
-            self._waiting.append((tree.tokens[0], logits))
+            row = outcome.rows[0]
+            logits = outcome.logits[row : row + 1]
+            self._waiting.append((tree.tokens[0], outcome.emitted, logits))
             if len(self._waiting) == self._most_waiting:
                 self._learn_waiting()
             return
@@ -218,9 +218,13 @@ class _Recycler(Drafter):
     def _learn_waiting(self) -> None:
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
-        newest_first = [(waiting[row][0], row) for row in reversed(range(len(waiting)))]
-        self._learn(newest_first, torch.stack([logits for _, logits in waiting]))
+        newest_first = [
+            (token, row) for row, (token, _, _) in enumerate(self._waiting)
+        ][::-1]
+        for _, emitted, _ in self._waiting:
+            self._commonest.count(emitted)
+        self._learn(newest_first, torch.cat([row for _, _, row in self._waiting]))
+        self._waiting.clear()
 
     def _learn(
         self, evaluated: Iterable[tuple[int, int]], logits: torch.Tensor

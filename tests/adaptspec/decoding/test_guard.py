@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adaptspec.decoding.controls import Controls
 from adaptspec.decoding.engine import Engine
-from adaptspec.decoding.guard import Guard, GuardMemory, PlainTimes
+from adaptspec.decoding.guard import DraftedStep, Guard, GuardMemory, PlainTimes
 from adaptspec.strategy import (
     Context,
     Drafter,
@@ -104,10 +104,9 @@ class Decoding:
         guard.observe(Outcome(None, (), [0], {}, NONE))
         emitted, step, self.asked_at = 1, 0, []
         while emitted < length:
-            most = guard.most_nodes(128)
             before = inner.asked
             tree = guard.propose(
-                Context(range(prompt + emitted), length - emitted, most, step)
+                Context(range(prompt + emitted), length - emitted, 128, step)
             )
             if inner.asked > before:
                 self.asked_at.append(emitted)
@@ -260,6 +259,47 @@ def test_few_candidates_are_verified_where_more_might_cost_too_much() -> None:
 def test_known_costs_tell_what_candidates_cost_before_any_was_verified() -> None:
     memory = GuardMemory(PlainTimes(lambda: lambda rows: 2.0 + 0.1 * rows))
     assert memory.risk(15) == pytest.approx(3.6 / 2.1 - 1)
+
+
+def test_what_candidates_cost_follows_the_steps_that_verify_them() -> None:
+    memory = GuardMemory()
+    memory.plain.add_step(1.0)
+    risks = [memory.risk(3)]
+    for seconds in (1.3, 2.0):
+        memory.drafted(DraftedStep(emitted=1, seconds=seconds, nodes=3))
+        risks.append(memory.risk(3))
+    assert risks[0] > risks[1] < risks[2]
+
+
+@pytest.mark.slow
+@few
+@given(row=st.floats(0.01, 0.1), nodes=st.integers(1, 64))
+def test_a_useless_answer_after_good_ones_loses_no_more_than_in_a_first_one(
+    row: float, nodes: int
+) -> None:
+    decoding = Decoding(row, nodes, token=0.05)
+    for _ in range(5):
+        decoding.run(200, lambda at: nodes, 64)
+    plain = 199 + 64 * 0.05
+    assert decoding.run(200, prompt=64) <= 1.0165 * plain
+
+
+def test_a_draft_model_is_told_what_it_may_read_and_nobody_else() -> None:
+    told: list[tuple[int | None, int]] = []
+
+    class Told(Nothing):
+        def propose(self, context: Context) -> TokenTree:
+            told.append((context.readable, context.max_nodes))
+            return super().propose(context)
+
+    for may_read in (False, True):
+        guard = Guard(Told(), GuardMemory(), lambda: 0.0, may_read=may_read)
+        guard.observe(Outcome(None, (), [1], {}, NONE))
+        guard._memory.plain.add_step(1.0)
+        guard.propose(Context([1, 1], 9, 128, 0))
+    assert told[0][0] is None
+    assert told[1][0] is not None
+    assert all(1 <= most < 128 for _, most in told)
 
 
 def test_a_draft_model_reads_no_more_of_a_prompt_than_may_be_lost() -> None:
@@ -456,8 +496,7 @@ def test_watching_does_not_keep_a_drafter_from_being_asked_again() -> None:
     tick(1)
     guard.observe(Outcome(None, (), [1], {}, NONE))
     for step in range(300):
-        most = guard.most_nodes(128)
-        tree = guard.propose(Context([1] * (step + 2), 400 - step, most, step))
+        tree = guard.propose(Context([1] * (step + 2), 400 - step, 128, step))
         tick(1 + 0.05 * (len(tree) - 1))
         accepted = 0 if step < 100 else len(tree) - 1
         guard.observe(Outcome(tree, [0], [1] * (1 + accepted), {}, NONE))

@@ -483,6 +483,22 @@ def test_a_step_without_a_proposal_changes_no_counts() -> None:
     assert sum(counts.seen) > 8
 
 
+def test_steps_that_were_passed_over_are_no_measure_of_the_pace() -> None:
+    """They emit one token each, whatever drafting would have brought."""
+    paces = []
+    passes: tuple[Callable[[int], bool], ...] = (
+        lambda step: step % 4 > 0,
+        lambda step: False,
+    )
+    for passed_over in passes:
+        simulated = world(400)
+        hybrid = hybrid_of(simulated.member("good", 1.0))
+        simulated.decode(hybrid, passed_over=passed_over)
+        paces.append(hybrid._members.pace.tokens)
+    assert paces[1] > 3
+    assert paces[0] == pytest.approx(paces[1], rel=0.1)
+
+
 def test_a_drafter_that_is_never_right_leaves_the_tree_and_a_good_one_stays() -> None:
     simulated = world(1500)
     hybrid = hybrid_of(

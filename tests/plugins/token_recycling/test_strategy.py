@@ -504,18 +504,16 @@ def test_the_commonest_are_those_of_most_weight_and_late_ones_weigh_more(
 def test_steps_that_are_passed_over_teach_as_those_that_are_not(
     target: LanguageModel, tokens: list[int], asked: set[int]
 ) -> None:
-    """Though the place of their logits is written to again."""
     taught = []
     for passes in (False, True):
         strategy = recycling()
         drafter = start(strategy, target, [0])
-        shared = torch.zeros(1, 64)
         for step, token in enumerate(tokens):
-            shared[0] = torch.randn(64, generator=torch.Generator().manual_seed(step))
+            shown = torch.randn(2, 64, generator=torch.Generator().manual_seed(step))
             if not passes or step in asked:
                 drafter.propose(Context([0, token], 50, 50, step))
             root = TokenTree.root_only(token)
-            drafter.observe(Outcome(root, (0,), (1,), {0: 0}, shared))
+            drafter.observe(Outcome(root, (0,), (1,), {0: 1}, shown))
         drafter.close()
         taught.append(known(strategy))
     assert taught[0] == taught[1]
