@@ -96,8 +96,12 @@ def gathered(ratios: Ratios) -> Evidence:
     covariance = np.diag(variance / np.maximum(count, 1))
     for a, b in pairs:
         shared = len(rest[a].keys() & rest[b].keys()) / (count[a] * count[b])
+        # Of two unlike spreads the smaller: were the larger one in it, a setting would
+        # be taken for as far off as its prompts spread more than the other's, and both
+        # be estimated outside of what was measured of either (Lyons, Gibaut and
+        # Clifford, "How to combine correlated estimates", 1988).
         covariance[a, b] = covariance[b, a] = (
-            alike * shared * np.sqrt(variance[a] * variance[b])
+            alike * shared * min(variance[a], variance[b])
         )
     return Evidence(groups, count, mean, np.sqrt(variance), freedom, common, covariance)
 
