@@ -696,7 +696,7 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         workload_of,
     )
 
-    grid = importlib.import_module("engine_grid")
+    grid = benchmark("engine_grid")
     truth = copies_and_drafts({"code": (0.2, 0.9), "chat": (-0.05, 0.3)})
     cls = engine_on(Machine(truth, room=2))
     prompts = workload_of(["code", "chat"], 2).prompts
@@ -721,7 +721,7 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def test_a_grids_best_is_judged_on_prompts_it_was_not_picked_on() -> None:
-    grid = importlib.import_module("engine_grid")
+    grid = benchmark("engine_grid")
     prompts = [Prompt("a", text="a"), Prompt("b", text="b")]
     # Each is the best on one prompt, by luck, and a loss on the other.
     ratios = {("x", "{}"): {"a": 2.0, "b": 0.5}, ("y", "{}"): {"a": 0.5, "b": 2.0}}
