@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from adaptspec.choosing.learning import Chooser, Finalists, Learning
-from adaptspec.classes.classifier import KEY as CLASSIFIER
-from adaptspec.classes.classifier import Classifier, Told, best_record
+from adaptspec.classes.classifier import Classifier, Told, stored_record
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
 from adaptspec.decoding.controls import Controls
@@ -495,16 +494,10 @@ class Decoder:
 
     def _stored_classifier(self, store: ProfileStore) -> Classifier | None:
         """What was learnt for the model, whatever it was tuned with."""
-        runs = {choice.run: (choice.created, choice.pinned) for choice in self.choices}
-        if self._run_id is not None:
-            runs = {run: at for run, at in runs.items() if run == self._run_id}
-        records = [
-            (runs[run][1], record)
-            for run in sorted(runs, key=lambda run: (runs[run][0], run))
-            if (record := store.record(run, CLASSIFIER)) is not None
-        ]
+        choices = [c for c in self.choices if self._run_id in (None, c.run)]
+        record = stored_record(store, choices)
         try:
-            return Classifier.from_json(best_record(records)) if records else None
+            return None if record is None else Classifier.from_json(record)
         except AdaptSpecError as error:
             warnings.warn(f"classes can't be told: {error}", stacklevel=4)
             return None

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptspec.classes.text_features import FEATURES, features
 from adaptspec.errors import AdaptSpecError
+
+if TYPE_CHECKING:
+    from adaptspec.profile import ClassChoice, ProfileStore
 
 KEY = "classifier"  # of a run's record
 FORMAT = 2
@@ -198,6 +201,20 @@ class Classifier:
             if isinstance(error, AdaptSpecError):
                 raise
             raise AdaptSpecError(f"not a stored classifier: {error!r}") from None
+
+
+def stored_record(
+    store: ProfileStore, choices: Iterable[ClassChoice]
+) -> Mapping[str, Any] | None:
+    """The record of the classifier that is used, of the runs that made ``choices``;
+    None where none of them learnt one."""
+    runs = {choice.run: (choice.created, choice.pinned) for choice in choices}
+    records = [
+        (runs[run][1], record)
+        for run in sorted(runs, key=lambda run: (runs[run][0], run))
+        if (record := store.record(run, KEY)) is not None
+    ]
+    return best_record(records) if records else None
 
 
 def best_record(

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.classes.classifier import KEY as CLASSIFIER
-from adaptspec.classes.classifier import best_record
+from adaptspec.classes.classifier import stored_record
 from adaptspec.engines.exporting import sglang
 from adaptspec.engines.exporting.measured import (
     Found,
@@ -193,10 +192,4 @@ def _classifier(
     store: ProfileStore, choices: Sequence[ClassChoice], found: Found
 ) -> Mapping[str, Any] | None:
     """The record of the best classifier of the runs that are used."""
-    runs = {c.run: (c.created, c.pinned) for c in choices if c.run in found.runs}
-    records = [
-        (runs[run][1], record)
-        for run in sorted(runs, key=lambda run: (runs[run][0], run))
-        if (record := store.record(run, CLASSIFIER)) is not None
-    ]
-    return best_record(records) if records else None
+    return stored_record(store, [c for c in choices if c.run in found.runs])
