@@ -32,7 +32,6 @@ from adaptspec.errors import AdaptSpecError
 from adaptspec.host import Host
 from adaptspec.model.loading import load_model
 from adaptspec.profile import EVERY_CLASS, PLAIN
-from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from decided import keep
@@ -52,14 +51,6 @@ def modules(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = str(tmp_path_factory.mktemp("modules"))
     for name in "transformers.dynamic_module_utils", "transformers.utils.hub":
         monkeypatch.setattr(f"{name}.HF_MODULES_CACHE", place)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("model")
-    tiny_module("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from adaptspec.environment import environment_of
 from adaptspec.host import Host
 from adaptspec.model.loading import load_model
 from adaptspec.profile import EVERY_CLASS
-from adaptspec.testing.fakes import tiny_module, tiny_tokenizer
 from adaptspec.testing.stores import example_profile
 from adaptspec_profiles import open_store
 from decided import keep
@@ -62,14 +61,6 @@ def generate(**given):
 """
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("model")
-    tiny_module("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
