@@ -238,6 +238,12 @@ def best(times: Times, names: Sequence[str], prompts: Sequence[str]) -> str:
     return max(names, key=lambda name: compared(times, name, PLAIN, prompts)[0])
 
 
+def over_classes(logs: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """The ratio over classes in equal parts, with its error, from logarithms of ratios."""
+    whole = math.exp(mean(logs))
+    return whole, whole * math.sqrt(sum(e * e for e in errors)) / len(errors)
+
+
 def against_oracle(
     times: Times, groups: Mapping[str, Sequence[str]], names: Sequence[str]
 ) -> tuple[float, float]:
@@ -247,8 +253,7 @@ def against_oracle(
         ratio, error = compared(times, AUTOMATIC, best(times, names, prompts), prompts)
         logs.append(math.log(ratio))
         errors.append(error / ratio)
-    whole = math.exp(mean(logs))
-    return whole, whole * math.sqrt(sum(e * e for e in errors)) / len(errors)
+    return over_classes(logs, errors)
 
 
 def against_oracle_of_others(
@@ -271,8 +276,7 @@ def against_oracle_of_others(
         errors.append(stdev(found) / math.sqrt(len(found)))
     if not logs:
         return None
-    whole = math.exp(mean(logs))
-    return whole, whole * math.sqrt(sum(e * e for e in errors)) / len(errors)
+    return over_classes(logs, errors)
 
 
 def shown(ratio: tuple[float, float]) -> str:
