@@ -239,7 +239,7 @@ def best(times: Times, names: Sequence[str], prompts: Sequence[str]) -> str:
 
 
 def over_classes(logs: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
-    """The ratio over classes in equal parts, with its error, from logarithms of ratios."""
+    """The ratio over classes in equal parts with its error, from log ratios."""
     whole = math.exp(mean(logs))
     return whole, whole * math.sqrt(sum(e * e for e in errors)) / len(errors)
 
