@@ -14,15 +14,14 @@ from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
 from adaptspec.selector import stale_versions
 from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_tuner.classes.learn import learn
+from adaptspec_tuner.confirming.classes import confirm_classes, stored_class
 from adaptspec_tuner.confirming.decided import decided
-from adaptspec_tuner.confirming.finalists import (
-    confirm_classes,
-    confirming_takes,
-    finalists_of,
-    shortest_confirmation,
-    stored_class,
-)
+from adaptspec_tuner.confirming.finalists import finalists_of
 from adaptspec_tuner.confirming.kept import kept_class
+from adaptspec_tuner.confirming.time_needed import (
+    confirming_takes,
+    shortest_confirmation,
+)
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
 from adaptspec_tuner.records import CLASSIFIER, MIX, plain_key

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from adaptspec.profile import Trial
+from adaptspec_tuner.confirming.classes import corrections
 from adaptspec_tuner.confirming.finalists import (
     Finalist,
-    corrections,
     finalists,
     overall_leaders,
 )

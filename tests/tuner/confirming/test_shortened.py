@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptspec_tuner.confirming.finalists import Finalist, shortened
+from adaptspec_tuner.confirming.ahead import shortened
+from adaptspec_tuner.confirming.finalists import Finalist
 from adaptspec_tuner.measuring.profiler import Setting
 
 SETTINGS = [Setting("draft", {"length": length}) for length in (1, 2, 4, 8)]
