@@ -115,6 +115,23 @@ def test_a_small_budget_goes_to_confirming_every_class_before_more_trials(
     assert trace.clock.now <= 1.05 * budget
 
 
+def test_a_budget_that_is_too_short_names_one_that_does() -> None:
+    short = run(Trace(), MemoryStore(), 60.0)
+    told = [note for note in short.notes if note.startswith("the budget is short")]
+    assert [note for note in told if "--budget 2m" in note] == told != []
+    enough = run(Trace(), MemoryStore(), 120.0)
+    assert not any("the budget is short" in note for note in enough.notes)
+    for found in enough.named:
+        assert min(p.measurement.prompts for p in found.profiles) >= 2 * FEWEST_PROMPTS
+
+
+def test_a_continued_run_is_not_told_that_its_budget_is_short() -> None:
+    store = MemoryStore()
+    run(Trace(), store, 60.0)
+    again = run(Trace(), store, 60.0)
+    assert not any("the budget is short" in note for note in again.notes)
+
+
 def test_a_budget_of_trials_is_that_many_in_all() -> None:
     store = MemoryStore()
     result = run(Trace(), store, math.inf, budget_trials=9)

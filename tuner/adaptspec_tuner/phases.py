@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -16,10 +17,11 @@ from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_tuner.classes.learn import learn
 from adaptspec_tuner.confirming.classes import confirm_classes, stored_class
 from adaptspec_tuner.confirming.decided import decided
-from adaptspec_tuner.confirming.finalists import finalists_of
+from adaptspec_tuner.confirming.finalists import FINALISTS, finalists_of
 from adaptspec_tuner.confirming.kept import kept_class
 from adaptspec_tuner.confirming.time_needed import (
     confirming_takes,
+    finalists_take,
     shortest_confirmation,
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
@@ -67,6 +69,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
             plain = plain_decodings(run, tuning)
             # A strategy that is found is of no use unless there is time to confirm it.
             run.time.keep_back(*confirming_takes(run, tuning, held_out, plain))
+            warn_of_short_budget(run, finalists_take(run, tuning, held_out, plain))
             replayer = replayer_of(run, tuning, plain)
             # The classes in turn, so that any first prompts are of all kinds.
             mixed = tuning.limit(len(tuning.prompts)).prompts
@@ -189,6 +192,20 @@ def _plain(run: TuningRun, prompt: Prompt) -> Sample:
     sample = run.given.measurer.measure(PLAIN_SETTING, prompt)
     run.store.put_record(run.id, key, sample.as_json())
     return sample
+
+
+def warn_of_short_budget(run: TuningRun, confirming: float) -> None:
+    """Say which budget would do, if this one is far too short.
+
+    Args:
+        confirming: Seconds that are wanted for it.
+    """
+    wanted = run.time.whole_for(confirming)
+    if wanted > 1.25 * run.options.seconds:
+        run.warn(
+            f"the budget is short: to confirm {FINALISTS} settings in each class takes "
+            f"--budget {math.ceil(wanted / 60)}m or so; the same command continues"
+        )
 
 
 def replayer_of(

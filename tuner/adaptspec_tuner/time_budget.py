@@ -39,6 +39,7 @@ class TimeBudget:
     ) -> None:
         self.clock, self.deadline = clock, deadline
         self._least_search, self._opening = least_search, opening
+        self._confirming = confirming
         self._replays, self._late = replays, late
         left = max(0.0, self.left)
         self._plain_end = self._search_end = deadline
@@ -86,6 +87,10 @@ class TimeBudget:
         if math.isfinite(self.deadline):
             end = min(self.clock() + seconds, self.deadline - least)
             self._search_end = max(self._search_end, end)
+
+    def whole_for(self, confirming: float) -> float:
+        """Seconds of a budget whose part for confirming is so long; 0 without one."""
+        return confirming / self._confirming if math.isfinite(self.deadline) else 0.0
 
     def for_opening(self) -> float:
         """Seconds in which every class's race is opened."""

@@ -8,6 +8,7 @@ from statistics import median
 from adaptspec.selector import FEWEST_PROMPTS
 from adaptspec.workloads import Workload
 from adaptspec_tuner.confirming.finalists import FINALISTS
+from adaptspec_tuner.confirming.kept import kept_classes
 from adaptspec_tuner.measuring.profiler import Sample
 from adaptspec_tuner.searching.search import HOPELESS
 from adaptspec_tuner.tuning_run import TuningRun
@@ -42,6 +43,24 @@ def confirming_takes(
     if run.given.once:  # a round of the search that ends late is of all classes
         least += sum(late) + run.given.starting * (2 + FINALISTS)
     return least, whole
+
+
+def finalists_take(
+    run: TuningRun, tuning: Workload, held_out: Workload, plain: Mapping[str, Sample]
+) -> float:
+    """Seconds in which the finalists of all classes without results are confirmed.
+
+    On twice as many prompts as a choice takes: on fewer, few choices are sure.
+    """
+    done = kept_classes(run)
+    left = {n: of for n, of in held_out.by_class().items() if n not in done}
+    settings = 1 + len(run.given.baselines) + FINALISTS
+    starts = settings * run.given.starting if run.given.once and left else 0.0
+    return starts + settings * sum(
+        min(len(prompts), 2 * FEWEST_PROMPTS)
+        * plain_once(tuning, name, plain, run.environment.concurrency)
+        for name, prompts in left.items()
+    )
 
 
 def shortest_confirmation(
