@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adaptspec.choosing.learning import Chooser, Finalists, Learning
+from adaptspec.choosing.unsure import with_unsure
 from adaptspec.classes.classifier import Classifier, Told, stored_record
 from adaptspec.classes.last_message import LastMessage
 from adaptspec.classes.text_features import prompt_text
@@ -228,14 +229,19 @@ class Decoder:
 
     def _ranked(self, prompt_class: str | None) -> Finalists:
         """The settings that were decided on for a class, with their profiles."""
+        lossy = self._lossy() if self._allow_lossy else ()
         ranking = rank(
             self.choices,
             self.environment,
             prompt_class,
-            self._lossy() if self._allow_lossy else (),
+            lossy,
             run=self._run_id,
             refused=self._refused,
         )
+        if self._chooser is not None and self._adapt:
+            ranking = with_unsure(
+                ranking, self.profiles, self.environment, lossy, self._refused
+            )
         profiles = [self._profile_of(choice) for choice in ranking.choices]
         ids = [None if profile is None else profile.id for profile in profiles]
         choices = [
@@ -563,8 +569,10 @@ class Decoder:
         if told is not None:
             prompt_class = told.prompt_class
         choice, finalists, place = self._chosen(prompt_class, strategy, params)
-        if strategy is None and choice.strategy == PLAIN and place == 0:
-            self._tell_once(choice.reason)
+        unsure = finalists is not None and finalists.ranking.unsure
+        if strategy is None and choice.strategy == PLAIN and (unsure or place == 0):
+            known = choice if finalists is None else finalists.ranking.choices[place]
+            self._tell_once(known.reason)
         if told is not None:
             choice = replace(choice, reason=f"{told.reason}; {choice.reason}")
         chosen = choice
@@ -572,7 +580,7 @@ class Decoder:
             said = f"plain decoding, with shadow; otherwise {choice.strategy}"
             choice, finalists = Choice(choice.prompt_class, PLAIN, {}, said), None
         drafting = self._strategy(choice)
-        if choice.expected is not None:
+        if choice.expected is not None and not unsure:
             self.engine.guard_memory(drafting).promise(choice.expected.ratio)
 
         def ended(generation: Generation) -> None:

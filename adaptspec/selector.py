@@ -96,11 +96,14 @@ class Ranking:
         choices: The best first; the last is plain decoding.
         picks: What was tuned of each but the last.
         decided: Where they are from; None where nothing was decided.
+        unsure: Whether no tune could tell that the picks are faster than plain
+            decoding, which is used until requests tell.
     """
 
     choices: Sequence[Choice]
     picks: Sequence[Pick] = ()
     decided: ClassChoice | None = None
+    unsure: bool = False
 
 
 def select(

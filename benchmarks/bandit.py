@@ -72,6 +72,7 @@ class Drift(Enum):
     LOSING = "half-way all lose, plain is best"
     GAINING = "half-way the worst becomes best"
     SLOW = "slowly to other speeds"
+    UNTOLD = "none; about 1.05x, four prompts couldn't tell"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class World:
     @classmethod
     def drawn(cls, random: Random, drift: Drift, requests: int) -> World:
         """Four settings of about 1.4 times plain decoding's speed."""
-        before = [random.gauss(0.35, 0.15) for _ in range(4)]
+        middle, wide = (0.05, 0.06) if drift is Drift.UNTOLD else (0.35, 0.15)
+        before = [random.gauss(middle, wide) for _ in range(4)]
         after = list(before)
         if drift is Drift.ABRUPT:
             after[before.index(max(before))] -= 0.5
@@ -125,7 +127,8 @@ class World:
 
     def _logs(self, number: int) -> list[float]:
         done = number / self.requests
-        shares = {Drift.NONE: 0.0, Drift.WRONG: 1.0, Drift.SLOW: done}
+        shares = {Drift.NONE: 0.0, Drift.UNTOLD: 0.0}
+        shares |= {Drift.WRONG: 1.0, Drift.SLOW: done}
         moved = shares.get(self.drift, float(done >= 0.5))
         pairs = zip(self.before, self.after, strict=True)
         return [old + moved * (new - old) for old, new in pairs]
@@ -150,10 +153,15 @@ class Regret:
     changes: float
 
 
-def finalists(tuned: Sequence[Sequence[float]]) -> tuple[Finalists, list[int]]:
+def finalists(
+    tuned: Sequence[Sequence[float]], unsure: bool = False
+) -> tuple[Finalists, list[int]]:
     """What a tune decides by log ratios of each setting; their places, best first.
 
     Those that aren't faster than plain decoding are no finalists.
+
+    Args:
+        unsure: Whether the tune chose plain decoding, and requests try two of them.
     """
     picks = []
     for place, logs in enumerate(tuned):
@@ -163,8 +171,10 @@ def finalists(tuned: Sequence[Sequence[float]]) -> tuple[Finalists, list[int]]:
     picks = sorted(
         (pick for pick in picks if pick.ratio > 1), key=lambda pick: -pick.ratio
     )
+    picks = picks[:2] if unsure else picks
     decided = example_choice(picks=picks, prompts=len(tuned[0]), objective=ANSWER)
     ranking = rank([decided], decided.environment, decided.prompt_class)
+    ranking = replace(ranking, unsure=unsure)
     places = [int(pick.strategy) for pick in picks]
     return Finalists(ranking, range(1, len(picks) + 2)), places
 
@@ -174,9 +184,10 @@ def regret(
     requests: Iterator[Request],
     learning: Learning,
     tokens: int = 64,
+    unsure: bool = False,
 ) -> Regret:
     """What is lost where a chooser decides for each request."""
-    found, places = finalists(tuned)
+    found, places = finalists(tuned, unsure)
     chooser = Chooser(Uses(lambda: nullcontext(MemoryStore())), learning)
     spent = oracle = first = 0.0
     fixed, changes, count = [0.0] * (len(tuned) + 1), 0, 0
@@ -186,7 +197,7 @@ def regret(
         place = places[chosen] if chosen < len(places) else -1
         spent += times[place]
         oracle += min(times)
-        first += times[places[0] if places else -1]
+        first += times[places[0] if places and not unsure else -1]
         fixed = [total + time for total, time in zip(fixed, times, strict=True)]
         changes += chosen > 0
         count += 1
@@ -241,7 +252,9 @@ def simulated(drift: Drift, requests: int, learning: Learning, seed: int) -> Reg
     """One world of a seed."""
     random = Random(seed)
     world = World.drawn(random, drift, requests)
-    return regret(world.tune(random), world.seen(random), learning)
+    unsure = drift is Drift.UNTOLD
+    tuned = world.tune(random, prompts=4 if unsure else 8)
+    return regret(tuned, world.seen(random), learning, unsure=unsure)
 
 
 def changing(

@@ -87,12 +87,19 @@ class Finalists:
     def tuned(self, moved: float) -> list[Belief]:
         """What the tune makes believe of each choice but the last, plain decoding.
 
+        What it couldn't tell to be faster is believed to be as fast.
+
         Args:
             moved: As of :class:`Learning`.
         """
         decided = self.ranking.decided
         prompts = 0 if decided is None else decided.prompts
-        return [tuned_belief(pick, prompts, moved=moved) for pick in self.ranking.picks]
+        found = [
+            tuned_belief(pick, prompts, moved=moved) for pick in self.ranking.picks
+        ]
+        if self.ranking.unsure:
+            return [replace(belief, mean=0.0) for belief in found]
+        return found
 
 
 class Chooser:

@@ -23,9 +23,14 @@ def learnt(
     if place != best:
         said.append(f"tried since it may be faster than {_one(ranking, seen, best)}")
     elif place > 0:
-        better = range(min(place, len(ranking.picks)))
+        better = [
+            other
+            for other in range(min(place, len(ranking.picks)))
+            if not ranking.unsure or seen[other] is not None
+        ]
         others = ", ".join(_one(ranking, seen, other) for other in better)
-        said.append(f"expected to be faster than {others}")
+        if others:
+            said.append(f"expected to be faster than {others}")
     return "; ".join(said) or None
 
 
