@@ -35,7 +35,7 @@ from adaptspec_tuner.searching.entrants import (
     entrants,
 )
 from adaptspec_tuner.searching.search import Arm, Search
-from adaptspec_tuner.searching.sweeps import Costs, sweep_all
+from adaptspec_tuner.searching.sweeps import Costs, ask_each, sweep_all
 from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
 if TYPE_CHECKING:
@@ -303,9 +303,19 @@ def raced(
     given, options, store = run.given, run.options, run.store
     prompts = _by_class(recorded)
 
+    # Another engine's methods are asked once each as long as any can be confirmed
+    # behind it, whatever they take: what that will be isn't known before.
+    asking_each = given.of_engine
+
     def may_try() -> bool:
         most = options.budget_trials
-        return (most is None or search.tried < most) and run.time.searching
+        if most is not None and search.tried >= most:
+            return False
+        if not asking_each:
+            return run.time.searching
+        return run.time.left >= costs.of_setting + shortest_confirmation(
+            run, tuning, plain
+        )
 
     search = Search(
         given.measurer,
@@ -342,14 +352,12 @@ def raced(
             for name, group in prompts.items()
         }
         costs = Costs(seconds, lambda: given.starting, given.at_once)
-        run.time.search_for(
-            costs.opening(len(given.strategies)),
-            shortest_confirmation(run, tuning, plain),
-        )
+        ask_each(search, given.strategies, prompts, costs)
+        asking_each = False
         common = sweep_all(
             search,
             given.strategies,
-            prompts,
+            list(prompts),
             costs,
             lambda: run.time.left_for_search if may_try() else 0.0,
             earlier=earlier,

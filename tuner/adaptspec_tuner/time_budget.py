@@ -81,13 +81,6 @@ class TimeBudget:
         if math.isfinite(self.deadline):
             self._search_end = self.deadline - kept
 
-    def search_for(self, seconds: float, least: float) -> None:
-        """Let the search go on for ``seconds`` from now on, as far as ``least`` of them
-        are left for confirming behind it."""
-        if math.isfinite(self.deadline):
-            end = min(self.clock() + seconds, self.deadline - least)
-            self._search_end = max(self._search_end, end)
-
     def whole_for(self, confirming: float) -> float:
         """Seconds of a budget whose part for confirming is so long; 0 without one."""
         return confirming / self._confirming if math.isfinite(self.deadline) else 0.0

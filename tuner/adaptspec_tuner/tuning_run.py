@@ -105,6 +105,13 @@ class TuneInputs:
             return self.measurer.starting
         return 0.0
 
+    def starts_take(self, settings: int) -> float:
+        """Seconds of the starts of as many settings beside plain decoding, where each
+        is started but once; else 0."""
+        if isinstance(self.measurer, MeasuresAhead) and self.measurer.keeps:
+            return self.measurer.starting * self.measurer.starts_for(settings)
+        return 0.0
+
     @property
     def at_once(self) -> int:
         """How many settings are measured beside the same plain answers."""

@@ -223,6 +223,26 @@ def test_starts_slower_than_the_engine_says_do_not_overrun(room: int) -> None:
     assert machine.clock.now < 1500 + 90 + 60
 
 
+def test_methods_are_asked_though_they_start_slower_than_plain_decoding() -> None:
+    class Slower(Machine):
+        @property
+        def start(self) -> float:
+            return 90.0 if self.clock.now < 100 else 140.0
+
+        @start.setter
+        def start(self, seconds: float) -> None: ...
+
+    idle = Method("idle", "gains nothing", DRAFT.Params)
+    store = MemoryStore()
+    machine = Slower(TRUTH, room=2, noise=0.01, methods=(COPY, idle, DRAFT))
+    result, _ = tuned(machine, 900.0, store=store)
+    tried = {(t.strategy, t.prompt_class) for t in store.trials(result.run)}
+    assert tried >= {(m, c) for m in ("copy", "idle", "draft") for c in CLASSES}
+    assert choices(result)["chat"] == PLAIN
+    assert PLAIN not in (choices(result)["summary"], choices(result)["code"])
+    assert machine.clock.now <= 1.05 * 900
+
+
 def test_an_engine_that_cannot_decode_plainly_ends_the_tune_in_one_line() -> None:
     machine = Machine(TRUTH, fails=lambda method, params, count: "no memory")
     with pytest.raises(EngineError, match=r"^scripted ended: no memory$"):

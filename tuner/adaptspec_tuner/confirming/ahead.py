@@ -55,7 +55,6 @@ def measured_ahead(
         return {}, held_out
     measurer = run.given.measurer
     assert isinstance(measurer, MeasuresAhead)
-    starting, beside_plain = run.given.starting, measurer.beside_plain
     at_once = run.environment.concurrency
     once = {name: plain_once(tuning, name, plain, at_once) for name in held_out.classes}
     kept = {name: list(finalists.get(name, ())) for name in held_out.classes}
@@ -68,8 +67,8 @@ def measured_ahead(
             for name in kept
             for f in kept[name]
         )
-        starts = len(settings) + math.ceil(len(settings) / beside_plain)
-        return starting * starts + prompts * answers
+        starts = measurer.starts_for(len(settings))
+        return run.given.starting * starts + prompts * answers
 
     kept = shortened(kept, lambda kept: takes(kept, FEWEST_PROMPTS), run.time.left)
     most = max(map(len, held_out.by_class().values()), default=0)

@@ -41,7 +41,7 @@ def confirming_takes(
     )
     least += max(late, default=0.0)
     if run.given.once:  # a round of the search that ends late is of all classes
-        least += sum(late) + run.given.starting * (2 + FINALISTS)
+        least += sum(late) + run.given.starts_take(1 + FINALISTS)
     return least, whole
 
 
@@ -55,7 +55,7 @@ def finalists_take(
     done = kept_classes(run)
     left = {n: of for n, of in held_out.by_class().items() if n not in done}
     settings = 1 + len(run.given.baselines) + FINALISTS
-    starts = settings * run.given.starting if run.given.once and left else 0.0
+    starts = run.given.starts_take(FINALISTS) if left else 0.0
     return starts + settings * sum(
         min(len(prompts), 2 * FEWEST_PROMPTS)
         * plain_once(tuning, name, plain, run.environment.concurrency)
@@ -71,8 +71,7 @@ def shortest_confirmation(
         plain_once(tuning, name, plain, run.environment.concurrency)
         for name in tuning.classes
     )
-    starts = 2 * run.given.starting if run.given.once else 0.0
-    return starts + 2 * FEWEST_PROMPTS * once
+    return run.given.starts_take(1) + 2 * FEWEST_PROMPTS * once
 
 
 def plain_once(

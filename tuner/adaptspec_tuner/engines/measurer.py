@@ -103,6 +103,11 @@ class EngineMeasurer:
         room = self._engine.room
         return room - 1 if room > 1 else self._beside_one
 
+    def starts_for(self, settings: int) -> int:
+        """How many starts as many settings take, those of plain decoding included."""
+        alone = self._engine.room == 1  # else plain decoding stays ready beside them
+        return settings + (math.ceil(settings / self._beside_one) if alone else 0)
+
     def measure(self, setting: Setting, prompt: Prompt) -> Sample:
         """One answer."""
         return sample_of_whole(self._generation(setting, prompt))

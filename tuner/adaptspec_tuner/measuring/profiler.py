@@ -202,6 +202,9 @@ class MeasuresAhead(Protocol):
     def beside_plain(self) -> int:
         """How many settings are measured beside the same plain answers."""
 
+    def starts_for(self, settings: int) -> int:
+        """How many starts as many settings take, those of plain decoding included."""
+
     def measure_ahead(
         self,
         asked: Sequence[tuple[Setting, Sequence[Prompt]]],

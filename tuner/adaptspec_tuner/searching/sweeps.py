@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -47,11 +47,11 @@ class Costs:
     starting: Callable[[], float] = lambda: 0.0
     at_once: int = 3
 
-    def opening(self, methods: int) -> float:
-        """Seconds in which as many methods are asked once in every class."""
-        once = sum(self.seconds.values())
-        beside = math.ceil(methods / self.at_once)
-        return methods * (self.starting() + once) + beside * once
+    @property
+    def of_setting(self) -> float:
+        """Seconds in which one is started and asked in every class, as is plain
+        decoding beside it."""
+        return self.starting() + 2 * sum(self.seconds.values())
 
     def fitting(
         self, wanted: Mapping[str, Sequence[Setting]], left: float
@@ -69,27 +69,19 @@ class Costs:
         return found
 
 
-def sweep_all(
+def ask_each(
     search: Search,
     methods: Sequence[Searched],
     prompts: Mapping[str, Sequence[Prompt]],
     costs: Costs,
-    left: Callable[[], float],
-    *,
-    earlier: Mapping[tuple[str, str], Sequence[Params]],
-) -> dict[str, Params]:
-    """Ask every method in every class, then new settings, while there is time.
+) -> None:
+    """Ask every method in every class with the setting it begins with.
 
     Args:
         prompts: Class -> its tuning prompts.
-        left: Seconds until the search ends; may be infinite, and is 0 at its end.
-        earlier: Class and method -> settings of earlier runs, best first.
-
-    Returns:
-        Method -> its best setting of those that were measured in all classes.
     """
     first = {m.name: first_setting(m) for m in methods}
-    names = sorted(prompts, key=lambda name: costs.seconds.get(name, 0.0))
+    names = in_order(prompts, costs)
     for name, method in itertools.product(names, methods):
         search.add(name, method, prompts[name], [first[method.name]])
     for some in batches(methods, costs.at_once):
@@ -99,6 +91,30 @@ def sweep_all(
                 for name in names
             }
         )
+
+
+def sweep_all(
+    search: Search,
+    methods: Sequence[Searched],
+    names: Iterable[str],
+    costs: Costs,
+    left: Callable[[], float],
+    *,
+    earlier: Mapping[tuple[str, str], Sequence[Params]],
+) -> dict[str, Params]:
+    """Try settings of earlier runs, then new ones, while there is time.
+
+    Every method was asked before, by :func:`ask_each`.
+
+    Args:
+        names: Of the classes.
+        left: Seconds until the search ends; may be infinite, and is 0 at its end.
+        earlier: Class and method -> settings of earlier runs, best first.
+
+    Returns:
+        Method -> its best setting of those that were measured in all classes.
+    """
+    names = in_order(names, costs)
     again = {
         name: [
             Setting(m.name, dict(known))
@@ -113,7 +129,12 @@ def sweep_all(
         wanted = costs.fitting(promising(search, methods, names, costs), seconds)
         if not wanted or not search.sweep(wanted):
             break
-    return {m.name: common_setting(search, m, names, first[m.name]) for m in methods}
+    return {m.name: common_setting(search, m, names, first_setting(m)) for m in methods}
+
+
+def in_order(names: Iterable[str], costs: Costs) -> list[str]:
+    """The classes, those whose answers take least first."""
+    return sorted(names, key=lambda name: costs.seconds.get(name, 0.0))
 
 
 def first_setting(method: Searched) -> Params:
