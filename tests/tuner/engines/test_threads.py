@@ -197,3 +197,32 @@ def test_how_it_was_measured_is_kept_before_a_class_is_confirmed(
         shown = ended.value.result.usage
         assert shown is not None
         assert (shown.threads, shown.batch_threads) == (4, 2)
+
+
+def test_threads_that_are_told_do_not_continue_what_was_settled_otherwise() -> None:
+    store = MemoryStore()
+
+    def run(
+        speeds: Mapping[int, tuple[float, float]], **options: int
+    ) -> tuple[str, int]:
+        cls = threaded(speeds)
+        plugin = SimpleNamespace(register_engines=hookimpl(lambda: [cls]))
+        result = tune_engine(
+            *("m.gguf", None, workload_of(["chat"], 8)),
+            TuneOptions(100.0, engine="threaded", **options),  # type: ignore[arg-type]
+            db=store,
+            host=Host({"fakes": plugin}),
+            clock=cls.machine.clock,
+        )
+        assert result.usage is not None
+        return result.run, result.environment.threads
+
+    other = {8: (0.1, 1.0), 4: (0.12, 0.6)}  # 8 for single tokens, 4 for batches
+    settled, threads = run(other)
+    assert threads == 8
+    told, threads = run(other, threads=8)
+    assert threads == 8
+    assert told != settled
+    # The same numbers are the same run, whoever chose them.
+    assert run(other, threads=8, batch_threads=4)[0] == settled
+    assert run(other, threads=8, batch_threads=8)[0] == told
