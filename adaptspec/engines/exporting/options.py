@@ -25,19 +25,14 @@ class Asked:
     concurrency: int | None = None
 
 
-def options_of(
-    engine: str, asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
-) -> EngineOptions:
+def options_of(engine: str, asked: Asked, usage: Mapping[str, Any]) -> EngineOptions:
     """What an engine is opened with.
 
     Args:
-        choices: Of the engine, newest first; a pinned run counts before others.
-
-    Raises:
-        EngineError: if it isn't clear which model or how many requests are meant.
+        usage: The record of how it was tuned; empty where none is kept.
     """
     given = {name: value for name, value in vars(asked).items() if value}
-    told = from_anywhere({**tuned_with(asked, store, choices), **given})
+    told = from_anywhere({**usage, **given})
     return EngineOptions(
         engine=engine,
         model=told.get("model"),
@@ -62,6 +57,9 @@ def tuned_with(
     """The record of the newest run of the model and the number of requests asked for.
 
     Empty where none is kept.
+
+    Args:
+        choices: Of one engine; a pinned run counts before others.
 
     Raises:
         EngineError: if several models or numbers of requests were measured, and none
@@ -95,6 +93,53 @@ def tuned_with(
             "have: --concurrency N"
         )
     return records[0] if records else {}
+
+
+def decided_with(
+    store: ProfileStore, classes_of: Mapping[str, Sequence[str]]
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The record of the run that decided most classes, empty where none is kept, and
+    which classes another one decided that ran the engine otherwise, in sentences.
+
+    Where several runs decided, the context is the longest of them, and models that
+    only others of them had are added.
+
+    Args:
+        classes_of: Run -> the classes that it decided.
+    """
+    order = sorted(classes_of, key=lambda run: -len(classes_of[run]))
+    records = {run: found for run in order if (found := store.record(run, USAGE))}
+    if not records:
+        return {}, []
+    first, *others = records
+    told = dict(records[first])
+    for name in ("draft_model", "heads"):
+        told[name] = next((r[name] for r in records.values() if r.get(name)), None)
+    contexts = [record.get("context") for record in records.values()]
+    told["context"] = None if None in contexts else max(contexts)
+    notes = []
+    for run in others:
+        then, now = _ran(records[run]), _ran(told)
+        differing = [
+            f"{name} {value}" for name, value in then.items() if value != now[name]
+        ]
+        if differing:
+            notes.append(
+                f"{', '.join(classes_of[run])}: measured in run {run} with "
+                f"{', '.join(differing)}, unlike these flags; --run {run} prints those."
+            )
+    return told, notes
+
+
+def _ran(usage: Mapping[str, Any]) -> dict[str, str]:
+    """What of how an engine was run changes its speed, by the option's name."""
+    threads = usage.get("threads")
+    told = {
+        "--threads": threads,
+        "--batch-threads": usage.get("batch_threads") or threads,
+        "--engine-argument": " ".join(usage.get("engine_argument") or ()),
+    }
+    return {name: str(value or "left out") for name, value in told.items()}
 
 
 def _same(one: Any, other: str) -> bool:
