@@ -63,7 +63,7 @@ def tuned_with(
 
     Raises:
         EngineError: if several models or numbers of requests were measured, and none
-            was asked for.
+            was asked for, or another number of requests was.
     """
     runs = {c.run: c for c in choices}
     order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
@@ -80,14 +80,20 @@ def tuned_with(
             "--model MODEL"
         )
     numbers = sorted({int(record.get("concurrency") or 1) for record in records})
+    known = ", ".join(map(str, numbers))
     if asked.concurrency is not None:
+        if numbers and asked.concurrency not in numbers:
+            raise EngineError(
+                "--concurrency must be a number of requests at a time that was "
+                f"measured, which are {known}, got {asked.concurrency}; give one of "
+                f"them, or tune with --concurrency {asked.concurrency}"
+            )
         records = [
             record
             for record in records
             if (record.get("concurrency") or 1) == asked.concurrency
         ]
     elif len(numbers) > 1:
-        known = ", ".join(map(str, numbers))
         raise EngineError(
             f"measured with {known} requests at a time; say how many the server will "
             "have: --concurrency N"
