@@ -139,6 +139,17 @@ class Found:
     runs: Sequence[str]
     notes: Sequence[str] = ()
 
+    def decided(self, prompt_class: str | None = None) -> list[ClassChoice]:
+        """The choices that it is made of, or the one of a class."""
+        every = dict(self.classes)
+        if self.everything is not None:
+            every[EVERY_CLASS] = self.everything
+        return [
+            of.ranking.decided
+            for name, of in every.items()
+            if of.ranking.decided is not None and prompt_class in (None, name)
+        ]
+
 
 def choices_of(store: ProfileStore, engine: str, run: str | None) -> list[ClassChoice]:
     """What was decided of an engine, newest first.
