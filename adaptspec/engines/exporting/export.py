@@ -95,6 +95,10 @@ def export_for(
     options = options_of(engine, wanted.asked, store, choices)
     with host.engines[engine].open(options) as opened:
         found = found_here(store, choices, opened.environment, refused=_refused(opened))
+        if options.threads is None and _use_threads(opened, options, found):
+            found = found_here(
+                store, choices, opened.environment, refused=_refused(opened)
+            )
         plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params), engine)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
@@ -180,6 +184,22 @@ def _refused(engine: InferenceEngine) -> Any:
         return None
 
     return refused
+
+
+def _use_threads(engine: InferenceEngine, options: EngineOptions, found: Found) -> bool:
+    """Start it with the threads that were measured, where this machine has them.
+
+    Returns:
+        Whether they are others than the engine's own.
+    """
+    threads = found.environment.threads
+    if threads == engine.environment.threads:
+        return False
+    try:
+        engine.use_threads(threads, options.batch_threads or threads)
+    except (NotImplementedError, EngineError):
+        return False
+    return True
 
 
 def _files(options: EngineOptions) -> list[str]:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import adaptspec_profiles.plugin
 from adaptspec.cli import build_cli
 from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.errors import EngineError
 from adaptspec.host import Host
 from adaptspec.profile import EVERY_CLASS, OURS, ProfileStore
 from adaptspec.router.table import read_table
@@ -377,6 +378,25 @@ def test_what_was_measured_with_other_threads_is_told(
     keep_run(store, {"a": (1.0, {NGRAM: 1.5})})
     FakeEngine.here = replace(HERE, threads=8)
     assert "# measured with threads 2 (here 8)" in printed(db)
+
+
+def test_an_engine_that_can_starts_with_the_threads_that_were_measured(
+    db: str, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(self: FakeEngine, threads: int, batch_threads: int) -> None:
+        if threads > 8:
+            raise EngineError("threads must be 1..8")
+        FakeEngine.here = replace(HERE, threads=threads)
+
+    monkeypatch.setattr(FakeEngine, "use_threads", use)
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})})
+    FakeEngine.here = replace(HERE, threads=8)
+    assert "measured with threads" not in printed(db)
+    assert FakeEngine.here.threads == 2
+    FakeEngine.here = replace(HERE, threads=8)
+    many = replace(HERE, threads=64)
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, run="r2", environment=many)
+    assert "# measured with threads 64 (here 8)" in printed(db, "--run", "r2")
 
 
 def test_a_setting_that_this_version_does_not_know_is_passed_over(

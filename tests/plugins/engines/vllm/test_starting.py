@@ -164,6 +164,21 @@ def test_a_cpu_build_is_told_its_cores_and_the_room_for_its_cache(
     }
 
 
+def test_an_export_binds_as_many_cores_as_were_measured_and_says_which(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 4, 5})
+    engine = opened(tmp_path, model, CPU)
+    assert engine.environment.threads == 4
+    engine.use_threads(3, 3)
+    launch = engine.launch("autoregressive", {})
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,4"
+    assert "bound to the CPUs 0,1,4 of this machine" in " ".join(launch.notes)
+    assert engine.environment.threads == 3
+    with pytest.raises(EngineError, match=r"threads must be 1\.\.4.* got 64"):
+        engine.use_threads(64, 64)
+
+
 def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
     tmp_path: Path, model: str
 ) -> None:
