@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,24 @@ from adaptspec.engines.exporting.plan import Plan, Server
 from adaptspec.engines.exporting.texts import HEALTH, heading, sentences
 from adaptspec.errors import EngineError
 
-
-@dataclass(frozen=True)
-class Image:
-    """A container image that holds an engine.
-
-    Args:
-        name: Its name; empty: none is published for the device.
-        program: What starts the engine in it.
-    """
-
-    name: str
-    program: Sequence[str]
-
-
-# By engine and whether it runs on a GPU.
-IMAGES = {
-    ("llama.cpp", False): Image(
-        "ghcr.io/ggml-org/llama.cpp:server", ["/app/llama-server"]
-    ),
-    ("llama.cpp", True): Image(
-        "ghcr.io/ggml-org/llama.cpp:server-cuda", ["/app/llama-server"]
-    ),
-    ("vllm", False): Image("", ["vllm", "serve"]),
-    ("vllm", True): Image("vllm/vllm-openai:{version}", ["vllm", "serve"]),
-    ("sglang", False): Image("", ["python3", "-m", "sglang.launch_server"]),
-    ("sglang", True): Image(
-        "lmsysorg/sglang:latest", ["python3", "-m", "sglang.launch_server"]
-    ),
+# What starts an engine in its image.
+PROGRAMS = {
+    "llama.cpp": ["/app/llama-server"],
+    "vllm": ["vllm", "serve"],
+    "sglang": ["python3", "-m", "sglang.launch_server"],
 }
+# By engine and device, of those that are published.
+IMAGES = {
+    ("llama.cpp", "cpu"): "ghcr.io/ggml-org/llama.cpp:server",
+    ("llama.cpp", "cuda"): "ghcr.io/ggml-org/llama.cpp:server-cuda",
+    ("llama.cpp", "rocm"): "ghcr.io/ggml-org/llama.cpp:server-rocm",
+    ("llama.cpp", "vulkan"): "ghcr.io/ggml-org/llama.cpp:server-vulkan",
+    ("vllm", "cuda"): "vllm/vllm-openai:{tag}",
+    ("sglang", "cuda"): "lmsysorg/sglang:latest",
+}
+# What a container is given of other makers' devices.
+DEVICES = {"rocm": ["/dev/kfd", "/dev/dri"], "vulkan": ["/dev/dri"]}
+RELEASE = re.compile(r"\d+(\.\d+)*(\.post\d+)?")
 INSIDE = "0.0.0.0"  # what a container's program listens on
 HUB = "/root/.cache/huggingface/hub"  # where containers look for models of the hub
 PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")  # of a model file that is divided
@@ -60,14 +48,12 @@ def compose_text(
     """
     import yaml
 
-    gpu = plan.found.environment.device == "cuda"
-    chosen = IMAGES.get((engine, gpu), Image("", []))
-    version = plan.found.environment.versions.get(engine, "")
-    name = image or chosen.name.format(version=f"v{version}" if version else "latest")
-    if not name:
+    device = plan.found.environment.device
+    measured = plan.found.environment.versions.get(engine, "")
+    published, note = _published(engine, device, measured)
+    if not (name := image or published):
         raise EngineError(
-            f"no image of {engine} is known for {plan.found.environment.device}; name "
-            "one with --image"
+            f"no image of {engine} is known for {device}; name one with --image"
         )
     volumes = [_literal(f"{path}:{path}:ro") for path in _mounted(files)]
     if any(not Path(name).exists() for name in files) and engine != "llama.cpp":
@@ -75,7 +61,9 @@ def compose_text(
 
         volumes.append(_literal(f"{Path(HF_HUB_CACHE).absolute()}:{HUB}"))
     services = {
-        server.name: _service(server, name, chosen.program, volumes, host, gpu)
+        server.name: _service(
+            server, name, PROGRAMS.get(engine, []), volumes, host, device
+        )
         for server in plan.servers
     }
     for server in plan.servers:
@@ -85,6 +73,8 @@ def compose_text(
                 first.name: {"condition": "service_healthy"}
             }
     lines = [f"# {line}" for line in heading(plan, engine)]
+    if image is None and note:
+        lines.append(f"# {note}")
     for server in plan.servers:
         lines += ["#", *(f"# {line}" for line in sentences(server, plan))]
     dumped = yaml.safe_dump(
@@ -93,13 +83,30 @@ def compose_text(
     return "\n".join(lines) + "\n" + str(dumped)
 
 
+def _published(engine: str, device: str, measured: str) -> tuple[str, str]:
+    """The image that an engine's makers publish, and how it isn't what was measured.
+
+    Args:
+        measured: The engine's version; empty: none was measured.
+    """
+    release = measured.partition("+")[0]  # no tag has a "+"
+    tag = f"v{release}" if RELEASE.fullmatch(release) else "latest"
+    name = IMAGES.get((engine, device), "").format(tag=tag)
+    if not measured or name.endswith(f":v{measured}"):
+        return name, ""
+    return name, (
+        f"the image {name} isn't the build that was measured, {measured}; name that "
+        "one's with --image where there is one"
+    )
+
+
 def _service(
     server: Server,
     image: str,
     program: Sequence[str],
     volumes: Sequence[str],
     host: str,
-    gpu: bool,
+    device: str,
 ) -> dict[str, Any]:
     arguments = _arguments(server.launch.command)
     inside = ["--host", INSIDE, "--port", str(server.port)]
@@ -116,10 +123,12 @@ def _service(
         }
     if volumes:
         service["volumes"] = list(volumes)
-    if gpu:
-        device = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-        service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    if device == "cuda":
+        nvidia = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [nvidia]}}}
         service["ipc"] = "host"
+    elif device in DEVICES:
+        service["devices"] = [f"{path}:{path}" for path in DEVICES[device]]
     return service
 
 
