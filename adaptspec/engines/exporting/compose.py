@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def _service(
         "image": image,
         "entrypoint": list(program),
         "command": [_literal(word) for word in [*arguments, *inside]],
-        "ports": [f"{host}:{server.port}:{server.port}"],
+        "ports": [f"{_address(host)}:{server.port}:{server.port}"],
         "restart": "unless-stopped",
     }
     if server.launch.environment:
@@ -130,6 +131,24 @@ def _service(
     elif device in DEVICES:
         service["devices"] = [f"{path}:{path}" for path in DEVICES[device]]
     return service
+
+
+def _address(host: str) -> str:
+    """An address as compose takes it: in numbers, those of IPv6 in brackets.
+
+    Raises:
+        EngineError: for a name that has none here.
+    """
+    try:
+        found = {family: at[0] for family, *_, at in socket.getaddrinfo(host, None)}
+    except OSError:
+        raise EngineError(
+            f"--host: a compose file takes addresses, and {host!r} has none here; give "
+            "one, such as 127.0.0.1"
+        ) from None
+    if socket.AF_INET in found:
+        return str(found[socket.AF_INET])
+    return f"[{found[socket.AF_INET6]}]"
 
 
 def _health(server: Server) -> dict[str, Any]:

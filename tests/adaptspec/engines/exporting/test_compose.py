@@ -135,3 +135,27 @@ def test_a_llama_cpp_image_is_for_the_device(
     assert "isn't the build that was measured, 4321 (abcdef0)" in text
     with pytest.raises(EngineError, match=r"no image .* for sycl; .*--image"):
         exported("llama.cpp", "sycl", "4321")
+
+
+@pytest.mark.parametrize(
+    ("host", "ports"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000:8000"),
+        ("0.0.0.0", "0.0.0.0:8000:8000"),
+        ("localhost", "127.0.0.1:8000:8000"),
+        ("::1", "[::1]:8000:8000"),
+        ("::", "[::]:8000:8000"),
+    ],
+)
+def test_ports_are_open_on_an_address(host: str, ports: str) -> None:
+    """Compose takes no name there, and reads colons as its own."""
+    text = compose_text(plan_of(["llama-server"]), "llama.cpp", host, None, [])
+    (service,) = yaml.safe_load(text)["services"].values()
+    assert service["ports"] == [ports]
+
+
+def test_a_host_without_an_address_is_refused() -> None:
+    with pytest.raises(
+        EngineError, match=r"--host: .*'no\.such\.invalid' has none here"
+    ):
+        compose_text(plan_of(["x"]), "llama.cpp", "no.such.invalid", None, [])
