@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -56,7 +57,10 @@ def compose_text(
         raise EngineError(
             f"no image of {engine} is known for {device}; name one with --image"
         )
-    volumes = [_literal(f"{path}:{path}:ro") for path in _mounted(files)]
+    told = {w: None for s in plan.servers for w in _arguments(s.launch.command)}
+    named = [path for word in told for path in _paths(word)]
+    whole = [path for path in named if os.path.isabs(path)]
+    volumes = [_literal(f"{path}:{path}:ro") for path in _mounted([*files, *whole])]
     if any(not Path(name).exists() for name in files) and engine != "llama.cpp":
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -67,15 +71,20 @@ def compose_text(
         )
         for server in plan.servers
     }
+    lines = [f"# {line}" for line in heading(plan, engine)]
+    if image is None and note:
+        lines.append(f"# {note}")
+    if relative := [path for path in named if not os.path.isabs(path)]:
+        lines.append(
+            f"# {', '.join(relative)}: a container has no such path; tune with the "
+            "whole path, so that it is mounted"
+        )
     for server in plan.servers:
         if (first := plan.before(server)) is not None:
             services[first.name]["healthcheck"] = _health(first)
             services[server.name]["depends_on"] = {
                 first.name: {"condition": "service_healthy"}
             }
-    lines = [f"# {line}" for line in heading(plan, engine)]
-    if image is None and note:
-        lines.append(f"# {note}")
     for server in plan.servers:
         lines += ["#", *(f"# {line}" for line in sentences(server, plan))]
     dumped = yaml.safe_dump(
@@ -180,6 +189,25 @@ def _arguments(command: Sequence[str]) -> list[str]:
 def _literal(word: str) -> str:
     """Compose puts variables in place of names behind a single dollar sign."""
     return word.replace("$", "$$")
+
+
+def _paths(word: str) -> list[str]:
+    """Files and folders that are here and that an argument names: it alone, behind
+    ``=``, in a list or in JSON; of what is no whole path, files alone."""
+    for pieces in (
+        [word],
+        [word.partition("=")[2]],
+        re.split(r'[\s=,:"{}\[\]]+', word),
+    ):
+        found = [
+            piece
+            for piece in pieces
+            if os.path.isfile(piece)
+            or (os.path.isabs(piece) and piece != "/" and os.path.exists(piece))
+        ]
+        if found:
+            return found
+    return []
 
 
 def _mounted(files: Sequence[str]) -> list[Path]:

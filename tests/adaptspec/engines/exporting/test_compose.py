@@ -159,3 +159,25 @@ def test_a_host_without_an_address_is_refused() -> None:
         EngineError, match=r"--host: .*'no\.such\.invalid' has none here"
     ):
         compose_text(plan_of(["x"]), "llama.cpp", "no.such.invalid", None, [])
+
+
+def test_what_arguments_name_is_mounted_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a.gguf", "b.gguf", "c.jinja", "d$", "e f.gguf", "near.gguf", "auto"]
+    for name in names:
+        (tmp_path / name).write_text("weights")
+    here = str(tmp_path)
+    command = ["llama-server", "-m", "M", "--lora-scaled"]
+    command += [
+        f"{here}/a.gguf:0.5,{here}/b.gguf:1",
+        f"--chat-template-file={here}/c.jinja",
+    ]
+    command += ["--lora-modules", f'{{"name": "{"x" * 300}", "path": "{here}/d$"}}']
+    command += ["--mmproj", f"{here}/e f.gguf", "--lora", "near.gguf", "--log", "/"]
+    text = compose_text(plan_of(command), "llama.cpp", "127.0.0.1", "image:1", [])
+    (service,) = yaml.safe_load(text)["services"].values()
+    paths = [tmp_path / name.replace("$", "$$") for name in names[:5]]
+    assert service["volumes"] == [f"{path}:{path}:ro" for path in paths]
+    assert "# near.gguf: a container has no such path; tune with the whole path" in text
