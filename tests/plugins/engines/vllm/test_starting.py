@@ -288,6 +288,17 @@ def test_a_program_tells_its_python_in_its_first_line(tmp_path: Path) -> None:
         Installation.find(EngineOptions(command=script(tmp_path / "vllm", "\x7fELF")))
 
 
+def test_a_program_and_a_python_of_the_users_home_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = install(tmp_path / "environment", CUDA)
+    program = script(tmp_path / "vllm", f"#!{python}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = Installation.find(EngineOptions(python="~/environment/python"))
+    assert (found.program[0], found.python) == (python, python)
+    assert Installation.find(EngineOptions(command="~/vllm")).program[0] == program
+
+
 def test_without_python_and_program_the_one_on_the_path_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
