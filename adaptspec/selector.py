@@ -98,12 +98,15 @@ class Ranking:
         decided: Where they are from; None where nothing was decided.
         unsure: Whether no tune could tell that the picks are faster than plain
             decoding, which is used until requests tell.
+        notes: What was left out of what was better than the best that is used, and
+            what else is to be known.
     """
 
     choices: Sequence[Choice]
     picks: Sequence[Pick] = ()
     decided: ClassChoice | None = None
     unsure: bool = False
+    notes: Sequence[str] = ()
 
 
 def select(
@@ -194,7 +197,7 @@ def rank(
         why = ": nothing that was found faster can be used"
     plain = choice(Pick(PLAIN, {}, "", 1.0, 1.0, 1.0), f"plain decoding{why}")
     ranked = [choice(pick, pick.reason) for pick in picks]
-    return Ranking([*ranked, plain], picks, decided)
+    return Ranking([*ranked, plain], picks, decided, notes=notes)
 
 
 def decided_here(

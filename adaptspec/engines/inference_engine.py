@@ -186,8 +186,8 @@ class InferenceEngine(ABC):
         return ()
 
     def use_threads(self, threads: int, batch_threads: int) -> None:
-        """Decode with other threads from now on; asked of engines with
-        ``thread_counts`` alone.
+        """Decode with other threads from now on; a tune asks it of engines with
+        ``thread_counts`` alone, an export of those that were measured with others.
 
         Args:
             threads: Of forwards of one token.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,24 @@ from adaptspec.engines.exporting.plan import Plan, Server
 from adaptspec.engines.exporting.texts import HEALTH, heading, sentences
 from adaptspec.errors import EngineError
 
-
-@dataclass(frozen=True)
-class Image:
-    """A container image that holds an engine.
-
-    Args:
-        name: Its name; empty: none is published for the device.
-        program: What starts the engine in it.
-    """
-
-    name: str
-    program: Sequence[str]
-
-
-# By engine and whether it runs on a GPU.
-IMAGES = {
-    ("llama.cpp", False): Image(
-        "ghcr.io/ggml-org/llama.cpp:server", ["/app/llama-server"]
-    ),
-    ("llama.cpp", True): Image(
-        "ghcr.io/ggml-org/llama.cpp:server-cuda", ["/app/llama-server"]
-    ),
-    ("vllm", False): Image("", ["vllm", "serve"]),
-    ("vllm", True): Image("vllm/vllm-openai:{version}", ["vllm", "serve"]),
-    ("sglang", False): Image("", ["python3", "-m", "sglang.launch_server"]),
-    ("sglang", True): Image(
-        "lmsysorg/sglang:latest", ["python3", "-m", "sglang.launch_server"]
-    ),
+# What starts an engine in its image.
+PROGRAMS = {
+    "llama.cpp": ["/app/llama-server"],
+    "vllm": ["vllm", "serve"],
+    "sglang": ["python3", "-m", "sglang.launch_server"],
 }
+# By engine and device, of those that are published.
+IMAGES = {
+    ("llama.cpp", "cpu"): "ghcr.io/ggml-org/llama.cpp:server",
+    ("llama.cpp", "cuda"): "ghcr.io/ggml-org/llama.cpp:server-cuda",
+    ("llama.cpp", "rocm"): "ghcr.io/ggml-org/llama.cpp:server-rocm",
+    ("llama.cpp", "vulkan"): "ghcr.io/ggml-org/llama.cpp:server-vulkan",
+    ("vllm", "cuda"): "vllm/vllm-openai:{tag}",
+    ("sglang", "cuda"): "lmsysorg/sglang:latest",
+}
+# What a container is given of other makers' devices.
+DEVICES = {"rocm": ["/dev/kfd", "/dev/dri"], "vulkan": ["/dev/dri"]}
+RELEASE = re.compile(r"\d+(\.\d+)*(\.post\d+)?")
 INSIDE = "0.0.0.0"  # what a container's program listens on
 HUB = "/root/.cache/huggingface/hub"  # where containers look for models of the hub
 PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")  # of a model file that is divided
@@ -60,31 +50,41 @@ def compose_text(
     """
     import yaml
 
-    gpu = plan.found.environment.device == "cuda"
-    chosen = IMAGES.get((engine, gpu), Image("", []))
-    version = plan.found.environment.versions.get(engine, "")
-    name = image or chosen.name.format(version=f"v{version}" if version else "latest")
-    if not name:
+    device = plan.found.environment.device
+    measured = plan.found.environment.versions.get(engine, "")
+    published, note = _published(engine, device, measured)
+    if not (name := image or published):
         raise EngineError(
-            f"no image of {engine} is known for {plan.found.environment.device}; name "
-            "one with --image"
+            f"no image of {engine} is known for {device}; name one with --image"
         )
-    volumes = [_literal(f"{path}:{path}:ro") for path in _mounted(files)]
+    told = {w: None for s in plan.servers for w in _arguments(s.launch.command)}
+    named = [path for word in told for path in _paths(word)]
+    whole = [path for path in named if os.path.isabs(path)]
+    volumes = [_literal(f"{path}:{path}:ro") for path in _mounted([*files, *whole])]
     if any(not Path(name).exists() for name in files) and engine != "llama.cpp":
         from huggingface_hub.constants import HF_HUB_CACHE
 
         volumes.append(_literal(f"{Path(HF_HUB_CACHE).absolute()}:{HUB}"))
     services = {
-        server.name: _service(server, name, chosen.program, volumes, host, gpu)
+        server.name: _service(
+            server, name, PROGRAMS.get(engine, []), volumes, host, device
+        )
         for server in plan.servers
     }
+    lines = [f"# {line}" for line in heading(plan, engine)]
+    if image is None and note:
+        lines.append(f"# {note}")
+    if relative := [path for path in named if not os.path.isabs(path)]:
+        lines.append(
+            f"# {', '.join(relative)}: a container has no such path; tune with the "
+            "whole path, so that it is mounted"
+        )
     for server in plan.servers:
         if (first := plan.before(server)) is not None:
             services[first.name]["healthcheck"] = _health(first)
             services[server.name]["depends_on"] = {
                 first.name: {"condition": "service_healthy"}
             }
-    lines = [f"# {line}" for line in heading(plan, engine)]
     for server in plan.servers:
         lines += ["#", *(f"# {line}" for line in sentences(server, plan))]
     dumped = yaml.safe_dump(
@@ -93,13 +93,30 @@ def compose_text(
     return "\n".join(lines) + "\n" + str(dumped)
 
 
+def _published(engine: str, device: str, measured: str) -> tuple[str, str]:
+    """The image that an engine's makers publish, and how it isn't what was measured.
+
+    Args:
+        measured: The engine's version; empty: none was measured.
+    """
+    release = measured.partition("+")[0]  # no tag has a "+"
+    tag = f"v{release}" if RELEASE.fullmatch(release) else "latest"
+    name = IMAGES.get((engine, device), "").format(tag=tag)
+    if not measured or name.endswith(f":v{measured}"):
+        return name, ""
+    return name, (
+        f"the image {name} isn't the build that was measured, {measured}; name that "
+        "one's with --image where there is one"
+    )
+
+
 def _service(
     server: Server,
     image: str,
     program: Sequence[str],
     volumes: Sequence[str],
     host: str,
-    gpu: bool,
+    device: str,
 ) -> dict[str, Any]:
     arguments = _arguments(server.launch.command)
     inside = ["--host", INSIDE, "--port", str(server.port)]
@@ -107,7 +124,7 @@ def _service(
         "image": image,
         "entrypoint": list(program),
         "command": [_literal(word) for word in [*arguments, *inside]],
-        "ports": [f"{host}:{server.port}:{server.port}"],
+        "ports": [f"{_address(host)}:{server.port}:{server.port}"],
         "restart": "unless-stopped",
     }
     if server.launch.environment:
@@ -116,11 +133,31 @@ def _service(
         }
     if volumes:
         service["volumes"] = list(volumes)
-    if gpu:
-        device = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-        service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    if device == "cuda":
+        nvidia = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [nvidia]}}}
         service["ipc"] = "host"
+    elif device in DEVICES:
+        service["devices"] = [f"{path}:{path}" for path in DEVICES[device]]
     return service
+
+
+def _address(host: str) -> str:
+    """An address as compose takes it: in numbers, those of IPv6 in brackets.
+
+    Raises:
+        EngineError: for a name that has none here.
+    """
+    try:
+        found = {family: at[0] for family, *_, at in socket.getaddrinfo(host, None)}
+    except OSError:
+        raise EngineError(
+            f"--host: a compose file takes addresses, and {host!r} has none here; give "
+            "one, such as 127.0.0.1"
+        ) from None
+    if socket.AF_INET in found:
+        return str(found[socket.AF_INET])
+    return f"[{found[socket.AF_INET6]}]"
 
 
 def _health(server: Server) -> dict[str, Any]:
@@ -152,6 +189,25 @@ def _arguments(command: Sequence[str]) -> list[str]:
 def _literal(word: str) -> str:
     """Compose puts variables in place of names behind a single dollar sign."""
     return word.replace("$", "$$")
+
+
+def _paths(word: str) -> list[str]:
+    """Files and folders that are here and that an argument names: it alone, behind
+    ``=``, in a list or in JSON; of what is no whole path, files alone."""
+    for pieces in (
+        [word],
+        [word.partition("=")[2]],
+        re.split(r'[\s=,:"{}\[\]]+', word),
+    ):
+        found = [
+            piece
+            for piece in pieces
+            if os.path.isfile(piece)
+            or (os.path.isabs(piece) and piece != "/" and os.path.exists(piece))
+        ]
+        if found:
+            return found
+    return []
 
 
 def _mounted(files: Sequence[str]) -> list[Path]:

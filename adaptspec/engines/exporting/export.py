@@ -104,12 +104,16 @@ def export_for(
         # Not the newest run may have decided, but one that ran the engine otherwise.
         usage, notes = _decided_with(store, found, wanted)
         if usage and (then := options_of(engine, wanted.asked, usage)) != options:
-            options = then
+            options, choices = then, found.decided()
             opened = stack.enter_context(host.engines[engine].open(options))
             found = found_here(
-                store, found.decided(), opened.environment, refused=_refused(opened)
+                store, choices, opened.environment, refused=_refused(opened)
             )
-        found = replace(found, notes=[*found.notes, *notes])
+        if options.threads is None and _use_threads(opened, options, found):
+            found = found_here(
+                store, choices, opened.environment, refused=_refused(opened)
+            )
+        found = replace(found, elsewhere=[*found.elsewhere, *notes])
         plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params), engine)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
@@ -127,7 +131,7 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
         ),
     )
     decisive, notes = _decided_with(store, found, wanted)
-    found = replace(found, notes=[*found.notes, *notes])
+    found = replace(found, elsewhere=[*found.elsewhere, *notes])
     options = options_of(source, wanted.asked, decisive or usage)
     launches: Launches = lambda s: sglang.launch(source, s, options)  # noqa: E731
     plan = _plan(found, wanted, launches, sglang.NAME)
@@ -208,6 +212,22 @@ def _refused(engine: InferenceEngine) -> Any:
         return None
 
     return refused
+
+
+def _use_threads(engine: InferenceEngine, options: EngineOptions, found: Found) -> bool:
+    """Start it with the threads that were measured, where this machine has them.
+
+    Returns:
+        Whether they are others than the engine's own.
+    """
+    threads = found.environment.threads
+    if threads == engine.environment.threads:
+        return False
+    try:
+        engine.use_threads(threads, options.batch_threads or threads)
+    except (NotImplementedError, EngineError):
+        return False
+    return True
 
 
 def _files(options: EngineOptions) -> list[str]:

@@ -6,8 +6,9 @@ Its arguments are those of ``sglang/srt/arg_groups`` (November 2026): ``NGRAM``,
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptspec.engines.exporting.measured import Setting
@@ -32,12 +33,14 @@ class Translation:
         drafted: The parameter that says how many tokens are drafted at most.
         needs: What weights it takes: ``draft``, ``heads``, or none of its own.
         kept: Other parameters that are carried over.
+        least: The parameter that so many tokens are drafted at least.
     """
 
     algorithm: str
     drafted: str
     needs: str | None = None
     kept: Sequence[str] = ()
+    least: str | None = None
 
 
 _TOKENS, _MOST = "num_speculative_tokens", "draft_n_max"
@@ -51,7 +54,7 @@ METHODS: Mapping[str, Mapping[str, Translation]] = {
         "mtp": Translation("EAGLE", _TOKENS),
     },
     "llama.cpp": {
-        "ngram_simple": _NGRAM,
+        "ngram_simple": replace(_NGRAM, least="size_n"),  # as it was started
         "ngram_map_k": _NGRAM,
         "ngram_map_k4v": _NGRAM,
         "ngram_mod": Translation("NGRAM", "n_max", None, ("n_match",)),
@@ -91,6 +94,11 @@ def launch(engine: str, setting: Setting, options: EngineOptions) -> Launch:
         f"It is {NOT_MEASURED}: the setting was found on {engine}, and SGLang's speed "
         "with it is unknown."
     ]
+    if options.arguments:
+        told = shlex.join(options.arguments)
+        notes.append(
+            f"Arguments of {engine} aren't translated ({told}): add SGLang's own."
+        )
     if not setting.is_plain:
         if (reason := untranslatable(engine, setting)) is not None:
             raise EngineError(f"{reason}; choose another engine, or tune without it")
@@ -111,6 +119,8 @@ def _speculative(
             f"the profile doesn't say {translation.drafted}, so SGLang can't be told "
             "how many tokens are drafted; run tune again"
         )
+    if translation.least is not None:
+        drafted = max(drafted, int(params.get(translation.least, 0)))
     flags = ["--speculative-algorithm", translation.algorithm]
     used = {translation.drafted, *translation.kept}
     notes = []
@@ -124,7 +134,8 @@ def _speculative(
             flags += ["--speculative-ngram-max-trie-depth", depth]
         notes.append(
             "SGLang's n-gram cache holds the answers of all requests, and it looks for "
-            "the longest match of any length."
+            "the longest match of any length. By its documentation NGRAM runs on CUDA "
+            "alone."
         )
     else:
         if translation.needs is not None:

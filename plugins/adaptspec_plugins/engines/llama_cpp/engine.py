@@ -19,6 +19,7 @@ from adaptspec.engines.inference_engine import (
 from adaptspec.errors import EngineError
 from adaptspec.params import Scalar
 from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
+from adaptspec_plugins.engines.llama_cpp.devices import family, named, used
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
 from adaptspec_plugins.engines.llama_cpp.processors import (
     usable_cores,
@@ -66,6 +67,7 @@ class LlamaCpp(InferenceEngine):
         self._program = program
         self._model = model
         self._draft = draft
+        self._device = named(options.device, program.devices)
         self._threads = options.threads or usable_cores()
         self._batch_threads = options.batch_threads or self._threads
         self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
@@ -121,9 +123,9 @@ class LlamaCpp(InferenceEngine):
         from adaptspec.profile import Environment
 
         device, processor = "cpu", device_name(torch.device("cpu"))
-        if used := self._accelerators():
-            device = "cuda" if used[0][0].startswith("CUDA") else used[0][0].lower()
-            processor = used[0][1]
+        if accelerators := self._accelerators():
+            device = family(accelerators[0][0])
+            processor = ", ".join(dict.fromkeys(told for _, told in accelerators))
         arguments = json.dumps(list(self._options.arguments)).encode()
         return Environment(
             model=self._model.digest,
@@ -143,17 +145,7 @@ class LlamaCpp(InferenceEngine):
 
     def _accelerators(self) -> Sequence[tuple[str, str]]:
         """Those that hold layers, as far as options tell."""
-        told = self._options.device
-        words = list(self._options.arguments)
-        off = told in ("cpu", "none") or any(
-            words[i : i + 2] in ([name, "0"], [name, "none"])
-            for i in range(len(words))
-            for name in ("-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device")
-        )
-        if off:
-            return ()
-        found = self._program.devices
-        return [d for d in found if told in (None, d[0])]
+        return used(self._device, self._options.arguments, self._program.devices)
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -282,9 +274,8 @@ class LlamaCpp(InferenceEngine):
         command += ["-np", str(slots)]
         if (tokens := self._slot_tokens()) is not None:
             command += ["-c", str(tokens * slots)]
-        if self._options.device is not None:
-            device = self._options.device
-            command += ["--device", "none" if device == "cpu" else device]
+        if self._device is not None:
+            command += ["--device", self._device]
         command += arguments_of(method, params)
         # A model that predicts ahead itself takes no draft model of another kind.
         draft = self._draft

@@ -16,6 +16,7 @@ from adaptspec_plugins.engines.vllm.installation import Installation
 
 GIB = 2**30
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+BOUND = "VLLM_CPU_OMP_THREADS_BIND"
 # Of a server beside weights and cache: Python, torch, compiled code, buffers.
 SERVER_BYTES = 2 * GIB
 MEMORY_USED = 0.7  # of what is free
@@ -125,7 +126,7 @@ class Starting:
         if self.on_cpu:
             told["VLLM_CPU_KVCACHE_SPACE"] = str(self.cache_bytes // GIB)
             if self.cores:
-                told["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, self.cores))
+                told[BOUND] = ",".join(map(str, self.cores))
                 told["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
         # What the user has set goes before.
         told = {name: os.environ.get(name, value) for name, value in told.items()}

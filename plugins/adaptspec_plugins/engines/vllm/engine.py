@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +29,7 @@ from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.model_folder import EPSILON, ModelFolder
 from adaptspec_plugins.engines.vllm.arguments import refuse_ours
 from adaptspec_plugins.engines.vllm.command import (
+    BOUND,
     GIB,
     MEMORY_USED,
     Starting,
@@ -173,6 +175,13 @@ class VLLM(InferenceEngine):
             return 1
         return max(1, min(ROOM, self._usable_bytes() // self._starting.bytes))
 
+    def use_threads(self, threads: int, batch_threads: int) -> None:
+        """On as many of the CPUs that this process may use; servers end that run on
+        others."""
+        cores = cores_of(replace(self._options, threads=threads))
+        self.close()
+        self._starting = replace(self._starting, cores=cores)
+
     def _usable_bytes(self) -> int:
         """Of memory, with what our servers hold already."""
         held = sum(server.memory for server in self._servers.values())
@@ -249,9 +258,16 @@ class VLLM(InferenceEngine):
                 "suffix_decoding_max_cached_requests 0 keeps no earlier answers, so "
                 "that a measurement can't copy them; a larger value may gain more."
             )
+        variables = self._starting.variables()
+        if BOUND in variables:
+            notes.append(
+                f"It is bound to the CPUs {variables[BOUND]} of this machine "
+                f"({BOUND}). Variables are as they are set here, or else as the models "
+                "need them: set those again that were set otherwise for the tune."
+            )
         return Launch(
             command=self._starting.command(config),
-            environment=self._starting.variables(),
+            environment=variables,
             config={"speculative_config": config} if config else {},
             notes=notes,
         )

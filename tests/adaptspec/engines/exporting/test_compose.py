@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,14 +14,15 @@ from adaptspec.engines.exporting.measured import choices_of, found_here
 from adaptspec.engines.exporting.plan import Plan, for_mix
 from adaptspec.engines.inference_engine import Launch
 from adaptspec.errors import EngineError
+from adaptspec.profile import Environment
 from adaptspec_profiles.memory import MemoryStore
 from measured_engines import HERE, keep_run
 
 
-def plan_of(command: list[str]) -> Plan:
+def plan_of(command: list[str], here: Environment = HERE) -> Plan:
     store = MemoryStore()
-    keep_run(store, {"a": (1.0, {("ngram_simple", 4): 1.5})})
-    found = found_here(store, choices_of(store, "llama.cpp", None), HERE)
+    keep_run(store, {"a": (1.0, {("ngram_simple", 4): 1.5})}, environment=here)
+    found = found_here(store, choices_of(store, here.engine, None), here)
     return for_mix(found, {}, lambda setting: Launch(command), 8000)
 
 
@@ -86,3 +89,95 @@ def test_where_no_image_is_published_one_must_be_named() -> None:
         EngineError, match=r"no image of vllm is known for cpu.*--image"
     ):
         compose_text(plan_of(["vllm", "serve"]), "vllm", "127.0.0.1", None, [])
+
+
+def exported(engine: str, device: str, version: str) -> tuple[str, dict[str, Any]]:
+    here = replace(HERE, engine=engine, device=device, versions={engine: version})
+    text = compose_text(plan_of([engine], here), engine, "127.0.0.1", None, [])
+    (service,) = yaml.safe_load(text)["services"].values()
+    return text, dict(service)
+
+
+@pytest.mark.parametrize(
+    ("version", "tag", "noted"),
+    [
+        ("0.19.0", "v0.19.0", False),
+        ("0.19.0.post1", "v0.19.0.post1", False),
+        ("0.19.0+cu130", "v0.19.0", True),
+        ("0.19.1.dev7+g1234567.cu130", "latest", True),
+    ],
+)
+def test_a_vllm_image_is_that_of_the_release(
+    version: str, tag: str, noted: bool
+) -> None:
+    """A tag has no "+", and what was built otherwise isn't published."""
+    text, service = exported("vllm", "cuda", version)
+    assert service["image"] == f"vllm/vllm-openai:{tag}"
+    note = f"{tag} isn't the build that was measured, {version}; "
+    assert (note in text) == noted
+
+
+@pytest.mark.parametrize(
+    ("device", "tag", "devices"),
+    [
+        ("cpu", "server", None),
+        ("cuda", "server-cuda", None),
+        ("rocm", "server-rocm", ["/dev/kfd:/dev/kfd", "/dev/dri:/dev/dri"]),
+        ("vulkan", "server-vulkan", ["/dev/dri:/dev/dri"]),
+    ],
+)
+def test_a_llama_cpp_image_is_for_the_device(
+    device: str, tag: str, devices: list[str] | None
+) -> None:
+    text, service = exported("llama.cpp", device, "4321 (abcdef0)")
+    assert service["image"] == f"ghcr.io/ggml-org/llama.cpp:{tag}"
+    assert service.get("devices") == devices
+    assert "isn't the build that was measured, 4321 (abcdef0)" in text
+    with pytest.raises(EngineError, match=r"no image .* for sycl; .*--image"):
+        exported("llama.cpp", "sycl", "4321")
+
+
+@pytest.mark.parametrize(
+    ("host", "ports"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000:8000"),
+        ("0.0.0.0", "0.0.0.0:8000:8000"),
+        ("localhost", "127.0.0.1:8000:8000"),
+        ("::1", "[::1]:8000:8000"),
+        ("::", "[::]:8000:8000"),
+    ],
+)
+def test_ports_are_open_on_an_address(host: str, ports: str) -> None:
+    """Compose takes no name there, and reads colons as its own."""
+    text = compose_text(plan_of(["llama-server"]), "llama.cpp", host, None, [])
+    (service,) = yaml.safe_load(text)["services"].values()
+    assert service["ports"] == [ports]
+
+
+def test_a_host_without_an_address_is_refused() -> None:
+    with pytest.raises(
+        EngineError, match=r"--host: .*'no\.such\.invalid' has none here"
+    ):
+        compose_text(plan_of(["x"]), "llama.cpp", "no.such.invalid", None, [])
+
+
+def test_what_arguments_name_is_mounted_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a.gguf", "b.gguf", "c.jinja", "d$", "e f.gguf", "near.gguf", "auto"]
+    for name in names:
+        (tmp_path / name).write_text("weights")
+    here = str(tmp_path)
+    command = ["llama-server", "-m", "M", "--lora-scaled"]
+    command += [
+        f"{here}/a.gguf:0.5,{here}/b.gguf:1",
+        f"--chat-template-file={here}/c.jinja",
+    ]
+    command += ["--lora-modules", f'{{"name": "{"x" * 300}", "path": "{here}/d$"}}']
+    command += ["--mmproj", f"{here}/e f.gguf", "--lora", "near.gguf", "--log", "/"]
+    text = compose_text(plan_of(command), "llama.cpp", "127.0.0.1", "image:1", [])
+    (service,) = yaml.safe_load(text)["services"].values()
+    paths = [tmp_path / name.replace("$", "$$") for name in names[:5]]
+    assert service["volumes"] == [f"{path}:{path}:ro" for path in paths]
+    assert "# near.gguf: a container has no such path; tune with the whole path" in text

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 import adaptspec_profiles.plugin
 from adaptspec.cli import build_cli
 from adaptspec.engines.inference_engine import InferenceEngine
+from adaptspec.errors import EngineError
 from adaptspec.host import Host
 from adaptspec.profile import EVERY_CLASS, OURS, ProfileStore
 from adaptspec.router.table import read_table
@@ -383,23 +384,73 @@ def test_what_was_measured_on_another_machine_serves_and_is_told(
     assert "ngram_simple" in text
 
 
-def test_a_setting_whose_draft_model_is_not_here_is_passed_over(
+def test_a_setting_whose_draft_model_is_not_here_is_passed_over_and_told(
     db: str, store: ProfileStore
 ) -> None:
     environment = replace(HERE, draft="d1", draft_name="draft")
-    keep_run(store, {"a": (1.0, {DRAFT: 2.0, NGRAM: 1.5})}, environment=environment)
-    assert told(db)["servers"][0]["method"] == "ngram_simple"
-    found = told(db, "--draft-model", "d.gguf")
+    measured = {"a": (1.0, {DRAFT: 2.0, NGRAM: 1.5}), "b": (1.0, {NGRAM: 1.5})}
+    keep_run(store, measured, environment=environment)
+    found = told(db)
+    assert found["servers"][0]["method"] == "ngram_simple"
+    (note,) = (note for note in found["notes"] if "isn't here" in note)
+    assert note.startswith("a: draft_simple was 2.00x with the draft model draft (")
+    assert told(db, "--class", "b")["notes"] == []
+    found = told(db, "--draft-model", "d.gguf", "--class", "a")
     assert found["servers"][0]["method"] == "draft_simple"
+    assert found["notes"] == []
+
+
+def test_what_was_measured_with_another_version_is_told(
+    db: str, store: ProfileStore
+) -> None:
+    """A gain that was small is no longer sure, and then plain decoding says why."""
+    keep_run(store, {"a": (1.0, {NGRAM: 1.2}), "b": (1.0, {NGRAM: 1.5})})
+    versions = {**HERE.versions, "llama.cpp": "9999"}
+    FakeEngine.here = replace(HERE, versions=versions)
+    text = printed(db, "--split")
+    assert text.count("the profile is stale (llama.cpp 1234 then, 9999 now)") == 1
+    assert "# a: ngram_simple was measured with other versions" in text
+    assert [words[-2] for words in commands(text)] == ["8001", "8002"]
+
+
+def test_what_was_measured_with_other_threads_is_told(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})})
+    FakeEngine.here = replace(HERE, threads=8)
+    assert "# measured with threads 2 (here 8)" in printed(db)
+
+
+def test_an_engine_that_can_starts_with_the_threads_that_were_measured(
+    db: str, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(self: FakeEngine, threads: int, batch_threads: int) -> None:
+        if threads > 8:
+            raise EngineError("threads must be 1..8")
+        FakeEngine.here = replace(HERE, threads=threads)
+
+    monkeypatch.setattr(FakeEngine, "use_threads", use)
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})})
+    FakeEngine.here = replace(HERE, threads=8)
+    assert "measured with threads" not in printed(db)
+    assert FakeEngine.here.threads == 2
+    FakeEngine.here = replace(HERE, threads=8)
+    many = replace(HERE, threads=64)
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, run="r2", environment=many)
+    assert "# measured with threads 64 (here 8)" in printed(db, "--run", "r2")
 
 
 def test_a_setting_that_this_version_does_not_know_is_passed_over(
     db: str, store: ProfileStore
 ) -> None:
     keep_run(store, {"a": (1.0, {("ngram_new", 4): 2.0, NGRAM: 1.5})})
-    assert told(db)["servers"][0]["method"] == "ngram_simple"
+    found = told(db)
+    assert found["servers"][0]["method"] == "ngram_simple"
+    assert "ngram_new is left out: llama.cpp has no method" in found["notes"][0]
     keep_run(store, {"a": (1.0, {NGRAM: 2.0})}, length="window")
-    assert told(db)["servers"][0]["method"] == "autoregressive"
+    found = told(db)
+    assert found["servers"][0]["method"] == "autoregressive"
+    assert "ngram_simple is left out: " in found["notes"][0]
 
 
 def test_a_workload_without_classes_has_one_command(

@@ -102,7 +102,8 @@ def test_a_chain_of_so_many_tokens_stays_one(
 def test_an_ngram_lookup_is_a_chain_that_fits_the_cache(
     engine: str, method: str, params: Mapping[str, Scalar], depth: str | None
 ) -> None:
-    told, _ = flags(engine, method, params)
+    told, notes = flags(engine, method, params)
+    assert "By its documentation NGRAM runs on CUDA alone." in notes
     drafted = next(iter(params.values()))
     deep = {} if depth is None else {"--speculative-ngram-max-trie-depth": depth}
     assert told == {
@@ -111,6 +112,22 @@ def test_an_ngram_lookup_is_a_chain_that_fits_the_cache(
         "--speculative-ngram-max-bfs-breadth": "1",
         **deep,
     }
+
+
+def test_as_many_tokens_are_drafted_as_llama_cpp_was_told() -> None:
+    """It is started with a size_m of size_n at least."""
+    told, _ = flags("llama.cpp", "ngram_simple", {"size_n": 20, "size_m": 4})
+    assert told["--speculative-num-draft-tokens"] == "21"
+    assert told["--speculative-ngram-max-trie-depth"] == "40"
+    told, _ = flags("llama.cpp", "ngram_map_k", {"size_n": 20, "size_m": 4})
+    assert told["--speculative-num-draft-tokens"] == "5"
+
+
+def test_arguments_of_another_engine_are_said_to_be_left_out() -> None:
+    options = replace(OPTIONS, arguments=("--tensor-parallel-size", "2"))
+    notes = launch("vllm", Setting.of(PLAIN, {}), options).notes
+    told = "Arguments of vllm aren't translated (--tensor-parallel-size 2)"
+    assert any(note.startswith(told) for note in notes)
 
 
 def test_what_sglang_has_nothing_like_is_said() -> None:

@@ -22,6 +22,15 @@ def test_version_options_and_types_are_found(fake: object) -> None:
     assert program.devices == ()
 
 
+@pytest.mark.slow
+def test_a_program_of_the_users_home_is_found(
+    fake: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell puts a home in place of the ``~`` of ``llama.cpp=~/...``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Program.find("~/llama-server").command == fake.command  # type: ignore[attr-defined]
+
+
 def test_options_with_many_names_and_values_are_found() -> None:
     text = (
         "-C,    --cpu-mask M     a mask\n"

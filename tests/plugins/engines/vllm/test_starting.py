@@ -164,6 +164,21 @@ def test_a_cpu_build_is_told_its_cores_and_the_room_for_its_cache(
     }
 
 
+def test_an_export_binds_as_many_cores_as_were_measured_and_says_which(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 4, 5})
+    engine = opened(tmp_path, model, CPU)
+    assert engine.environment.threads == 4
+    engine.use_threads(3, 3)
+    launch = engine.launch("autoregressive", {})
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,4"
+    assert "bound to the CPUs 0,1,4 of this machine" in " ".join(launch.notes)
+    assert engine.environment.threads == 3
+    with pytest.raises(EngineError, match=r"threads must be 1\.\.4.* got 64"):
+        engine.use_threads(64, 64)
+
+
 def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
     tmp_path: Path, model: str
 ) -> None:
@@ -271,6 +286,17 @@ def test_a_program_tells_its_python_in_its_first_line(tmp_path: Path) -> None:
         Installation.find(EngineOptions(command=script(tmp_path / "vllm", f"#!{cpu}")))
     with pytest.raises(EngineError, match="can't tell which Python it runs"):
         Installation.find(EngineOptions(command=script(tmp_path / "vllm", "\x7fELF")))
+
+
+def test_a_program_and_a_python_of_the_users_home_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = install(tmp_path / "environment", CUDA)
+    program = script(tmp_path / "vllm", f"#!{python}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = Installation.find(EngineOptions(python="~/environment/python"))
+    assert (found.program[0], found.python) == (python, python)
+    assert Installation.find(EngineOptions(command="~/vllm")).program[0] == program
 
 
 def test_without_python_and_program_the_one_on_the_path_is_taken(
