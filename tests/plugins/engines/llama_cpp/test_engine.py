@@ -380,6 +380,13 @@ def test_a_server_that_was_killed_is_started_again(
     assert len(fake.starts) == 2
 
 
+def test_a_context_is_spoken_of_where_one_is_told(open_engine: OpenEngine) -> None:
+    for context, told in ((300, True), (None, False)):
+        launch = open_engine(context=context).launch(PLAIN, {})
+        assert ("-c" in launch.command) == told
+        assert any("-c is the context" in note for note in launch.notes) == told
+
+
 def test_environments_differ_by_what_decides_speed(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
