@@ -238,7 +238,9 @@ class Decoder:
             run=self._run_id,
             refused=self._refused,
         )
-        if self._chooser is not None and self._adapt:
+        tries = self._chooser is not None and self._adapt and self.engine.guard
+        # Without a guard nothing bounds what a try loses, nor is anything learnt.
+        if tries and self._learning.exploration:
             ranking = with_unsure(
                 ranking, self.profiles, self.environment, lossy, self._refused
             )

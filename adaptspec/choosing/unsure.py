@@ -21,8 +21,8 @@ def with_unsure(
 ) -> Ranking:
     """Add what requests may try where nothing was found reliably faster.
 
-    Only what the run that decided measured as a little faster on the class, and what
-    may be so by more.
+    Only what the run that decided measured as a little faster on the class, with the
+    same draft model and heads, and what may be so by more.
 
     Args:
         ranking: Returned as it is where something was found faster, or nothing was
@@ -36,7 +36,10 @@ def with_unsure(
     decided = ranking.decided
     if decided is None or decided.picks:
         return ranking
-    if stale_versions(decided.environment, environment):
+    then = decided.environment
+    # Whether a setting asked the draft model or the heads of the tune isn't stored.
+    attached = (then.draft, then.heads) == (environment.draft, environment.heads)
+    if not attached or stale_versions(then, environment):
         return ranking
     name = decided.prompt_class or EVERY_CLASS
     best: dict[str, Pick] = {}

@@ -26,7 +26,7 @@ def learnt(
         better = [
             other
             for other in range(min(place, len(ranking.picks)))
-            if not ranking.unsure or seen[other] is not None
+            if not ranking.unsure or _seen(seen[other])
         ]
         others = ", ".join(_one(ranking, seen, other) for other in better)
         if others:

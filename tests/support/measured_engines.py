@@ -132,6 +132,7 @@ def keep_run(
     length: str = "draft_length",
     mix: Mapping[str, int] | None = None,
     repeats: Mapping[str, int] | None = None,
+    created: datetime = DAY,
     **record: Any,
 ) -> None:
     """Store a run: class -> seconds of a plain answer, and the ratio of each setting,
@@ -154,7 +155,7 @@ def keep_run(
                     *(environment, "w1", "mine", name, method),
                     {} if method == PLAIN else {length: tokens},
                     measurement(ratio, seconds, repeats=times),
-                    DAY,
+                    created,
                     run=run,
                 )
             )
@@ -172,7 +173,7 @@ def keep_run(
         count = (prompts or {}).get(name, 10)
         choices.append(
             ClassChoice(
-                *(environment, run, name, DAY, picks, "nothing is faster", count),
+                *(environment, run, name, created, picks, "nothing is faster", count),
                 objective=ANSWER,
             )
         )
@@ -180,7 +181,15 @@ def keep_run(
     store.put_choices(choices)
     if EVERY_CLASS not in measured:
         every = ClassChoice(
-            *(environment, run, EVERY_CLASS, DAY, [], "no one setting is faster", 10),
+            *(
+                environment,
+                run,
+                EVERY_CLASS,
+                created,
+                [],
+                "no one setting is faster",
+                10,
+            ),
             objective=ANSWER,
         )
         store.put_choices([every])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import sys
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from adaptspec.host import Host
     from adaptspec.workloads import Workload
     from adaptspec_tuner.reporting.result import TuneResult
-    from adaptspec_tuner.reporting.usage import Usage
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -175,16 +173,8 @@ def tune(
                 failed = failed or error
                 progress.say(f"{at_once(one)}: {error}")
                 continue
-            result = replace(
-                result,
-                usage=_usage(
-                    host, model, draft_model, replace(one, **result.settled), db
-                ),
-                defaults={**_defaults(host), **result.defaults},
-            )
-            if result.classes:
-                _keep_usage(host, result)
-            elif stopped is None and len(options) > 1:
+            result = replace(result, defaults={**_defaults(host), **result.defaults})
+            if not result.classes and stopped is None and len(options) > 1:
                 why = "".join(f": {note}" for note in result.notes[-1:])
                 progress.say(f"{at_once(one)}: no class could be confirmed{why}")
             results.append(result)
@@ -245,42 +235,6 @@ def _tuned(
         )
 
 
-def _usage(
-    host: Host,
-    model: str | None,
-    draft_model: str | None,
-    options: TuneOptions,
-    db: str | None,
-) -> Usage:
-    """What was asked for, for the next command."""
-    from adaptspec_tuner.reporting.usage import Usage
-
-    starts = False
-    if options.engine != OURS:
-        from adaptspec.engines.inference_engine import InferenceEngine
-        from adaptspec_tuner.engines.tune import engine_class
-
-        cls = engine_class(host, options.engine)
-        starts = "://" not in options.engine and (
-            cls.launch is not InferenceEngine.launch
-        )
-    return Usage(
-        *(model, draft_model, tuple(map(str, options.heads)), options.dtype),
-        *(options.device, options.threads, options.trust_remote_code, db),
-        engine=options.engine,
-        engine_command=options.engine_command,
-        engine_python=options.engine_python,
-        engine_argument=tuple(options.engine_argument),
-        batch_threads=options.batch_threads,
-        context=options.context,
-        concurrency=options.concurrency,
-        starts=starts,
-        allow_lossy=options.allow_lossy,
-        compile=options.compile,
-        controls=options.controls,
-    )
-
-
 def _defaults(host: Host) -> dict[str, dict[str, Any]]:
     """The parameters' defaults of every strategy and baseline."""
     found: dict[str, Any] = {**host.strategies, **host.baselines}
@@ -288,19 +242,6 @@ def _defaults(host: Host) -> dict[str, dict[str, Any]]:
         name: {spec.name: spec.default for spec in cls.Params.specs()}
         for name, cls in found.items()
     }
-
-
-def _keep_usage(host: Host, result: TuneResult) -> None:
-    """For `adaptspec report`; where the store fails, the result is shown without."""
-    from adaptspec.run_records import USAGE, from_anywhere
-
-    assert result.usage is not None
-    with contextlib.suppress(AdaptSpecError):
-        store = host.open_store(result.usage.db)
-        try:
-            store.put_record(result.run, USAGE, from_anywhere(result.usage.as_json()))
-        finally:
-            store.close()
 
 
 def _show(results: Sequence[TuneResult], as_json: bool, several: bool = False) -> None:

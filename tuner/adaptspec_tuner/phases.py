@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adaptspec.errors import AdaptSpecError, ProfileStoreError, stopped_by_user
 from adaptspec.params import Scalar
 from adaptspec.profile import EVERY_CLASS, Environment, ProfileStore
+from adaptspec.run_records import USAGE, from_anywhere
 from adaptspec.selector import stale_versions
 from adaptspec.workloads import Prompt, Workload, split
 from adaptspec_tuner.classes.learn import learn
@@ -53,6 +54,9 @@ def tune_with(given: TuneInputs) -> TuneResult:
     if changed := _stale(run.store, run.environment):
         run.warn(changed)
     run.keep(lambda: run.store.put_record(run.id, MIX, given.workload.counts))
+    if given.usage is not None:  # now: what is killed later has chosen something, too
+        asked = from_anywhere(given.usage.as_json())
+        run.keep(lambda: run.store.put_record(run.id, USAGE, asked))
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(given.workload)
     result = TuneResult(
@@ -63,6 +67,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
         classes=[],
         notes=run.notes,
         unavailable=dict(given.unavailable),
+        usage=given.usage,
     )
     try:
         with run.progress:

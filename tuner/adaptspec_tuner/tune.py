@@ -35,6 +35,7 @@ from adaptspec_tuner.options import (
 )
 from adaptspec_tuner.phases import tune_with
 from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.reporting.usage import Usage
 from adaptspec_tuner.time_budget import for_costs
 from adaptspec_tuner.tuning_run import MakesReplayer, TuneInputs, run_id
 
@@ -130,6 +131,12 @@ def tune(
     )
     check_model(target, profiler.ids(workload.prompts[0]))
     store = opened_store(host, db, options.worker)
+    usage = None
+    if models.are_paths:
+        usage = Usage.of(
+            *(str(model), None if draft_model is None else str(draft_model), options),
+            db if db is None or isinstance(db, str) else store.url,
+        )
     if not options.worker:
         notes.append(_output_note(store, environment, target))
     deadline = started + options.seconds
@@ -159,6 +166,7 @@ def tune(
             return TuneResult(
                 *(run, environment, workload.name, store.url, [], [], unavailable),
                 worked=count,
+                usage=usage,
             )
         if options.ray is not None:
             doing("starting workers")
@@ -187,6 +195,7 @@ def tune(
                 needs=profiler.needs,
                 processor=time.process_time,
                 others=OtherPrograms,
+                usage=usage,
             )
         )
     finally:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adaptspec.strategy import Strategy
     from adaptspec_tuner.measuring.other_programs import OtherPrograms
     from adaptspec_tuner.replaying.replayer import Replayer
+    from adaptspec_tuner.reporting.usage import Usage
     from adaptspec_tuner.searching.space import Searched
 
 # From plain decoding of prompts to what predicts from it, where anything can.
@@ -72,6 +73,7 @@ class TuneInputs:
         processor: Seconds of processor time of this process; without it, that it stood
             still isn't seen.
         others: Watches what other programs take of the processors, from its making on.
+        usage: How it was asked for; None where models were given that have no path.
     """
 
     measurer: TurnMeasurer
@@ -92,6 +94,7 @@ class TuneInputs:
     needs: Callable[[Setting], tuple[bool, bool]] = lambda setting: (False, False)
     processor: Callable[[], float] | None = None
     others: Callable[[], OtherPrograms] | None = None
+    usage: Usage | None = None
 
     @property
     def of_engine(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,12 @@ from adaptspec.engines.exporting.measured import (
     choices_of,
     found_here,
 )
-from adaptspec.engines.exporting.options import Asked, options_of, tuned_with
+from adaptspec.engines.exporting.options import (
+    Asked,
+    decided_with,
+    options_of,
+    tuned_with,
+)
 from adaptspec.engines.exporting.plan import (
     Launches,
     Plan,
@@ -26,8 +32,7 @@ from adaptspec.engines.exporting.plan import (
 from adaptspec.engines.exporting.sharing import shared
 from adaptspec.engines.inference_engine import InferenceEngine
 from adaptspec.errors import AdaptSpecError, EngineError
-from adaptspec.profile import ClassChoice, Pick, ProfileStore
-from adaptspec.run_records import from_anywhere
+from adaptspec.profile import EVERY_CLASS, ClassChoice, Pick, ProfileStore
 
 if TYPE_CHECKING:
     from adaptspec.engines.inference_engine import EngineOptions
@@ -92,13 +97,23 @@ def export_for(
             "it; see `adaptspec generate` and `adaptspec export DIR`"
         )
     choices = choices_of(store, engine, wanted.run)
-    options = options_of(engine, wanted.asked, store, choices)
-    with host.engines[engine].open(options) as opened:
+    options = options_of(engine, wanted.asked, tuned_with(wanted.asked, store, choices))
+    with ExitStack() as stack:
+        opened = stack.enter_context(host.engines[engine].open(options))
         found = found_here(store, choices, opened.environment, refused=_refused(opened))
+        # Not the newest run may have decided, but one that ran the engine otherwise.
+        usage, notes = _decided_with(store, found, wanted)
+        if usage and (then := options_of(engine, wanted.asked, usage)) != options:
+            options = then
+            opened = stack.enter_context(host.engines[engine].open(options))
+            found = found_here(
+                store, found.decided(), opened.environment, refused=_refused(opened)
+            )
         if options.threads is None and _use_threads(opened, options, found):
             found = found_here(
-                store, choices, opened.environment, refused=_refused(opened)
+                store, found.decided(), opened.environment, refused=_refused(opened)
             )
+        found = replace(found, notes=[*found.notes, *notes])
         plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params), engine)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
@@ -106,9 +121,7 @@ def export_for(
 def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
     """Another engine's profiles, in SGLang's words."""
     source, choices = _source(wanted, store)
-    options = options_of(source, replace(wanted.asked, model=None), store, choices)
-    if (model := wanted.asked.model) is not None:
-        options = replace(options, model=from_anywhere({"model": model})["model"])
+    usage = tuned_with(replace(wanted.asked, model=None), store, choices)
     found = found_here(
         store,
         choices,
@@ -117,6 +130,9 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
             source, Setting.of(pick.strategy, pick.params)
         ),
     )
+    decisive, notes = _decided_with(store, found, wanted)
+    found = replace(found, notes=[*found.notes, *notes])
+    options = options_of(source, wanted.asked, decisive or usage)
     launches: Launches = lambda s: sglang.launch(source, s, options)  # noqa: E731
     plan = _plan(found, wanted, launches, sglang.NAME)
     return Exported(plan, _files(options), _classifier(store, choices, found))
@@ -158,6 +174,18 @@ def _of_model(
         return list(choices) if len(names) == 1 else []
     wanted = {name, name.removesuffix(".gguf")}
     return [c for c in choices if c.environment.model_name in wanted]
+
+
+def _decided_with(
+    store: ProfileStore, found: Found, wanted: Wanted
+) -> tuple[Mapping[str, Any], list[str]]:
+    """How the engine was run when what is exported was decided."""
+    runs: dict[str, list[str]] = {}
+    decided = found.decided(wanted.prompt_class)
+    named = [c for c in decided if c.prompt_class != EVERY_CLASS]
+    for choice in named or decided:
+        runs.setdefault(choice.run, []).append(choice.prompt_class)
+    return decided_with(store, runs)
 
 
 def _plan(found: Found, wanted: Wanted, launches: Launches, engine: str) -> Plan:

@@ -25,19 +25,14 @@ class Asked:
     concurrency: int | None = None
 
 
-def options_of(
-    engine: str, asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
-) -> EngineOptions:
+def options_of(engine: str, asked: Asked, usage: Mapping[str, Any]) -> EngineOptions:
     """What an engine is opened with.
 
     Args:
-        choices: Of the engine, newest first; a pinned run counts before others.
-
-    Raises:
-        EngineError: if it isn't clear which model or how many requests are meant.
+        usage: The record of how it was tuned; empty where none is kept.
     """
     given = {name: value for name, value in vars(asked).items() if value}
-    told = from_anywhere({**tuned_with(asked, store, choices), **given})
+    told = from_anywhere({**usage, **given})
     return EngineOptions(
         engine=engine,
         model=told.get("model"),
@@ -63,9 +58,12 @@ def tuned_with(
 
     Empty where none is kept.
 
+    Args:
+        choices: Of one engine; a pinned run counts before others.
+
     Raises:
         EngineError: if several models or numbers of requests were measured, and none
-            was asked for.
+            was asked for, or another number of requests was.
     """
     runs = {c.run: c for c in choices}
     order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
@@ -82,19 +80,72 @@ def tuned_with(
             "--model MODEL"
         )
     numbers = sorted({int(record.get("concurrency") or 1) for record in records})
+    known = ", ".join(map(str, numbers))
     if asked.concurrency is not None:
+        if numbers and asked.concurrency not in numbers:
+            raise EngineError(
+                "--concurrency must be a number of requests at a time that was "
+                f"measured, which are {known}, got {asked.concurrency}; give one of "
+                f"them, or tune with --concurrency {asked.concurrency}"
+            )
         records = [
             record
             for record in records
             if (record.get("concurrency") or 1) == asked.concurrency
         ]
     elif len(numbers) > 1:
-        known = ", ".join(map(str, numbers))
         raise EngineError(
             f"measured with {known} requests at a time; say how many the server will "
             "have: --concurrency N"
         )
     return records[0] if records else {}
+
+
+def decided_with(
+    store: ProfileStore, classes_of: Mapping[str, Sequence[str]]
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The record of the run that decided most classes, empty where none is kept, and
+    which classes another one decided that ran the engine otherwise, in sentences.
+
+    Where several runs decided, the context is the longest of them, and models that
+    only others of them had are added.
+
+    Args:
+        classes_of: Run -> the classes that it decided.
+    """
+    order = sorted(classes_of, key=lambda run: -len(classes_of[run]))
+    records = {run: found for run in order if (found := store.record(run, USAGE))}
+    if not records:
+        return {}, []
+    first, *others = records
+    told = dict(records[first])
+    for name in ("draft_model", "heads"):
+        told[name] = next((r[name] for r in records.values() if r.get(name)), None)
+    contexts = [record.get("context") for record in records.values()]
+    told["context"] = None if None in contexts else max(contexts)
+    notes = []
+    for run in others:
+        then, now = _ran(records[run]), _ran(told)
+        differing = [
+            f"{name} {value}" for name, value in then.items() if value != now[name]
+        ]
+        if differing:
+            notes.append(
+                f"{', '.join(classes_of[run])}: measured in run {run} with "
+                f"{', '.join(differing)}, unlike these flags; --run {run} prints those."
+            )
+    return told, notes
+
+
+def _ran(usage: Mapping[str, Any]) -> dict[str, str]:
+    """What of how an engine was run changes its speed, by the option's name."""
+    threads = usage.get("threads")
+    told = {
+        "--threads": threads,
+        "--batch-threads": usage.get("batch_threads") or threads,
+        "--engine-argument": " ".join(usage.get("engine_argument") or ()),
+    }
+    return {name: str(value or "left out") for name, value in told.items()}
 
 
 def _same(one: Any, other: str) -> bool:

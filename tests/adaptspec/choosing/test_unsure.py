@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import adaptspec
 from adaptspec.choosing.learning import Chooser, Finalists, Learning
 from adaptspec.choosing.unsure import with_unsure
-from adaptspec.decoder import PlainDecodingWarning
+from adaptspec.decoder import Decoder, PlainDecodingWarning
 from adaptspec.decoding.stats import RunStats, StepStats
 from adaptspec.environment import environment_of
 from adaptspec.in_use import Uses
@@ -86,9 +87,7 @@ def test_nothing_else_is_tried(profile: Profile) -> None:
     assert found is ranking
 
 
-def test_where_something_is_faster_for_sure_or_the_tune_is_stale_nothing_is_added() -> (
-    None
-):
+def test_nothing_is_added_for_sure_stale_or_unlike_tunes() -> None:
     maybe = measured("a", 1.04, 0.95, 1.34)
     decided = example_choice()
     sure = rank([decided], decided.environment, "chat")
@@ -96,6 +95,9 @@ def test_where_something_is_faster_for_sure_or_the_tune_is_stale_nothing_is_adde
     stale = undecided()
     now = replace(maybe.environment, versions={"torch": "3.0"})
     assert with_unsure(stale, [maybe], now) is stale
+    for other in ({"draft": "another"}, {"heads": None}):
+        now = replace(maybe.environment, **other)
+        assert with_unsure(stale, [maybe], now) is stale
     assert unsure(undecided(), replace(maybe, lossless=False), lossy=["a"]).unsure
 
 
@@ -133,6 +135,7 @@ def test_requests_tell_what_the_tune_could_not(
     assert f"in use {ratio:.2f}x plain decoding lately" in said
 
 
+@pytest.mark.guarded
 def test_a_decoder_tries_it_says_so_and_frozen_does_not() -> None:
     model = LanguageModel(tiny_module("llama"), tiny_tokenizer())
     store = MemoryStore()
@@ -154,7 +157,13 @@ def test_a_decoder_tries_it_says_so_and_frozen_does_not() -> None:
     assert "1.04x plain decoding (95% interval 0.95-1.34)" in tried[0].reason
     assert "tried since it may be faster than plain decoding" in tried[0].reason
     assert len({tuple(r.token_ids) for r in results}) == 1
-    frozen = adaptspec.load(model, db=store, adapt=False)
-    choice = frozen.choose("chat")
-    assert choice.strategy == PLAIN
-    assert "to see" not in choice.reason
+    ways: Sequence[Mapping[str, Any]] = (
+        {"adapt": False},
+        {"adapt": Learning(exploration=0)},
+        {"record": False},
+    )
+    frozen = [adaptspec.load(model, db=store, **way) for way in ways]
+    for decoder in (*frozen, Decoder(model, None, store, guard=False)):
+        choice = decoder.choose("chat")
+        assert choice.strategy == PLAIN
+        assert "to see" not in choice.reason

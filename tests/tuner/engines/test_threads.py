@@ -25,6 +25,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.threads import Threads, choose_threads
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
+from adaptspec_tuner.tuning_run import Interrupted
 
 PROMPTS = workload_of(["chat"], 2).prompts
 TRUTH = copies_and_drafts({"chat": (0.8, 0.6)})
@@ -143,7 +144,8 @@ def test_a_tune_measures_with_what_it_chose_and_a_continued_one_keeps_it() -> No
             host=Host({"fakes": plugin}),
             clock=cls.machine.clock,
         )
-        assert result.settled == {"threads": 4, "batch_threads": 4}
+        assert result.usage is not None
+        assert (result.usage.threads, result.usage.batch_threads) == (4, 4)
         assert result.environment.threads == 4
         assert any("threads, chosen by plain" in note for note in result.notes)
         engine = cls.opened[-1]
@@ -159,3 +161,68 @@ def test_a_tune_measures_with_what_it_chose_and_a_continued_one_keeps_it() -> No
     engine, again = tune()
     assert engine.used == [(4, 4)]
     assert again == run
+
+
+class Killed(BaseException):
+    """Nothing of the tune runs after it, as after ``kill -9``."""
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, Killed])
+def test_how_it_was_measured_is_kept_before_a_class_is_confirmed(
+    how: type[BaseException],
+) -> None:
+    cls = threaded({2: (0.1, 0.4), 4: (0.05, 0.5)})
+    store = MemoryStore()
+
+    def end(method: str, params: Mapping[str, Scalar], count: int) -> str | None:
+        if store.choices():
+            raise how
+        return None
+
+    cls.machine.fails = end
+    cls.machine.truth = copies_and_drafts({"chat": (0.8, 0.6), "code": (0.2, 0.9)})
+    plugin = SimpleNamespace(register_engines=hookimpl(lambda: [cls]))
+    with pytest.raises(Interrupted if how is KeyboardInterrupt else how) as ended:
+        tune_engine(
+            *("m.gguf", None, workload_of(["chat", "code"], 8)),
+            TuneOptions(600.0, engine="threaded", context=500),
+            db=store,
+            host=Host({"fakes": plugin}),
+            clock=cls.machine.clock,
+        )
+    usage = store.record(store.choices()[0].run, "usage")
+    assert usage is not None
+    assert (usage["threads"], usage["batch_threads"], usage["context"]) == (4, 2, 500)
+    if isinstance(ended.value, Interrupted):
+        shown = ended.value.result.usage
+        assert shown is not None
+        assert (shown.threads, shown.batch_threads) == (4, 2)
+
+
+def test_threads_that_are_told_do_not_continue_what_was_settled_otherwise() -> None:
+    store = MemoryStore()
+
+    def run(
+        speeds: Mapping[int, tuple[float, float]], **options: int
+    ) -> tuple[str, int]:
+        cls = threaded(speeds)
+        plugin = SimpleNamespace(register_engines=hookimpl(lambda: [cls]))
+        result = tune_engine(
+            *("m.gguf", None, workload_of(["chat"], 8)),
+            TuneOptions(100.0, engine="threaded", **options),  # type: ignore[arg-type]
+            db=store,
+            host=Host({"fakes": plugin}),
+            clock=cls.machine.clock,
+        )
+        assert result.usage is not None
+        return result.run, result.environment.threads
+
+    other = {8: (0.1, 1.0), 4: (0.12, 0.6)}  # 8 for single tokens, 4 for batches
+    settled, threads = run(other)
+    assert threads == 8
+    told, threads = run(other, threads=8)
+    assert threads == 8
+    assert told != settled
+    # The same numbers are the same run, whoever chose them.
+    assert run(other, threads=8, batch_threads=4)[0] == settled
+    assert run(other, threads=8, batch_threads=8)[0] == told

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.engines.inference_engine import PLAIN_METHOD
 from adaptspec.errors import EngineError
@@ -131,7 +131,7 @@ def settle_threads(
     store: ProfileStore,
     options: TuneOptions,
     progress: Progress,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Choose an engine's threads, or take those that the same tune chose before.
 
     They are tried on a short prompt and on one of middle length, of those that are

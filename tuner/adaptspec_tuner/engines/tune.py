@@ -23,6 +23,7 @@ from adaptspec_tuner.options import (
     opened_store,
 )
 from adaptspec_tuner.phases import tune_with
+from adaptspec_tuner.reporting.usage import Usage
 from adaptspec_tuner.tuning_run import TuneInputs
 
 if TYPE_CHECKING:
@@ -192,6 +193,13 @@ def tune_engine(
                     f"threads, chosen by plain decoding: {settled['threads']} for "
                     f"single tokens, {settled['batch_threads']} for prompts and drafts"
                 )
+            starts = "://" not in options.engine and (
+                cls.launch is not InferenceEngine.launch
+            )
+            usage = Usage.of(
+                *(model, draft_model, replace(options, **settled)),
+                *(db if db is None or isinstance(db, str) else store.url, starts),
+            )
             result = tune_with(
                 TuneInputs(
                     measurer,
@@ -205,10 +213,11 @@ def tune_engine(
                     started=started,
                     unavailable=unavailable,
                     notes=notes,
+                    usage=usage,
                 )
             )
             result.notes.extend(engine_notes(engine, progress))
-            return replace(result, settled=settled)
+            return result
         finally:
             if store is not db:
                 store.close()

@@ -241,7 +241,6 @@ class TuneResult:
             :class:`~adaptspec.classes.classifier.Evidence`, and ``told_in_words``;
             None without two classes.
         usage: What was tuned, as it was asked for; None where that isn't known.
-        settled: Options that the tune chose itself, by their names: ``threads``.
         defaults: Strategy or baseline -> its parameters' defaults, of those at hand.
     """
 
@@ -258,7 +257,6 @@ class TuneResult:
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     classifier: Mapping[str, Any] | None = None
     usage: Usage | None = None
-    settled: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
 
     @property

@@ -6,9 +6,12 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptspec.profile import OURS
+
+if TYPE_CHECKING:
+    from adaptspec_tuner.options import TuneOptions
 
 PROMPT = "Your prompt"
 
@@ -47,6 +50,32 @@ class Usage:
     allow_lossy: bool = False
     compile: bool = False
     controls: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: str | None,
+        draft_model: str | None,
+        options: TuneOptions,
+        db: str | None,
+        starts: bool = False,
+    ) -> Usage:
+        """Of a tune with these options."""
+        return cls(
+            *(model, draft_model, tuple(map(str, options.heads)), options.dtype),
+            *(options.device, options.threads, options.trust_remote_code, db),
+            engine=options.engine,
+            engine_command=options.engine_command,
+            engine_python=options.engine_python,
+            engine_argument=tuple(options.engine_argument),
+            batch_threads=options.batch_threads,
+            context=options.context,
+            concurrency=options.concurrency,
+            starts=starts,
+            allow_lossy=options.allow_lossy,
+            compile=options.compile,
+            controls=options.controls,
+        )
 
     @property
     def ours(self) -> bool:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from adaptspec.profile import EVERY_CLASS, OURS, ProfileStore
 from adaptspec.router.table import read_table
 from adaptspec_profiles import open_store
 from classifiers import by_hand
-from measured_engines import HERE, FakeEngine, FakeEngines, keep_run
+from measured_engines import DAY, HERE, FakeEngine, FakeEngines, keep_run
 
 NGRAM, MOD, DRAFT = ("ngram_simple", 6), ("ngram_mod", 8), ("draft_simple", 3)
 TWO = {
@@ -271,6 +272,44 @@ def test_options_are_those_of_the_tune_unless_given_anew(
     assert options.model == "a.gguf"
 
 
+def test_flags_are_those_of_the_run_whose_setting_is_printed(
+    db: str, store: ProfileStore
+) -> None:
+    keep_run(store, {"a": (1.0, {NGRAM: 1.8})}, batch_threads=3, context=300)
+    keep_run(
+        store,
+        {"a": (1.0, {NGRAM: 1.5})},
+        run="r2",
+        prompts={"a": 2},
+        created=DAY + timedelta(days=1),
+        batch_threads=7,
+        context=4000,
+    )
+    assert "run r1" in printed(db)
+    options = FakeEngine.opened[-1]
+    assert (options.batch_threads, options.context) == (3, 300)
+    assert len(FakeEngine.opened) == FakeEngine.closed == 2
+    printed(db, "--run", "r2")
+    options = FakeEngine.opened[-1]
+    assert (options.batch_threads, options.context) == (7, 4000)
+
+
+def test_of_runs_that_decided_a_class_each_it_is_told_which_ran_otherwise(
+    db: str, store: ProfileStore
+) -> None:
+    decided = {"a": (1.0, {NGRAM: 1.8}), "b": (1.0, {NGRAM: 1.8})}
+    keep_run(store, decided, threads=2, batch_threads=3, context=4000)
+    keep_run(store, {"c": (1.0, {NGRAM: 1.5})}, run="r2", threads=2, context=300)
+    text = printed(db)
+    options = FakeEngine.opened[-1]
+    assert (options.threads, options.batch_threads) == (2, 3)
+    assert options.context == 4000  # the longest
+    told = "c: measured in run r2 with --batch-threads 2, unlike these flags; --run r2"
+    assert told in text
+    text = printed(db, "--class", "c")
+    assert (FakeEngine.opened[-1].batch_threads, "unlike" in text) == (None, False)
+
+
 @pytest.mark.slow
 def test_a_model_is_that_of_the_tune_however_its_path_is_written(
     db: str, store: ProfileStore, tmp_path: Path
@@ -285,7 +324,8 @@ def test_a_model_is_that_of_the_tune_however_its_path_is_written(
     assert FakeEngine.opened[-1].context == 111
     # One that no tune was given is looked for by what is in it.
     printed(db, "--model", "moved.gguf")
-    assert FakeEngine.opened[-1].context is None
+    options = FakeEngine.opened[-1]
+    assert (options.model, options.context) == ("moved.gguf", 111)
     FakeEngine.here = replace(HERE, model="m3", model_name="third")
     assert "tune" in refused(db, "--for", "llama.cpp", "--model", "c.gguf")
 
@@ -304,7 +344,8 @@ def test_of_several_numbers_of_requests_one_must_be_said(
     assert told(db, "--concurrency", "1")["servers"][0]["method"] == "ngram_simple"
     assert told(db, "--concurrency", "4")["servers"][0]["method"] == "autoregressive"
     message = refused(db, "--for", "llama.cpp", "--concurrency", "16")
-    assert "concurrency 4 (here 16)" in message or "concurrency 1 (here 16)" in message
+    assert "that was measured, which are 1, 4, got 16; give one of them" in message
+    assert "tune with --concurrency 16" in message
 
 
 def test_profiles_of_our_own_engine_do_not_carry_over(
