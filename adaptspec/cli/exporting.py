@@ -59,7 +59,7 @@ def show(engine: str, wanted: Any, shown: Shown, host: Host, db: str | None) -> 
     else:
         from adaptspec.engines.exporting.texts import as_flags
 
-        write(as_flags(exported.plan, engine, shown.address))
+        write(as_flags(exported.plan, engine, shown.address, background=wanted.split))
     if shown.table is not None:
         _write_table(exported, shown)
 

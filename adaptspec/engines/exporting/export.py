@@ -104,16 +104,16 @@ def export_for(
         # Not the newest run may have decided, but one that ran the engine otherwise.
         usage, notes = _decided_with(store, found, wanted)
         if usage and (then := options_of(engine, wanted.asked, usage)) != options:
-            options, choices = then, found.decided()
+            options = then
             opened = stack.enter_context(host.engines[engine].open(options))
             found = found_here(
-                store, choices, opened.environment, refused=_refused(opened)
+                store, found.decided(), opened.environment, refused=_refused(opened)
             )
         if options.threads is None and _use_threads(opened, options, found):
             found = found_here(
-                store, choices, opened.environment, refused=_refused(opened)
+                store, found.decided(), opened.environment, refused=_refused(opened)
             )
-        found = replace(found, elsewhere=[*found.elsewhere, *notes])
+        found = replace(found, notes=[*found.notes, *notes])
         plan = _plan(found, wanted, lambda s: opened.launch(s.method, s.params), engine)
     return Exported(plan, _files(options), _classifier(store, choices, found))
 
@@ -131,7 +131,7 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
         ),
     )
     decisive, notes = _decided_with(store, found, wanted)
-    found = replace(found, elsewhere=[*found.elsewhere, *notes])
+    found = replace(found, notes=[*found.notes, *notes])
     options = options_of(source, wanted.asked, decisive or usage)
     launches: Launches = lambda s: sglang.launch(source, s, options)  # noqa: E731
     plan = _plan(found, wanted, launches, sglang.NAME)

@@ -130,17 +130,16 @@ class Found:
         classes: Class -> what was found for it.
         everything: What was found over all classes; None where nothing was decided.
         runs: The tuning runs that it is from.
-        elsewhere: That it was measured on another machine, or that some of it was with
-            the engine started otherwise; empty where neither is so.
+        notes: What else is to be known of all of it, in sentences.
     """
 
     environment: Environment
     classes: Mapping[str, ClassFound]
     everything: ClassFound | None
     runs: Sequence[str]
-    elsewhere: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
-    def notes(self, prompt_class: str | None = None) -> list[str]:
+    def told(self, prompt_class: str | None = None) -> list[str]:
         """What was left out and what else is to be known.
 
         Args:
@@ -148,13 +147,12 @@ class Found:
                 something isn't of all of them.
         """
         if prompt_class is not None:
-            return [*self.elsewhere, *self.classes[prompt_class].ranking.notes]
+            return [*self.notes, *self.classes[prompt_class].ranking.notes]
         classes = {name: of.ranking.notes for name, of in self.classes.items()}
         if self.everything is not None:
             classes["over all classes"] = self.everything.ranking.notes
-        told = dict.fromkeys(note for notes in classes.values() for note in notes)
-        said = list(self.elsewhere)
-        for note in told:
+        said = list(self.notes)
+        for note in dict.fromkeys(n for notes in classes.values() for n in notes):
             names = [name for name, notes in classes.items() if note in notes]
             of_all = self.classes.keys() <= set(names)
             said.append(note if of_all else f"{', '.join(names)}: {note}")
@@ -222,7 +220,7 @@ def found_here(
     Raises:
         EngineError: if nothing was measured of this model, or only otherwise.
     """
-    elsewhere = []
+    notes = []
     here = decided_here(choices, environment)
     if not here:
         for choice in choices:
@@ -231,7 +229,7 @@ def found_here(
                 environment, device_name=then.device_name, threads=then.threads
             )
             if here := decided_here(choices, moved):
-                elsewhere.append(
+                notes.append(
                     f"Measured on another machine: {then.device_name} (here "
                     f"{environment.device_name})."
                 )
@@ -270,4 +268,4 @@ def found_here(
     every = [*classes.values(), *([everything] if everything is not None else [])]
     runs = dict.fromkeys(of.ranking.decided.run for of in every if of.ranking.decided)
     measured_in = next(of.ranking.decided for of in every if of.ranking.decided)
-    return Found(measured_in.environment, classes, everything, list(runs), elsewhere)
+    return Found(measured_in.environment, classes, everything, list(runs), notes)

@@ -107,7 +107,7 @@ def for_class(found: Found, name: str, launches: Launches, port: int) -> Plan:
         raise EngineError(f"--class: no class {name!r} was measured; were: {known}")
     gains = _gains(found, found.classes[name].best, [name], {name: 1.0})
     server = _server(found.classes[name].best, launches, port, gains, True, [])
-    return Plan(found, [server], gains[name].ratio, found.notes(name))
+    return Plan(found, [server], gains[name].ratio, found.told(name))
 
 
 def for_mix(
@@ -118,13 +118,13 @@ def for_mix(
         assert found.everything is not None
         setting, ratio = found.everything.best, found.everything.ratio
         server = _server(setting, launches, port, {}, True, [])
-        return Plan(found, [server], ratio(setting), found.notes())
+        return Plan(found, [server], ratio(setting), found.told())
     weights = weights_of(found, asked)
     wanted = candidates(found)
     best = best_of_mix(found, weights, wanted)
     assert best is not None  # plain decoding is always known
     gains = _gains(found, best.setting, list(found.classes), weights)
-    notes = [*found.notes(), *_unmeasured(found, wanted, weights)]
+    notes = [*found.told(), *_unmeasured(found, wanted, weights)]
     server = _server(best.setting, launches, port, gains, True, [])
     return Plan(found, [server], best.ratio, notes)
 
@@ -164,7 +164,7 @@ def by_class(
             )
         )
     used = {name: of.best for name, of in found.classes.items()}
-    return Plan(found, servers, gain(found, weights, used), found.notes())
+    return Plan(found, servers, gain(found, weights, used), found.told())
 
 
 def table_of(plan: Plan, host: str) -> dict[str, object]:

@@ -36,14 +36,18 @@ def waiting_line(server: Server, host: str) -> str:
     return f"while kill -0 $! 2>/dev/null && ! {ready}; do sleep 2; done"
 
 
-def as_flags(plan: Plan, engine: str, host: str) -> str:
-    """Commands to paste into a shell; all that is said is a comment there."""
+def as_flags(plan: Plan, engine: str, host: str, *, background: bool) -> str:
+    """Commands to paste into a shell; all that is said is a comment there.
+
+    Args:
+        background: Whether the shell goes on while they run.
+    """
     lines = [f"# {line}" for line in heading(plan, engine)]
     for server in plan.servers:
         lines += ["", *(f"# {line}" for line in sentences(server, plan))]
         if (first := plan.before(server)) is not None:
             lines.append(waiting_line(first, host))
-        lines.append(shell_line(server, host) + (" &" if len(plan.servers) > 1 else ""))
+        lines.append(shell_line(server, host) + (" &" if background else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -28,16 +28,19 @@ OURS = {
     "-c --ctx-size": "--context",
     "-np --parallel": "--concurrency",
     "-cram --cache-ram --cache-reuse -lcd --lookup-cache-dynamic": NO_MEMORY,
-    "--draft-p-min --draft-p-split": TRIED,
+    "--draft-p-min": TRIED,
+    "--spec-synth-len --spec-synth-rates": "what is accepted would be made up",
     "--api-key --api-key-file": NO_KEY,
     "--api-prefix --ssl-key-file --ssl-cert-file": NOT_ASKED_SO,
     "--no-slots": "the server's slots tell whether it speculates",
     "--embedding --embeddings --rerank --reranking": "no text is generated with it",
 }
 REASONS = {name: reason for names, reason in OURS.items() for name in names.split()}
-# Where a draft model runs is no part of a setting, so that a user may say it.
-PLACING = re.compile(
-    r"--spec-draft-(threads|cpu|prio|poll|override|n-cpu|ncmoe|ngl|device|type)"
+# Where a draft model runs and how it is sampled is no part of a setting, so that a user
+# may say it.
+NOT_TRIED = re.compile(
+    r"--(no-)?spec-draft-(threads|cpu|prio|poll|override|n-cpu|ncmoe|ngl|device|type"
+    r"|sampling|backend-sampling|p-split)"
 )
 SPECULATING = re.compile(r"--(no-)?spec-")
 # `--gpt-oss-20b-default`: a model, and sometimes a draft model, by their names.
@@ -69,6 +72,6 @@ def _reason(option: str) -> str | None:
         return "--draft-model"
     if option == "--spec-draft-hf":
         return ANOTHER_DRAFT
-    if SPECULATING.match(option) and not PLACING.match(option):
+    if SPECULATING.match(option) and not NOT_TRIED.match(option):
         return TRIED
     return ANOTHER_MODEL if PRESET.fullmatch(option) else None

@@ -305,9 +305,13 @@ class LlamaCpp(InferenceEngine):
                 "prompt was read from memory; serving needs neither"
             )
         notes.append(
-            "-np is how many requests were measured at a time, and -c the context of "
-            "the longest of them for each; raise both to serve more or longer ones"
+            "-np is how many requests were measured at a time; raise it to serve more"
         )
+        if self._options.context is not None:
+            notes.append(
+                "-c is the context of the longest request that was measured, for each "
+                "of -np; raise it to serve more or longer ones"
+            )
         kinds = kinds_of(method)
         if any(kind.keeps for kind in kinds):
             notes.append(

@@ -462,6 +462,17 @@ def test_a_workload_without_classes_has_one_command(
         assert server["method"] == "ngram_simple"
 
 
+def test_a_split_of_one_setting_leaves_the_shell_free_as_well(
+    db: str, store: ProfileStore
+) -> None:
+    """The router is started behind it."""
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5}), "b": (1.0, {NGRAM: 1.5})})
+    ((*_, last),) = commands(printed(db, "--split"))
+    assert last == "&"
+    ((*_, last),) = commands(printed(db))
+    assert last == "8000"
+
+
 @pytest.mark.slow
 def test_a_compose_file_has_a_service_for_each_server(
     db: str, store: ProfileStore, tmp_path: Path

@@ -84,7 +84,9 @@ def test_the_printed_lines_start_each_server_when_the_one_before_it_is_ready(
     serve = Launch([sys.executable, str(program)])
     then = Launch(["echo", "second"])
     servers = [replace(first, launch=serve, port=port), replace(second, launch=then)]
-    text = as_flags(replace(plan, servers=servers), "vllm", "127.0.0.1")
+    text = as_flags(
+        replace(plan, servers=servers), "vllm", "127.0.0.1", background=True
+    )
     done = subprocess.run(
         ["sh", "-c", f"{text}\nwait"], capture_output=True, text=True, timeout=60
     )
@@ -92,7 +94,9 @@ def test_the_printed_lines_start_each_server_when_the_one_before_it_is_ready(
     assert order == ["ready", "second"], done.stderr
     # One that ends isn't waited for.
     servers[0] = replace(servers[0], launch=Launch(["false"]))
-    text = as_flags(replace(plan, servers=servers), "vllm", "127.0.0.1")
+    text = as_flags(
+        replace(plan, servers=servers), "vllm", "127.0.0.1", background=True
+    )
     ended = subprocess.run(
         ["sh", "-c", f"{text}\nwait"], capture_output=True, text=True, timeout=60
     )
@@ -121,7 +125,7 @@ def test_a_compose_file_starts_each_when_the_one_before_it_is_ready() -> None:
 @pytest.mark.parametrize("engine", ["llama.cpp", "sglang"])
 def test_servers_of_other_engines_start_at_once(engine: str) -> None:
     plan = split(engine, "cuda", 2)
-    assert "while" not in as_flags(plan, engine, "127.0.0.1")
+    assert "while" not in as_flags(plan, engine, "127.0.0.1", background=True)
     assert "depends_on" not in compose_text(plan, engine, "::1", "image", [])
 
 

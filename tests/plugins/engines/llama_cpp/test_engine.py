@@ -380,6 +380,13 @@ def test_a_server_that_was_killed_is_started_again(
     assert len(fake.starts) == 2
 
 
+def test_a_context_is_spoken_of_where_one_is_told(open_engine: OpenEngine) -> None:
+    for context, told in ((300, True), (None, False)):
+        launch = open_engine(context=context).launch(PLAIN, {})
+        assert ("-c" in launch.command) == told
+        assert any("-c is the context" in note for note in launch.notes) == told
+
+
 def test_environments_differ_by_what_decides_speed(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +429,8 @@ def test_environments_differ_by_what_decides_speed(
         ({"arguments": ["--spec-type", "x"]}, "--spec-type can't be one"),
         ({"arguments": ["--spec_type", "x"]}, "--spec-type can't be one"),
         ({"arguments": ["--draft-p-min", "1"]}, "--draft-p-min .*the tune tries it"),
+        ({"arguments": ["--spec-draft-n-max", "1"]}, "n-max .*the tune tries it"),
+        ({"arguments": ["--spec_synth-len", "3"]}, "--spec-synth-len .*be made up"),
         ({"arguments": ["-hfd", "a/b"]}, "-hfd can't be .*a file: --draft-model"),
         ({"arguments": ["--api-key", "x"]}, "--api-key can't be .*wants no key"),
         ({"arguments": ["--no-slots"]}, "--no-slots can't be"),
@@ -441,5 +450,7 @@ def test_what_would_be_ignored_is_refused(
 def test_what_no_setting_says_is_passed_on(open_engine: OpenEngine) -> None:
     words = ["-td", "1", "-ctk", "q8_0"]
     words += ["--spec-draft-threads", "1", "--spec-draft-type-k", "q8_0", "-5"]
+    words += ["--spec-draft-sampling", "greedy", "--no-spec-draft-backend-sampling"]
+    words += ["--spec-draft-p-split", "0.2", "--draft-p-split", "0.2"]
     launch = open_engine(arguments=words).launch(PLAIN, {})
     assert list(launch.command[-len(words) :]) == words
