@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
+from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 from adaptspec.testing.fakes import FakeClock
@@ -197,3 +198,39 @@ def test_an_engine_that_is_not_at_hand_is_left_out_with_the_reason(
     nobody = compare([absent], workload, "--model", "absent=missing")
     assert nobody.exit_code == 1
     assert "no engine answered; absent: no model 'missing'" in nobody.output
+
+
+def refusing(name: str, *refused: str) -> type[InferenceEngine]:
+    """An engine that refuses prompts, unless it is warmed up with them."""
+
+    class Refusing(engine_on(Machine(TRUTH), name)):  # type: ignore[misc]
+        def answer(self, method: str, params: Any, prompts: Any, most: int) -> Any:
+            if most != 4 and any(prompt.id in refused for prompt in prompts):
+                raise EngineError(f"{name}: 400: longer than the context")
+            return super().answer(method, params, prompts, most)
+
+    return Refusing
+
+
+def test_a_prompt_that_an_engine_refuses_is_left_out_on_all(workload: Path) -> None:
+    engines = [refusing("a"), refusing("b", "code/1")]
+    told = compare(engines, workload, "--json", "--method", "copy")
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["left_out"] == {}
+    assert len(found["rows"]) == 4
+    for row in found["rows"]:
+        counts = {name: cell["prompts"] for name, cell in row["cells"].items()}
+        assert counts == {"summary": 2, "code": 1}
+    assert (
+        "prompt 'code/1' is left out on all engines: b: b: 400: longer than the context"
+    ) in found["notes"]
+    # One that refuses everything leaves nothing out but itself.
+    every = ["summary/0", "summary/1", "code/0", "code/1"]
+    shown = compare([refusing("a"), refusing("c", *every)], workload)
+    assert shown.exit_code == 0, shown.output
+    assert "left out: c: c: 400: longer than the context" in shown.stdout
+    assert "on all engines" not in shown.stdout
+    nothing = compare([refusing("a", *every[:2]), refusing("c", *every[2:])], workload)
+    assert nothing.exit_code == 1
+    assert "no prompt was answered by all engines; name fewer" in nothing.output
