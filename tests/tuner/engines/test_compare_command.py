@@ -234,3 +234,22 @@ def test_a_prompt_that_an_engine_refuses_is_left_out_on_all(workload: Path) -> N
     nothing = compare([refusing("a", *every[:2]), refusing("c", *every[2:])], workload)
     assert nothing.exit_code == 1
     assert "no prompt was answered by all engines; name fewer" in nothing.output
+
+
+def test_a_method_that_engines_lack_is_told_and_refused_where_all_do(
+    workload: Path,
+) -> None:
+    one, two = engine_on(Machine(TRUTH), "one"), engine_on(Machine(TRUTH), "two")
+    two.machine.methods = two.machine.methods[:1]
+    told = compare([one, two], workload, "--method", "draft")
+    assert told.exit_code == 0, told.output
+    assert "two: not measured: draft: the engine doesn't have it" in told.stdout
+    assert "one: not measured" not in told.stdout
+    unknown = compare([one, two], workload, "--method", "copie")
+    assert unknown.exit_code == 1
+    assert "one that an engine at hand has, got 'copie'; one: the" in unknown.output
+    assert "they have: autoregressive, copy, draft" in unknown.output
+    missing = compare([one, two], workload, "--method", "eagle")
+    assert missing.exit_code == 1
+    assert "two: no heads were given (--heads)" in missing.output
+    assert all(engine.closed for engine in [*one.opened, *two.opened])

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.engines.exporting.options import Asked, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
-from adaptspec.errors import AdaptSpecError, EngineError, stopped_by_user
+from adaptspec.errors import (
+    AdaptSpecError,
+    EngineError,
+    UnknownStrategyError,
+    stopped_by_user,
+)
 from adaptspec.profile import PLAIN, Environment, ProfileStore
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, Workload
@@ -148,6 +153,9 @@ def compare(
         methods: Also measured with their defaults, on the engines that have them.
         sleep: Waits for seconds, until an engine that was asked leaves the cores to
             the next one.
+
+    Raises:
+        UnknownStrategyError: for a method that no engine has.
     """
     found = Comparison(workload.name)
     with contextlib.ExitStack() as stack:
@@ -161,6 +169,8 @@ def compare(
                     )
                 )
                 sleep(compared[-1].engine.resting)
+        if compared:
+            _check_methods(methods, compared)
         for name, prompts in workload.by_class().items():
             for one in [c for c in compared if c.name not in found.left_out]:
                 doing(f"{name}: {one.name}")
@@ -229,7 +239,7 @@ def _opened(
             continue
         reason = choice.reason
         if choice.strategy != PLAIN:
-            why = engine.unavailable.get(choice.strategy, "the engine doesn't have it")
+            why = _lacks(engine, choice.strategy)
             reason = f"plain decoding: {choice.strategy} was chosen, but {why}"
         plainly.setdefault(reason, []).append(name)
     if tuned:
@@ -241,12 +251,38 @@ def _opened(
         if name in known and name != PLAIN:
             setting = Setting(name, defaults(known[name].Params))
             ways[name] = dict.fromkeys(workload.classes, setting)
+    lacking = {name: _lacks(engine, name) for name in methods}
     measurer = EngineMeasurer(engine, [workload], max_new_tokens, options.concurrency)
     measurer.check()
     notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
+    notes += [f"not measured: {name}: {why}" for name, why in lacking.items() if why]
     found = _Compared(options.engine, engine, measurer, environment, ways)
     found.notes.extend(notes)
     return found
+
+
+def _lacks(engine: InferenceEngine, method: str) -> str | None:
+    """Why an engine can't decode with a method; None: it can."""
+    if any(method == known.name for known in engine.methods):
+        return None
+    return engine.unavailable.get(method, "the engine doesn't have it")
+
+
+def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
+    """Refuse a method that no engine has.
+
+    Raises:
+        UnknownStrategyError: with the reason of each engine, and what there is.
+    """
+    for name in names:
+        reasons = {one.name: _lacks(one.engine, name) for one in compared}
+        if None not in reasons.values():
+            told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
+            known = [m.name for one in compared for m in one.engine.methods]
+            raise UnknownStrategyError(
+                f"--method must be one that an engine at hand has, got {name!r}; "
+                f"{told}; they have: {', '.join(dict.fromkeys(known))}"
+            )
 
 
 def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
