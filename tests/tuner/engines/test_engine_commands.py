@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adaptspec.errors import EngineError
-from adaptspec.testing.scripted_engine import Machine, engine_on
+from adaptspec.testing.scripted_engine import Machine, ScriptedEngine, engine_on
 from adaptspec_profiles import open_store
 from engine_commands import TRUTH, run, tune
 
@@ -163,6 +164,8 @@ def test_a_number_of_requests_is_whole_and_positive(workload: Path, text: str) -
 
 def test_a_server_is_measured_and_nothing_is_to_be_started(workload: Path) -> None:
     cls = engine_on(Machine(TRUTH, methods=()), "openai")
+    place = property(lambda of: replace(ScriptedEngine.environment.fget(of), threads=0))
+    cls.environment = place  # type: ignore[method-assign, assignment]
     found = run(
         [cls],
         *("tune", "--engine", "http://localhost:1/v1", "--workload", workload),
@@ -173,6 +176,9 @@ def test_a_server_is_measured_and_nothing_is_to_be_started(workload: Path) -> No
     assert "Measured as it is: there was nothing to choose from." in found.stdout
     assert "export" not in found.stdout
     assert "openai 7.1" in found.stdout
+    # What it doesn't tell isn't shown.
+    assert "a machine, held-out prompts" in found.stdout
+    assert "forward" not in found.stdout
 
 
 def test_an_engine_that_fails_is_told_in_a_line(workload: Path) -> None:
