@@ -31,7 +31,7 @@ class Environment:
         dtype: Weights' type, e.g. ``bfloat16``.
         device: ``cpu``, ``cuda``...
         device_name: What the machine calls it.
-        threads: Intra-op threads.
+        threads: Intra-op threads; 0: a server doesn't tell.
         versions: Package -> version (adaptspec, torch, transformers, python).
         heads: Digest of the trained heads attached to the target, None without any.
         heads_name: Their names for people.
@@ -112,7 +112,8 @@ class Measurement:
             over prompts, paired.
         ratio_low: First quartile over prompts of that ratio.
         ratio_high: Third quartile over prompts of that ratio.
-        tokens_per_forward: Mean tokens committed per target forward.
+        tokens_per_forward: Mean tokens committed per target forward; 0 where the engine
+            doesn't tell its forwards.
         acceptance: Accepted / proposed tokens, 0 where nothing was proposed.
         prompts: How many prompts were measured.
         tokens: How many tokens were generated.

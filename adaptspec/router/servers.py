@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +87,14 @@ class Servers:
         for place, (name, url) in enumerate(candidates, start=1):
             try:
                 response = await self._send(url, method, path, headers, body)
-            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                if _out_of_files(error):
+                    told = (
+                        "no server can be asked: too many files are open (a request "
+                        "takes two); raise the limit (ulimit -n), or take fewer "
+                        "requests at a time (--max-requests)"
+                    )
+                    raise Unreached(told, UNAVAILABLE, "too_many_files") from None
                 problems[url] = "is down"
                 self._down_until[url] = self._clock() + self._pause
                 continue
@@ -153,6 +162,23 @@ class Servers:
             extensions={"timeout": {"connect": self._connect}},
         )
         return await self._transport.handle_async_request(request)
+
+
+def _out_of_files(error: BaseException | None) -> bool:
+    """Whether a connection failed since this process or machine has no more files."""
+    while error is not None:
+        each: Sequence[BaseException] = getattr(error, "exceptions", ())  # a group's
+        if any(map(_out_of_files, each)):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        if isinstance(error, socket.gaierror):  # it also means an unknown name
+            try:
+                socket.socket().close()
+            except OSError as missing:
+                return _out_of_files(missing)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 async def _close(response: httpx2.Response) -> None:

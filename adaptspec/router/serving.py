@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -30,7 +30,9 @@ def serve(
 ) -> None:
     """Answer on ``host`` and ``port`` until SIGTERM or Ctrl-C.
 
-    Then no more requests are taken; those that are being answered may go on.
+    Then no more requests are taken; those that are being answered may go on. From the
+    beginning the process may have as many files open as the system allows: a request
+    takes two.
 
     Args:
         port: 0: one that is free.
@@ -40,6 +42,7 @@ def serve(
     Raises:
         RoutingError: if it can't listen there.
     """
+    _allow_more_files()
     listening = _listening(host, port)
     taken = listening.getsockname()[1]
     address = f"[{host}]" if ":" in host else host
@@ -59,6 +62,15 @@ def serve(
         listening.listen(config.backlog)
         ready(f"http://{address}:{taken}")
         server.run(sockets=[listening])
+
+
+def _allow_more_files() -> None:
+    """Raise the limit of open files as far as it may be raised."""
+    with suppress(ImportError, OSError, ValueError):  # not every system has it
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listening(host: str, port: int) -> socket.socket:

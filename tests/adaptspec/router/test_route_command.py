@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -129,6 +130,21 @@ def test_ctrl_c_ends_it_without_a_word(
     connection.close()
     program.process.send_signal(signal.SIGINT)
     assert program.ended() == (130, "")
+
+
+@pytest.mark.slow
+def test_it_may_have_as_many_files_open_as_the_system_allows(
+    world: World, tmp_path: Path, started: list[Program]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    path = table_file(tmp_path, servers={"a": world.server().url}, default="a")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
+    try:
+        started.append(Program(path, "--port=0"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    pid = started[0].process.pid
+    assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (limits[1], limits[1])
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import anyio
@@ -76,3 +79,36 @@ def test_headers_that_cannot_be_sent_are_the_clients_fault(world: World) -> None
         anyio.run(ask)
     assert refused.value.status == 400
     assert servers.candidates("a") == before  # none counts as down
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Inside, this process can't open another file."""
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    first = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first + 64, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.dup(first))
+        yield
+    finally:
+        for file in [first, *opened]:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_router_without_files_calls_no_server_down(world: World) -> None:
+    url = world.server().url
+    for address in (url, url.replace("127.0.0.1", "localhost")):
+        table = {"servers": {"a": address, "b": "http://other"}, "default": "a"}
+        servers = Servers(RouteTable.model_validate(table))
+
+        async def ask(servers: Servers = servers) -> None:
+            with no_more_files():
+                await servers.ask("a", "POST", "/v1/completions", [], b"{}")
+
+        with pytest.raises(Unreached, match="too many files are open") as refused:
+            anyio.run(ask)
+        assert (refused.value.status, refused.value.code) == (503, "too_many_files")
+        assert servers.candidates("a")[0][1] == address

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from adaptspec.cli.progress import Progress
 from adaptspec.engines.inference_engine import Answer, EngineOptions
 from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
@@ -22,7 +23,7 @@ from adaptspec.testing.scripted_engine import (
 )
 from adaptspec.workloads import Prompt
 from adaptspec_profiles.memory import MemoryStore
-from adaptspec_tuner.engines.threads import Threads, choose_threads
+from adaptspec_tuner.engines.threads import Threads, choose_threads, settle_threads
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.tuning_run import Interrupted
@@ -37,12 +38,14 @@ class Threaded(ScriptedEngine):
     Attributes:
         speeds: Threads -> seconds of a single token, and until the first token.
         broken: Threads with which it ends.
+        longest: Characters of the longest prompt that it takes.
         used: What it was told, in order.
     """
 
     name = "threaded"
     speeds: Mapping[int, tuple[float, float]] = {}
     broken: Sequence[int] = ()
+    longest = 100
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
@@ -71,6 +74,8 @@ class Threaded(ScriptedEngine):
     ) -> list[Answer]:
         if self.threads in self.broken:
             raise EngineError(f"threaded: {self.threads} threads: out of memory")
+        if any(len(str(prompt.content)) > self.longest for prompt in prompts):
+            raise EngineError("threaded: 400: the prompt is longer than the context")
         self.asked.append((method, self.threads, self.batch_threads))
         single = self.threads if len(prompts) == 1 else self.batch_threads
         self.machine.token = self.speeds[single][0]
@@ -129,6 +134,20 @@ def test_nothing_is_tried_where_the_user_told_a_number() -> None:
     assert choose_threads(engine, PROMPTS) is None
     assert not engine.asked
     assert not engine.used
+
+
+def test_prompts_that_are_too_long_leave_the_shorter_ones_to_try_threads_on() -> None:
+    cls = threaded({2: (0.1, 0.5), 4: (0.05, 0.4)})
+    known = workload_of(["chat"], 16)
+    long = [replace(p, text=f"{p.text} {'more ' * 40}") for p in known.prompts[4:]]
+    workload = replace(known, prompts=(*known.prompts[:4], *long))
+    options = TuneOptions(300.0, engine="threaded")
+    engine, progress = opened(cls), Progress(None, cls.machine.clock)
+    found = settle_threads(engine, workload, MemoryStore(), options, progress)
+    assert found == {"threads": 4, "batch_threads": 4}
+    cls.longest = 1  # no prompt is short enough
+    with pytest.raises(EngineError, match="longer than the context"):
+        settle_threads(opened(cls), workload, MemoryStore(), options, progress)
 
 
 def test_a_tune_measures_with_what_it_chose_and_a_continued_one_keeps_it() -> None:

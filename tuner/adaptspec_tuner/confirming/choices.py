@@ -187,8 +187,9 @@ def _over_all(every: Sequence[Profile], decided: Decided, created: datetime) -> 
     """A setting over the classes that it was measured in, in equal parts."""
     first = every[0]
     measured = [p.measurement for p in every]
-    tokens = sum(m.tokens for m in measured)
-    forwards = sum(m.tokens / m.tokens_per_forward for m in measured)
+    told = [m for m in measured if m.tokens_per_forward]
+    tokens = sum(m.tokens for m in told)
+    forwards = sum(m.tokens / m.tokens_per_forward for m in told)
     latencies = [m.latency_p95 for m in measured if m.latency_p95]
 
     def mean(name: str) -> float:
@@ -200,7 +201,7 @@ def _over_all(every: Sequence[Profile], decided: Decided, created: datetime) -> 
     merged = replace(
         measured[0],
         **changed,
-        tokens_per_forward=tokens / forwards,
+        tokens_per_forward=tokens / forwards if forwards else 0.0,
         acceptance=sum(m.acceptance for m in measured) / len(measured),
         latency_p95=sum(latencies) / len(latencies) if latencies else None,
         peak_memory=max(m.peak_memory or 0 for m in measured) or None,

@@ -479,7 +479,7 @@ def _measurement(
         ratio_low=ratio_low,
         ratio_high=ratio_high,
         # The first token of each generation is the prefill's.
-        tokens_per_forward=(tokens - len(every)) / forwards if forwards else 1.0,
+        tokens_per_forward=(tokens - len(every)) / forwards if forwards else 0.0,
         acceptance=sum(r.accepted for r in every) / proposed if proposed else 0.0,
         prompts=len(samples),
         tokens=tokens,

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptspec.engines.exporting.options import Asked, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
-from adaptspec.errors import AdaptSpecError, EngineError, stopped_by_user
+from adaptspec.errors import (
+    AdaptSpecError,
+    EngineError,
+    UnknownStrategyError,
+    stopped_by_user,
+)
 from adaptspec.profile import PLAIN, Environment, ProfileStore
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, Workload
@@ -107,7 +112,8 @@ class _Compared:
 
     Args:
         ways: Way -> the setting of each class.
-        samples: Way and class -> what its answers took.
+        samples: Way and class -> prompt's id -> what its answer took.
+        refused: Prompt's id -> why it isn't decoded plainly.
         notes: Why classes are decoded plainly where tuned choices are used.
     """
 
@@ -116,7 +122,8 @@ class _Compared:
     measurer: EngineMeasurer
     environment: Environment
     ways: dict[str, dict[str, Setting]]
-    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+    samples: dict[tuple[str, str], dict[str, Sample]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -136,8 +143,9 @@ def compare(
 
     An engine without room for its settings answers a class at once, setting by setting.
 
-    An engine that can't be opened, or that fails on its way, is told and left out. What
-    isn't said of one is as it was when its model was tuned.
+    An engine that can't be opened, or that fails on its way, is told and left out; so
+    is a prompt that an engine refuses, on all of them. What isn't said of an engine is
+    as it was when its model was tuned.
 
     Args:
         asked: The engines with their models.
@@ -145,6 +153,9 @@ def compare(
         methods: Also measured with their defaults, on the engines that have them.
         sleep: Waits for seconds, until an engine that was asked leaves the cores to
             the next one.
+
+    Raises:
+        UnknownStrategyError: for a method that no engine has.
     """
     found = Comparison(workload.name)
     with contextlib.ExitStack() as stack:
@@ -158,6 +169,8 @@ def compare(
                     )
                 )
                 sleep(compared[-1].engine.resting)
+        if compared:
+            _check_methods(methods, compared)
         for name, prompts in workload.by_class().items():
             for one in [c for c in compared if c.name not in found.left_out]:
                 doing(f"{name}: {one.name}")
@@ -173,13 +186,23 @@ def compare(
                     with _told(found, one.name, warn):
                         _answered(one, prompt)
                         sleep(one.engine.resting)
-        for one in [c for c in compared if c.name not in found.left_out]:
+        for one in compared:
+            if one.refused and not one.samples:
+                found.left_out.setdefault(one.name, next(iter(one.refused.values())))
+        compared = [c for c in compared if c.name not in found.left_out]
+        refused = {key: (c, why) for c in compared for key, why in c.refused.items()}
+        for prompt_id, (by, why) in refused.items():
+            found.notes.append(
+                f"prompt {prompt_id!r} is left out on all engines: {by.name}: {why}"
+            )
+        for one in compared:
             version = one.environment.versions.get(one.environment.engine, "")
             for way, by_class in one.ways.items():
                 row = Row(one.name, version, way)
                 for name, setting in by_class.items():
-                    if samples := one.samples.get((way, name)):
-                        row.cells[name] = _cell(setting, samples)
+                    samples = one.samples.get((way, name), {})
+                    if kept := [s for key, s in samples.items() if key not in refused]:
+                        row.cells[name] = _cell(setting, kept)
                 if row.cells:
                     found.rows.append(row)
             for note in (*one.notes, *getattr(one.engine, "notes", ())):
@@ -216,7 +239,7 @@ def _opened(
             continue
         reason = choice.reason
         if choice.strategy != PLAIN:
-            why = engine.unavailable.get(choice.strategy, "the engine doesn't have it")
+            why = _lacks(engine, choice.strategy)
             reason = f"plain decoding: {choice.strategy} was chosen, but {why}"
         plainly.setdefault(reason, []).append(name)
     if tuned:
@@ -228,12 +251,38 @@ def _opened(
         if name in known and name != PLAIN:
             setting = Setting(name, defaults(known[name].Params))
             ways[name] = dict.fromkeys(workload.classes, setting)
+    lacking = {name: _lacks(engine, name) for name in methods}
     measurer = EngineMeasurer(engine, [workload], max_new_tokens, options.concurrency)
     measurer.check()
     notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
+    notes += [f"not measured: {name}: {why}" for name, why in lacking.items() if why]
     found = _Compared(options.engine, engine, measurer, environment, ways)
     found.notes.extend(notes)
     return found
+
+
+def _lacks(engine: InferenceEngine, method: str) -> str | None:
+    """Why an engine can't decode with a method; None: it can."""
+    if any(method == known.name for known in engine.methods):
+        return None
+    return engine.unavailable.get(method, "the engine doesn't have it")
+
+
+def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
+    """Refuse a method that no engine has.
+
+    Raises:
+        UnknownStrategyError: with the reason of each engine, and what there is.
+    """
+    for name in names:
+        reasons = {one.name: _lacks(one.engine, name) for one in compared}
+        if None not in reasons.values():
+            told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
+            known = [m.name for one in compared for m in one.engine.methods]
+            raise UnknownStrategyError(
+                f"--method must be one that an engine at hand has, got {name!r}; "
+                f"{told}; they have: {', '.join(dict.fromkeys(known))}"
+            )
 
 
 def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
@@ -262,14 +311,30 @@ def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
 
 
 def _answered(one: _Compared, prompt: Prompt) -> None:
-    """Answer a prompt with each of an engine's settings, each once."""
+    """Answer a prompt with each of an engine's settings, each once.
+
+    Raises:
+        Exception: what the engine raised, unless it refuses this prompt alone.
+    """
     name = prompt.prompt_class
     taken: dict[str, Sample] = {}
+    try:
+        taken[PLAIN_SETTING.key] = one.measurer.measure(PLAIN_SETTING, prompt)
+    # A third party's engine may raise anything.
+    except Exception as error:
+        if stopped_by_user(error):
+            raise
+        try:
+            one.measurer.check()
+        except AdaptSpecError:
+            raise error from None
+        one.refused[prompt.id] = in_a_line(error)
+        return
     for way, settings in one.ways.items():
         setting = settings[name]
         if setting.key not in taken:
             taken[setting.key] = one.measurer.measure(setting, prompt)
-        one.samples.setdefault((way, name), []).append(taken[setting.key])
+        one.samples.setdefault((way, name), {})[prompt.id] = taken[setting.key]
 
 
 @contextlib.contextmanager

@@ -275,8 +275,13 @@ def compare(
     elif found.rows:
         print_comparison(found, stdout_console())
     if not found.rows:
-        reasons = "; ".join(f"{name}: {why}" for name, why in found.left_out.items())
-        raise AdaptSpecError(f"no engine answered; {reasons}")
+        reasons = [f"{name}: {why}" for name, why in found.left_out.items()]
+        if len(reasons) == len(names):
+            raise AdaptSpecError(f"no engine answered; {'; '.join(reasons)}")
+        raise AdaptSpecError(
+            "no prompt was answered by all engines; name fewer with --engine, or give "
+            f"shorter prompts; {'; '.join([*reasons, *found.notes])}"
+        )
 
 
 def print_comparison(found: Comparison, console: Console) -> None:

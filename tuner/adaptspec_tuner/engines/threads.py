@@ -135,10 +135,13 @@ def settle_threads(
     """Choose an engine's threads, or take those that the same tune chose before.
 
     They are tried on a short prompt and on one of middle length, of those that are
-    tuned on.
+    tuned on; on a shorter one where the engine refuses that one as too long.
 
     Returns:
         The options that say the same; empty where there was nothing to choose.
+
+    Raises:
+        EngineError: if the engine's own number can't decode the short prompt either.
     """
     if len(engine.thread_counts) < 2:
         return {}
@@ -152,10 +155,15 @@ def settle_threads(
     else:
         progress.doing("threads", options.seconds)
         ranked = sorted(split(workload)[0].prompts, key=lambda p: len(str(p.content)))
-        asked = dict.fromkeys([ranked[0], ranked[len(ranked) // 2]])
-        found = choose_threads(engine, list(asked), options.concurrency)
-        if found is None:
-            return {}
+        middle = len(ranked) // 2
+        while found is None:
+            asked = dict.fromkeys([ranked[middle], ranked[0]])
+            try:
+                found = choose_threads(engine, list(asked), options.concurrency)
+            except EngineError:
+                if middle == 0:
+                    raise
+                middle //= 2
         store.put_record(run, THREADS, asdict(found))
     return asdict(found)
 

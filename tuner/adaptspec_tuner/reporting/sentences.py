@@ -90,10 +90,12 @@ def heading(result: TuneResult) -> str:
     beside = ", ".join(filter(None, (place.draft_name, place.heads_name)))
     draft = f" with {beside}" if beside else ""
     engine = "" if place.engine == OURS else f"{place.decoded_by}, "
+    threads = f"{place.threads} thread{'' if place.threads == 1 else 's'}, "
+    if not place.threads:  # a server doesn't tell
+        threads = ""
     return (
         f"{engine}{place.model_name}{draft}, {place.dtype}, {place.device_name}, "
-        f"{place.threads} thread{'' if place.threads == 1 else 's'}, held-out prompts "
-        f"of {result.workload}"
+        f"{threads}held-out prompts of {result.workload}"
     )
 
 

@@ -54,7 +54,11 @@ COLUMNS = (
     ),
     Column(
         "tokens/ forward",
-        lambda row: f"{row.measurement.tokens_per_forward:.2f}",
+        lambda row: (
+            f"{row.measurement.tokens_per_forward:.2f}"
+            if row.measurement.tokens_per_forward
+            else ""
+        ),
         "tokens gained by one pass of the model",
     ),
     Column("predicted", words.predicted, "by the replay, and how far off that was"),
