@@ -126,10 +126,9 @@ class SpeedUp:
         tokenizer = given.pop("tokenizer", None) or self.decoder.model.tokenizer
         config: Any = given.get("generation_config")
         stored = getattr(self.model, "generation_config", None)
-        if given.get("stop_strings") is not None:
-            strings = given.pop("stop_strings")
+        if "stop_strings" in given:
+            strings = given["stop_strings"]  # None stops at none of those stored
         else:
-            given.pop("stop_strings", None)
             strings = getattr(config, "stop_strings", None)
             if strings is None:
                 strings = getattr(stored, "stop_strings", None)
@@ -139,6 +138,7 @@ class SpeedUp:
             why = "no tokenizer is known"
             way = "pass tokenizer= to generate or to speed_up"
             raise refusal("stop_strings", strings, why, way)
+        given.pop("stop_strings", None)
         if getattr(config, "stop_strings", None) is not None:
             given["generation_config"] = config = copy.deepcopy(config)
             config.stop_strings = None

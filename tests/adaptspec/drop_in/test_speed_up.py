@@ -163,6 +163,25 @@ def test_stop_strings_end_the_output_wherever_they_come_from(
     assert bound.decoder.last[0].finish == "stop"
 
 
+@pytest.mark.parametrize("where", ["object", "model"])
+def test_stop_strings_that_a_call_puts_off_end_nothing(
+    bound: SpeedUp, where: str
+) -> None:
+    module, tokenizer = bound.model, bytes_tokenizer()
+    whole = own(module, PROMPT, max_new_tokens=20)
+    stop = tokenizer.decode(whole[0, 12 + 6 : 12 + 8])
+    given: dict[str, Any] = {"max_new_tokens": 20}
+    if where == "object":
+        stopping = GenerationConfig(stop_strings=stop, max_new_tokens=20)
+        given = {"generation_config": stopping}
+    else:
+        module.generation_config.stop_strings = [stop]
+    ended = module.generate(PROMPT, **given, tokenizer=tokenizer)
+    assert ended.shape[1] < 32
+    output = module.generate(PROMPT, **given, tokenizer=tokenizer, stop_strings=None)
+    assert torch.equal(output, whole)
+
+
 def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
     def loop(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
         return input_ids + 1
