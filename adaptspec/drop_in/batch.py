@@ -25,6 +25,7 @@ class RowDecoding:
         self.stream, self.recorded = stream, recorded
         self._waiting: list[int] = []
         self.read: list[int] = []
+        self._stopped = False
 
     def step(self) -> list[int]:
         """All tokens of the next step; none where the row has ended."""
@@ -44,10 +45,18 @@ class RowDecoding:
         """Whether its last token was read."""
         return not self._waiting and self.stream.ended
 
+    def stop(self) -> None:
+        """End it at the last token read, and forget what was decoded beyond."""
+        self._stopped |= not self.ended
+        self._waiting = []
+        self.stream.close()
+        for kept in (self.recorded.scores, self.recorded.logits):
+            del kept[len(self.read) :]
+
     def result(self, target: LanguageModel) -> Result:
         """What came of it, without tokens that nobody read."""
         result = self.stream.result
-        if len(result.token_ids) == len(self.read):
+        if not self._stopped:
             return result
         text = target.decode(self.read)
         return replace(result, token_ids=self.read, text=text, finish="stop")
@@ -102,10 +111,10 @@ def decode_rows(
                 unfinished = [
                     left and not end for left, end in zip(unfinished, ends, strict=True)
                 ]
-        if endings.pads:
+        if endings.pads or not any(unfinished):
             for number, row in enumerate(rows):
                 if not unfinished[number]:
-                    row.stream.close()
+                    row.stop()
         if noise is not None:
             noise.forget(steps)
     return emitted
