@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin, StopStringCriteria
 
 from adaptspec.decoder import Decoder, load
+from adaptspec.decoding.generation_fields import FIELDS
 from adaptspec.drop_in.arguments import CACHES, check_model, refusal
 from adaptspec.errors import UnsupportedControlError
 from adaptspec.model.views import unwrapped
@@ -218,11 +219,12 @@ def _refuse_undecoded(given: Mapping[str, Any]) -> None:
             way = "leave it out and pass the whole text as input_ids"
             raise refusal(name, given[name], why, way)
     config = given.get("generation_config") or GenerationConfig()  # type: ignore[no-untyped-call]
-    for name, unfit in (
-        ("cache_implementation", "paged"),
-        ("token_healing", True),
+    early = "transformers decodes or changes the prompt before a decoder is asked"
+    for name, unfit, why in (
+        ("cache_implementation", "paged", early),
+        ("cache_implementation", "quantized", FIELDS["cache_implementation"].note),
+        ("token_healing", True, early),
     ):
         value = given.get(name, getattr(config, name, None))
         if value == unfit:
-            why = "transformers decodes or changes the prompt before a decoder is asked"
             raise refusal(name, value, why, f"pass {name}=None")

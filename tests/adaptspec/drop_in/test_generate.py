@@ -506,6 +506,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("inputs_embeds", {"inputs": None, "inputs_embeds": torch.zeros(1, 4, 32)}),
     ("token_healing", {"token_healing": True}),
     ("cache_implementation", {"cache_implementation": "paged"}),
+    ("cache_implementation", {"cache_implementation": "quantized"}),
     ("synced_gpus", {"synced_gpus": True}),
     ("assistant_model", {"assistant_model": object()}),
     ("stop_strings", {"stop_strings": ["w5"]}),
