@@ -163,6 +163,24 @@ def test_stop_strings_end_the_output_wherever_they_come_from(
     assert bound.decoder.last[0].finish == "stop"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_healing", True),
+        ("cache_implementation", "paged"),
+        ("cache_implementation", "quantized"),
+    ],
+)
+def test_a_stored_field_that_transformers_acts_on_first_is_refused_or_put_off(
+    bound: SpeedUp, name: str, value: Any
+) -> None:
+    module = bound.model
+    setattr(module.generation_config, name, value)
+    with pytest.raises(UnsupportedControlError, match=f"{name}=.*pass {name}=None"):
+        module.generate(PROMPT, max_new_tokens=3, tokenizer=TOKENIZER)
+    assert module.generate(PROMPT, max_new_tokens=3, **{name: None}).shape == (1, 15)
+
+
 @pytest.mark.parametrize("where", ["object", "model"])
 def test_stop_strings_that_a_call_puts_off_end_nothing(
     bound: SpeedUp, where: str
