@@ -96,14 +96,20 @@ class SpeedUp:
         """Put it in the place of the model's ``generate``."""
         bound = vars(self.model).get("generate")
         if isinstance(bound, SpeedUp):
-            bound.restore()
-        elif bound is not None:
+            if bound.model is self.model:  # else this is a shallow copy of that one
+                bound.restore()
+        elif bound is not None and not self._is_plain(bound):
             raise UnsupportedControlError(
                 f"generate of this {type(self.model).__name__} was replaced already, "
                 f"by {type(bound).__name__}; del model.generate first"
             )
         self.model.generate = self
         return self
+
+    def _is_plain(self, generate: Any) -> bool:
+        """Whether it is the class's, which a copy of a bound model has as its own."""
+        of_class: Any = type(self.model)
+        return getattr(generate, "__func__", None) is of_class.generate
 
     def restore(self) -> None:
         """Give the model its own ``generate`` back, and keep what was learnt."""

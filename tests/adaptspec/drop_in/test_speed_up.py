@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import string
 from pathlib import Path
@@ -210,6 +211,31 @@ def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
 
 def pickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.copy, copy.deepcopy, pickled, saved]
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_the_model_can_be_bound_and_leaves_the_other_bound(
+    bound: SpeedUp, way: Any
+) -> None:
+    twin = way(way(bound.model))
+    with adaptspec.speed_up(twin, db=MemoryStore(), strategy="suffix") as second:
+        assert twin.generate is second
+        assert bound.model.generate is bound
+        output = twin.generate(PROMPT, max_new_tokens=3)
+        assert second.decoder.last[0].choice.strategy == "suffix"
+    assert torch.equal(output, own(bound.model, PROMPT, max_new_tokens=3))
+    assert "generate" not in vars(twin)
+    assert bound.model.generate is bound
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
