@@ -111,7 +111,12 @@ FIELDS: Mapping[str, Field] = {
     "speculation_type": _without(DRAFTS),
     # How it is computed.
     "use_cache": _without(CACHE),
-    "cache_implementation": _without(CACHE),
+    "cache_implementation": _refused(
+        "quantised keys and values would change tokens; any other cache is accepted",
+        *("static", "offloaded_static", "dynamic", "dynamic_full", "offloaded"),
+        *("sliding_window", "hybrid", "hybrid_chunked", "paged"),
+        *("offloaded_hybrid", "offloaded_hybrid_chunked", None),
+    ),
     "cache_config": _without(CACHE),
     "max_cache_len": _without(CACHE),
     "low_memory": _without(CACHE),

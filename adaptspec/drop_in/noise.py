@@ -74,7 +74,8 @@ class Noise:
     def _at(self, step: int) -> torch.Tensor:
         while self._drawn <= step:
             self._states[self._drawn] = self._state()
-            numbers = torch.empty((self._rows, self._vocab), device=self._device)
+            shape = self._rows, self._vocab
+            numbers = torch.empty(shape, dtype=torch.float32, device=self._device)
             self._numbers[self._drawn] = numbers.exponential_(1)
             self._drawn += 1
             self._left = self._state()

@@ -8,9 +8,10 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin, StopStringCriteria
+from transformers import GenerationMixin, StopStringCriteria
 
 from adaptspec.decoder import Decoder, load
+from adaptspec.decoding.generation_fields import FIELDS
 from adaptspec.drop_in.arguments import CACHES, check_model, refusal
 from adaptspec.errors import UnsupportedControlError
 from adaptspec.model.views import unwrapped
@@ -61,13 +62,14 @@ class SpeedUp:
         given |= given.pop("kwargs", {})
         if given.get("custom_generate") is not None:
             return self._plain(**given)  # a caller's own loop
-        _refuse_undecoded(given)
+        stored = getattr(self.model, "generation_config", None)
+        _refuse_undecoded(given, stored)
         defaults = dict(self._defaults)
         if given.get("strategy") is not None:
             defaults["params"] = None  # those of another strategy
         own = {n: given.pop(n, value) for n, value in defaults.items()}
         streamer = given.get("streamer")
-        self._bind_stop_strings(given)
+        self._bind_stop_strings(given, stored)
 
         def decode(
             model: Any,
@@ -94,14 +96,20 @@ class SpeedUp:
         """Put it in the place of the model's ``generate``."""
         bound = vars(self.model).get("generate")
         if isinstance(bound, SpeedUp):
-            bound.restore()
-        elif bound is not None:
+            if bound.model is self.model:  # else this is a shallow copy of that one
+                bound.restore()
+        elif bound is not None and not self._is_plain(bound):
             raise UnsupportedControlError(
                 f"generate of this {type(self.model).__name__} was replaced already, "
                 f"by {type(bound).__name__}; del model.generate first"
             )
         self.model.generate = self
         return self
+
+    def _is_plain(self, generate: Any) -> bool:
+        """Whether it is the class's, which a copy of a bound model has as its own."""
+        of_class: Any = type(self.model)
+        return getattr(generate, "__func__", None) is of_class.generate
 
     def restore(self) -> None:
         """Give the model its own ``generate`` back, and keep what was learnt."""
@@ -121,24 +129,18 @@ class SpeedUp:
         """A copied or pickled model has its own ``generate``."""
         return _itself, (self._plain,)
 
-    def _bind_stop_strings(self, given: dict[str, Any]) -> None:
+    def _bind_stop_strings(self, given: dict[str, Any], stored: Any) -> None:
         """Pass stop strings as a criterion: a callable gets no tokenizer."""
         tokenizer = given.pop("tokenizer", None) or self.decoder.model.tokenizer
         config: Any = given.get("generation_config")
-        stored = getattr(self.model, "generation_config", None)
-        if given.get("stop_strings") is not None:
-            strings = given.pop("stop_strings")
-        else:
-            given.pop("stop_strings", None)
-            strings = getattr(config, "stop_strings", None)
-            if strings is None:
-                strings = getattr(stored, "stop_strings", None)
+        strings = _in_force("stop_strings", given, stored)
         if strings is None:
             return
         if tokenizer is None:
             why = "no tokenizer is known"
             way = "pass tokenizer= to generate or to speed_up"
             raise refusal("stop_strings", strings, why, way)
+        given.pop("stop_strings", None)
         if getattr(config, "stop_strings", None) is not None:
             given["generation_config"] = config = copy.deepcopy(config)
             config.stop_strings = None
@@ -202,8 +204,21 @@ def _signature(plain: Any) -> inspect.Signature:
     return mixin.replace(parameters=list(mixin.parameters.values())[1:])
 
 
-def _refuse_undecoded(given: Mapping[str, Any]) -> None:
-    """Refuse arguments that transformers uses up before it calls what decodes."""
+def _in_force(name: str, given: Mapping[str, Any], stored: Any) -> Any:
+    """A field's value as ``generate`` has it: given, in the object, or stored."""
+    if name in given:
+        return given[name]  # None switches off what is stored
+    configs = given.get("generation_config"), stored
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def _refuse_undecoded(given: Mapping[str, Any], stored: Any) -> None:
+    """Refuse arguments that transformers uses up before it calls what decodes.
+
+    Args:
+        stored: The model's ``GenerationConfig``.
+    """
     drafts = "AdaptSpec drafts by itself"
     for name, why in (
         ("assistant_model", drafts),
@@ -217,12 +232,12 @@ def _refuse_undecoded(given: Mapping[str, Any]) -> None:
             why = "a decoder keeps a cache of its own and reads the whole prompt"
             way = "leave it out and pass the whole text as input_ids"
             raise refusal(name, given[name], why, way)
-    config = given.get("generation_config") or GenerationConfig()  # type: ignore[no-untyped-call]
-    for name, unfit in (
-        ("cache_implementation", "paged"),
-        ("token_healing", True),
+    early = "transformers decodes or changes the prompt before a decoder is asked"
+    for name, unfit, why in (
+        ("cache_implementation", "paged", early),
+        ("cache_implementation", "quantized", FIELDS["cache_implementation"].note),
+        ("token_healing", True, early),
     ):
-        value = given.get(name, getattr(config, name, None))
+        value = _in_force(name, given, stored)
         if value == unfit:
-            why = "transformers decodes or changes the prompt before a decoder is asked"
             raise refusal(name, value, why, f"pass {name}=None")

@@ -331,6 +331,7 @@ REFUSED = {
     "encoder_repetition_penalty": 1.3,
     "encoder_no_repeat_ngram_size": 2,
     "is_assistant": True,
+    "cache_implementation": "quantized",
 }
 
 

@@ -322,6 +322,49 @@ def test_rows_that_a_criterion_ends_are_padded_or_go_on_as_in_generate(
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("after", range(2, 9))
+def test_of_a_row_that_a_criterion_ends_nothing_is_left_that_was_decoded_beyond(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class First(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+            seen.append([bool(step[0].any()) for step in scores])
+            return torch.tensor([input_ids.shape[1] >= 12 + after, False, False])
+
+    seen: list[list[bool]] = []
+    _, output = both(
+        monkeypatch,
+        fast(),
+        inputs=BATCH,
+        attention_mask=MASK,
+        max_new_tokens=EARLY,
+        eos_token_id=[1],
+        stopping_criteria=StoppingCriteriaList([First()]),
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    expected = [step < after for step in range(EARLY)]
+    assert [bool(step[0].any()) for step in output.scores] == expected
+    assert [bool(step[0].any()) for step in output.logits] == expected
+    assert seen[-1] == expected
+    first, *others = fast().decoder.last
+    assert (len(first.token_ids), first.finish) == (after, "stop")
+    assert {row.finish for row in others} == {"length"}
+
+
+@pytest.mark.parametrize("after", range(2, 9))
+def test_a_batch_that_a_criterion_ends_has_stopped(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speedup = fast()
+    arguments = {"inputs": BATCH, "attention_mask": MASK, "max_new_tokens": EARLY}
+    tell(monkeypatch, plain(speedup, **arguments), 12, MASK)
+    speedup(**arguments, stopping_criteria=StoppingCriteriaList([Watch(after)]))
+    for row in speedup.decoder.last:
+        assert (len(row.token_ids), row.finish) == (after, "stop")
+
+
 def test_time_ends_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     speedup = fast()
     over = MaxTimeCriteria(max_time=1.0, initial_timestamp=0.0)
@@ -463,6 +506,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("inputs_embeds", {"inputs": None, "inputs_embeds": torch.zeros(1, 4, 32)}),
     ("token_healing", {"token_healing": True}),
     ("cache_implementation", {"cache_implementation": "paged"}),
+    ("cache_implementation", {"cache_implementation": "quantized"}),
     ("synced_gpus", {"synced_gpus": True}),
     ("assistant_model", {"assistant_model": object()}),
     ("stop_strings", {"stop_strings": ["w5"]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,6 +51,24 @@ def test_picks_are_multinomials_although_drafts_ask_ahead(
     assert picked == expected
     noise.rewind(steps)
     assert torch.equal(torch.rand(3), after)
+
+
+@pytest.fixture
+def half() -> Iterator[None]:
+    """A default type of numbers that isn't the model's."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("half")
+def test_picks_are_multinomials_whatever_type_of_numbers_is_the_default() -> None:
+    probs = distributions(20, 1, 64).float()
+    torch.manual_seed(0)
+    expected = [torch.multinomial(p, 1)[0].tolist() for p in probs]
+    torch.manual_seed(0)
+    noise = Noise(1, CPU)
+    assert [[noise.pick(p[0], n, 0)] for n, p in enumerate(probs)] == expected
 
 
 def test_a_generator_that_others_drew_from_is_not_set_back() -> None:

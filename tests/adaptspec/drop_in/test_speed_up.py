@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import string
 from pathlib import Path
@@ -163,6 +164,43 @@ def test_stop_strings_end_the_output_wherever_they_come_from(
     assert bound.decoder.last[0].finish == "stop"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_healing", True),
+        ("cache_implementation", "paged"),
+        ("cache_implementation", "quantized"),
+    ],
+)
+def test_a_stored_field_that_transformers_acts_on_first_is_refused_or_put_off(
+    bound: SpeedUp, name: str, value: Any
+) -> None:
+    module = bound.model
+    setattr(module.generation_config, name, value)
+    with pytest.raises(UnsupportedControlError, match=f"{name}=.*pass {name}=None"):
+        module.generate(PROMPT, max_new_tokens=3, tokenizer=TOKENIZER)
+    assert module.generate(PROMPT, max_new_tokens=3, **{name: None}).shape == (1, 15)
+
+
+@pytest.mark.parametrize("where", ["object", "model"])
+def test_stop_strings_that_a_call_puts_off_end_nothing(
+    bound: SpeedUp, where: str
+) -> None:
+    module, tokenizer = bound.model, bytes_tokenizer()
+    whole = own(module, PROMPT, max_new_tokens=20)
+    stop = tokenizer.decode(whole[0, 12 + 6 : 12 + 8])
+    given: dict[str, Any] = {"max_new_tokens": 20}
+    if where == "object":
+        stopping = GenerationConfig(stop_strings=stop, max_new_tokens=20)
+        given = {"generation_config": stopping}
+    else:
+        module.generation_config.stop_strings = [stop]
+    ended = module.generate(PROMPT, **given, tokenizer=tokenizer)
+    assert ended.shape[1] < 32
+    output = module.generate(PROMPT, **given, tokenizer=tokenizer, stop_strings=None)
+    assert torch.equal(output, whole)
+
+
 def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
     def loop(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
         return input_ids + 1
@@ -173,6 +211,31 @@ def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
 
 def pickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.copy, copy.deepcopy, pickled, saved]
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_the_model_can_be_bound_and_leaves_the_other_bound(
+    bound: SpeedUp, way: Any
+) -> None:
+    twin = way(way(bound.model))
+    with adaptspec.speed_up(twin, db=MemoryStore(), strategy="suffix") as second:
+        assert twin.generate is second
+        assert bound.model.generate is bound
+        output = twin.generate(PROMPT, max_new_tokens=3)
+        assert second.decoder.last[0].choice.strategy == "suffix"
+    assert torch.equal(output, own(bound.model, PROMPT, max_new_tokens=3))
+    assert "generate" not in vars(twin)
+    assert bound.model.generate is bound
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
