@@ -31,6 +31,7 @@ from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import (
     AdaptSpecError,
+    InvalidParamsError,
     ModelLoadError,
     ProfileStoreError,
     StoreWarning,
@@ -209,6 +210,17 @@ class Decoder:
         Args:
             tries: Whether it may be one that isn't expected to be fastest.
         """
+        for name, value in (("prompt_class", prompt_class), ("strategy", strategy)):
+            if not isinstance(value, str | None):
+                raise AdaptSpecError(
+                    f"{name} must be a name, a text, got {value!r}; leave it out to "
+                    "have it chosen"
+                )
+        if not isinstance(params, Mapping | None):
+            raise InvalidParamsError(
+                f"params must be a mapping of names to values, got {params!r}; pass "
+                "{'draft_length': 4}, say, or leave it out"
+            )
         if strategy is not None:
             lossless = strategy not in self._lossy()
             asked = dict(params or {})

@@ -209,6 +209,26 @@ def test_an_empty_stop_string_is_refused(decoder: Decoder) -> None:
             decoder.generate(PROMPT, strategy=PLAIN, stop_strings=stops)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prompt_class": ["a"]}, r"prompt_class must be a name.*got \['a'\]"),
+        ({"prompt_class": 5}, "prompt_class must be a name"),
+        ({"strategy": ["a"]}, "strategy must be a name"),
+        ({"strategy": PLAIN, "params": [1]}, r"params must be a mapping.*got \[1\]"),
+        ({"strategy": PLAIN, "params": "x"}, "params must be a mapping"),
+        ({"template_arguments": [1]}, "template_arguments must be a mapping"),
+        ({"tools": 5}, "tools must be a list"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_one_line(
+    decoder: Decoder, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AdaptSpecError, match=said) as refused:
+        decoder.generate("w5 w6", max_new_tokens=2, **asked)
+    assert "\n" not in str(refused.value)
+
+
 def test_what_isnt_a_model_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="there is no folder"):
         adaptspec.load("./no/such/folder", db=MemoryStore())
