@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import (
     MaxLengthCriteria,
     MaxTimeCriteria,
     StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
     WatermarkLogitsProcessor,
 )
 from transformers.generation import logits_process as hf
@@ -20,8 +21,23 @@ from transformers.generation import logits_process as hf
 from adaptspec.decoding.processing import PURE
 from adaptspec.drop_in.arguments import refusal
 
+# Processors that a field of the configuration makes and that look at all rows: the
+# field, and the value to name.
+OF_ALL_ROWS: Mapping[type, tuple[str, Callable[[Any], Any]]] = {
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor: (
+        "guidance_scale",
+        lambda processor: processor.guidance_scale,
+    ),
+    hf.SynthIDTextWatermarkLogitsProcessor: (
+        "watermarking_config",
+        lambda processor: SynthIDTextWatermarkingConfig(
+            processor.ngram_len, processor.keys.tolist()
+        ),
+    ),
+}
 # Attributes of transformers' processors that have a row for each row or prompt.
 ROW_BY_ROW = ("prompt_ignore_length", "encoder_input_ids")
+ONE_ROW = "pass one prompt at a time, and num_return_sequences=1"
 # Functions of a row alone, and of the clock.
 OF_ONE_ROW = (MaxTimeCriteria, StopStringCriteria)
 
@@ -52,12 +68,17 @@ def _of_row(processor: Any, row: int, rows: int) -> Any:
         own.batch_size = 1
         own.generated_ngrams = [processor.generated_ngrams[prompt]]
         return own
+    if kind in OF_ALL_ROWS:
+        name, value_of = OF_ALL_ROWS[kind]
+        why = f"a batch is decoded row by row, and it looks at all rows, here {rows}"
+        raise refusal(name, value_of(processor), why, ONE_ROW)
     if kind not in PURE and kind is not WatermarkLogitsProcessor:
         raise refusal(
             "logits_processor",
             [processor],
-            f"a batch is decoded row by row, and {kind.__name__} may look at all rows",
-            "pass one prompt at a time",
+            f"a batch is decoded row by row, and {kind.__name__} may look at all rows, "
+            f"here {rows}",
+            ONE_ROW,
         )
     for name in ROW_BY_ROW:
         value = getattr(processor, name, None)

@@ -17,6 +17,7 @@ from transformers import (
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
 
@@ -539,6 +540,35 @@ def test_a_processor_that_may_look_at_all_rows_is_refused_in_a_batch() -> None:
             logits_processor=processors,
         )
     fast()(inputs=ONE, max_new_tokens=3, logits_processor=processors)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("guidance_scale=1.5", {"guidance_scale": 1.5}),
+        (
+            "watermarking_config=SynthIDTextWatermarkingConfig",
+            {
+                "watermarking_config": SynthIDTextWatermarkingConfig(3, [1, 2, 3]),
+                "do_sample": True,
+            },
+        ),
+    ],
+)
+def test_what_looks_at_all_rows_is_refused_by_the_field_that_asks_for_it(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    several: list[dict[str, Any]] = [
+        {"inputs": ONE.repeat(2, 1)},
+        {"inputs": ONE, "do_sample": True, "num_return_sequences": 2},
+    ]
+    for rows in several:
+        with pytest.raises(UnsupportedControlError) as refused:
+            fast()(max_new_tokens=3, **{**arguments, **rows})
+        told = str(refused.value)
+        assert told.startswith(name)
+        assert "one prompt at a time, and num_return_sequences=1" in told
+        assert "\n" not in told
 
 
 @pytest.mark.parametrize(
