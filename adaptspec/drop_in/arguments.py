@@ -23,6 +23,8 @@ CACHES = ("cache", "past_key_values", "cache_params")
 # Arguments of the model's forward that ``generate`` prepares itself, and that each
 # verified pass sets anew.
 PREPARED = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES)
+# What transformers encodes before a decoder is asked, and the argument it comes in.
+PICTURES = {"image": "pixel_values", "video": "pixel_values_videos"}
 # Of the configuration, too, where they are looked at.
 CONFIGURED = ("output_attentions", "output_hidden_states")
 
@@ -133,6 +135,13 @@ def check_inputs(input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         if name == "inputs_embeds":
             why = "drafts and verification are of token ids"
             raise refusal(name, value, why, "pass input_ids")
+        if name == "mm_encoder_outputs":  # what generate has made of pictures
+            given = [PICTURES.get(kind, kind) for kind in value]
+            raise UnsupportedControlError(
+                f"{' and '.join(given)} can't be honoured: rows are decoded from "
+                "input_ids alone, without pictures; leave it out, or let the model's "
+                "own generate (after restore()) read them"
+            )
         why = "rows are decoded from input_ids alone"
         raise refusal(name, value, why, "leave it out")
     for name in CACHES:

@@ -571,6 +571,27 @@ def test_what_looks_at_all_rows_is_refused_by_the_field_that_asks_for_it(
         assert "\n" not in told
 
 
+def test_pictures_are_refused_by_the_argument_they_came_in() -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = tiny_module("llama").config
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=63
+    )
+    seeing = transformers.LlavaForConditionalGeneration(config).float().eval()
+    seeing.generation_config.pad_token_id = PAD
+    speedup = foretold(seeing)
+    prompt = torch.tensor([[5, 63, 63, 63, 63, 7]])
+    with pytest.raises(UnsupportedControlError, match=r"^pixel_values can't.*pictures"):
+        speedup(inputs=prompt, pixel_values=torch.zeros(1, 3, 8, 8), max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("streamer", object()), ("assistant_model", object())]
 )
