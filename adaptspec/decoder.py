@@ -31,6 +31,8 @@ from adaptspec.drop_in.generate import decode_prepared
 from adaptspec.environment import environment_of
 from adaptspec.errors import (
     AdaptSpecError,
+    HeadsLoadError,
+    InvalidParamsError,
     ModelLoadError,
     ProfileStoreError,
     StoreWarning,
@@ -42,7 +44,7 @@ from adaptspec.knowledge import KnowledgeKeeper
 from adaptspec.model.fixed_shapes import Shapes
 from adaptspec.model.hardware_costs import stored_costs, use_costs
 from adaptspec.model.language_model import LanguageModel
-from adaptspec.model.loading import load_model
+from adaptspec.model.loading import check_kept, load_model
 from adaptspec.model.prompts import Prompt
 from adaptspec.profile import (
     EVERY_CLASS,
@@ -119,6 +121,11 @@ class Decoder:
         self.choices: list[ClassChoice] = []
         self._classifier: Classifier | None = None
         self._uses: Uses | None = None
+        if not isinstance(adapt, bool | Learning):
+            raise AdaptSpecError(
+                f"adapt must be True, False or a Learning, got {adapt!r}; pass False "
+                "to keep to what was tuned"
+            )
         self._adapt = bool(adapt)
         self._learning = adapt if isinstance(adapt, Learning) else Learning()
         self._chooser: Chooser | None = None
@@ -209,6 +216,17 @@ class Decoder:
         Args:
             tries: Whether it may be one that isn't expected to be fastest.
         """
+        for name, value in (("prompt_class", prompt_class), ("strategy", strategy)):
+            if not isinstance(value, str | None):
+                raise AdaptSpecError(
+                    f"{name} must be a name, a text, got {value!r}; leave it out to "
+                    "have it chosen"
+                )
+        if not isinstance(params, Mapping | None):
+            raise InvalidParamsError(
+                f"params must be a mapping of names to values, got {params!r}; pass "
+                "{'draft_length': 4}, say, or leave it out"
+            )
         if strategy is not None:
             lossless = strategy not in self._lossy()
             asked = dict(params or {})
@@ -679,6 +697,9 @@ def load(
         model: A folder or hub name, or a loaded ``AutoModelForCausalLM``, which is
             used as it is and never changed. None: the embedded model.
         draft_model: The same for the draft.
+        dtype: Of models that are loaded here; ``auto`` keeps the checkpoint's. A target
+            that is loaded already must have it.
+        device: The same; None: CUDA if there is one, else the CPU.
         db: Path or SQLAlchemy URL of the profile database; None: the user's own, or no
             profiles if no plugin opens one. Where it can't be used, a warning says why,
             and decoding is plain.
@@ -702,22 +723,42 @@ def load(
         ModelLoadError: if a model can't be loaded.
         HeadsLoadError: if heads can't be read or don't fit the target.
         ProfileStoreError: if ``db`` is given and no plugin opens databases.
+        AdaptSpecError: for another argument that can't be.
     """
     if threads is not None:
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if not whole or threads < 1:
+            raise AdaptSpecError(
+                f"threads must be a whole number above 0, got {threads!r}; leave it "
+                "out to keep torch's"
+            )
         torch.set_num_threads(threads)
+    if not (db is None or isinstance(db, str | Path) or hasattr(db, "profiles")):
+        raise ProfileStoreError(
+            f"db must be a path, an SQLAlchemy URL or an open store, got {db!r}; leave "
+            "it out for your own database"
+        )
+    folders = [heads] if isinstance(heads, str | Path) else heads
+    if not isinstance(folders, list | tuple) or not all(
+        isinstance(folder, str | Path) for folder in folders
+    ):
+        raise HeadsLoadError(f"heads must be folders, got {heads!r}; pass their paths")
     if model is None:
         model = default_model_path(lambda line: print(line, file=sys.stderr))
     host = host or Host.installed()
     target = _language_model(
         model, tokenizer, dtype, device, trust_remote_code, shapes, compile
     )
-    for folder in [heads] if isinstance(heads, str | Path) else heads:
+    for folder in folders:
         target.attach(host.open_heads(folder, target))
+    # One that is loaded already stays as it is.
+    loads = isinstance(draft_model, str | Path)
     draft = (
         None
         if draft_model is None
         else _language_model(
-            *(draft_model, None, dtype, target.device, trust_remote_code),
+            *(draft_model, None, dtype if loads else "auto"),
+            *(target.device if loads else None, trust_remote_code),
             *(shapes, compile),
         )
     )
@@ -781,6 +822,12 @@ def _language_model(
                 f"compile=True came with {model.name}, which is loaded already; "
                 "pass it to LanguageModel"
             )
+        if tokenizer not in (None, model.tokenizer):
+            raise ModelLoadError(
+                f"tokenizer= came with {model.name}, which is loaded already; pass it "
+                "to LanguageModel"
+            )
+        check_kept(model, dtype, device)
         return model
     return load_model(
         model,

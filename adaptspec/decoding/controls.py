@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import GenerationConfig
 
 from adaptspec.decoding.generation_fields import FIELDS, refuse_unsupported
@@ -180,6 +179,11 @@ class Controls:
                 "generation_config must be a transformers GenerationConfig, "
                 f"got {type(config).__name__}"
             )
+        if given.get("do_sample") not in (None, True, False):
+            raise UnsupportedControlError(
+                f"do_sample must be True or False, got {given['do_sample']!r}; leave "
+                "it out to sample where the temperature is above 0"
+            )
         theirs = _fields(config)
         stored = _fields(model.generation_config) | theirs
         explicit = given.get("do_sample", theirs.get("do_sample"))
@@ -203,7 +207,9 @@ class Controls:
             values.setdefault("top_k", DEFAULT_TOP_K)
         if "max_new_tokens" in values:
             values.pop("max_length", None)
-        if "eos_token_ids" not in values:
+        if "eos_token_ids" in values:
+            values["eos_token_ids"] = _ids("eos_token_ids", values["eos_token_ids"])
+        else:
             eos = force.get("eos_token_id")
             if (
                 eos is None
@@ -211,9 +217,8 @@ class Controls:
                 and model.tokenizer is not None
             ):
                 eos = model.tokenizer.eos_token_id
-            values["eos_token_ids"] = _ids(eos)
-        stops = values.get("stop_strings", ())
-        values["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
+            values["eos_token_ids"] = _ids("eos_token_id", eos)
+        values["stop_strings"] = _texts(values.get("stop_strings", ()))
         if values["stop_strings"] and model.tokenizer is None:
             raise UnsupportedControlError("stop_strings need the model's tokenizer")
         return cls(**values, extra={k: force[k] for k in EXTRA if k in force})
@@ -252,14 +257,30 @@ def _temperature(
     return temperature
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    """One id, several in any form, or None."""
     if value is None:
         return ()
-    if isinstance(value, torch.Tensor):
-        value = value.reshape(-1).tolist()
-    if isinstance(value, Iterable):
-        return tuple(int(v) for v in value)
-    return (int(value),)
+    given = value.reshape(-1).tolist() if hasattr(value, "reshape") else value
+    ids = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise UnsupportedControlError(
+            f"{name} must be the id of a token, a whole number, or a list of them, got "
+            f"{value!r}; the tokenizer's convert_tokens_to_ids gives the id of a text"
+        )
+    return tuple(int(i) for i in ids)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple | set | frozenset) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise UnsupportedControlError(
+            f"stop_strings must be a text or a list of texts, got {value!r}; decode "
+            "token ids and bytes first"
+        )
+    return tuple(texts)
 
 
 def _fields(config: Any) -> dict[str, Any]:

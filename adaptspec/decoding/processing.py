@@ -176,6 +176,12 @@ def _penalties(c: Controls, n: int, device: torch.device) -> _Steps:
     if value("remove_invalid_values") is True:
         steps.append(Step("remove_invalid_values", hf.InfNanRemoveLogitsProcessor()))
     if (decay := value("exponential_decay_length_penalty")) is not None:
+        if not isinstance(decay, list | tuple) or len(decay) != 2:
+            raise UnsupportedControlError(
+                "exponential_decay_length_penalty must be a pair, of how many new "
+                f"tokens it begins after and of its factor, got {decay!r}; pass "
+                "(50, 1.05), say"
+            )
         if not ends:
             raise UnsupportedControlError(
                 "exponential_decay_length_penalty needs an end of sequence: "
@@ -345,4 +351,15 @@ class Processors:
                 raise UnsupportedControlError(
                     f"{name} can't be applied: {text[0] if text else error!r}"
                 ) from None
+            if getattr(scores, "shape", None) != (1, len(logits)):
+                raise UnsupportedControlError(
+                    f"a logits processor must return scores of shape [1, {len(logits)}]"
+                    f", {type(processor).__name__} returned {_shown(scores)}; let it "
+                    "return the scores that it is given, changed or not"
+                )
         return scores[0]
+
+
+def _shown(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"shape {list(shape)}"

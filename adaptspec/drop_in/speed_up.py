@@ -14,6 +14,7 @@ from adaptspec.decoder import Decoder, load
 from adaptspec.decoding.generation_fields import FIELDS
 from adaptspec.drop_in.arguments import CACHES, check_model, refusal
 from adaptspec.errors import UnsupportedControlError
+from adaptspec.model.loading import check_module
 from adaptspec.model.views import unwrapped
 
 OWN = ("prompt_class", "strategy", "params")
@@ -186,6 +187,7 @@ def speed_up(
         ModelLoadError: if the model can't be decoded.
         UnsupportedControlError: if its ``generate`` was replaced by something else.
     """
+    check_module(model)
     decoder = load(model, tokenizer=tokenizer, **load_arguments)
     _ = decoder.model.capability  # what can't be decoded is refused here, not later
     return SpeedUp(model, decoder, prompt_class, strategy, params).bind()

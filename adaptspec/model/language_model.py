@@ -102,8 +102,8 @@ class LanguageModel:
             Linear and decoder layers. The first load waits for it.
 
     Raises:
-        ModelLoadError: if it can't be decoded or compiled, or ``shapes`` is
-            none of these.
+        ModelLoadError: if it can't be decoded or compiled, ``tokenizer`` is no
+            tokenizer, or ``shapes`` is none of these.
     """
 
     def __init__(
@@ -120,6 +120,15 @@ class LanguageModel:
         if shapes not in get_args(Shapes):
             raise ModelLoadError(
                 f"shapes must be one of {', '.join(get_args(Shapes))}, got {shapes!r}"
+            )
+        if tokenizer is not None and (
+            isinstance(tokenizer, type)
+            or not (callable(tokenizer) and hasattr(tokenizer, "decode"))
+        ):
+            name = tokenizer if isinstance(tokenizer, str) else "..."
+            raise ModelLoadError(
+                f"tokenizer must be a loaded one, got {tokenizer!r:.80}; pass "
+                f"AutoTokenizer.from_pretrained({name!r})"
             )
         model = unwrapped(model)
         config = getattr(model, "config", None)

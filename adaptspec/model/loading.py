@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from adaptspec.errors import ModelLoadError
-from adaptspec.model.checkpoints import device_named, read_model, read_tokenizer
+from adaptspec.model.checkpoints import (
+    device_named,
+    dtype_named,
+    read_model,
+    read_tokenizer,
+)
 from adaptspec.model.fixed_shapes import Shapes
 from adaptspec.model.language_model import LanguageModel
 from adaptspec.model.views import unwrapped
@@ -30,7 +35,8 @@ def load_model(
     """Load a model folder or hub name, or take a loaded model as it is.
 
     Args:
-        dtype: ``auto`` keeps the checkpoint's.
+        dtype: ``auto`` keeps the checkpoint's. A loaded model keeps its own, and
+            another is refused; so is another device.
         device: Default: CUDA if there is one, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
         shapes: Of forwards, see :class:`LanguageModel`.
@@ -43,9 +49,11 @@ def load_model(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             tokenizer = _tokenizer_of(unwrapped(model), trust_remote_code)
-        return LanguageModel(
+        taken = LanguageModel(
             model, tokenizer, accelerate=accelerate, shapes=shapes, compile=compile
         )
+        check_kept(taken, dtype, device)
+        return taken
     if not isinstance(model, str | os.PathLike):
         raise ModelLoadError(
             f"a folder, a hub name or a transformers model is expected, got "
@@ -64,6 +72,54 @@ def load_model(
         shapes=shapes,
         compile=compile,
     )
+
+
+def check_kept(
+    model: LanguageModel, dtype: str | torch.dtype, device: str | torch.device | None
+) -> None:
+    """Refuse a type or device that a model loaded already doesn't have.
+
+    Raises:
+        ModelLoadError: naming what it has.
+    """
+    wanted = dtype_named(dtype)
+    if wanted not in ("auto", model.dtype):
+        raise ModelLoadError(
+            f"dtype must be that of {model.name}, which is loaded already "
+            f"({_short(model.dtype)}), got {_short(dtype)!r}; call its "
+            f"to(torch.{_short(dtype)}) first, or leave dtype out"
+        )
+    if device is None:
+        return
+    place, here = device_named(device), model.device
+    if place.type != here.type or place.index not in (None, here.index or 0):
+        raise ModelLoadError(
+            f"device must be that of {model.name}, which is loaded already ({here}), "
+            f"got {str(device)!r}; call its to({str(device)!r}) first, or leave device "
+            "out"
+        )
+
+
+def check_module(model: Any) -> None:
+    """Refuse what isn't a loaded model, whose ``generate`` could be replaced.
+
+    Raises:
+        ModelLoadError: saying what to pass.
+    """
+    if isinstance(model, nn.Module):
+        return
+    way = "load it with AutoModelForCausalLM.from_pretrained and pass that"
+    if isinstance(model, LanguageModel):
+        way = "pass the module it was made from (its source)"
+    elif model is not None and not isinstance(model, str | os.PathLike | type):
+        way = _way_out(model)
+    raise ModelLoadError(
+        f"a loaded transformers model is expected, got {model!r:.80}; {way}"
+    )
+
+
+def _short(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _way_out(given: object) -> str:

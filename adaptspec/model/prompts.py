@@ -91,6 +91,16 @@ def encode_prompt(
             isn't there.
     """
     prompt = _only_one(prompt)
+    if not isinstance(template_arguments, Mapping | None):
+        raise InvalidPromptError(
+            "template_arguments must be a mapping of names to values, got "
+            f"{template_arguments!r}; pass {{'enable_thinking': False}}, say"
+        )
+    if not isinstance(tools, list | tuple | None):
+        raise InvalidPromptError(
+            f"tools must be a list of JSON schemas or functions, got {tools!r}; put a "
+            "single one in a list"
+        )
     arguments = dict(template_arguments or {})
     if tools:
         arguments["tools"] = list(tools)

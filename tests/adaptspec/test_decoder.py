@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import adaptspec
 import adaptspec_plugins
@@ -207,6 +208,68 @@ def test_an_empty_stop_string_is_refused(decoder: Decoder) -> None:
     for stops in ("", ["w5", ""]):
         with pytest.raises(UnsupportedControlError, match="at least one character"):
             decoder.generate(PROMPT, strategy=PLAIN, stop_strings=stops)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prompt_class": ["a"]}, r"prompt_class must be a name.*got \['a'\]"),
+        ({"prompt_class": 5}, "prompt_class must be a name"),
+        ({"strategy": ["a"]}, "strategy must be a name"),
+        ({"strategy": PLAIN, "params": [1]}, r"params must be a mapping.*got \[1\]"),
+        ({"strategy": PLAIN, "params": "x"}, "params must be a mapping"),
+        ({"template_arguments": [1]}, "template_arguments must be a mapping"),
+        ({"tools": 5}, "tools must be a list"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_one_line(
+    decoder: Decoder, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AdaptSpecError, match=said) as refused:
+        decoder.generate("w5 w6", max_new_tokens=2, **asked)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"threads": 0}, "threads must be a whole number above 0, got 0"),
+        ({"threads": "2"}, "threads must be a whole number above 0, got '2'"),
+        ({"db": 5}, "db must be a path, an SQLAlchemy URL or an open store, got 5"),
+        ({"heads": 5}, "heads must be folders, got 5"),
+        ({"heads": [5]}, r"heads must be folders, got \[5\]"),
+        ({"tokenizer": "gpt2"}, r"got 'gpt2'; pass AutoTokenizer.*\('gpt2'\)"),
+        ({"tokenizer": 5}, "tokenizer must be a loaded one, got 5"),
+        ({"tokenizer": PreTrainedTokenizerFast}, "tokenizer must be a loaded one"),
+        ({"dtype": "bfloat16"}, r"\(float32\), got 'bfloat16'; call its to\(torch\.b"),
+        ({"dtype": torch.float16}, r"\(float32\), got 'float16'; call its to\(torch\."),
+        ({"dtype": "float17"}, "dtype must be auto, float32.*got 'float17'"),
+        ({"device": "meta"}, "device must be one that is here"),
+        ({"adapt": "no"}, "adapt must be True, False or a Learning, got 'no'"),
+        ({"adapt": None}, "adapt must be True, False or a Learning, got None"),
+    ],
+)
+def test_load_refuses_what_it_would_stumble_over_or_ignore(
+    module: Any, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AdaptSpecError, match=said) as refused:
+        adaptspec.load(module, **{"db": MemoryStore(), **asked})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_loaded_model_may_be_given_with_what_it_has(module: Any) -> None:
+    for dtype in ("float32", torch.float32, "auto"):
+        asked: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
+        model = adaptspec.load(module, db=MemoryStore(), **asked).model
+        adaptspec.load(model, db=MemoryStore(), **asked)
+    with pytest.raises(ModelLoadError, match="dtype must be that of"):
+        adaptspec.load(model, db=MemoryStore(), dtype="float16")
+    with pytest.raises(ModelLoadError, match="pass it to LanguageModel"):
+        adaptspec.load(model, db=MemoryStore(), tokenizer=tiny_tokenizer())
+    elsewhere = copy.copy(model)
+    elsewhere.device = torch.device("cuda", 1)
+    with pytest.raises(ModelLoadError, match=r"loaded already \(cuda:1\), got 'cpu'"):
+        adaptspec.load(elsewhere, db=MemoryStore(), device="cpu")
 
 
 def test_what_isnt_a_model_is_refused() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -438,12 +439,33 @@ def test_none_switches_off_what_the_model_has_stored() -> None:
             {"exponential_decay_length_penalty": (1, 1.2), "eos_token_id": None},
             "eos_token_id",
         ),
+        ({"exponential_decay_length_penalty": (1,)}, "must be a pair"),
+        ({"exponential_decay_length_penalty": 5}, "must be a pair"),
+        ({"eos_token_id": "x"}, "eos_token_id must be the id of a token"),
+        ({"eos_token_id": [[1]]}, "eos_token_id must be the id of a token"),
+        ({"eos_token_id": 1.5}, r"eos_token_id must be .*got 1\.5"),
+        ({"eos_token_id": True}, "eos_token_id must be the id of a token"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids must be the id of a token"),
+        ({"stop_strings": 5}, "stop_strings must be a text or a list of texts"),
+        ({"stop_strings": [5]}, "stop_strings must be a text or a list of texts"),
+        ({"stop_strings": b"x"}, "stop_strings must be a text or a list of texts"),
+        ({"do_sample": "no"}, "do_sample must be True or False, got 'no'"),
+        ({"logits_processor": [lambda ids, scores: None]}, "returned NoneType"),
+        ({"logits_processor": [lambda ids, scores: scores[0]]}, r"shape \[64\]"),
     ],
 )
 def test_a_value_of_no_use_is_one_line(asked: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedControlError, match=named) as caught:
         decode(Controls.for_model(MODEL, **asked), [9])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [3, [3], (3,), torch.tensor(3), torch.tensor([3]), numpy.int64(3), numpy.array(3)],
+)
+def test_ends_of_sequence_come_in_any_form(ids: Any) -> None:
+    assert Controls.for_model(MODEL, eos_token_id=ids).eos_token_ids == (3,)
 
 
 class Counted(list[int]):

@@ -17,6 +17,7 @@ from transformers import (
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
 
@@ -583,6 +584,56 @@ def test_a_processor_that_may_look_at_all_rows_is_refused_in_a_batch() -> None:
             logits_processor=processors,
         )
     fast()(inputs=ONE, max_new_tokens=3, logits_processor=processors)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("guidance_scale=1.5", {"guidance_scale": 1.5}),
+        (
+            "watermarking_config=SynthIDTextWatermarkingConfig",
+            {
+                "watermarking_config": SynthIDTextWatermarkingConfig(3, [1, 2, 3]),
+                "do_sample": True,
+            },
+        ),
+    ],
+)
+def test_what_looks_at_all_rows_is_refused_by_the_field_that_asks_for_it(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    several: list[dict[str, Any]] = [
+        {"inputs": ONE.repeat(2, 1)},
+        {"inputs": ONE, "do_sample": True, "num_return_sequences": 2},
+    ]
+    for rows in several:
+        with pytest.raises(UnsupportedControlError) as refused:
+            fast()(max_new_tokens=3, **{**arguments, **rows})
+        told = str(refused.value)
+        assert told.startswith(name)
+        assert "one prompt at a time, and num_return_sequences=1" in told
+        assert "\n" not in told
+
+
+def test_pictures_are_refused_by_the_argument_they_came_in() -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = tiny_module("llama").config
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=63
+    )
+    seeing = transformers.LlavaForConditionalGeneration(config).float().eval()
+    seeing.generation_config.pad_token_id = PAD
+    speedup = foretold(seeing)
+    prompt = torch.tensor([[5, 63, 63, 63, 63, 7]])
+    with pytest.raises(UnsupportedControlError, match=r"^pixel_values can't.*pictures"):
+        speedup(inputs=prompt, pixel_values=torch.zeros(1, 3, 8, 8), max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 import adaptspec
 from adaptspec.drop_in.speed_up import SpeedUp
-from adaptspec.errors import UnsupportedControlError
+from adaptspec.errors import ModelLoadError, UnsupportedControlError
+from adaptspec.model.language_model import LanguageModel
 from adaptspec.testing.fakes import random_ids, tiny_module, tiny_tokenizer
 from adaptspec_profiles.memory import MemoryStore
 from foretold import Foretold, foretelling, tell
@@ -71,6 +72,31 @@ def test_one_line_changes_what_decodes_and_another_changes_it_back(module: Any) 
     assert "generate" not in vars(module)
     assert torch.equal(module.generate(PROMPT, max_new_tokens=20), expected)
     speedup.restore()  # once more does nothing
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "a loaded transformers model is expected, got None"),
+        ("gpt2", "got 'gpt2'; load it with AutoModelForCausalLM"),
+        (LanguageModel, "got <class '.*LanguageModel'>; load it with"),
+        (5, "a loaded transformers model is expected, got 5"),
+    ],
+)
+def test_what_has_no_generate_to_replace_is_refused(given: Any, said: str) -> None:
+    with pytest.raises(ModelLoadError, match=said):
+        adaptspec.speed_up(given, db=MemoryStore())
+
+
+def test_a_decoders_model_is_refused_for_its_source(module: Any) -> None:
+    with pytest.raises(ModelLoadError, match="pass the module it was made from"):
+        adaptspec.speed_up(LanguageModel(module), db=MemoryStore())
+
+
+def test_a_tokenizers_name_is_refused_at_once(module: Any) -> None:
+    with pytest.raises(ModelLoadError, match=r"AutoTokenizer.from_pretrained\('gpt2'"):
+        adaptspec.speed_up(module, "gpt2", db=MemoryStore())
+    assert "generate" not in vars(module)
 
 
 def test_parameters_are_those_of_the_strategy_they_were_given_with(module: Any) -> None:

@@ -683,7 +683,8 @@ def test_reasons_why_it_cannot_run_name_the_way_out() -> None:
     model, draft = contract_pair("llama")
     unread = noisy_draft(tiny_model("llama"))
     words = tiny_model("llama", tokenizer=tiny_tokenizer())
-    foreign = tiny_model("llama", tokenizer=object())
+    foreign = tiny_model("llama")
+    foreign.tokenizer = object()
     mamba = tiny_model("mamba", tokenizer=byte_level("kitchen", 70))
     assert UniversalDraft.unavailable(model, draft) is None
     for target, other, expected in (
