@@ -139,9 +139,9 @@ class TuneOptions:
             metavar="1,4,16",
         ),
     ] = 1
-    api_key: Annotated[
-        str | None, Asked("For a server that wants one.", envvar="OPENAI_API_KEY")
-    ] = field(default=None, repr=False)
+    api_key: Annotated[str | None, Asked("For a server that wants one.")] = field(
+        default=None, repr=False
+    )
     heads: Annotated[
         Sequence[Path | str],
         Asked("Heads trained for the model.", multiple=True, metavar="DIR"),

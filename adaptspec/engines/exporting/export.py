@@ -150,6 +150,9 @@ def _source(wanted: Wanted, store: ProfileStore) -> tuple[str, list[ClassChoice]
         if wanted.run is None:
             choices = _of_model(engine, wanted.asked, store, choices)
         if choices:
+            count = wanted.asked.concurrency
+            loaded = [c for c in choices if c.environment.concurrency == count]
+            choices = loaded or choices
             same = choices[0].environment.place()
             return engine, [c for c in choices if c.environment.place() == same]
         problem = EngineError(

@@ -121,8 +121,8 @@ def decided_with(
     told = dict(records[first])
     for name in ("draft_model", "heads"):
         told[name] = next((r[name] for r in records.values() if r.get(name)), None)
-    contexts = [record.get("context") for record in records.values()]
-    told["context"] = None if None in contexts else max(contexts)
+    contexts = [int(record.get("context") or 0) for record in records.values()]
+    told["context"] = max(contexts) if all(contexts) else None
     notes = []
     for run in others:
         then, now = _ran(records[run]), _ran(told)

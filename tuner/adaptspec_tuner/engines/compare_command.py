@@ -176,7 +176,7 @@ def _tokens(text: str | None) -> int | None:
 @click.option("--dtype", default="auto", show_default=True, help="As tune's.")
 @click.option("--device", help="As tune's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each engine.")
-@click.option("--api-key", envvar="OPENAI_API_KEY", help="For servers that want one.")
+@click.option("--api-key", help="For servers that want one.")
 @click.option("--db", help="Profile database: path or SQLAlchemy URL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -237,6 +237,7 @@ def compare(
                 f"{flag} is one engine's: write {flag} ENGINE={value}; engines: "
                 f"{', '.join(names)}"
             )
+    served = [name for name in names if "://" in name]
     asked: list[EngineOptions] = [
         EngineOptions(
             engine=name,
@@ -251,7 +252,8 @@ def compare(
             dtype=dtype,
             device=device,
             threads=threads,
-            api_key=api_key,
+            # Engines that are started here want none.
+            api_key=api_key if name in served or not served else None,
         )
         for name in names
     ]

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from adaptspec.host import Host
 from adaptspec.params import Scalar
 from adaptspec.profile import PLAIN, ProfileStore
 from adaptspec_profiles import open_store
-from measured_engines import HERE, keep_run
+from measured_engines import DAY, HERE, keep_run
 
 OPTIONS = EngineOptions(
     model="org/target", draft_model="org/draft", heads=("org/x-EAGLE3", "org/x-eagle")
@@ -227,6 +228,28 @@ def test_vllms_profile_is_translated_and_labelled(db: str, store: ProfileStore) 
     assert found["measured"] is False
     assert found["measured_on"]["engine"] == "vllm"
     assert found["servers"][0]["command"][4] == "org/target"
+
+
+def test_what_is_translated_was_measured_with_as_many_requests(
+    db: str, store: ProfileStore
+) -> None:
+    vllm = replace(HERE, engine="vllm", model_name="target")
+    for count, tokens in ((4, 5), (1, 7)):
+        keep_run(
+            store,
+            {"a": (1.0, {("ngram", tokens): 1.5})},
+            run=f"r{count}",
+            environment=replace(vllm, concurrency=count),
+            length=TOKENS,
+            created=DAY - timedelta(days=count),
+            model="models/target",
+            concurrency=count,
+        )
+    assert "measured with 1, 4 requests at a time; say how many" in export(db)
+    for count, drafted in ((1, "8"), (4, "6")):
+        text = export(db, "--concurrency", str(count))
+        assert f"--speculative-num-draft-tokens {drafted}" in text
+    assert "which are 1, 4, got 8" in export(db, "--concurrency", "8")
 
 
 @pytest.mark.slow
