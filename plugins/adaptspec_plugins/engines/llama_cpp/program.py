@@ -29,7 +29,7 @@ class Program:
     """A ``llama-server`` that answered when it was asked what it is.
 
     Args:
-        command: As the user named it.
+        command: As the user named it, ``~`` in full.
         version: What it calls itself, e.g. ``4589 (9f7f5d0)``.
         options: Those that its ``--help`` lists and doesn't call removed.
         spec_types: What ``--spec-type`` takes.
@@ -52,7 +52,7 @@ class Program:
         Raises:
             EngineError: where there is none, or it is another one.
         """
-        command = command or DEFAULT_COMMAND
+        command = os.path.expanduser(command or DEFAULT_COMMAND)
         if shutil.which(command) is None:
             raise EngineError(f"llama.cpp: no program {command!r}; {HOW_TO_GET_IT}")
         text = _ask(command, "--help")

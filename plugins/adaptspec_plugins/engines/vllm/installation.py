@@ -110,14 +110,15 @@ class Installation:
 
 def _python(options: EngineOptions) -> str:
     if options.python is not None:
-        if shutil.which(options.python) is None:
+        python = os.path.expanduser(options.python)
+        if shutil.which(python) is None:
             raise EngineError(f"no Python at {options.python!r}; {HOW}")
-        return options.python
+        return python
     return _python_of(Path(_command(options)))
 
 
 def _command(options: EngineOptions) -> str:
-    name = options.command or "vllm"
+    name = os.path.expanduser(options.command or "vllm")
     if (command := shutil.which(name)) is None:
         raise EngineError(f"no program {name!r} on the path; {HOW}")
     return command
