@@ -39,6 +39,14 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
     assert run([cls], "report", "--db", db, "-o", page).exit_code == 0
     assert "export --for scripted" in page.read_text()
     assert "adaptspec.load" not in page.read_text()
+    # What differs from the defaults is told by the engine's own.
+    told = json.loads(run([cls], "report", "--db", db, "--json").stdout)
+    usual = {"copy": {"length": 8, "ngram": 2}, "draft": {"length": 5}}
+    rows = [row for of in told["classes"] for row in of["results"]]
+    assert any(row["params"].get("ngram") == 2 for row in rows)
+    for row in rows:
+        known = usual.get(row["strategy"], {}).items()
+        assert row["changed"] == dict(row["params"].items() - known)
     listed = run([cls], "profiles", "list", "--db", db)
     assert "scripted 7.1" in listed.stdout
     runs = run([cls], "profiles", "list", "--runs", "--db", db)
