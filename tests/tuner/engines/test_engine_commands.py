@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from adaptspec.errors import EngineError
-from adaptspec.testing.scripted_engine import Machine, ScriptedEngine, engine_on
+from adaptspec.profile import Environment
+from adaptspec.testing.scripted_engine import Machine, engine_on
 from adaptspec_profiles import open_store
 from engine_commands import TRUTH, run, tune
 
@@ -171,9 +172,13 @@ def test_a_number_of_requests_is_whole_and_positive(workload: Path, text: str) -
 
 
 def test_a_server_is_measured_and_nothing_is_to_be_started(workload: Path) -> None:
-    cls = engine_on(Machine(TRUTH, methods=()), "openai")
-    place = property(lambda of: replace(ScriptedEngine.environment.fget(of), threads=0))
-    cls.environment = place  # type: ignore[method-assign, assignment]
+    class Served(engine_on(Machine(TRUTH, methods=()), "openai")):  # type: ignore[misc]
+        @property
+        def environment(self) -> Environment:
+            place: Environment = super().environment
+            return replace(place, threads=0)
+
+    cls = Served
     found = run(
         [cls],
         *("tune", "--engine", "http://localhost:1/v1", "--workload", workload),
