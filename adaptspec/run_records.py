@@ -1,6 +1,7 @@
 """Under which keys a tuning run keeps the JSON records that are read outside tuning.
 
 ``usage``          how it was asked for: an object of options
+``defaults``       method -> its parameters' defaults, of another engine than ours
 ``mix``            ``{class: prompts}`` of the whole workload, also those not measured
 ``confirm/CLASS``  speeds on held-out prompts: ``{"prompts": {prompt: {setting: [tokens
                    per second, one for each repeat]}}, ...}``; a setting is
@@ -14,6 +15,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+DEFAULTS = "defaults"
 USAGE = "usage"
 MIX = "mix"
 

@@ -156,12 +156,10 @@ def table_text(table: Mapping[str, Any], path: Path) -> str:
 
 
 def _value(text: str, path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(text)
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 

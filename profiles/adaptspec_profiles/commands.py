@@ -12,6 +12,8 @@ import click
 
 from adaptspec.cli.output import print_json, stdout_console
 from adaptspec.errors import ProfileStoreError
+from adaptspec.profile import OURS
+from adaptspec.run_records import DEFAULTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +56,7 @@ def list_profiles(
         return
     with _store(db) as store:
         found = store.profiles(prompt_class=prompt_class, run=run)
+        told = {name: store.record(name, DEFAULTS) for name in {p.run for p in found}}
     if as_json:
         print_json(_documents(found))
         return
@@ -73,7 +76,8 @@ def list_profiles(
             f"with {other}" for other in (place.draft_name, place.heads_name) if other
         ]
         click.echo(f"run {name}: {', '.join(of)}")
-        stdout_console().print(_settings(ours, defaults))
+        usual = defaults if place.engine == OURS else told[name] or {}
+        stdout_console().print(_settings(ours, usual))
 
 
 def _defaults(host: Host) -> dict[str, dict[str, Any]]:
@@ -173,8 +177,6 @@ def _list_runs(
 
 def _several_engines(places: Iterable[Environment]) -> list[str]:
     """The heading of a column that tells engines, where others than ours decoded."""
-    from adaptspec.profile import OURS
-
     return ["engine"] if any(place.engine != OURS for place in places) else []
 
 

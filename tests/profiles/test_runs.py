@@ -140,6 +140,18 @@ def test_only_parameters_that_differ_from_defaults_are_listed(db: str) -> None:
     assert "k=4" in run("list", "--run", "r9", "--db", db)
 
 
+def test_another_engines_defaults_are_those_that_its_run_kept(db: str) -> None:
+    store = open_store(db)
+    place = replace(HERE, engine="llama.cpp")
+    params = {"k": 4, "m": 7}
+    store.add_profiles([example_profile(run="r9", params=params, environment=place)])
+    store.put_record("r9", "defaults", {"prompt_lookup": {"k": 4, "m": 8}})
+    store.close()
+    listed = run("list", "--run", "r9", "--db", db)
+    assert "m=7" in listed
+    assert "k=4" not in listed
+
+
 def test_what_nothing_is_used_of_is_pruned(db: str) -> None:
     assert run("prune", "--dry-run", "--db", db).split() == ["run2"]
     store = open_store(db)

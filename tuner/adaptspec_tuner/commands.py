@@ -173,7 +173,7 @@ def tune(
                 failed = failed or error
                 progress.say(f"{at_once(one)}: {error}")
                 continue
-            result = replace(result, defaults={**_defaults(host), **result.defaults})
+            result = _with_defaults(host, result)
             if not result.classes and stopped is None and len(options) > 1:
                 why = "".join(f": {note}" for note in result.notes[-1:])
                 progress.say(f"{at_once(one)}: no class could be confirmed{why}")
@@ -235,13 +235,17 @@ def _tuned(
         )
 
 
-def _defaults(host: Host) -> dict[str, dict[str, Any]]:
-    """The parameters' defaults of every strategy and baseline."""
+def _with_defaults(host: Host, result: TuneResult) -> TuneResult:
+    """With the parameters' defaults of every strategy and baseline, unless another
+    engine was tuned, which has told its own."""
+    if result.environment.engine != OURS:
+        return result
     found: dict[str, Any] = {**host.strategies, **host.baselines}
-    return {
+    usual = {
         name: {spec.name: spec.default for spec in cls.Params.specs()}
         for name, cls in found.items()
     }
+    return replace(result, defaults=usual)
 
 
 def _show(results: Sequence[TuneResult], as_json: bool, several: bool = False) -> None:
@@ -288,7 +292,7 @@ def report(
 
     store = host.open_store(db)
     try:
-        found = replace(build(store, run), defaults=_defaults(host))
+        found = _with_defaults(host, build(store, run))
     finally:
         store.close()
     if output is not None:

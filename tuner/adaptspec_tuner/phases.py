@@ -27,7 +27,7 @@ from adaptspec_tuner.confirming.time_needed import (
 )
 from adaptspec_tuner.distributed.workers import KeepsStudies, close_search, open_search
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, Sample, in_a_line
-from adaptspec_tuner.records import CLASSIFIER, MIX, plain_key
+from adaptspec_tuner.records import CLASSIFIER, DEFAULTS, MIX, plain_key
 from adaptspec_tuner.replaying.presearch import TRIALS, Presearch, as_records, presearch
 from adaptspec_tuner.reporting.result import TuneResult, told_errors
 from adaptspec_tuner.searching.entrants import (
@@ -36,6 +36,7 @@ from adaptspec_tuner.searching.entrants import (
     entrants,
 )
 from adaptspec_tuner.searching.search import Arm, Search
+from adaptspec_tuner.searching.space import defaults
 from adaptspec_tuner.searching.sweeps import Costs, ask_each, sweep_all
 from adaptspec_tuner.tuning_run import Interrupted, Stopped, TuneInputs, TuningRun
 
@@ -57,6 +58,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
     if given.usage is not None:  # now: what is killed later has chosen something, too
         asked = from_anywhere(given.usage.as_json())
         run.keep(lambda: run.store.put_record(run.id, USAGE, asked))
+    usual = _engine_defaults(run)
     # Whatever the seed: whoever tries several must not have tuned on what is held out.
     tuning, held_out = split(given.workload)
     result = TuneResult(
@@ -68,6 +70,7 @@ def tune_with(given: TuneInputs) -> TuneResult:
         notes=run.notes,
         unavailable=dict(given.unavailable),
         usage=given.usage,
+        defaults=usual,
     )
     try:
         with run.progress:
@@ -116,6 +119,17 @@ def tune_with(given: TuneInputs) -> TuneResult:
             result,
         ) from run.unstored
     return result
+
+
+def _engine_defaults(run: TuningRun) -> dict[str, dict[str, Any]]:
+    """Method -> its parameters' defaults, kept for whoever reads the run: only an
+    engine that is open tells its methods. Empty of ours."""
+    if not run.given.of_engine:
+        return {}
+    found = {cls.name: defaults(cls.Params) for cls in run.given.strategies}
+    kept = {**(run.store.record(run.id, DEFAULTS) or {}), **found}
+    run.keep(lambda: run.store.put_record(run.id, DEFAULTS, kept))
+    return kept
 
 
 def _in_words(error: BaseException, store: ProfileStore) -> str | None:

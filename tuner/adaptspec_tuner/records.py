@@ -4,6 +4,8 @@
 ``plain/CLASS/PROMPT``         a tuning prompt's plain decoding (phases.py)
 ``mix``                        class -> prompts of the workload (phases.py)
 ``usage``                      what was tuned, as it was asked for (reporting/usage.py)
+``defaults``                   method -> its parameters' defaults, of another engine
+                               than ours (phases.py)
 ``classifier``                 what tells a prompt's class (adaptspec/classes)
 ``replayed/CLASS/STRATEGY``    trials without the target (replaying/presearch.py)
 ``raced/CLASS``                setting key -> prompt id -> ratios of leaders measured
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptspec.classes.classifier import KEY
+from adaptspec.run_records import DEFAULTS as DEFAULTS
 from adaptspec.run_records import MIX as MIX
 from adaptspec.run_records import USAGE as USAGE
 from adaptspec.run_records import confirmed_key as confirmed_key

@@ -93,7 +93,10 @@ def test_a_bad_table_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1", "- 1", "text", "a: b: c", "\x00"])
+DEEP = '{"a":' * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "[1", "- 1", "text", "a: b: c", "\x00", DEEP])
 @pytest.mark.parametrize("name", ["table.json", "table.yaml"])
 def test_a_file_that_holds_no_table_is_refused_in_one_line(
     tmp_path: Path, text: str, name: str

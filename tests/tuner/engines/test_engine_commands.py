@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from adaptspec.errors import EngineError
-from adaptspec.testing.scripted_engine import Machine, ScriptedEngine, engine_on
+from adaptspec.profile import Environment
+from adaptspec.testing.scripted_engine import Machine, engine_on
 from adaptspec_profiles import open_store
 from engine_commands import TRUTH, run, tune
 
@@ -39,6 +40,14 @@ def test_a_tune_prints_its_choices_and_how_to_start_the_engine(workload: Path) -
     assert run([cls], "report", "--db", db, "-o", page).exit_code == 0
     assert "export --for scripted" in page.read_text()
     assert "adaptspec.load" not in page.read_text()
+    # What differs from the defaults is told by the engine's own.
+    told = json.loads(run([cls], "report", "--db", db, "--json").stdout)
+    usual = {"copy": {"length": 8, "ngram": 2}, "draft": {"length": 5}}
+    rows = [row for of in told["classes"] for row in of["results"]]
+    assert any(row["params"].get("ngram") == 2 for row in rows)
+    for row in rows:
+        known = usual.get(row["strategy"], {}).items()
+        assert row["changed"] == dict(row["params"].items() - known)
     listed = run([cls], "profiles", "list", "--db", db)
     assert "scripted 7.1" in listed.stdout
     runs = run([cls], "profiles", "list", "--runs", "--db", db)
@@ -181,9 +190,13 @@ def test_a_number_of_requests_is_whole_and_positive(workload: Path, text: str) -
 
 
 def test_a_server_is_measured_and_nothing_is_to_be_started(workload: Path) -> None:
-    cls = engine_on(Machine(TRUTH, methods=()), "openai")
-    place = property(lambda of: replace(ScriptedEngine.environment.fget(of), threads=0))
-    cls.environment = place  # type: ignore[method-assign, assignment]
+    class Served(engine_on(Machine(TRUTH, methods=()), "openai")):  # type: ignore[misc]
+        @property
+        def environment(self) -> Environment:
+            place: Environment = super().environment
+            return replace(place, threads=0)
+
+    cls = Served
     found = run(
         [cls],
         *("tune", "--engine", "http://localhost:1/v1", "--workload", workload),

@@ -241,7 +241,8 @@ class TuneResult:
             :class:`~adaptspec.classes.classifier.Evidence`, and ``told_in_words``;
             None without two classes.
         usage: What was tuned, as it was asked for; None where that isn't known.
-        defaults: Strategy or baseline -> its parameters' defaults, of those at hand.
+        defaults: Strategy, baseline or an engine's method -> its parameters' defaults,
+            of those at hand.
     """
 
     run: str

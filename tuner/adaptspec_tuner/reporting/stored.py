@@ -16,6 +16,7 @@ from adaptspec.selector import Choice, select
 from adaptspec_tuner.measuring.profiler import Setting
 from adaptspec_tuner.records import (
     CLASSIFIER,
+    DEFAULTS,
     SPENT,
     USAGE,
     confirmed_key,
@@ -75,6 +76,7 @@ def build(store: ProfileStore, run: str | None = None) -> TuneResult:
         costs=_costs(store, newest.environment),
         classifier=_classes_told(store, run),
         usage=None if usage is None else Usage.from_json(usage),
+        defaults=store.record(run, DEFAULTS) or {},
     )
 
 
