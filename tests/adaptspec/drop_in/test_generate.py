@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -363,6 +364,16 @@ def test_a_batch_that_a_criterion_ends_has_stopped(
     speedup(**arguments, stopping_criteria=StoppingCriteriaList([Watch(after)]))
     for row in speedup.decoder.last:
         assert (len(row.token_ids), row.finish) == (after, "stop")
+
+
+def test_a_longest_length_below_the_prompts_leaves_one_token() -> None:
+    for rows in (ONE, BATCH):
+        asked: dict[str, Any] = {"inputs": rows, "max_new_tokens": 9}
+        asked["attention_mask"] = (rows != PAD).long()
+        asked["stopping_criteria"] = StoppingCriteriaList([MaxLengthCriteria(5)])
+        output = fast()(**asked)
+        assert output.shape[1] == 13
+        assert torch.equal(output, plain(fast(), **asked))
 
 
 def test_time_ends_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
