@@ -62,6 +62,8 @@ class SpeedUp:
         given |= given.pop("kwargs", {})
         if given.get("custom_generate") is not None:
             return self._plain(**given)  # a caller's own loop
+        if getattr(given.get("generation_config"), "is_assistant", None):
+            return self._plain(**given)  # drafts of another model's generate
         stored = getattr(self.model, "generation_config", None)
         _refuse_undecoded(given, stored)
         defaults = dict(self._defaults)

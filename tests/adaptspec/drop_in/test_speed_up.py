@@ -209,6 +209,14 @@ def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
     assert torch.equal(output, PROMPT + 1)
 
 
+def test_a_bound_model_may_assist_another(bound: SpeedUp) -> None:
+    other = tiny_module("llama", seed=3)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    output = other.generate(PROMPT, **asked, assistant_model=bound.model)
+    assert torch.equal(output, other.generate(PROMPT, **asked))
+    assert not bound.decoder.last
+
+
 def pickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
 
