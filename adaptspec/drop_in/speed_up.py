@@ -67,7 +67,7 @@ class SpeedUp:
         stored = getattr(self.model, "generation_config", None)
         _refuse_undecoded(given, stored)
         defaults = dict(self._defaults)
-        if given.get("strategy") is not None:
+        if "strategy" in given:
             defaults["params"] = None  # those of another strategy
         own = {n: given.pop(n, value) for n, value in defaults.items()}
         streamer = given.get("streamer")

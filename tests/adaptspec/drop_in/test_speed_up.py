@@ -84,6 +84,8 @@ def test_parameters_are_those_of_the_strategy_they_were_given_with(module: Any) 
     assert speedup.decoder.last[0].choice.params == {"draft_length": 3}
     module.generate(PROMPT, max_new_tokens=4, strategy="suffix")
     assert speedup.decoder.last[0].choice.params == {}
+    with pytest.warns(UserWarning, match="plain decoding"):
+        module.generate(PROMPT, max_new_tokens=4, strategy=None)
     speedup.restore()
 
 
