@@ -25,7 +25,7 @@ import adaptspec.drop_in.arguments as checks
 from adaptspec.decoding.generation_fields import DROP_IN, FIELDS
 from adaptspec.drop_in.arguments import check_configuration
 from adaptspec.drop_in.speed_up import SpeedUp
-from adaptspec.errors import UnsupportedControlError
+from adaptspec.errors import InvalidPromptError, UnsupportedControlError
 from adaptspec.testing.fakes import ARCHITECTURES, VOCAB, random_ids, tiny_module
 from adaptspec.testing.strategies import Grammar
 from foretold import Foretold, foretelling, foretold, tell
@@ -638,6 +638,12 @@ def test_output_that_the_model_has_no_positions_for_is_cut_and_said() -> None:
         output = speedup(inputs=ONE, max_new_tokens=9)
     assert output.shape == (1, 16)
     assert torch.equal(output, plain(speedup, inputs=ONE, max_new_tokens=4))
+
+
+def test_a_prompt_that_leaves_no_position_is_refused_with_a_way_out() -> None:
+    speedup = foretold(tiny_module("llama", max_position_embeddings=12))
+    with pytest.raises(InvalidPromptError, match=r"of 12; shorten it, .*own generate"):
+        speedup(inputs=ONE, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
