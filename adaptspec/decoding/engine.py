@@ -169,7 +169,8 @@ class Run:
             if self._room < 1:
                 raise InvalidPromptError(
                     f"prompt + 1 <= {model.max_length} tokens must hold for "
-                    f"{model.name}, got a prompt of {self._prompt}"
+                    f"{model.name}, got a prompt of {self._prompt}; shorten it, or try "
+                    "the model's own generate, which may go on past its positions"
                 )
         self._ids = list(ids)
         self._stats = RunStats(prompt_tokens=self._prompt)

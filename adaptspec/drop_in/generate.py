@@ -148,7 +148,7 @@ def _limits(
 ) -> tuple[int, int]:
     """New tokens asked for, and those the model has positions for in every row."""
     most = config.max_length if ends.max_length is None else ends.max_length
-    asked = int(most) - width
+    asked = max(1, int(most) - width)  # criteria are asked behind the first token
     longest = max(len(row.ids) for row in rows)
     if target.max_length is None or target.max_length <= longest:
         return asked, asked  # where there is no room the engine says so

@@ -63,10 +63,12 @@ class SpeedUp:
         given |= given.pop("kwargs", {})
         if given.get("custom_generate") is not None:
             return self._plain(**given)  # a caller's own loop
+        if getattr(given.get("generation_config"), "is_assistant", None):
+            return self._plain(**given)  # drafts of another model's generate
         stored = getattr(self.model, "generation_config", None)
         _refuse_undecoded(given, stored)
         defaults = dict(self._defaults)
-        if given.get("strategy") is not None:
+        if "strategy" in given:
             defaults["params"] = None  # those of another strategy
         own = {n: given.pop(n, value) for n, value in defaults.items()}
         streamer = given.get("streamer")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -25,7 +26,7 @@ import adaptspec.drop_in.arguments as checks
 from adaptspec.decoding.generation_fields import DROP_IN, FIELDS
 from adaptspec.drop_in.arguments import check_configuration
 from adaptspec.drop_in.speed_up import SpeedUp
-from adaptspec.errors import UnsupportedControlError
+from adaptspec.errors import InvalidPromptError, UnsupportedControlError
 from adaptspec.testing.fakes import ARCHITECTURES, VOCAB, random_ids, tiny_module
 from adaptspec.testing.strategies import Grammar
 from foretold import Foretold, foretelling, foretold, tell
@@ -366,6 +367,16 @@ def test_a_batch_that_a_criterion_ends_has_stopped(
         assert (len(row.token_ids), row.finish) == (after, "stop")
 
 
+def test_a_longest_length_below_the_prompts_leaves_one_token() -> None:
+    for rows in (ONE, BATCH):
+        asked: dict[str, Any] = {"inputs": rows, "max_new_tokens": 9}
+        asked["attention_mask"] = (rows != PAD).long()
+        asked["stopping_criteria"] = StoppingCriteriaList([MaxLengthCriteria(5)])
+        output = fast()(**asked)
+        assert output.shape[1] == 13
+        assert torch.equal(output, plain(fast(), **asked))
+
+
 def test_time_ends_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     speedup = fast()
     over = MaxTimeCriteria(max_time=1.0, initial_timestamp=0.0)
@@ -678,6 +689,12 @@ def test_output_that_the_model_has_no_positions_for_is_cut_and_said() -> None:
         output = speedup(inputs=ONE, max_new_tokens=9)
     assert output.shape == (1, 16)
     assert torch.equal(output, plain(speedup, inputs=ONE, max_new_tokens=4))
+
+
+def test_a_prompt_that_leaves_no_position_is_refused_with_a_way_out() -> None:
+    speedup = foretold(tiny_module("llama", max_position_embeddings=12))
+    with pytest.raises(InvalidPromptError, match=r"of 12; shorten it, .*own generate"):
+        speedup(inputs=ONE, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -110,6 +110,8 @@ def test_parameters_are_those_of_the_strategy_they_were_given_with(module: Any) 
     assert speedup.decoder.last[0].choice.params == {"draft_length": 3}
     module.generate(PROMPT, max_new_tokens=4, strategy="suffix")
     assert speedup.decoder.last[0].choice.params == {}
+    with pytest.warns(UserWarning, match="plain decoding"):
+        module.generate(PROMPT, max_new_tokens=4, strategy=None)
     speedup.restore()
 
 
@@ -233,6 +235,14 @@ def test_a_callers_own_loop_is_left_to_the_caller(bound: SpeedUp) -> None:
 
     output = bound.model.generate(PROMPT, max_new_tokens=3, custom_generate=loop)
     assert torch.equal(output, PROMPT + 1)
+
+
+def test_a_bound_model_may_assist_another(bound: SpeedUp) -> None:
+    other = tiny_module("llama", seed=3)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    output = other.generate(PROMPT, **asked, assistant_model=bound.model)
+    assert torch.equal(output, other.generate(PROMPT, **asked))
+    assert not bound.decoder.last
 
 
 def pickled(module: Any) -> Any:

@@ -213,6 +213,71 @@ def test_an_asynchronous_reader_may_stop_early(
     assert all(cache() is None for cache in caches)
 
 
+@pytest.mark.parametrize("first", ["read", "left", "left at its end", "closed"])
+def test_a_streamer_serves_one_generation_after_another(
+    first: str, expected: torch.Tensor
+) -> None:
+    streamer = ClosableStreamer(TOKENIZER, skip_prompt=True, timeout=60)
+    gate = threading.Semaphore(6 if first == "left" else 1000)
+    thread = threading.Thread(
+        target=fast(), kwargs={**ASKED, "streamer": _held_back(streamer, gate)}
+    )
+    thread.start()
+    if first.startswith("left"):
+        if first != "left":
+            thread.join(60)
+        for _ in streamer:
+            break
+        gate.release(1000)
+    elif first == "read":
+        assert "".join(streamer)
+    thread.join(60)
+    if first != "left":
+        streamer.close()
+    for _ in range(2):
+        thread = threading.Thread(target=fast(), kwargs={**ASKED, "streamer": streamer})
+        thread.start()
+        assert "".join(streamer) == TOKENIZER.decode(expected[0, 12:])
+        thread.join(60)
+
+
+def test_an_asynchronous_streamer_serves_one_generation_after_another(
+    expected: torch.Tensor,
+) -> None:
+    async def texts() -> list[str]:
+        streamer = AsyncClosableStreamer(TOKENIZER, skip_prompt=True, timeout=60)
+        read = []
+        for early in (True, False, False):
+            decoding = asyncio.get_running_loop().run_in_executor(
+                None, functools.partial(fast(), **ASKED, streamer=streamer)
+            )
+            pieces = aiter(streamer)
+            if early:
+                await anext(pieces)
+                await pieces.aclose()
+            else:
+                read.append("".join([piece async for piece in pieces]))
+            await decoding
+        return read
+
+    assert asyncio.run(texts()) == [TOKENIZER.decode(expected[0, 12:])] * 2
+
+
+def test_a_loop_is_told_of_the_end_where_someone_else_closes() -> None:
+    gate = threading.Semaphore(6)
+    streamer = _held_back(
+        ClosableStreamer(TOKENIZER, skip_prompt=True, timeout=60), gate
+    )
+    thread = threading.Thread(target=fast(), kwargs={**ASKED, "streamer": streamer})
+    thread.start()
+    pieces = iter(streamer)
+    assert next(pieces)
+    streamer.close()
+    gate.release(1000)
+    assert sum(1 for _ in pieces) < 30
+    thread.join(60)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> Iterator[None]:
     before = Foretold.open
