@@ -611,9 +611,12 @@ class Decoder:
 
         def begin() -> Stream:
             run = Run(self.engine, drafting, ids, settings)
-            stop_text = None
-            if settings.stop_strings and not include_stop:
-                stop_text = StopText(self.model, Stopping(self.model, settings), ids)
+            stop_text, strings = None, settings.stop_strings
+            if settings.prepared is not None:
+                strings += settings.prepared.stop_strings
+            if strings and not include_stop:
+                looks = replace(settings, stop_strings=strings, prepared=None)
+                stop_text = StopText(self.model, Stopping(self.model, looks), ids)
             shadows = functools.partial(self._shadows, chosen, run) if shadow else None
             return Stream(self.engine, run, choice, seconds, ended, stop_text, shadows)
 

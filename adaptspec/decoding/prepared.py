@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import StopStringCriteria
 
 
 @dataclass
@@ -57,3 +58,9 @@ class Prepared:
     padding: Sequence[int] = ()
     pick: Callable[[torch.Tensor, int], int] | None = None
     recorded: Recorded = field(default_factory=Recorded)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Those that its criteria look for."""
+        found = (one for one in self.criteria if isinstance(one, StopStringCriteria))
+        return tuple(stop for one in found for stop in one.stop_strings)

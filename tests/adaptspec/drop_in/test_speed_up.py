@@ -189,7 +189,13 @@ def test_stop_strings_end_the_output_wherever_they_come_from(
     output = module.generate(PROMPT, **given)
     assert torch.equal(output, expected)
     assert output.shape[1] < 32
-    assert bound.decoder.last[0].finish == "stop"
+    [result] = bound.decoder.last
+    assert result.finish == "stop"
+    assert result.token_ids == expected[0, 12:].tolist()
+    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+    assert stop in text
+    # Without a tokenizer of its own a decoder makes no text.
+    assert result.text == ("" if known == "call" else text[: text.index(stop)])
 
 
 @pytest.mark.parametrize(
