@@ -253,3 +253,21 @@ def test_a_method_that_engines_lack_is_told_and_refused_where_all_do(
     assert missing.exit_code == 1
     assert "two: no heads were given (--heads)" in missing.output
     assert all(engine.closed for engine in [*one.opened, *two.opened])
+
+
+def test_a_key_in_the_environment_or_for_a_url_is_none_of_an_engine_started_here(
+    workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    cls, served = engine_on(Machine(TRUTH)), engine_on(Machine(TRUTH), "openai")
+    tune(cls, workload, "--budget", "1 trials")
+    assert cls.opened[-1].options.api_key is None
+    compare([cls, served], workload, "--engine", "scripted")
+    assert cls.opened[-1].options.api_key is None
+    url = ("--engine", "http://localhost:1/v1", "--api-key", "typed")
+    compare([cls, served], workload, "--engine", "scripted", *url)
+    assert cls.opened[-1].options.api_key is None
+    assert served.opened[-1].options.api_key == "typed"
+    # Where it is typed for such an engine alone, that refuses it.
+    compare([cls, served], workload, "--engine", "scripted", "--api-key", "typed")
+    assert cls.opened[-1].options.api_key == "typed"

@@ -98,24 +98,6 @@ def test_what_is_told_of_the_engine_reaches_it(workload: Path) -> None:
     assert b"secret" not in (workload.parent / "p.db").read_bytes()
 
 
-def test_a_key_in_the_environment_or_for_a_url_is_none_of_an_engine_started_here(
-    workload: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    cls, served = engine_on(Machine(TRUTH)), engine_on(Machine(TRUTH), "openai")
-    tune(cls, workload, "--budget", "1 trials")
-    assert cls.opened[-1].options.api_key is None
-    compare([cls, served], workload, "--engine", "scripted")
-    assert cls.opened[-1].options.api_key is None
-    url = ("--engine", "http://localhost:1/v1", "--api-key", "typed")
-    compare([cls, served], workload, "--engine", "scripted", *url)
-    assert cls.opened[-1].options.api_key is None
-    assert served.opened[-1].options.api_key == "typed"
-    # Where it is typed for such an engine alone, that refuses it.
-    compare([cls, served], workload, "--engine", "scripted", "--api-key", "typed")
-    assert cls.opened[-1].options.api_key == "typed"
-
-
 @pytest.mark.slow
 def test_several_numbers_of_requests_are_several_tunes_and_one_table(
     workload: Path,
