@@ -50,7 +50,7 @@ def sureness(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     vocabulary.
     """
     compared = logits.gather(1, ids[:, :COMPARED_TOKENS]).float().softmax(1)
-    shares = torch.tensor(SHARES, device=logits.device)
+    shares = torch.tensor(SHARES, dtype=compared.dtype, device=logits.device)
     return torch.bucketize(compared[:, 0].contiguous(), shares, right=True).to(
         torch.uint8
     )

@@ -305,13 +305,13 @@ class TuneOptions:
         return ({"temperature": self.temperature} if self.temperature else {}) | told
 
     def shared(self) -> dict[str, Any]:
-        """What must be equal for the trials of two runs to be mixed."""
+        """What must be equal for the trials of two runs to be mixed, threads aside."""
         told: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "objective": self.objective,
         }
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("max_memory", "allow_lossy", "context", "batch_threads"):
+        for name in ("max_memory", "allow_lossy", "context"):
             if (value := getattr(self, name)) != usual[name]:
                 told[name] = value
         if self.engine_argument:

@@ -191,4 +191,8 @@ def run_id(environment: Environment, workload: Workload, options: TuneOptions) -
     ]
     if environment.heads is not None:
         parts.append(environment.heads)
+    # The environment tells only the threads for single tokens; these are as many where
+    # nothing is said.
+    if options.batch_threads not in (None, environment.threads):
+        parts.append({"batch_threads": options.batch_threads})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

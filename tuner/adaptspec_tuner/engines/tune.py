@@ -188,6 +188,7 @@ def tune_engine(
         store = opened_store(host, db, worker=False)
         try:
             settled = settle_threads(engine, workload, store, options, progress)
+            options = replace(options, **settled)
             if settled:
                 notes.append(
                     f"threads, chosen by plain decoding: {settled['threads']} for "
@@ -197,7 +198,7 @@ def tune_engine(
                 cls.launch is not InferenceEngine.launch
             )
             usage = Usage.of(
-                *(model, draft_model, replace(options, **settled)),
+                *(model, draft_model, options),
                 *(db if db is None or isinstance(db, str) else store.url, starts),
             )
             result = tune_with(
