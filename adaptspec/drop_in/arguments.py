@@ -136,9 +136,9 @@ def check_inputs(input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
             why = "drafts and verification are of token ids"
             raise refusal(name, value, why, "pass input_ids")
         if name == "mm_encoder_outputs":  # what generate has made of pictures
-            given = [PICTURES.get(kind, kind) for kind in value]
+            pictures = [PICTURES.get(kind, kind) for kind in value]
             raise UnsupportedControlError(
-                f"{' and '.join(given)} can't be honoured: rows are decoded from "
+                f"{' and '.join(pictures)} can't be honoured: rows are decoded from "
                 "input_ids alone, without pictures; leave it out, or let the model's "
                 "own generate (after restore()) read them"
             )

@@ -145,7 +145,7 @@ class LanguageModel:
         self.source = model
         # Taken around each step, whoever decodes with the model.
         self.turns = turns_of(model)
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.name = name or getattr(config, "_name_or_path", "") or type(model).__name__
         # Turned off by the probe for models that build masks of their own only.
         self.use_masks = True

@@ -637,7 +637,8 @@ def test_pictures_are_refused_by_the_argument_they_came_in() -> None:
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=63
     )
-    seeing = transformers.LlavaForConditionalGeneration(config).float().eval()
+    seeing: Any = transformers.LlavaForConditionalGeneration(config)
+    seeing = seeing.float().eval()
     seeing.generation_config.pad_token_id = PAD
     speedup = foretold(seeing)
     prompt = torch.tensor([[5, 63, 63, 63, 63, 7]])
