@@ -58,6 +58,11 @@ class Learning:
         least = {"memory": 1, "exploration": 0, "moved": 0.01, "shared": 0}
         for name, lowest in {**least, "outlier": 1, "tokens": 1}.items():
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise AdaptSpecError(
+                    f"{name} of Learning must be a number, got {value!r}; leave it out "
+                    "for the usual one"
+                )
             endless = name != "memory" and math.isinf(value)
             if not value >= lowest or endless:
                 what = f"at least {lowest}{'' if name == 'memory' else ' and finite'}"

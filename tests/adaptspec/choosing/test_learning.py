@@ -254,6 +254,7 @@ def test_threads_choose_and_add_without_losing_any() -> None:
     ("wrong", "said"),
     [
         ({"memory": 0.5}, "memory of Learning must be at least 1, got 0.5"),
+        ({"memory": "x"}, "memory of Learning must be a number, got 'x'"),
         ({"exploration": -1.0}, "exploration of Learning must be at least 0"),
         (
             {"moved": math.nan},
