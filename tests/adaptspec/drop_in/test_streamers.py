@@ -251,7 +251,7 @@ def test_an_asynchronous_streamer_serves_one_generation_after_another(
             decoding = asyncio.get_running_loop().run_in_executor(
                 None, functools.partial(fast(), **ASKED, streamer=streamer)
             )
-            pieces = aiter(streamer)
+            pieces: Any = aiter(streamer)  # an asynchronous generator
             if early:
                 await anext(pieces)
                 await pieces.aclose()
