@@ -6,6 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 
@@ -174,7 +175,9 @@ def _out_of_files(error: BaseException | None) -> bool:
             return True
         if isinstance(error, socket.gaierror):  # it also means an unknown name
             try:
-                socket.socket().close()
+                with ExitStack() as several:  # a look-up takes more than one at a time
+                    for _ in range(4):
+                        several.enter_context(socket.socket())
             except OSError as missing:
                 return _out_of_files(missing)
         error = error.__cause__ or error.__context__

@@ -356,6 +356,9 @@ def test_whatever_a_tokenizer_raises_is_one_line(model: LanguageModel) -> None:
         def __call__(self, text: str, **given: Any) -> Any:
             raise ZeroDivisionError("first\nsecond")
 
+        def decode(self, ids: Any) -> str:
+            raise NotImplementedError
+
     strange = LanguageModel(tiny_module("llama"), Strange(), "odd")
     assert "tokenizer of odd can't read the prompt: first second" in refusal(
         strange, "w5"

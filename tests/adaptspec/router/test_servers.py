@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,7 @@ def test_headers_that_cannot_be_sent_are_the_clients_fault(world: World) -> None
 @contextmanager
 def no_more_files() -> Iterator[None]:
     """Inside, this process can't open another file."""
+    gc.collect()  # what others left would be closed meanwhile
     limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), []
     first = os.dup(0)
     resource.setrlimit(resource.RLIMIT_NOFILE, (first + 64, limits[1]))
