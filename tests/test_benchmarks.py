@@ -633,7 +633,7 @@ def test_mixed_requests_are_tuned_on_and_then_decoded_by_all(
     workload = tmp_path / "w.jsonl"
     workload.write_text("\n".join(json.dumps(row) for row in rows))
     asked = [
-        *("-m", str(model), "--workload", str(workload), "--budget", "25"),
+        *("-m", str(model), "--workload", str(workload), "--budget", "12"),
         *("--tune-per-class", "2", "--per-class", "1", "-n", "8"),
         *("--max-prompt-tokens", "9999", "--json", str(tmp_path / "out.json")),
     ]
