@@ -100,25 +100,22 @@ def by_setting(store: Any) -> dict[int, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def pool(address: str) -> Iterator[RayPool]:
-    told: list[str] = []
-    made = RayPool(address, build, PLACE, told.append)
-    assert made.size == 2
-    assert len(told) == 1
-    assert "left out: device_name another (here this)" in told[0]
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize("kept", [True, False])
 def test_nodes_like_this_one_find_what_one_process_finds(
-    pool: RayPool, tmp_path: Path, kept: bool
+    address: str, tmp_path: Path, kept: bool
 ) -> None:
     alone = MemoryStore()
     search(alone, None)
+    told: list[str] = []
     shared = SqlStore(f"sqlite:///{tmp_path / 'p.db'}") if kept else MemoryStore()
-    search(shared, pool)
+    pool = RayPool(address, build, PLACE, told.append)
+    try:
+        assert pool.size == 2
+        assert len(told) == 1
+        assert "left out: device_name another (here this)" in told[0]
+        search(shared, pool)
+    finally:
+        pool.close()
     one, other = by_setting(alone), by_setting(shared)
     # One process prunes; what both measured whole is equal, the best among it.
     whole = {k for k in one.keys() & other.keys() if one[k][0] == "complete"}
