@@ -17,6 +17,7 @@ from adaptspec.router.table import RouteTable
 
 Headers = Sequence[tuple[bytes, bytes]]
 UNAVAILABLE = 503
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, of the machine
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,17 @@ def _out_of_files(error: BaseException | None) -> bool:
         each: Sequence[BaseException] = getattr(error, "exceptions", ())  # a group's
         if any(map(_out_of_files, each)):
             return True
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, OSError) and error.errno in NO_MORE_FILES:
             return True
-        if isinstance(error, socket.gaierror):  # it also means an unknown name
+        # A look-up that has none fails as that of an unknown name, or otherwise.
+        known = isinstance(error, ConnectionError | TimeoutError)
+        if isinstance(error, OSError) and not known:
             try:
-                with ExitStack() as several:  # a look-up takes more than one at a time
+                with ExitStack() as several:  # it takes more than one at a time
                     for _ in range(4):
                         several.enter_context(socket.socket())
             except OSError as missing:
-                return _out_of_files(missing)
+                return missing.errno in NO_MORE_FILES
         error = error.__cause__ or error.__context__
     return False
 
