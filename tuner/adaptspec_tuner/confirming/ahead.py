@@ -82,10 +82,9 @@ def measured_ahead(
             asked.setdefault(setting.key, (setting, []))[1].extend(prompts[name])
     run.begin("confirm")
     run.doing("confirming on held-out prompts, setting by setting")
-    each = takes(kept, count) / max(1, len(asked))
     ahead = measurer.measure_ahead(
         list(asked.values()),
-        lambda: run.time.left >= each,
+        lambda: run.time.left >= run.given.starting,
         RunRecords(run.store, run.id),
     )
     keys = {setting.key for setting in ahead or ()}
