@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from adaptspec.profile import EVERY_CLASS, PLAIN, Environment, Pick, Profile
-from adaptspec.selector import Choice, Ranking, stale_versions
+from adaptspec.profile import PLAIN, Environment, Pick, Profile
+from adaptspec.selector import Ranking, stale_versions
 
 
 def with_unsure(
@@ -41,12 +41,11 @@ def with_unsure(
     attached = (then.draft, then.heads) == (environment.draft, environment.heads)
     if not attached or stale_versions(then, environment):
         return ranking
-    name = decided.prompt_class or EVERY_CLASS
     best: dict[str, Pick] = {}
     for profile in sorted(profiles, key=lambda p: -p.measurement.ratio):
         pick = _pick(profile)
         if (
-            (profile.run, profile.prompt_class) == (decided.run, name)
+            (profile.run, profile.prompt_class) == (decided.run, decided.prompt_class)
             and pick is not None
             and pick.ratio > 1
             and pick.high >= gain
@@ -59,20 +58,19 @@ def with_unsure(
         return ranking
     names = " and ".join(pick.strategy for pick in picks)
     plain = ranking.choices[-1]
-    said = f"{plain.reason}; some requests try {names}, to see"
-    plain = replace(plain, reason=said)
     tried = [
-        Choice(
-            plain.prompt_class,
-            pick.strategy,
-            pick.params,
-            pick.reason,
-            pick.lossless,
-            plain.run,
+        replace(
+            plain,
+            strategy=pick.strategy,
+            params=pick.params,
+            reason=pick.reason,
+            lossless=pick.lossless,
         )
         for pick in picks
     ]
-    return Ranking([*tried, plain], picks, decided, unsure=True)
+    said = f"{plain.reason}; some requests try {names}, to see"
+    plain = replace(plain, reason=said)
+    return replace(ranking, choices=[*tried, plain], picks=picks, unsure=True)
 
 
 def _pick(profile: Profile) -> Pick | None:

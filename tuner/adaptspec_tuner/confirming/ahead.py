@@ -55,8 +55,7 @@ def measured_ahead(
         return {}, held_out
     measurer = run.given.measurer
     assert isinstance(measurer, MeasuresAhead)
-    at_once = run.environment.concurrency
-    once = {name: plain_once(tuning, name, plain, at_once) for name in held_out.classes}
+    once = {name: plain_once(run, tuning, name, plain) for name in held_out.classes}
     kept = {name: list(finalists.get(name, ())) for name in held_out.classes}
 
     def takes(kept: Mapping[str, Sequence[Finalist]], prompts: int) -> float:
@@ -67,8 +66,7 @@ def measured_ahead(
             for name in kept
             for f in kept[name]
         )
-        starts = measurer.starts_for(len(settings))
-        return run.given.starting * starts + prompts * answers
+        return run.given.starts_take(len(settings)) + prompts * answers
 
     kept = shortened(kept, lambda kept: takes(kept, FEWEST_PROMPTS), run.time.left)
     most = max(map(len, held_out.by_class().values()), default=0)

@@ -61,11 +61,8 @@ def confirm_classes(
         )
         yield from ((name, {}) for name in staying)
     for index, name in enumerate(names):
-        once = plain_once(tuning, name, plain, run.environment.concurrency)
-        rest = sum(
-            plain_once(tuning, left, plain, run.environment.concurrency)
-            for left in names[index:]
-        )
+        once = plain_once(run, tuning, name, plain)
+        rest = sum(plain_once(run, tuning, left, plain) for left in names[index:])
         share = run.time.left * (once / rest if rest else 1 / (len(names) - index))
         always = 1 + len(baselines)
         chosen = _fitting(finalists.get(name, ()), _plain_times(share, once) - always)

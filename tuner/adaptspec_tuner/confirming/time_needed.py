@@ -30,8 +30,7 @@ def confirming_takes(
         sum(plain[p.id].seconds for p in asked.get(name, ()) if p.id in plain)
         for name in held_out.classes
     ]
-    at_once = run.environment.concurrency
-    once = {name: plain_once(tuning, name, plain, at_once) for name in held_out.classes}
+    once = {name: plain_once(run, tuning, name, plain) for name in held_out.classes}
     others = 1 + len(run.given.baselines)
     least = FEWEST_PROMPTS * (others + 1) * sum(once.values())
     whole = (
@@ -57,8 +56,7 @@ def finalists_take(
     settings = 1 + len(run.given.baselines) + FINALISTS
     starts = run.given.starts_take(FINALISTS) if left else 0.0
     return starts + settings * sum(
-        min(len(prompts), 2 * FEWEST_PROMPTS)
-        * plain_once(tuning, name, plain, run.environment.concurrency)
+        min(len(prompts), 2 * FEWEST_PROMPTS) * plain_once(run, tuning, name, plain)
         for name, prompts in left.items()
     )
 
@@ -67,21 +65,19 @@ def shortest_confirmation(
     run: TuningRun, tuning: Workload, plain: Mapping[str, Sample]
 ) -> float:
     """Seconds in which a setting is confirmed in each class beside plain decoding."""
-    once = sum(
-        plain_once(tuning, name, plain, run.environment.concurrency)
-        for name in tuning.classes
-    )
+    once = sum(plain_once(run, tuning, name, plain) for name in tuning.classes)
     return run.given.starts_take(1) + 2 * FEWEST_PROMPTS * once
 
 
 def plain_once(
-    tuning: Workload, name: str, plain: Mapping[str, Sample], at_once: int
+    run: TuningRun, tuning: Workload, name: str, plain: Mapping[str, Sample]
 ) -> float:
     """Seconds in which a prompt of the class is decoded plainly; its part of them
     where several are answered at the same time."""
     prompts = tuning.by_class().get(name, ())
     seconds = [plain[p.id].seconds for p in prompts if p.id in plain]
-    return median(seconds or [0.0]) / max(1, min(at_once, len(prompts)))
+    at_once = min(run.environment.concurrency, len(prompts))
+    return median(seconds or [0.0]) / max(1, at_once)
 
 
 def relative_time(ratio: float) -> float:
