@@ -120,10 +120,13 @@ class Starting:
     def variables(self) -> dict[str, str]:
         """Those that a user's server needs as well.
 
-        All models are at hand, so the hub isn't asked.
+        All models are at hand, so the hub isn't asked. On a CPU vLLM 0.32 writes a
+        compiled model that it can't read again, so every start would compile anew;
+        compiled the other way, a start finds what an earlier one left.
         """
         told = {"HF_HUB_OFFLINE": "1"}
         if self.on_cpu:
+            told["VLLM_USE_AOT_COMPILE"] = "0"
             told["VLLM_CPU_KVCACHE_SPACE"] = str(self.cache_bytes // GIB)
             if self.cores:
                 told[BOUND] = ",".join(map(str, self.cores))

@@ -158,6 +158,7 @@ def test_a_cpu_build_is_told_its_cores_and_the_room_for_its_cache(
     told = engine.launch("autoregressive", {}).environment
     assert told == {
         "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CPU_KVCACHE_SPACE": "3",
         "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
