@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click import ClickException
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from adaptspec.cli import build_cli
 from adaptspec.decoding.engine import Engine
@@ -54,6 +54,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def invoked(*arguments: str) -> Result:
+    """The same in this process, which has imported already what it needs."""
+    return CliRunner().invoke(benchmark("run").main, arguments)
 
 
 @pytest.mark.slow
@@ -131,12 +136,12 @@ def test_ours_alone_are_measured_without_anybody_else_s(
     ]
     workload.write_text("\n".join(map(json.dumps, lines)))
     output = tmp_path / "out.json"
-    done = run(
+    done = invoked(
         *("-m", str(model), "--workload", str(workload), "-n", "6"),
         *("--skip", "1", "--per-class", "1", "--baselines", "none"),
         *("--strategies", "suffix", "--parts", "none", "--json", str(output)),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     runs = json.loads(output.read_text())["runs"]
     assert {(r["contender"], r["prompt"]) for r in runs} == {
         (name, prompt)
@@ -159,13 +164,13 @@ def test_together_ours_take_turns_and_say_what_they_say_alone(
     found = []
     for more in ([], ["--together"], ["--together", "--held"]):
         output = tmp_path / "out.json"
-        done = run(
+        done = invoked(
             *("-m", str(model), "--draft-model", str(model), "-n", "12", *more),
             *("--workload", str(workload), "--baselines", "none", "--keep"),
             *("--strategies", "suffix,draft_model", "--parts", "none"),
             *("--json", str(output)),
         )
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         result = json.loads(output.read_text())
         assert result["together"] is ("--together" in more)
         assert result["held"] is ("--held" in more)
@@ -213,7 +218,7 @@ def test_bad_options_are_one_line(
     model: Path, arguments: list[str], rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAPTSPEC_NATIVE", "0")
-    done = CliRunner().invoke(benchmark("run").main, ["-m", str(model), *arguments])
+    done = invoked("-m", str(model), *arguments)
     assert done.exit_code != 0
     assert isinstance(done.exception, SystemExit)
     assert rule in done.stderr
