@@ -311,11 +311,13 @@ class Decoder:
         shadow: bool = False,
         **controls: Any,
     ) -> Result:
-        """Decode after a text, chat messages or token ids.
-
-        A text is a user's message where the model has a chat template.
+        """Decode after a prompt.
 
         Args:
+            prompt: A text, which is a user's message where the model has a chat
+                template; a chat, as a list of messages (mappings with ``role`` and
+                ``content``); or token ids: a list, an array, a tensor, or what a
+                tokenizer returns.
             prompt_class: The class its kind was profiled under.
             strategy: Overrides the choice.
             params: The strategy's parameters; those left out have their defaults.
@@ -333,8 +335,12 @@ class Decoder:
             **controls: Any other argument of
                 :meth:`~adaptspec.decoding.controls.Controls.for_model`.
 
+        Returns:
+            Text and token ids of the output, what decoded it and why, and how it went.
+
         Raises:
-            AdaptSpecError: for a bad prompt, control, strategy or parameter.
+            AdaptSpecError: for a bad prompt, control, strategy or parameter;
+                ``NoValidTokenError`` where no token can be chosen.
         """
         stream = self._run(
             prompt,
@@ -372,6 +378,10 @@ class Decoder:
         A piece comes per token, or per few where a character spans several tokens or
         a stop string may have begun. The prompt is read with the first one asked for.
         ``async for`` reads it without keeping the event loop waiting.
+
+        Raises:
+            AdaptSpecError: for a bad prompt, control, strategy or parameter. Reading
+                raises ``NoValidTokenError`` where no token can be chosen.
         """
         return self._run(
             prompt,
@@ -700,6 +710,8 @@ def load(
         model: A folder or hub name, or a loaded ``AutoModelForCausalLM``, which is
             used as it is and never changed. None: the embedded model.
         draft_model: The same for the draft.
+        tokenizer: Of the target; None: the one in the folder that it is, or was, loaded
+            from. Without one, prompts are token ids, and stop strings are refused.
         dtype: Of models that are loaded here; ``auto`` keeps the checkpoint's. A target
             that is loaded already must have it.
         device: The same; None: CUDA if there is one, else the CPU.
@@ -708,6 +720,7 @@ def load(
             and decoding is plain.
         threads: Threads of torch, set for the whole process; None leaves them. Profiles
             measured with as many come first.
+        host: The plugins; None: those installed.
         learn: See :class:`Decoder`.
         heads: Folders of heads trained for the target, for the strategies that draft
             with them.

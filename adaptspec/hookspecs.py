@@ -1,4 +1,4 @@
-"""The extension points: everything a plugin can add. Docs print these docstrings."""
+"""The extension points: everything a plugin can add; ``docs/hooks.md`` has examples."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROJECT = "adaptspec"
 hookspec = pluggy.HookspecMarker(PROJECT)
+# Marks a plugin's function that has one of the names below as what AdaptSpec calls.
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 

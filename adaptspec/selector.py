@@ -71,8 +71,11 @@ class Choice:
     """What to decode with, and why.
 
     Args:
-        prompt_class: The class whose choice it is, ``EVERY_CLASS`` where that of all
-            classes is used; what was asked for where there is no choice at all.
+        prompt_class: The class whose choice it is, ``EVERY_CLASS`` (``"*"``) where that
+            of all classes is used; what was asked for where there is no choice at all.
+        strategy: Its name; ``autoregressive`` is plain decoding.
+        params: The strategy's parameters; those left out have their defaults.
+        reason: Why it is this one, in a line for people.
         lossless: False where sampled output follows another distribution than the
             target's.
         run: The tuning run that decided it; empty where none did.

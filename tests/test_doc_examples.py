@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -159,6 +160,30 @@ def test_the_lines_of_the_page_of_generate_decode(
     names["thread"].join(60)
     [row] = speedup.decoder.last
     assert 0 < len(row.token_ids) <= 200
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_page_of_tuning_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = code("tuning.md", "From Python")
+    few = 'budget_trials=1, trials=1, strategies=["prompt_lookup"]'
+    assert "budget=1200" in lines
+    for name in ("my-model", "my-small-model"):
+        tiny_module("llama").save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    prompts = [
+        {"class": "chat", "prompt": f"w{i} w3 w4 w3", "max_new_tokens": 6}
+        for i in range(2, 6)
+    ]
+    rows = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTSPEC_DB", str(tmp_path / "p.db"))
+    names: dict[str, Any] = {}
+    exec(lines.replace("budget=1200", few), names)
+    assert {found.name for found in names["result"].classes} == {"chat"}
+    assert "autoregressive 1.0 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("section", ["1.", "2.", "3.", "4."])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Options that mean what they mean to `generate`.
 SHARED = (
     *("prompt", "model", "draft_model", "heads", "db", "prompt_class", "allow_lossy"),
-    *("dtype", "device", "threads", "trust_remote_code", "adapt", "raw"),
+    *("dtype", "device", "threads", "compile", "trust_remote_code", "adapt", "raw"),
 )
 
 
@@ -54,6 +54,7 @@ def explain(
     dtype: str,
     device: str | None,
     threads: int | None,
+    compile: bool,
     trust_remote_code: bool,
     adapt: bool,
     raw: bool,
@@ -88,6 +89,7 @@ def explain(
             host=host,
             heads=heads,
             allow_lossy=allow_lossy,
+            compile=compile,
             trust_remote_code=trust_remote_code,
             adapt=adapt,
         )

@@ -47,6 +47,7 @@ DRAFTS = "how `generate` drafts; a strategy drafts here"
 CACHE = "where keys and values are kept"
 OUTPUT = "tokens come out the same; nothing beside them is kept"
 PROMPT = "the prompt is decoded as it is given"
+COMPILED = "how `generate` is compiled; here `load(compile=True)` asks for it"
 
 FIELDS: Mapping[str, Field] = {
     # How long the output is.
@@ -121,8 +122,8 @@ FIELDS: Mapping[str, Field] = {
     "max_cache_len": _without(CACHE),
     "low_memory": _without(CACHE),
     "prefill_chunk_size": _without("how the prompt is read"),
-    "compile_config": _without("nothing is compiled by torch"),
-    "disable_compile": _without("nothing is compiled by torch"),
+    "compile_config": _without(COMPILED),
+    "disable_compile": _without(COMPILED),
     "continuous_batching_config": _without("one sequence is decoded at a time"),
     # What is returned.
     "output_attentions": _without(OUTPUT),

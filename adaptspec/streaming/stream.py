@@ -32,6 +32,17 @@ class Result:
 
     ``choice`` says what was expected; ``stats.tokens_per_second`` and ``stats.ratio``
     what was measured.
+
+    Args:
+        text: Of the output alone, without the prompt.
+        token_ids: Of the output, the token that ended it included.
+        choice: What decoded, and why.
+        stats: Counts, and times in seconds.
+        finish: What ended the output: ``eos``, ``stop`` (a stop string), ``length`` or
+            ``time`` (``max_time``); ``unfinished`` where more would come.
+        seconds_classifying: Seconds in which the prompt's class was told from its text.
+        seed: Of the sampling; None where decoding was greedy and no seed was given.
+        shadows: What strategies would have saved, where ``shadow=True`` asked for it.
     """
 
     text: str
@@ -39,9 +50,9 @@ class Result:
     choice: Choice
     stats: RunStats
     finish: Finish
-    seconds_classifying: float = 0.0  # the prompt
-    seed: int | None = None  # of the sampling; None: greedy, and none was given
-    shadows: Sequence[Shadow] = ()  # if asked for, what strategies would have saved
+    seconds_classifying: float = 0.0
+    seed: int | None = None
+    shadows: Sequence[Shadow] = ()
 
 
 class Stream(Iterator[str], AsyncIterator[str]):

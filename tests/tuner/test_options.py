@@ -61,6 +61,7 @@ def test_the_order_of_strategies_makes_no_other_run() -> None:
         ({"baselines": True, "objective": "latency"}, "leave --baselines out"),
         ({"baselines": True, "temperature": 0.7}, "baselines decode greedily"),
         ({"ray": "auto", "worker": True}, "take one"),
+        ({"api_key": "secret"}, "^api_key is for other engines .* leave it out$"),
     ],
 )
 def test_what_is_unknown_or_does_not_go_together_is_refused(

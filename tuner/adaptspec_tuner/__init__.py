@@ -1,4 +1,7 @@
-"""Finds the fastest lossless strategy for each class of prompts, by measuring."""
+"""Finds the fastest lossless strategy for each class of prompts, by measuring.
+
+The function that tunes is :func:`adaptspec_tuner.tune.tune`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptspec_tuner.options import TuneOptions
     from adaptspec_tuner.reporting.result import TuneResult
-    from adaptspec_tuner.tune import tune
 
-__all__ = ["TuneOptions", "TuneResult", "tune"]
+__all__ = ["TuneOptions", "TuneResult"]
 
 
 def __getattr__(name: str) -> Any:
     # Light: the plugin's module is imported for --help too.
-    if name == "tune":
-        from adaptspec_tuner.tune import tune
-
-        return tune
     if name == "TuneOptions":
         from adaptspec_tuner.options import TuneOptions
 

@@ -33,7 +33,7 @@ EXAMPLE_TOKENS = 48
 # Options that say nothing of our own engine.
 OF_OTHER_ENGINES = (
     *("engine_command", "engine_python", "engine_argument"),
-    *("context", "concurrency", "batch_threads"),
+    *("context", "concurrency", "batch_threads", "api_key"),
 )
 
 

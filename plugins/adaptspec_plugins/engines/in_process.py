@@ -48,6 +48,7 @@ class InProcessEngine(InferenceEngine):
             "--context": options.context,
             "--batch-threads": options.batch_threads,
             "--heads": [] if cls.takes_heads else list(options.heads),
+            "--api-key": None if options.api_key is None else "a key",  # never printed
         }
         for flag, value in refused.items():
             if value:

@@ -134,3 +134,14 @@ def test_a_speed_that_was_measured_elsewhere_is_not_expected_here(
 
 def test_its_options_are_those_of_generate() -> None:
     assert set(SHARED) <= {parameter.name for parameter in generate.params}
+
+
+def test_it_explains_a_compiled_model(
+    explain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = "adaptspec.model.language_model.compile_parts"
+    monkeypatch.setattr(parts, lambda *_: 1)  # compiling takes seconds
+    assert ", compiled" not in explain("--class", "edit").stdout
+    done = explain("--class", "edit", "--compile")
+    assert done.exit_code == 0, done.output
+    assert ", compiled)" in done.stdout  # what it was measured with isn't

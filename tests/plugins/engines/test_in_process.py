@@ -98,6 +98,7 @@ def test_methods_that_need_a_draft_model_wait_for_one(models: tuple[str, str]) -
         ({"arguments": ["--x"]}, "--engine-argument says nothing to"),
         ({"context": 5}, "--context says nothing to"),
         ({"batch_threads": 1}, "--batch-threads says nothing to"),
+        ({"api_key": "secret"}, "--api-key says nothing to .* got a key; leave it out"),
         ({"concurrency": 2}, "one request at a time"),
     ],
 )

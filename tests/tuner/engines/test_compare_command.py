@@ -271,3 +271,23 @@ def test_a_key_in_the_environment_or_for_a_url_is_none_of_an_engine_started_here
     # Where it is typed for such an engine alone, that refuses it.
     compare([cls, served], workload, "--engine", "scripted", "--api-key", "typed")
     assert cls.opened[-1].options.api_key == "typed"
+
+
+def test_a_model_said_of_no_engine_is_a_servers_where_nothing_is_started(
+    workload: Path,
+) -> None:
+    cls, served = engine_on(Machine(TRUTH)), engine_on(Machine(TRUTH), "openai")
+    url = "http://localhost:1/v1"
+    asked = ("--engine", url, "--draft-model", "d", "--heads", "h")
+    assert compare([cls, served], workload, *asked).exit_code == 0
+    options = served.opened[-1].options
+    # A server refuses the last two: they mustn't be dropped without a word.
+    assert (options.model, options.draft_model) == ("m", "d")
+    assert list(options.heads) == ["h"]
+    both = compare([cls, served], workload, *asked, "--engine", "scripted")
+    assert both.exit_code == 0
+    assert served.opened[-1].options == EngineOptions(engine=url)
+    assert cls.opened[-1].options.model == "m"
+    own = ("--engine", "scripted", "--model", f"{url}=n")
+    assert compare([cls, served], workload, "--engine", url, *own).exit_code == 0
+    assert served.opened[-1].options.model == "n"

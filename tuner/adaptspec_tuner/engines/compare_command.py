@@ -89,7 +89,8 @@ def _tokens(text: str | None) -> int | None:
     "models",
     multiple=True,
     metavar="[ENGINE=]MODEL",
-    help="Model folder of all engines; ENGINE=MODEL of one, as llama.cpp=m.gguf.",
+    help="Model of all engines that are started here, or of the servers where URLs "
+    "alone are asked; ENGINE=MODEL of one, as llama.cpp=m.gguf.",
 )
 @click.option(
     "--draft-model",
@@ -237,13 +238,15 @@ def compare(
                 f"{flag} is one engine's: write {flag} ENGINE={value}; engines: "
                 f"{', '.join(names)}"
             )
-    served = [name for name in names if "://" in name]
+    urls = [name for name in names if "://" in name]
+    # What is said of no engine is of those that are started here, if there are any.
+    shared = [name for name in names if name not in urls] or urls
     asked: list[EngineOptions] = [
         EngineOptions(
             engine=name,
-            model=own_models.get(name, None if "://" in name else model),
-            draft_model=own_drafts.get(name, None if "://" in name else draft),
-            heads=tuple(own_heads.get(name, [] if "://" in name else common_heads)),
+            model=own_models.get(name, model if name in shared else None),
+            draft_model=own_drafts.get(name, draft if name in shared else None),
+            heads=tuple(own_heads.get(name, common_heads if name in shared else [])),
             command=own_commands.get(name),
             python=own_pythons.get(name),
             arguments=tuple(own_words.get(name, ())),
@@ -253,7 +256,7 @@ def compare(
             device=device,
             threads=threads,
             # Engines that are started here want none.
-            api_key=api_key if name in served or not served else None,
+            api_key=api_key if name in urls or not urls else None,
         )
         for name in names
     ]
