@@ -221,12 +221,6 @@ def _tuned(
     progress: Progress,
 ) -> TuneResult:
     """What a tune of our engine, or of another, finds."""
-    if options.engine != OURS:
-        from adaptspec_tuner.engines.tune import tune_engine
-
-        return tune_engine(
-            model, draft_model, prompts, options, db=db, host=host, progress=progress
-        )
     from adaptspec_tuner.tune import tune as run_tune
 
     with without_loading_bars():

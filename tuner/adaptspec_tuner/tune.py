@@ -19,7 +19,7 @@ from adaptspec.model.hardware_costs import (
     use_costs,
 )
 from adaptspec.model.rounding import output_note, store_rounding, stored_rounding
-from adaptspec.profile import Environment, ProfileStore
+from adaptspec.profile import OURS, Environment, ProfileStore
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.distributed.workers import work
 from adaptspec_tuner.measuring.models import Models
@@ -61,7 +61,8 @@ def tune(
     """Find the fastest strategy for each class of ``workload`` on ``model``.
 
     Args:
-        model: A folder, hub name, loaded model or ``LanguageModel``.
+        model: A folder, hub name, loaded model or ``LanguageModel``; with another
+            engine in ``options``, a file, folder or name as that engine takes it.
         workload: Prompts, or a file of them; default: the examples.
         options: Budget, strategies, ...; those of ``adaptspec tune``.
 
@@ -72,12 +73,22 @@ def tune(
             that were confirmed. ``tuning_run.Interrupted`` on Ctrl-C.
     """
     started = clock()
+    options = options or TuneOptions()
+    if options.engine != OURS:
+        from adaptspec_tuner.engines.tune import tune_engine
+
+        return tune_engine(
+            *(model, draft_model, workload, options),
+            db=db,
+            host=host,
+            progress=progress,
+            clock=clock,
+        )
     import torch
 
     from adaptspec.environment import environment_of
     from adaptspec.host import Host
 
-    options = options or TuneOptions()
     host = host or Host.installed()
     chosen = chosen_strategies(host, options.strategies, options.allow_lossy)
     workload = asked_prompts(workload, options.skip_bad)

@@ -31,6 +31,7 @@ from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.tune import tune_engine
 from adaptspec_tuner.options import TuneOptions
 from adaptspec_tuner.reporting.result import TuneResult
+from adaptspec_tuner.tune import tune
 from adaptspec_tuner.tuning_run import Interrupted
 
 CLASSES = ("summary", "code", "chat")
@@ -61,7 +62,7 @@ def tuned(
     """A tune on a machine, and the engine that was opened for it."""
     cls = engine_on(machine, name)
     OPENED.append(cls)
-    result = tune_engine(
+    result = tune(
         "model.gguf",
         None,
         workload_of(list(classes), prompts),
