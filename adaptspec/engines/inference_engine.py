@@ -116,12 +116,14 @@ class Launch:
         environment: Variables that must be set.
         config: The same as the engine's own JSON configuration, where it has one.
         notes: What the engine can't do, or does otherwise, in sentences.
+        path: Folders of programs that it calls, which come first on ``PATH``.
     """
 
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    path: Sequence[str] = ()
 
 
 class InferenceEngine(ABC):

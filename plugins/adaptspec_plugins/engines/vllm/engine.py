@@ -265,11 +265,19 @@ class VLLM(InferenceEngine):
                 f"({BOUND}). Variables are as they are set here, or else as the models "
                 "need them: set those again that were set otherwise for the tune."
             )
+        installation = self._starting.installation
+        others = [name for name in installation.not_its_own if name != "VIRTUAL_ENV"]
+        if others:
+            notes.append(
+                f"It was measured without {' and '.join(others)}, set here for another "
+                "Python; unset that to start this command."
+            )
         return Launch(
             command=self._starting.command(config),
             environment=variables,
             config={"speculative_config": config} if config else {},
             notes=notes,
+            path=[installation.programs],
         )
 
     def close(self) -> None:

@@ -103,6 +103,25 @@ def test_the_printed_lines_start_each_server_when_the_one_before_it_is_ready(
     assert ended.stdout.startswith("second")
 
 
+def test_a_printed_line_finds_the_engines_own_programs_first(tmp_path: Path) -> None:
+    folder = tmp_path / "an environment" / "bin"
+    folder.mkdir(parents=True)
+    tool = folder / "ninja"
+    tool.write_text("#!/bin/sh\necho its own\n")
+    tool.chmod(0o755)
+    plan = split("vllm", "cuda", 1)
+    launch = Launch(["sh", "-c", "ninja"], path=[str(folder)])
+    plan = replace(plan, servers=[replace(plan.servers[0], launch=launch)])
+    (told,) = as_json(plan, "vllm", "127.0.0.1")["servers"]
+    assert told["path"] == [str(folder)]
+    done = subprocess.run(
+        ["sh", "-c", told["shell"]], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "its own\n", done.stderr
+    # A container has none of this machine's folders.
+    assert str(folder) not in compose_text(plan, "vllm", "127.0.0.1", None, [])
+
+
 def test_a_compose_file_starts_each_when_the_one_before_it_is_ready() -> None:
     plan = split("vllm", "cuda", 3)
     text = compose_text(plan, "vllm", "127.0.0.1", None, ["org/model"])

@@ -326,6 +326,21 @@ def test_the_process_is_without_variables_of_this_python(
     assert ours.variables()["PYTHONPATH"] == "/of/ours"
 
 
+def test_a_printed_command_finds_vllms_own_programs_and_no_others_modules(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the measured server does, whose kernels depend on them."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("VIRTUAL_ENV", "/of/ours")
+    engine = opened(tmp_path, model, CUDA)
+    launch = engine.launch("autoregressive", {})
+    assert list(launch.path) == [str(Path(launch.command[0]).parent)]
+    assert not [note for note in launch.notes if "unset" in note]
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    told = " ".join(engine.launch("autoregressive", {}).notes)
+    assert "measured without PYTHONPATH, set here for another Python; unset" in told
+
+
 def test_a_context_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
     target = ModelFolder.find(str(tmp_path))
