@@ -258,6 +258,11 @@ class VLLM(InferenceEngine):
                 "suffix_decoding_max_cached_requests 0 keeps no earlier answers, so "
                 "that a measurement can't copy them; a larger value may gain more."
             )
+            notes.append(
+                "It needs the package arctic-inference==0.1.1, which vLLM doesn't "
+                "bring and its published image lacks: for a container, build an image "
+                "with both, and name it with --image."
+            )
         variables = self._starting.variables()
         if BOUND in variables:
             notes.append(

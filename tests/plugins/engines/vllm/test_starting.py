@@ -341,6 +341,17 @@ def test_a_printed_command_finds_vllms_own_programs_and_no_others_modules(
     assert "measured without PYTHONPATH, set here for another Python; unset" in told
 
 
+def test_what_a_container_needs_for_suffix_decoding_is_said(
+    tmp_path: Path, model: str
+) -> None:
+    """vLLM's image lacks it, and a service of it would start again and again."""
+    engine = opened(tmp_path, model, {**CUDA, "arctic-inference": "0.1.1"})
+    told = " ".join(engine.launch("suffix", {}).notes)
+    assert "needs the package arctic-inference==0.1.1" in told
+    assert "name it with --image" in told
+    assert "arctic" not in " ".join(engine.launch("ngram", {}).notes)
+
+
 def test_a_context_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
     target = ModelFolder.find(str(tmp_path))
