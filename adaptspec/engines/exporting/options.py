@@ -48,6 +48,7 @@ def options_of(engine: str, asked: Asked, usage: Mapping[str, Any]) -> EngineOpt
         context=told.get("context"),
         concurrency=told.get("concurrency") or 1,
         trust_remote_code=bool(told.get("trust_remote_code")),
+        runs_here=False,
     )
 
 

@@ -179,6 +179,22 @@ def test_an_export_binds_as_many_cores_as_were_measured_and_says_which(
         engine.use_threads(64, 64)
 
 
+def test_an_export_keeps_what_the_tune_of_a_larger_machine_was_told(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    engine = opened(tmp_path, model, CPU, threads=4, runs_here=False)
+    assert engine.environment.threads == 4
+    launch = engine.launch("autoregressive", {})
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2,3"
+    told = " ".join(launch.notes)
+    assert "CPUs 0,1,2,3 of a machine with as many, not this one" in told
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    engine = opened(tmp_path / "gpu", model, CUDA, device="cuda:2", runs_here=False)
+    variables = engine.launch("autoregressive", {}).environment
+    assert variables["CUDA_VISIBLE_DEVICES"] == "2"
+
+
 def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
     tmp_path: Path, model: str
 ) -> None:
