@@ -301,7 +301,7 @@ class LlamaCpp(InferenceEngine):
 
     def launch(self, method: str, params: Mapping[str, Scalar]) -> Launch:
         """The command that was measured; a user adds ``--host`` and ``--port``."""
-        notes = ["one setting holds for every request: this server takes none in one"]
+        notes = ["one setting holds for all requests: none can ask for another"]
         if "--cache-ram" in self._program.options:
             notes.append(
                 "measured with `--cache-ram 0` and `cache_prompt: false`, so that no "
