@@ -132,6 +132,13 @@ def test_arguments_of_another_engine_are_said_to_be_left_out() -> None:
     assert any(note.startswith(told) for note in notes)
 
 
+def test_a_context_that_is_no_longer_than_was_measured_is_said() -> None:
+    found = launch("vllm", Setting.of(PLAIN, {}), replace(OPTIONS, context=300))
+    assert list(found.command[-2:]) == ["--context-length", "300"]
+    assert "--context-length is the longest prompt" in " ".join(found.notes)
+    assert "--context-length" not in flags("vllm", PLAIN, {})[1]
+
+
 def test_what_sglang_has_nothing_like_is_said() -> None:
     _, notes = flags(
         "llama.cpp", "draft_simple", {"draft_n_max": 4, "draft_p_min": 0.5}
