@@ -36,6 +36,8 @@ class EngineOptions:
         concurrency: Requests that are answered at the same time.
         api_key: For a server that wants one.
         trust_remote_code: Run code that comes with a model.
+        runs_here: False: an export asks how it is started, which may be on another
+            machine, so its processors and devices needn't be here.
     """
 
     engine: str = OURS
@@ -53,6 +55,7 @@ class EngineOptions:
     concurrency: int = 1
     api_key: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
+    runs_here: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,14 @@ class Launch:
         environment: Variables that must be set.
         config: The same as the engine's own JSON configuration, where it has one.
         notes: What the engine can't do, or does otherwise, in sentences.
+        path: Folders of programs that it calls, which come first on ``PATH``.
     """
 
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    path: Sequence[str] = ()
 
 
 class InferenceEngine(ABC):

@@ -55,9 +55,11 @@ def make_app(
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", relay, methods=["POST"]),
-            Route("/v1/completions", relay, methods=["POST"]),
-            Route("/v1/models", relay, methods=["GET"]),
+            # A browser asks by OPTIONS whether it may ask at all.
+            Route("/v1/chat/completions", relay, methods=["POST", "OPTIONS"]),
+            Route("/v1/completions", relay, methods=["POST", "OPTIONS"]),
+            Route("/v1/models", relay, methods=["GET", "OPTIONS"]),
+            Route("/v1/models/{model:path}", relay, methods=["GET", "OPTIONS"]),
             Route("/health", health),
             Route("/metrics", metrics),
         ],

@@ -91,6 +91,14 @@ class Relay:
                     "too_many_requests",
                     unread=True,
                 )
+            if {".", ".."} & set(scope["path"].split("/")):
+                # It would lead to another path of the server.
+                raise _Refused(
+                    404,
+                    f"{scope['path']}: a path with '.' or '..' isn't passed on",
+                    "not_found",
+                    unread=True,
+                )
             with self._counts.request():
                 body = await self._body(scope, receive)
                 prompt_class = await self._class_of(scope, body)
@@ -133,7 +141,7 @@ class Relay:
         self, scope: Scope, send: Send, body: bytes, prompt_class: str | None
     ) -> None:
         server = self._table.server_of(prompt_class)
-        path = scope["path"]
+        path = scope["raw_path"].decode("ascii")
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
         headers = request_headers(scope["headers"])

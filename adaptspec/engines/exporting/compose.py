@@ -79,9 +79,13 @@ def compose_text(
             f"# {', '.join(relative)}: a container has no such path; tune with the "
             "whole path, so that it is mounted"
         )
+    if engine == "llama.cpp":
+        # Its images check themselves, but always by port 8080.
+        for server in plan.servers:
+            services[server.name]["healthcheck"] = _health(server, engine)
     for server in plan.servers:
         if (first := plan.before(server)) is not None:
-            services[first.name]["healthcheck"] = _health(first)
+            services[first.name]["healthcheck"] = _health(first, engine)
             services[server.name]["depends_on"] = {
                 first.name: {"condition": "service_healthy"}
             }
@@ -160,12 +164,14 @@ def _address(host: str) -> str:
     return f"[{found[socket.AF_INET6]}]"
 
 
-def _health(server: Server) -> dict[str, Any]:
-    """Asked by Python, which is in the image of every engine that needs it."""
+def _health(server: Server, engine: str) -> dict[str, Any]:
+    """Asked by curl or by Python: llama.cpp's images have the one, others the other."""
     url = f"http://127.0.0.1:{server.port}{HEALTH}"
     asked = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
+    by_curl = ["curl", "-sf", "-o", "/dev/null", url]
+    by_python = ["python3", "-c", asked]
     return {
-        "test": ["CMD", "python3", "-c", asked],
+        "test": ["CMD", *(by_curl if engine == "llama.cpp" else by_python)],
         "interval": "5s",
         "timeout": "10s",
         "retries": 3,

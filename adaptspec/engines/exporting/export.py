@@ -20,6 +20,7 @@ from adaptspec.engines.exporting.options import (
     Asked,
     decided_with,
     options_of,
+    records_of,
     tuned_with,
 )
 from adaptspec.engines.exporting.plan import (
@@ -37,6 +38,10 @@ from adaptspec.profile import EVERY_CLASS, ClassChoice, Pick, ProfileStore
 if TYPE_CHECKING:
     from adaptspec.engines.inference_engine import EngineOptions
     from adaptspec.host import Host
+
+NAME_THE_RUN = (
+    "name the run to translate with --run (`adaptspec profiles list` shows them)"
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,6 @@ def export_for(
 def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
     """Another engine's profiles, in SGLang's words."""
     source, choices = _source(wanted, store)
-    usage = tuned_with(replace(wanted.asked, model=None), store, choices)
     found = found_here(
         store,
         choices,
@@ -132,7 +136,11 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
     )
     decisive, notes = _decided_with(store, found, wanted)
     found = replace(found, notes=[*found.notes, *notes])
-    options = options_of(source, wanted.asked, decisive or usage)
+    options = options_of(source, wanted.asked, decisive)
+    if decisive and options.model is None:  # the tune wasn't given one, either
+        from adaptspec.default_model import default_model_path
+
+        options = replace(options, model=str(default_model_path()))
     launches: Launches = lambda s: sglang.launch(source, s, options)  # noqa: E731
     plan = _plan(found, wanted, launches, sglang.NAME)
     return Exported(plan, _files(options), _classifier(store, choices, found))
@@ -140,15 +148,18 @@ def _for_sglang(wanted: Wanted, store: ProfileStore) -> Exported:
 
 def _source(wanted: Wanted, store: ProfileStore) -> tuple[str, list[ClassChoice]]:
     """The engine whose profiles are translated, and its choices for one model."""
-    problem = EngineError("")
+    problem: EngineError | None = None
     for engine in sglang.FROM:
         try:
             choices = choices_of(store, engine, wanted.run)
         except EngineError as error:
-            problem = error
+            problem = problem or error
             continue
         if wanted.run is None:
-            choices = _of_model(engine, wanted.asked, store, choices)
+            choices = _of_model(wanted.asked, store, choices)
+        else:
+            # It refuses another number of requests than the run's.
+            tuned_with(replace(wanted.asked, model=None), store, choices)
         if choices:
             count = wanted.asked.concurrency
             loaded = [c for c in choices if c.environment.concurrency == count]
@@ -157,26 +168,38 @@ def _source(wanted: Wanted, store: ProfileStore) -> tuple[str, list[ClassChoice]
             return engine, [c for c in choices if c.environment.place() == same]
         problem = EngineError(
             f"no tune of {' or '.join(sglang.FROM)} measured {wanted.asked.model}; "
-            "name the run to translate with --run (`adaptspec profiles list` shows "
-            "them)"
+            f"{NAME_THE_RUN}"
         )
     how = "SGLang isn't measured; what vLLM's or llama.cpp's tune found is translated, "
     raise EngineError(f"{how}and {problem}")
 
 
 def _of_model(
-    engine: str, asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
+    asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
 ) -> list[ClassChoice]:
-    """Those of the model that is asked for, by its place or its name."""
-    told = tuned_with(asked, store, choices)
-    name = None if asked.model is None else Path(asked.model).name
-    if asked.model is None or told:
-        name = Path(str(told.get("model"))).name if told else None
-    names = {c.environment.model_name for c in choices}
-    if name is None:
-        return list(choices) if len(names) == 1 else []
-    wanted = {name, name.removesuffix(".gguf")}
-    return [c for c in choices if c.environment.model_name in wanted]
+    """Those of the model that is asked for: of what runs that were given it found in
+    it, or where no record names it, of what is called as it is.
+
+    Raises:
+        EngineError: if it isn't clear which one is meant.
+    """
+    tuned_with(asked, store, choices)  # it refuses what isn't clear
+    runs = records_of(asked, store, choices)
+    models = {c.environment.model for c in choices if c.run in runs}
+    if not models:
+        path = Path(asked.model or "")
+        names = {path.name.removesuffix(".gguf"), path.resolve().name}
+        models = {
+            c.environment.model
+            for c in choices
+            if asked.model is None or Path(c.environment.model_name).name in names
+        }
+        if len(models) > 1:
+            called = "" if asked.model is None else f" called {path.name}"
+            raise EngineError(
+                f"{len(models)} models{called} were measured; {NAME_THE_RUN}"
+            )
+    return [c for c in choices if c.environment.model in models]
 
 
 def _decided_with(

@@ -48,7 +48,29 @@ def options_of(engine: str, asked: Asked, usage: Mapping[str, Any]) -> EngineOpt
         context=told.get("context"),
         concurrency=told.get("concurrency") or 1,
         trust_remote_code=bool(told.get("trust_remote_code")),
+        runs_here=False,
     )
+
+
+def records_of(
+    asked: Asked, store: ProfileStore, choices: Sequence[ClassChoice]
+) -> dict[str, Mapping[str, Any]]:
+    """Run -> the record of how it was asked for, of runs of the model asked for.
+
+    A pinned run goes before others, then the newest. A run whose record wasn't kept is
+    left out.
+
+    Args:
+        choices: Of one engine.
+    """
+    runs = {c.run: c for c in choices}
+    order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
+    return {
+        run: record
+        for run in reversed(order)
+        if (record := store.record(run, USAGE)) is not None
+        and (asked.model is None or _same(record.get("model"), asked.model))
+    }
 
 
 def tuned_with(
@@ -65,15 +87,8 @@ def tuned_with(
         EngineError: if several models or numbers of requests were measured, and none
             was asked for, or another number of requests was.
     """
-    runs = {c.run: c for c in choices}
-    order = sorted(runs, key=lambda run: (runs[run].pinned, runs[run].created))
-    records = [
-        record
-        for run in reversed(order)
-        if (record := store.record(run, USAGE)) is not None
-        and (asked.model is None or _same(record.get("model"), asked.model))
-    ]
-    models = {str(record.get("model")): None for record in records}
+    records = list(records_of(asked, store, choices).values())
+    models = {record.get("model") or "the default model": None for record in records}
     if asked.model is None and len(models) > 1:
         raise EngineError(
             f"{len(models)} models were measured ({', '.join(models)}); say which: "

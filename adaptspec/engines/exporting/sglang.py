@@ -94,6 +94,11 @@ def launch(engine: str, setting: Setting, options: EngineOptions) -> Launch:
         f"It is {NOT_MEASURED}: the setting was found on {engine}, and SGLang's speed "
         "with it is unknown."
     ]
+    if options.context is not None:
+        notes.append(
+            "--context-length is the longest prompt with its answer that was measured; "
+            "leave it out to serve as long ones as the model knows."
+        )
     if options.arguments:
         told = shlex.join(options.arguments)
         notes.append(

@@ -26,8 +26,8 @@ def shared(plan: Plan, engine: str) -> Plan:
     if count == 1:
         return plan
     notes = [*plan.notes, ALONE]
-    servers = plan.servers
-    if plan.found.environment.device == "cpu":
+    servers, device = plan.servers, plan.found.environment.device
+    if device == "cpu":
         notes.append(
             f"Each server has all {plan.found.environment.threads} threads that it was "
             "measured with: those that are busy at the same time slow each other down."
@@ -45,9 +45,16 @@ def shared(plan: Plan, engine: str) -> Plan:
             "The servers don't divide a GPU's memory, so each needs a GPU of its own: "
             f"{OWN_GPU}."
         )
-    # A server of vLLM measures what memory is free while it starts, and ends where
-    # another takes some of it meanwhile.
-    return replace(plan, servers=servers, notes=notes, one_by_one=engine == "vllm")
+    elif engine == "llama.cpp":
+        notes.append(
+            "Each is started when the one before it is ready. Where the GPU hasn't "
+            "room for all, llama-server leaves layers off it without an error (--fit), "
+            "and is slower than was measured: its log says so."
+        )
+    # Both measure what memory is free while they start, and may end where another takes
+    # some of it meanwhile.
+    in_turn = engine == "vllm" or (engine == "llama.cpp" and device != "cpu")
+    return replace(plan, servers=servers, notes=notes, one_by_one=in_turn)
 
 
 def _tells_share(server: Server) -> bool:

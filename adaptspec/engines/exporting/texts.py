@@ -25,6 +25,9 @@ def shell_line(server: Server, host: str) -> str:
         f"{name}={shlex.quote(value)}"
         for name, value in server.launch.environment.items()
     ]
+    if server.launch.path:
+        folders = ":".join(map(shlex.quote, server.launch.path))
+        variables.append(f'PATH={folders}:"$PATH"')
     return " ".join([*variables, shlex.join(command_of(server, host))])
 
 
@@ -151,6 +154,7 @@ def _server_json(server: Server, plan: Plan, host: str) -> dict[str, Any]:
         "command": command_of(server, host),
         "shell": shell_line(server, host),
         "environment": dict(server.launch.environment),
+        "path": list(server.launch.path),
         "config": dict(server.launch.config),
         "notes": list(server.launch.notes),
         "default": server.is_default,

@@ -223,8 +223,42 @@ def test_the_models_of_the_default_server_are_listed(world: World) -> None:
         await to.whole(f"{request.method} {request.target}".encode())
 
     router = world.router(table({"a": world.server(answer).url}))
-    _, _, body = router.ask(b"", "/v1/models", method="GET")
-    assert body == b"GET /v1/models"
+    for path in ("/v1/models", "/v1/models/org%2Fa%3Fb%20c", "/v1/models/org/a?b=%20"):
+        _, _, body = router.ask(b"", path, method="GET")
+        assert body == f"GET {path}".encode()
+
+
+@pytest.mark.parametrize("up", ["../..", "%2e%2e/%2E."])
+def test_no_models_name_leads_to_another_path(world: World, up: str) -> None:
+    """A server's slots tell what others asked."""
+    server = world.server()
+    router = world.router(table({"a": server.url}))
+    status, _, answer = router.ask(b"", f"/v1/models/{up}/slots", method="GET")
+    assert status == 404
+    assert "isn't passed on" in error_of(answer)["message"]
+    assert server.received == []
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/models", "/v1/models/a"])
+def test_a_browser_learns_from_the_default_server_what_it_may_ask(
+    world: World, path: str
+) -> None:
+    async def answer(request: Received, to: Conversation) -> None:
+        origin = request.header("origin")
+        await to.whole(b"", "200 OK", f"Access-Control-Allow-Origin: {origin}")
+
+    default, other = world.server(answer), world.server()
+    router = world.router(table({"a": default.url, "b": other.url}))
+    asked = {
+        "Origin": "http://page.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type, x-adaptspec-class",
+    }
+    status, headers, body = router.ask(b"", path, asked, method="OPTIONS")
+    assert (status, body) == (200, b"")
+    assert headers["access-control-allow-origin"] == "http://page.example"
+    assert default.received[-1].method == "OPTIONS"
+    assert other.received == []
 
 
 def test_pieces_come_as_soon_as_the_server_sends_them(world: World) -> None:
@@ -314,7 +348,7 @@ def test_other_paths_and_methods_are_errors_in_openais_shape(world: World) -> No
     assert "/v1/embeddings" in error_of(answer)["message"]
     status, headers, answer = router.ask(b"", CHAT, method="GET")
     assert status == 405
-    assert headers["allow"] == "POST"
+    assert set(headers["allow"].split(", ")) == {"POST", "OPTIONS"}
     assert error_of(answer)["type"] == "invalid_request_error"
 
 

@@ -31,16 +31,28 @@ def named(device: str | None, devices: Devices) -> str | None:
     known = {name.lower(): name for name, _ in devices}
     found = []
     for word in device.split(","):
-        kind, _, number = word.strip().partition(":")
-        name = f"CUDA{number or 0}" if kind == "cuda" else word.strip()
-        if name.lower() not in known:
+        name = _own_name(word).lower()
+        if name not in known:
             shown = ", ".join(known.values()) or "none"
             raise EngineError(
                 f"llama.cpp: a device is cpu or one that `llama-server --list-devices` "
                 f"shows ({shown}), got {word.strip()!r}; leave out --device to use all"
             )
-        found.append(known[name.lower()])
+        found.append(known[name])
     return ",".join(found)
+
+
+def elsewhere(device: str | None, devices: Devices) -> Devices:
+    """What a user calls a device that isn't listed here, but was where it was tuned.
+
+    Args:
+        device: As for :func:`named`.
+    """
+    if device is None or device in ("cpu", NONE):
+        return []
+    known = {name.lower() for name, _ in devices}
+    names = [_own_name(word) for word in device.split(",")]
+    return [(name, f"no {name}") for name in names if name.lower() not in known]
 
 
 def used(device: str | None, arguments: Sequence[str], devices: Devices) -> Devices:
@@ -71,3 +83,9 @@ def used(device: str | None, arguments: Sequence[str], devices: Devices) -> Devi
 def family(name: str) -> str:
     """``cuda`` of ``CUDA0``, ``vulkan`` of ``Vulkan1``."""
     return name.rstrip("0123456789").lower()
+
+
+def _own_name(word: str) -> str:
+    """``CUDA1`` of ``cuda:1``; others are the server's own names."""
+    kind, _, number = word.strip().partition(":")
+    return f"CUDA{number or 0}" if kind == "cuda" else word.strip()

@@ -19,7 +19,7 @@ from adaptspec.engines.inference_engine import (
 from adaptspec.errors import EngineError
 from adaptspec.params import Scalar
 from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
-from adaptspec_plugins.engines.llama_cpp.devices import family, named, used
+from adaptspec_plugins.engines.llama_cpp.devices import elsewhere, family, named, used
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
 from adaptspec_plugins.engines.llama_cpp.processors import (
     usable_cores,
@@ -67,7 +67,10 @@ class LlamaCpp(InferenceEngine):
         self._program = program
         self._model = model
         self._draft = draft
-        self._device = named(options.device, program.devices)
+        self._devices = list(program.devices)
+        if not options.runs_here:
+            self._devices += elsewhere(options.device, program.devices)
+        self._device = named(options.device, self._devices)
         self._threads = options.threads or usable_cores()
         self._batch_threads = options.batch_threads or self._threads
         self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
@@ -145,7 +148,7 @@ class LlamaCpp(InferenceEngine):
 
     def _accelerators(self) -> Sequence[tuple[str, str]]:
         """Those that hold layers, as far as options tell."""
-        return used(self._device, self._options.arguments, self._program.devices)
+        return used(self._device, self._options.arguments, self._devices)
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -298,7 +301,7 @@ class LlamaCpp(InferenceEngine):
 
     def launch(self, method: str, params: Mapping[str, Scalar]) -> Launch:
         """The command that was measured; a user adds ``--host`` and ``--port``."""
-        notes = ["one setting holds for every request: this server takes none in one"]
+        notes = ["one setting holds for all requests: none can ask for another"]
         if "--cache-ram" in self._program.options:
             notes.append(
                 "measured with `--cache-ram 0` and `cache_prompt: false`, so that no "

@@ -142,7 +142,8 @@ def visible_device(options: EngineOptions) -> str | None:
     """The one that ``--device cuda:N`` names, of those that the user lets programs see.
 
     Raises:
-        EngineError: where it is no number, or there are fewer.
+        EngineError: where it is no number, or there are fewer and it is to run on this
+            machine.
     """
     _, colon, number = (options.device or "").partition(":")
     if not colon:
@@ -155,6 +156,8 @@ def visible_device(options: EngineOptions) -> str | None:
         return number
     names = [name.strip() for name in seen.split(",")]
     if int(number) >= len(names):
+        if not options.runs_here:
+            return number
         raise EngineError(
             f"{VISIBLE}={seen} shows {len(names)} devices, got {options.device!r}; "
             "give a smaller number, or unset the variable"
@@ -162,16 +165,25 @@ def visible_device(options: EngineOptions) -> str | None:
     return names[int(number)]
 
 
+def usable_cpus() -> list[int]:
+    """Those that this process may use; empty where the system doesn't tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))
+
+
 def cores_of(options: EngineOptions) -> tuple[int, ...]:
     """CPUs that this process may use, as many as there are to be threads.
 
     Raises:
-        EngineError: where there are fewer.
+        EngineError: where there are fewer and it is to run on this machine. On another
+            one they are the first.
     """
-    if not hasattr(os, "sched_getaffinity"):
+    if not (allowed := usable_cpus()):
         return ()
-    allowed = sorted(os.sched_getaffinity(0))
     wanted = options.threads or len(allowed)
+    if wanted > len(allowed) and not options.runs_here:
+        return tuple(range(wanted))
     if not 1 <= wanted <= len(allowed):
         raise EngineError(
             f"threads must be 1..{len(allowed)}, the CPUs that this process may use, "

@@ -35,6 +35,7 @@ from adaptspec_plugins.engines.vllm.command import (
     Starting,
     cores_of,
     free_bytes,
+    usable_cpus,
     visible_device,
 )
 from adaptspec_plugins.engines.vllm.counters import Counters, shared
@@ -178,7 +179,8 @@ class VLLM(InferenceEngine):
     def use_threads(self, threads: int, batch_threads: int) -> None:
         """On as many of the CPUs that this process may use; servers end that run on
         others."""
-        cores = cores_of(replace(self._options, threads=threads))
+        # Nobody asked for this number: where there are fewer, all of them are meant.
+        cores = cores_of(replace(self._options, threads=threads, runs_here=True))
         self.close()
         self._starting = replace(self._starting, cores=cores)
 
@@ -258,18 +260,33 @@ class VLLM(InferenceEngine):
                 "suffix_decoding_max_cached_requests 0 keeps no earlier answers, so "
                 "that a measurement can't copy them; a larger value may gain more."
             )
+            notes.append(
+                "It needs the package arctic-inference==0.1.1, which vLLM doesn't "
+                "bring and its published image lacks: for a container, build an image "
+                "with both, and name it with --image."
+            )
         variables = self._starting.variables()
         if BOUND in variables:
+            fits = set(self._starting.cores) <= set(usable_cpus())
+            whose = "this machine" if fits else "a machine with as many, not this one"
             notes.append(
-                f"It is bound to the CPUs {variables[BOUND]} of this machine "
-                f"({BOUND}). Variables are as they are set here, or else as the models "
-                "need them: set those again that were set otherwise for the tune."
+                f"It is bound to the CPUs {variables[BOUND]} of {whose} ({BOUND}). "
+                "Variables are as they are set here, or else as the models need them: "
+                "set those again that were set otherwise for the tune."
+            )
+        installation = self._starting.installation
+        others = [name for name in installation.not_its_own if name != "VIRTUAL_ENV"]
+        if others:
+            notes.append(
+                f"It was measured without {' and '.join(others)}, set here for another "
+                "Python; unset that to start this command."
             )
         return Launch(
             command=self._starting.command(config),
             environment=variables,
             config={"speculative_config": config} if config else {},
             notes=notes,
+            path=[installation.programs],
         )
 
     def close(self) -> None:

@@ -94,17 +94,28 @@ class Installation:
             )
         return found
 
+    @property
+    def programs(self) -> str:
+        """The folder of its Python, beside which its compiler's helpers lie (ninja).
+
+        Links are kept: environments differ by folder, and share their Python.
+        """
+        return str(Path(shutil.which(self.python) or self.python).absolute().parent)
+
+    @property
+    def not_its_own(self) -> list[str]:
+        """Variables of this process that are for this Python alone."""
+        if self.programs == str(Path(sys.executable).absolute().parent):
+            return []
+        names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        return [name for name in names if name in os.environ]
+
     def variables(self) -> dict[str, str]:
         """The variables of its process, without those for this Python alone."""
-        kept = dict(os.environ)
-        kept.pop("VLLM_API_KEY", None)  # the servers are asked without a key
-        # Links are kept: environments differ by folder, and share their Python.
-        theirs = Path(shutil.which(self.python) or self.python).absolute().parent
-        if theirs != Path(sys.executable).absolute().parent:
-            for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
-                kept.pop(name, None)
-        # Its compiler's helpers (ninja) lie beside its Python.
-        kept["PATH"] = os.pathsep.join((str(theirs), kept.get("PATH", os.defpath)))
+        # The servers are asked without a key.
+        dropped = {*self.not_its_own, "VLLM_API_KEY"}
+        kept = {k: v for k, v in os.environ.items() if k not in dropped}
+        kept["PATH"] = os.pathsep.join((self.programs, kept.get("PATH", os.defpath)))
         return kept
 
 

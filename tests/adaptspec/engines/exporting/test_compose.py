@@ -181,3 +181,13 @@ def test_what_arguments_name_is_mounted_or_said(
     paths = [tmp_path / name.replace("$", "$$") for name in names[:5]]
     assert service["volumes"] == [f"{path}:{path}:ro" for path in paths]
     assert "# near.gguf: a container has no such path; tune with the whole path" in text
+
+
+def test_a_llama_cpp_service_is_asked_at_its_own_port() -> None:
+    """Its images ask port 8080 else, and no Python is in them."""
+    service = service_of(["llama-server", "-m", "M"], "llama.cpp")
+    health = service["healthcheck"]
+    assert isinstance(health, dict)
+    words = ["CMD", "curl", "-sf", "-o", "/dev/null", "http://127.0.0.1:8000/health"]
+    assert health["test"] == words
+    assert "healthcheck" not in service_of(["vllm", "serve", "M"], "vllm")

@@ -266,6 +266,7 @@ def test_options_are_those_of_the_tune_unless_given_anew(
     assert (options.threads, options.batch_threads) == (2, 3)
     assert options.context == 2048
     assert (options.concurrency, options.trust_remote_code) == (1, True)
+    assert not options.runs_here  # the flags may be for another machine
     printed(db, "--engine-command", "other", "--draft-model", "e.gguf")
     options = FakeEngine.opened[-1]
     assert (options.command, options.draft_model) == ("other", "e.gguf")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -131,6 +132,13 @@ def test_arguments_of_another_engine_are_said_to_be_left_out() -> None:
     assert any(note.startswith(told) for note in notes)
 
 
+def test_a_context_that_is_no_longer_than_was_measured_is_said() -> None:
+    found = launch("vllm", Setting.of(PLAIN, {}), replace(OPTIONS, context=300))
+    assert list(found.command[-2:]) == ["--context-length", "300"]
+    assert "--context-length is the longest prompt" in " ".join(found.notes)
+    assert "--context-length" not in flags("vllm", PLAIN, {})[1]
+
+
 def test_what_sglang_has_nothing_like_is_said() -> None:
     _, notes = flags(
         "llama.cpp", "draft_simple", {"draft_n_max": 4, "draft_p_min": 0.5}
@@ -250,6 +258,88 @@ def test_what_is_translated_was_measured_with_as_many_requests(
         text = export(db, "--concurrency", str(count))
         assert f"--speculative-num-draft-tokens {drafted}" in text
     assert "which are 1, 4, got 8" in export(db, "--concurrency", "8")
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "name"),
+    [
+        ("vllm", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("vllm", "link", "real"),
+        ("llama.cpp", "m-00001-of-00002.gguf", "m"),
+    ],
+)
+def test_a_model_is_known_by_what_the_tune_was_given(
+    db: str,
+    store: ProfileStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    given: str,
+    name: str,
+) -> None:
+    """Whatever it is called in profiles."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    settings = {NGRAM: 1.5} if engine == "vllm" else {("ngram_simple", 5): 1.5}
+    keep_run(
+        store,
+        {"a": (1.0, settings)},
+        environment=replace(HERE, engine=engine, model_name=name),
+        length=TOKENS if engine == "vllm" else "size_m",
+        model=given,
+    )
+    for arguments in ([], ["--model", given]):
+        text = export(db, *arguments)
+        if engine == "vllm":
+            (line,) = (x for x in text.splitlines() if x and not x.startswith("#"))
+            model = str(tmp_path / "link") if given == "link" else given
+            assert shlex.split(line)[4] == model
+        else:
+            assert f"{given} is llama.cpp's; pass --model" in text
+    assert "--speculative-algorithm NGRAM" in export(db, "--model", f"org/{name}")
+
+
+def test_a_tune_of_the_default_model_is_translated_for_it(
+    db: str, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "adaptspec.default_model.default_model_path", lambda: Path("/cache/default")
+    )
+    vllm = replace(HERE, engine="vllm", model_name="default")
+    kept: dict[str, Any] = {"environment": vllm, "length": TOKENS, "model": None}
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, **kept)
+    assert "--model-path /cache/default" in export(db)
+
+
+def test_folders_of_one_name_are_told_apart(db: str, store: ProfileStore) -> None:
+    for days, (folder, tokens) in enumerate((("/a", 4), ("/b", 7))):
+        keep_run(
+            store,
+            {"a": (1.0, {("ngram", tokens): 1.5})},
+            run=f"r{days}",
+            environment=replace(
+                HERE, engine="vllm", model=f"m{days}", model_name="model"
+            ),
+            length=TOKENS,
+            created=DAY + timedelta(days=days),
+            model=f"{folder}/model",
+        )
+    for folder, drafted in (("/a", "5"), ("/b", "8")):
+        text = export(db, "--model", f"{folder}/model")
+        assert f"--speculative-num-draft-tokens {drafted}" in text
+    told = export(db, "--model", "/c/model")
+    assert "2 models called model were measured; name the run" in told
+
+
+def test_what_the_first_engine_lacks_is_told(db: str, store: ProfileStore) -> None:
+    """Not that the second one wasn't measured."""
+    vllm = replace(HERE, engine="vllm")
+    kept: dict[str, Any] = {"environment": vllm, "length": TOKENS, "model": "/m/x"}
+    keep_run(store, {"a": (1.0, {NGRAM: 1.5})}, **kept)
+    told = export(db, "--model", "org/other")
+    assert "no tune of vllm or llama.cpp measured org/other; name the run" in told
+    assert "carry over" not in told
 
 
 @pytest.mark.slow

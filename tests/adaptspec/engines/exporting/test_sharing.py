@@ -103,6 +103,25 @@ def test_the_printed_lines_start_each_server_when_the_one_before_it_is_ready(
     assert ended.stdout.startswith("second")
 
 
+def test_a_printed_line_finds_the_engines_own_programs_first(tmp_path: Path) -> None:
+    folder = tmp_path / "an environment" / "bin"
+    folder.mkdir(parents=True)
+    tool = folder / "ninja"
+    tool.write_text("#!/bin/sh\necho its own\n")
+    tool.chmod(0o755)
+    plan = split("vllm", "cuda", 1)
+    launch = Launch(["sh", "-c", "ninja"], path=[str(folder)])
+    plan = replace(plan, servers=[replace(plan.servers[0], launch=launch)])
+    (told,) = as_json(plan, "vllm", "127.0.0.1")["servers"]
+    assert told["path"] == [str(folder)]
+    done = subprocess.run(
+        ["sh", "-c", told["shell"]], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "its own\n", done.stderr
+    # A container has none of this machine's folders.
+    assert str(folder) not in compose_text(plan, "vllm", "127.0.0.1", None, [])
+
+
 def test_a_compose_file_starts_each_when_the_one_before_it_is_ready() -> None:
     plan = split("vllm", "cuda", 3)
     text = compose_text(plan, "vllm", "127.0.0.1", None, ["org/model"])
@@ -122,9 +141,13 @@ def test_a_compose_file_starts_each_when_the_one_before_it_is_ready() -> None:
     assert told == [None, *names[:-1]]
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "sglang"])
-def test_servers_of_other_engines_start_at_once(engine: str) -> None:
-    plan = split(engine, "cuda", 2)
+@pytest.mark.parametrize(
+    ("engine", "device"), [("llama.cpp", "cpu"), ("sglang", "cuda")]
+)
+def test_servers_that_measure_no_free_memory_start_at_once(
+    engine: str, device: str
+) -> None:
+    plan = split(engine, device, 2)
     assert "while" not in as_flags(plan, engine, "127.0.0.1", background=True)
     assert "depends_on" not in compose_text(plan, engine, "::1", "image", [])
 
@@ -157,7 +180,14 @@ def test_on_a_cpu_they_share_its_cores_and_nothing_is_added(engine: str) -> None
 
 
 def test_llama_cpp_takes_what_it_needs_of_a_gpu() -> None:
+    """And says nothing where that is less than all layers."""
     plan = split("llama.cpp", "cuda", 2)
     assert shares(plan) == []
-    (note,) = plan.notes
-    assert "share it when both are busy" in note
+    alone, fits = plan.notes
+    assert "share it when both are busy" in alone
+    assert "leaves layers off it without an error (--fit)" in fits
+    assert plan.before(plan.servers[1]) is plan.servers[0]
+    text = compose_text(plan, "llama.cpp", "127.0.0.1", None, [])
+    first, second, *_ = yaml.safe_load(text)["services"].values()
+    assert list(second["depends_on"].values()) == [{"condition": "service_healthy"}]
+    assert first["healthcheck"]["test"][1] == "curl"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from adaptspec.errors import EngineError
-from adaptspec_plugins.engines.llama_cpp.devices import family, named, used
+from adaptspec_plugins.engines.llama_cpp.devices import elsewhere, family, named, used
 from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
 
 CUDA = [("CUDA0", "NVIDIA H200"), ("CUDA1", "NVIDIA H200"), ("Vulkan0", "AMD Radeon")]
@@ -80,3 +80,33 @@ def test_several_devices_are_no_cpu(
     assert (engine.room, engine.thread_counts) == (1, ())
     command = list(engine.launch("autoregressive", {}).command)
     assert command[command.index("--device") + 1] == "CUDA0,CUDA1"
+
+
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        (None, []),
+        ("cpu", []),
+        ("none", []),
+        ("cuda:1", []),
+        ("cuda:2,vulkan0, SYCL0", ["CUDA2", "SYCL0"]),
+    ],
+)
+def test_devices_of_another_machine_are_those_that_are_not_listed(
+    device: str | None, names: Sequence[str]
+) -> None:
+    assert elsewhere(device, CUDA) == [(name, f"no {name}") for name in names]
+
+
+@pytest.mark.slow
+def test_an_export_tells_a_device_that_only_another_machine_has(
+    open_engine: Callable[..., LlamaCpp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LLAMA_DEVICES", "CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)")
+    with pytest.raises(EngineError, match=r"\(CUDA0\), got 'cuda:1'"):
+        open_engine(device="cuda:1")
+    engine = open_engine(device="cuda:1", runs_here=False)
+    command = list(engine.launch("autoregressive", {}).command)
+    assert command[command.index("--device") + 1] == "CUDA1"
+    environment = engine.environment
+    assert (environment.device, environment.device_name) == ("cuda", "no CUDA1")

@@ -180,6 +180,22 @@ def test_an_export_binds_as_many_cores_as_were_measured_and_says_which(
         engine.use_threads(64, 64)
 
 
+def test_an_export_keeps_what_the_tune_of_a_larger_machine_was_told(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    engine = opened(tmp_path, model, CPU, threads=4, runs_here=False)
+    assert engine.environment.threads == 4
+    launch = engine.launch("autoregressive", {})
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2,3"
+    told = " ".join(launch.notes)
+    assert "CPUs 0,1,2,3 of a machine with as many, not this one" in told
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    engine = opened(tmp_path / "gpu", model, CUDA, device="cuda:2", runs_here=False)
+    variables = engine.launch("autoregressive", {}).environment
+    assert variables["CUDA_VISIBLE_DEVICES"] == "2"
+
+
 def test_a_gpu_build_is_told_its_device_and_has_room_for_one(
     tmp_path: Path, model: str
 ) -> None:
@@ -325,6 +341,32 @@ def test_the_process_is_without_variables_of_this_python(
     assert theirs.variables()["PATH"].startswith(str(tmp_path / "environment"))
     ours = Installation((sys.executable,), sys.executable, CUDA)
     assert ours.variables()["PYTHONPATH"] == "/of/ours"
+
+
+def test_a_printed_command_finds_vllms_own_programs_and_no_others_modules(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the measured server does, whose kernels depend on them."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("VIRTUAL_ENV", "/of/ours")
+    engine = opened(tmp_path, model, CUDA)
+    launch = engine.launch("autoregressive", {})
+    assert list(launch.path) == [str(Path(launch.command[0]).parent)]
+    assert not [note for note in launch.notes if "unset" in note]
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    told = " ".join(engine.launch("autoregressive", {}).notes)
+    assert "measured without PYTHONPATH, set here for another Python; unset" in told
+
+
+def test_what_a_container_needs_for_suffix_decoding_is_said(
+    tmp_path: Path, model: str
+) -> None:
+    """vLLM's image lacks it, and a service of it would start again and again."""
+    engine = opened(tmp_path, model, {**CUDA, "arctic-inference": "0.1.1"})
+    told = " ".join(engine.launch("suffix", {}).notes)
+    assert "needs the package arctic-inference==0.1.1" in told
+    assert "name it with --image" in told
+    assert "arctic" not in " ".join(engine.launch("ngram", {}).notes)
 
 
 def test_a_context_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
