@@ -26,6 +26,7 @@ class FakeServer:
         ids: Their token ids, where it tells them.
         usage: Whether it counts tokens where it is asked to.
         unknown: Fields that it refuses.
+        most: Tokens after which it cuts an answer.
         breaks_after: Chunks after which it closes the connection.
         fails_after: Chunks after which it sends an error in the stream.
         held: Prompts (by their text) whose streams wait after the first chunk.
@@ -42,6 +43,7 @@ class FakeServer:
     ids: Sequence[int] | None = None
     usage: bool = True
     unknown: Sequence[str] = ()
+    most: int | None = None
     breaks_after: int | None = None
     fails_after: int | None = None
     held: Sequence[str] = ()
@@ -179,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         told, chat = self.told, "messages" in body
         limit = body.get("max_tokens") or body.get("max_completion_tokens")
         count = min(len(told.words), limit or len(told.words))
+        cut = told.most is not None and told.most < count
+        count = min(count, told.most or count)
         if chat:
             self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         starts = [0, *range(1, count, told.steps)]
@@ -197,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
             if told.ids is not None and body.get("return_token_ids"):
                 choice["token_ids"] = list(told.ids[start:end])
-            choice["finish_reason"] = "stop" if end == count else None
+            ended = "length" if cut else "stop"
+            choice["finish_reason"] = ended if end == count else None
             self._event({"choices": [choice]})
             if number == 0 and prompt in told.held:
                 told.released.wait(HELD)

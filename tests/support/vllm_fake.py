@@ -102,7 +102,8 @@ def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:
 
     def tokenize(body: Mapping[str, Any]) -> dict[str, Any]:
         text = body["prompt"] if "prompt" in body else f"chat {body['messages']}"
-        return {"tokens": [ord(c) for c in text][:20]}
+        longest = int(given.get("--max-model-len", 2048))
+        return {"tokens": [ord(c) for c in text][:20], "max_model_len": longest}
 
     def best(body: Mapping[str, Any]) -> dict[str, Any]:
         """Logits of ids: each 0.01 below the one before, but for odd ones."""

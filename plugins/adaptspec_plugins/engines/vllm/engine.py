@@ -20,7 +20,7 @@ from adaptspec.engines.inference_engine import (
     Launch,
     Method,
 )
-from adaptspec.engines.openai_client import CompletionRequest, RefusedError, Reply
+from adaptspec.engines.openai_client import CompletionRequest, Reply
 from adaptspec.engines.processes import ServerProcess, start_server
 from adaptspec.errors import EngineError
 from adaptspec.params import Params, Scalar
@@ -72,6 +72,7 @@ class VLLM(InferenceEngine):
         self._found, self._missing = choices
         self._servers: OrderedDict[str, Server] = OrderedDict()
         self._prompts: dict[Prompt, list[int]] = {}
+        self._context: int | None = None  # of every server, as the last one told
         self._asked: tuple[Server, float] | None = None
         self.resting = SECONDS_TO_REST if starting.on_cpu else 0.0
 
@@ -198,7 +199,7 @@ class VLLM(InferenceEngine):
         server = self._server(method, params)
         read = [self._ids(server, prompt) for prompt in prompts]
         requests = [
-            self._request(ids, prompt.max_new_tokens or max_new_tokens)
+            self._request(prompt, ids, prompt.max_new_tokens or max_new_tokens)
             for ids, prompt in zip(read, prompts, strict=True)
         ]
         self._let_others_rest(server)
@@ -349,10 +350,19 @@ class VLLM(InferenceEngine):
     def _ids(self, server: Server, prompt: Prompt) -> list[int]:
         """The prompt as the server's own tokenizer and chat template read it."""
         if prompt not in self._prompts:
-            self._prompts[prompt] = _tokenized(server, prompt)
+            self._prompts[prompt], self._context = server.encode(prompt)
         return self._prompts[prompt]
 
-    def _request(self, ids: Sequence[int], tokens: int) -> CompletionRequest:
+    def _request(
+        self, prompt: Prompt, ids: Sequence[int], tokens: int
+    ) -> CompletionRequest:
+        # vLLM itself would cut the answer without a word.
+        if self._context is not None and len(ids) + tokens > self._context:
+            raise EngineError(
+                f"vllm: prompt {prompt.id!r} has {len(ids)} tokens and may get "
+                f"{tokens} more, but the context holds {self._context}; ask for "
+                "fewer, or tell a longer context"
+            )
         body = {**self._greedy(ids, tokens), "return_token_ids": True}
         return CompletionRequest("completions", {"model": self._target.given, **body})
 
@@ -365,34 +375,6 @@ class VLLM(InferenceEngine):
             "temperature": 0,
             "repetition_penalty": 1.0,
         }
-
-
-def _tokenized(server: Server, prompt: Prompt) -> list[int]:
-    if prompt.text is not None and prompt.raw:
-        return _sent(server, {"prompt": prompt.text})
-    if prompt.text is not None:
-        messages = [{"role": "user", "content": prompt.text}]
-    else:
-        messages = [message.as_dict() for message in prompt.messages]
-    # An assistant's message at the end is continued, as by ours.
-    goes_on = messages[-1]["role"] == "assistant"
-    chat: dict[str, Any] = {
-        "messages": messages,
-        "add_generation_prompt": not goes_on,
-        "continue_final_message": goes_on,
-    }
-    if prompt.tools:
-        chat["tools"] = [dict(tool) for tool in prompt.tools]
-    try:
-        return _sent(server, chat)
-    except RefusedError as error:
-        if prompt.text is None or "chat template" not in error.message.lower():
-            raise
-        return _sent(server, {"prompt": prompt.text})
-
-
-def _sent(server: Server, body: Mapping[str, Any]) -> list[int]:
-    return [int(token) for token in server.post("tokenize", body, root=True)["tokens"]]
 
 
 def _answers(replies: Sequence[Reply], told: Counters) -> list[Answer]:

@@ -15,6 +15,7 @@ from adaptspec.engines.openai_client import (
 )
 from adaptspec.engines.processes import ServerProcess
 from adaptspec.errors import EngineError
+from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.vllm.counters import Counters
 
 SECONDS_TO_COUNT = 1.0
@@ -46,6 +47,35 @@ class Server:
             return self._client.post(path, {"model": self.model, **body}, root=root)
         except EngineError as error:
             raise self._told(error) from None
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], int | None]:
+        """As its own tokenizer and chat template read a prompt, and how many tokens a
+        prompt may have with its answer, where it tells."""
+        if prompt.text is not None and prompt.raw:
+            return self._tokenized({"prompt": prompt.text})
+        if prompt.text is not None:
+            messages = [{"role": "user", "content": prompt.text}]
+        else:
+            messages = [message.as_dict() for message in prompt.messages]
+        # An assistant's message at the end is continued, as by ours.
+        goes_on = messages[-1]["role"] == "assistant"
+        chat: dict[str, Any] = {
+            "messages": messages,
+            "add_generation_prompt": not goes_on,
+            "continue_final_message": goes_on,
+        }
+        if prompt.tools:
+            chat["tools"] = [dict(tool) for tool in prompt.tools]
+        try:
+            return self._tokenized(chat)
+        except RefusedError as error:
+            if prompt.text is None or "chat template" not in error.message.lower():
+                raise
+            return self._tokenized({"prompt": prompt.text})
+
+    def _tokenized(self, body: Mapping[str, Any]) -> tuple[list[int], int | None]:
+        told = self.post("tokenize", body, root=True)
+        return [int(token) for token in told["tokens"]], told.get("max_model_len")
 
     @property
     def ended(self) -> bool:

@@ -129,6 +129,19 @@ def test_without_a_template_a_text_is_read_as_it_is_and_a_chat_refused(
             engine.answer(PLAIN, {}, [Prompt("c", messages=(Message("user", "x"),))], 2)
 
 
+def test_an_answer_that_the_context_would_cut_is_refused(
+    tmp_path: Path, model: str
+) -> None:
+    """vLLM itself gives as many tokens as there is room for, without a word."""
+    with opened(tmp_path, model, context=24) as engine:
+        assert len(engine.answer(PLAIN, {}, [HELLO], 4)) == 1
+        with pytest.raises(
+            EngineError, match=r"'hello' has 20 tokens and may get 5 more, .* holds 24"
+        ):
+            engine.answer(PLAIN, {}, [HELLO], 5)
+    assert len(started(tmp_path)) == 1
+
+
 def test_a_version_that_tells_no_ids_gives_texts(tmp_path: Path, model: str) -> None:
     with opened(tmp_path, model, {"no_ids": True}) as engine:
         (answer,) = engine.answer(PLAIN, {}, [HELLO], 3)
