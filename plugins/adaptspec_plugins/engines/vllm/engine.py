@@ -23,6 +23,7 @@ from adaptspec.engines.inference_engine import (
 from adaptspec.engines.openai_client import CompletionRequest, Reply
 from adaptspec.engines.processes import ServerProcess, start_server
 from adaptspec.errors import EngineError
+from adaptspec.memory import usable_memory
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.workloads import Prompt
@@ -34,7 +35,6 @@ from adaptspec_plugins.engines.vllm.command import (
     MEMORY_USED,
     Starting,
     cores_of,
-    free_bytes,
     visible_device,
 )
 from adaptspec_plugins.engines.vllm.counters import Counters, shared
@@ -186,7 +186,7 @@ class VLLM(InferenceEngine):
     def _usable_bytes(self) -> int:
         """Of memory, with what our servers hold already."""
         held = sum(server.memory for server in self._servers.values())
-        return int((free_bytes() + held) * MEMORY_USED)
+        return int((usable_memory() + held) * MEMORY_USED)
 
     def answer(
         self,
