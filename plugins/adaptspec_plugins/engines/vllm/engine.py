@@ -234,7 +234,11 @@ class VLLM(InferenceEngine):
             "logprob_token_ids": sorted({one, other}),
             "return_tokens_as_token_ids": True,
         }
-        told = server.post("completions", asked)
+        self._let_others_rest(server)
+        try:
+            told = server.post("completions", asked)
+        finally:
+            self._asked = (server, time.monotonic())
         try:
             logits = told["choices"][0]["logprobs"]["top_logprobs"][0]
             first, second = (logits[f"token_id:{token}"] for token in (one, other))

@@ -273,6 +273,23 @@ def test_another_server_is_asked_when_the_one_before_has_come_to_rest(
             assert slept == ([] if pause is None else [pause])
 
 
+def test_the_plain_server_is_waited_for_after_it_told_of_a_tie(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: list[Any] = []
+    monkeypatch.setattr(VLLM, "room", 2)
+    monkeypatch.setattr(
+        VLLM, "_let_others_rest", lambda _, server: rested.append(server)
+    )
+    with opened(tmp_path, model) as engine:
+        engine.answer("ngram", {}, [HELLO], 2)
+        engine.near_tie(HELLO, IDS[:2], 2, 30)
+        plain, drafting = engine._server(PLAIN, {}), engine._server("ngram", {})
+        assert rested == [drafting, plain]
+        assert engine._asked is not None
+        assert engine._asked[0] is plain
+
+
 def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> None:
     with opened(tmp_path, model) as engine:
         engine.answer(PLAIN, {}, [HELLO], 2)
