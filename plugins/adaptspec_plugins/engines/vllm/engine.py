@@ -124,8 +124,7 @@ class VLLM(InferenceEngine):
             drafter_cache_bytes=draft.cache_bytes(1) if draft else 0,
             cores=cores_of(options) if installation.device == "cpu" else (),
         )
-        missing = installation.suffix_is_missing
-        choices = options_of(target, draft, heads, missing)
+        choices = options_of(target, draft, heads, installation)
         return cls(options, starting, {"draft": draft}, choices)
 
     @property
