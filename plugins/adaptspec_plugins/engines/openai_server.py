@@ -31,6 +31,7 @@ from adaptspec.strategy import NoParams
 from adaptspec.workloads import Prompt
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+PATIENCE = 6  # times that a busy server is asked again, within about a minute
 # Types of llama.cpp with which an answer may be copied from an earlier request's.
 REMEMBERING = ("ngram-mod", "ngram-cache")
 AS_DEPLOYED = Method(
@@ -73,7 +74,7 @@ class OpenAIServer(InferenceEngine):
             )
         _refuse_what_is_deployed(options)
         key = options.api_key or os.environ.get(KEY_VARIABLE)
-        client = OpenAIClient(options.engine, key)
+        client = OpenAIClient(options.engine, key, patience=PATIENCE)
         try:
             return cls(options, client)
         except BaseException:

@@ -163,6 +163,11 @@ def test_a_note_says_that_the_server_cut_answers() -> None:
         assert "asked for" not in " ".join(engine.notes)
 
 
+def test_a_busy_server_is_asked_again() -> None:
+    with served(FakeServer(busy=[(429, "0"), (503, "0")])) as engine:
+        assert engine.answer(PLAIN, {}, [HELLO], 3)[0].tokens == 3
+
+
 def slot(types: str, speculative: bool = True) -> dict[str, Any]:
     return {"speculative": speculative, "params": {"speculative.types": types}}
 
