@@ -18,6 +18,7 @@ from adaptspec.errors import EngineError
 from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.vllm.counters import Counters
 
+SECONDS_OF_SILENCE = 600.0  # the longest, also before the first token
 SECONDS_TO_COUNT = 1.0
 SECONDS_TO_END = 2.0
 FAILED = 500  # statuses of HTTP from here on are the server's fault
@@ -32,7 +33,9 @@ class Server:
         self.model = model
         self._closing = ExitStack()
         self._process = self._closing.enter_context(process)
-        self._client = self._closing.enter_context(OpenAIClient(process.url))
+        self._client = self._closing.enter_context(
+            OpenAIClient(process.url, timeout=SECONDS_OF_SILENCE)
+        )
 
     def ask(self, requests: Sequence[CompletionRequest]) -> list[Reply]:
         """Answers, or how the process ended, where it did."""
@@ -111,8 +114,10 @@ class Server:
         return self._process.memory()
 
     def _told(self, error: EngineError) -> EngineError:
-        """A refusal of what was asked as it is; else what the server's log tells."""
-        refused = isinstance(error, RefusedError)
+        """A refusal of what was asked as it is; else what the server's log tells.
+
+        One that doesn't answer any more is ended, so that it isn't asked again.
+        """
         if isinstance(error, RefusedError) and 0 < error.status < FAILED:
             return error
         try:
@@ -120,4 +125,7 @@ class Server:
             self._process.check(wait=SECONDS_TO_END, matching=ERRORS)
         except EngineError as ended:
             return ended
-        return EngineError(f"{error}{self._process.tail(ERRORS)}") if refused else error
+        told = EngineError(f"{error}{self._process.tail(ERRORS)}")
+        if not isinstance(error, RefusedError):
+            self.close()
+        return told

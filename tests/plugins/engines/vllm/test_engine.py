@@ -305,6 +305,19 @@ def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> Non
     assert running(tmp_path) == 0
 
 
+def test_a_server_that_hangs_is_ended_and_another_asked(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("SECONDS_OF_SILENCE", 2.0), ("SECONDS_TO_END", 0.1)):
+        monkeypatch.setattr(f"adaptspec_plugins.engines.vllm.server.{name}", seconds)
+    with opened(tmp_path, model, {"hangs": True}) as engine:
+        for asked in (1, 2):
+            with pytest.raises(EngineError, match=r"nothing for 2 s; .* printed"):
+                engine.answer(PLAIN, {}, [HELLO], 2)
+            assert running(tmp_path) == 0
+            assert len(started(tmp_path)) == asked
+
+
 def test_unknown_methods_and_parameters_are_refused(tmp_path: Path, model: str) -> None:
     with opened(tmp_path, model) as engine:
         with pytest.raises(EngineError, match="no method 'lookahead'; it has: auto"):
