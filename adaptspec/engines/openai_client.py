@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +24,8 @@ T = TypeVar("T")
 # What not every server takes; a server that refuses one is asked again without it.
 DROPPED = ("stream_options", "return_token_ids")
 LONGEST_MESSAGE = 400
+BUSY = (429, 503)  # statuses of HTTP
+LONGEST_PAUSE = 60.0  # seconds that a busy server may ask for
 
 
 class RefusedError(EngineError):
@@ -30,12 +34,20 @@ class RefusedError(EngineError):
     Attributes:
         status: Of HTTP; 0 where the error came within a stream.
         message: The server's own words.
+        retry_after: Seconds after which it wants to be asked again, where it tells.
     """
 
-    def __init__(self, text: str, status: int, message: str) -> None:
+    def __init__(
+        self,
+        text: str,
+        status: int,
+        message: str,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.message = message
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,10 @@ class OpenAIClient:
             (``/v1`` where there is none).
         api_key: None: no key is sent.
         timeout: Longest silence of the server in seconds, also before the first token.
+        patience: How often requests are sent again, all of them, where the server
+            refuses one because it is busy (status 429 or 503).
         clock: Seconds.
+        sleep: Waits for seconds.
 
     Raises:
         EngineError: from any method, in one line: no server there, a key or a model
@@ -103,12 +118,16 @@ class OpenAIClient:
         url: str,
         api_key: str | None = None,
         timeout: float = 600.0,
+        patience: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.base, self.root = addresses(url)
         self._key = api_key
         self._clock = clock
         self._timeout = timeout
+        self._patience = patience
+        self._sleep = sleep
         self._refused: set[str] = set()
         self._closing = ExitStack()
         self._portal = self._closing.enter_context(start_blocking_portal())
@@ -129,7 +148,7 @@ class OpenAIClient:
         Returns:
             The replies, in the order of ``requests``.
         """
-        return self._run(lambda: self._ask_all(requests))
+        return self._run(lambda: self._ask_patiently(requests))
 
     def post(self, path: str, body: Mapping[str, Any], root: bool = False) -> Any:
         """The JSON that the server answers with, not streamed.
@@ -184,6 +203,32 @@ class OpenAIClient:
         except BaseException:
             future.cancel()  # Ctrl-C came here; what runs there closes its connections
             raise
+
+    async def _ask_patiently(
+        self, requests: Sequence[CompletionRequest]
+    ) -> list[Reply]:
+        """No answer's time holds what is waited here: each begins with its request."""
+        pause, waited, left = 1.0, 0.0, self._patience
+        while True:
+            try:
+                return await self._ask_all(requests)
+            except RefusedError as error:
+                if error.status not in BUSY or not self._patience:
+                    raise
+                wanted = pause if error.retry_after is None else error.retry_after
+                if not left or wanted > LONGEST_PAUSE:
+                    why = (
+                        f"it asks to wait {wanted:.0f} s"
+                        if left
+                        else f"also after {waited:.0f} s of waiting"
+                    )
+                    raise RefusedError(
+                        f"{error}; {why}; lower --concurrency, or try again later",
+                        error.status,
+                        error.message,
+                    ) from None
+            await self._sleep(wanted)
+            pause, waited, left = 2 * pause, waited + wanted, left - 1
 
     async def _ask_all(self, requests: Sequence[CompletionRequest]) -> list[Reply]:
         asked = [asyncio.ensure_future(self._ask(request)) for request in requests]
@@ -311,7 +356,8 @@ class OpenAIClient:
         elif response.has_redirect_location:
             way_out = f"; it points to {response.headers['location']}"
         text = f"{response.url}: the server refused with status {status}: {message}"
-        return RefusedError(text + way_out, status, message)
+        retry_after = _seconds_until(response.headers.get("retry-after"))
+        return RefusedError(text + way_out, status, message, retry_after)
 
     def _failure(
         self, error: httpx2.HTTPError, url: str, parts: _Parts | None
@@ -453,6 +499,17 @@ def _message_of(answer: Any) -> str:
     if isinstance(answer, list) and answer:
         return "; ".join(_message_of(item) for item in answer)
     return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def _seconds_until(told: str | None) -> float | None:
+    """What ``Retry-After`` tells: seconds, or a date of HTTP."""
+    if told is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(told))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    return None
 
 
 def _line(text: str) -> str:

@@ -26,9 +26,11 @@ class FakeServer:
         ids: Their token ids, where it tells them.
         usage: Whether it counts tokens where it is asked to.
         unknown: Fields that it refuses.
+        most: Tokens after which it cuts an answer.
         breaks_after: Chunks after which it closes the connection.
         fails_after: Chunks after which it sends an error in the stream.
         held: Prompts (by their text) whose streams wait after the first chunk.
+        busy: Statuses of the first answers, each with its ``Retry-After``.
         refusals: Prompt's text -> status and body of its refusal.
         pages: Path -> JSON, or text, that a GET or POST gets; or status and JSON; or
             what makes one of them of the request's body.
@@ -42,9 +44,11 @@ class FakeServer:
     ids: Sequence[int] | None = None
     usage: bool = True
     unknown: Sequence[str] = ()
+    most: int | None = None
     breaks_after: int | None = None
     fails_after: int | None = None
     held: Sequence[str] = ()
+    busy: list[tuple[int, str | None]] = field(default_factory=list)
     refusals: Mapping[str, tuple[int, Any]] = field(default_factory=dict)
     pages: dict[str, Any] = field(default_factory=dict)
     cached: int | None = None
@@ -144,12 +148,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, page)
 
-    def _send(self, status: int, page: Any) -> None:
+    def _send(self, status: int, page: Any, retry_after: str | None = None) -> None:
         plain = isinstance(page, str)
         data = (page if plain else json.dumps(page)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "text/plain" if plain else "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         self.end_headers()
         self.wfile.write(data)
 
@@ -165,6 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
         if "messages" in body and not told.template:
             self._send(400, {"error": {"message": "There is no Chat Template"}})
             return
+        with told.changed:
+            busy = told.busy.pop(0) if told.busy else None
+        if busy is not None:
+            self._send(busy[0], {"error": {"message": "slow down"}}, busy[1])
+            return
         if prompt in told.refusals:
             self._send(*told.refusals[prompt])
             return
@@ -179,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         told, chat = self.told, "messages" in body
         limit = body.get("max_tokens") or body.get("max_completion_tokens")
         count = min(len(told.words), limit or len(told.words))
+        cut = told.most is not None and told.most < count
+        count = min(count, told.most or count)
         if chat:
             self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         starts = [0, *range(1, count, told.steps)]
@@ -197,7 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
             if told.ids is not None and body.get("return_token_ids"):
                 choice["token_ids"] = list(told.ids[start:end])
-            choice["finish_reason"] = "stop" if end == count else None
+            ended = "length" if cut else "stop"
+            choice["finish_reason"] = ended if end == count else None
             self._event({"choices": [choice]})
             if number == 0 and prompt in told.held:
                 told.released.wait(HELD)

@@ -29,7 +29,7 @@ def install(folder: Path, packages: Mapping[str, str], **faults: Any) -> str:
             ``core_fails`` (before it is ready), ``alone`` (it doesn't start beside
             another), ``core_ends`` (in the middle of an answer: the server says so, and
             with ``"dies"`` ends a moment later), ``no_ids`` (it tells no token ids),
-            ``no_template``.
+            ``no_template``, ``hangs`` (at the end of an answer).
     """
     folder.mkdir(parents=True, exist_ok=True)
     told = {"packages": dict(packages), **faults}
@@ -102,7 +102,8 @@ def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:
 
     def tokenize(body: Mapping[str, Any]) -> dict[str, Any]:
         text = body["prompt"] if "prompt" in body else f"chat {body['messages']}"
-        return {"tokens": [ord(c) for c in text][:20]}
+        longest = int(given.get("--max-model-len", 2048))
+        return {"tokens": [ord(c) for c in text][:20], "max_model_len": longest}
 
     def best(body: Mapping[str, Any]) -> dict[str, Any]:
         """Logits of ids: each 0.01 below the one before, but for odd ones."""
@@ -149,6 +150,12 @@ def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:
 
         fake.fails_after = 1
         fake.answered = end
+    if told.get("hangs"):
+
+        def hang(tokens: int, chunks: int) -> None:
+            threading.Event().wait(60)
+
+        fake.answered = hang
     if told.get("dies"):
 
         def die(tokens: int, chunks: int) -> None:

@@ -48,6 +48,7 @@ _NGRAM = Translation("NGRAM", "size_m", None, ("size_n",))
 METHODS: Mapping[str, Mapping[str, Translation]] = {
     "vllm": {
         "ngram": Translation("NGRAM", _TOKENS, None, ("prompt_lookup_max",)),
+        "ngram_gpu": Translation("NGRAM", _TOKENS, None, ("prompt_lookup_max",)),
         "draft_model": Translation("STANDALONE", _TOKENS, "draft"),
         "eagle": Translation("EAGLE", _TOKENS, "heads"),
         "eagle3": Translation("EAGLE3", _TOKENS, "heads"),
@@ -67,6 +68,8 @@ METHODS: Mapping[str, Mapping[str, Translation]] = {
 
 def untranslatable(engine: str, setting: Setting) -> str | None:
     """Why SGLang can't do what another engine's setting does; None if it can."""
+    if setting.params.get("use_heterogeneous_vocab"):
+        return "SGLang has no draft models of another vocabulary than the target's"
     if setting.is_plain or setting.method in METHODS[engine]:
         return None
     known = ", ".join(METHODS[engine])

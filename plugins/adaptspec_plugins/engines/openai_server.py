@@ -31,6 +31,7 @@ from adaptspec.strategy import NoParams
 from adaptspec.workloads import Prompt
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+PATIENCE = 6  # times that a busy server is asked again, within about a minute
 # Types of llama.cpp with which an answer may be copied from an earlier request's.
 REMEMBERING = ("ngram-mod", "ngram-cache")
 AS_DEPLOYED = Method(
@@ -61,6 +62,7 @@ class OpenAIServer(InferenceEngine):
         self._cached_tokens = 0
         self._tells_cache = False
         self._counted = False
+        self._cut = 0
 
     @classmethod
     def open(cls, options: EngineOptions) -> OpenAIServer:
@@ -72,7 +74,7 @@ class OpenAIServer(InferenceEngine):
             )
         _refuse_what_is_deployed(options)
         key = options.api_key or os.environ.get(KEY_VARIABLE)
-        client = OpenAIClient(options.engine, key)
+        client = OpenAIClient(options.engine, key, patience=PATIENCE)
         try:
             return cls(options, client)
         except BaseException:
@@ -125,6 +127,13 @@ class OpenAIServer(InferenceEngine):
             )
         if self._asked_again:
             notes += self._memory_notes()
+        if self._cut:
+            notes.append(
+                "Answers that the server cut before they had as many tokens as were "
+                f"asked for: {self._cut}. Its context or a limit of its own is shorter,"
+                " so these figures are of shorter answers; leave out long prompts, or "
+                "ask for fewer tokens."
+            )
         if self._counted:
             notes.append(
                 "The server doesn't count tokens: the chunks of its streams were "
@@ -167,6 +176,10 @@ class OpenAIServer(InferenceEngine):
             self._reads_texts = True
             replies = self._ask(prompts, max_new_tokens)
         self._remember(prompts)
+        for prompt, reply in zip(prompts, replies, strict=True):
+            asked = prompt.max_new_tokens or max_new_tokens
+            whole = reply.counted or reply.tokens >= asked
+            self._cut += reply.finish_reason == "length" and not whole
         return [self._answer(reply) for reply in replies]
 
     def _remember(self, prompts: Sequence[Prompt]) -> None:

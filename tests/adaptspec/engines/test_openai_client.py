@@ -152,6 +152,70 @@ def test_where_one_request_fails_the_others_are_given_up_and_closed() -> None:
         assert fake.wait_until(lambda: fake.open <= 1)  # the refused one may be kept
 
 
+def waited(
+    fake: FakeServer, requests: int = 1, patience: int = 3, **options: Any
+) -> tuple[list[float], list[Any]]:
+    """Seconds that the client waited, and the replies; it waits without waiting."""
+    seconds: list[float] = []
+
+    async def sleep(wanted: float) -> None:
+        seconds.append(wanted)
+
+    with (
+        running(fake),
+        OpenAIClient(fake.url, patience=patience, sleep=sleep, **options) as client,
+    ):
+        return seconds, client.ask([text()] * requests)
+
+
+@pytest.mark.parametrize(
+    ("busy", "seconds"),
+    [
+        ([], []),
+        ([(429, None), (503, None), (429, None)], [1, 2, 4]),
+        ([(429, "7"), (429, None)], [7, 2]),
+        ([(503, "Wed, 21 Oct 2015 07:28:00 GMT"), (503, "soon")], [0, 2]),
+    ],
+)
+def test_a_busy_server_is_asked_again_after_a_while(
+    busy: list[tuple[int, str | None]], seconds: list[float]
+) -> None:
+    fake = FakeServer(busy=list(busy))
+    found, (reply,) = waited(fake)
+    assert found == seconds
+    assert reply.tokens == 4
+
+
+def test_all_requests_are_sent_again_and_none_is_timed_while_it_waits() -> None:
+    ticks = iter(range(1000))
+    fake = FakeServer(busy=[(429, None)])
+    _, (reply,) = waited(fake, clock=lambda: next(ticks))
+    assert (reply.seconds_to_first, reply.seconds) == (1, 4)
+    fake = FakeServer(busy=[(429, None)])
+    seconds, replies = waited(fake, requests=3)
+    assert len(replies) == 3
+    assert len(fake.bodies) >= 3 + 1
+    assert seconds == [1]
+
+
+@pytest.mark.parametrize(
+    ("busy", "patience", "words"),
+    [
+        ([(429, None)] * 4, 3, "slow down; also after 7 s of waiting; lower --conc"),
+        ([(429, "3600")], 3, "slow down; it asks to wait 3600 s; lower --concurrency"),
+        ([(503, None)], 0, "status 503: slow down$"),
+        ([(500, None)], 3, "status 500: slow down$"),
+    ],
+)
+def test_a_server_that_stays_busy_is_an_error(
+    busy: list[tuple[int, str | None]], patience: int, words: str
+) -> None:
+    fake = FakeServer(busy=list(busy))
+    with pytest.raises(RefusedError, match=words):
+        waited(fake, patience=patience)
+    assert not fake.busy
+
+
 def test_closing_leaves_no_connection(fake: FakeServer) -> None:
     client = OpenAIClient(fake.url)
     client.ask([text(), chat()])

@@ -151,6 +151,23 @@ def test_notes_say_what_was_cached_and_counted() -> None:
         assert "doesn't count tokens" in engine.notes[-1]
 
 
+def test_a_note_says_that_the_server_cut_answers() -> None:
+    with served(FakeServer(most=2, cached=0)) as engine:
+        engine.answer(PLAIN, {}, [CHAT], 3)  # it asks for 2
+        assert engine.notes == []
+        engine.answer(PLAIN, {}, [HELLO], 3)
+        (note,) = engine.notes
+        assert "as were asked for: 1." in note
+    with served(FakeServer(most=2, usage=False, steps=2)) as engine:
+        engine.answer(PLAIN, {}, [HELLO], 3)  # a chunk may hold several tokens
+        assert "asked for" not in " ".join(engine.notes)
+
+
+def test_a_busy_server_is_asked_again() -> None:
+    with served(FakeServer(busy=[(429, "0"), (503, "0")])) as engine:
+        assert engine.answer(PLAIN, {}, [HELLO], 3)[0].tokens == 3
+
+
 def slot(types: str, speculative: bool = True) -> dict[str, Any]:
     return {"speculative": speculative, "params": {"speculative.types": types}}
 

@@ -260,6 +260,8 @@ def test_requests_at_the_same_time_are_of_one_class_and_all_count() -> None:
         assert len({name.partition("/")[0] for name in prompts}) == 1
     assert choices(result) == {"summary": "copy", "code": "draft", "chat": PLAIN}
     alone, _ = tuned(Machine(TRUTH, noise=0.01))
+    assert any("start together" in note for note in result.notes)
+    assert not any("start together" in note for note in alone.notes)
     assert alone.run != result.run
 
 

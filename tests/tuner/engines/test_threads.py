@@ -150,6 +150,17 @@ def test_prompts_that_are_too_long_leave_the_shorter_ones_to_try_threads_on() ->
         settle_threads(opened(cls), workload, MemoryStore(), options, progress)
 
 
+def test_no_shorter_prompt_is_tried_where_the_length_is_not_the_reason() -> None:
+    cls = threaded({2: (0.1, 0.5), 4: (0.05, 0.4)}, broken=[2])
+    engine, progress = opened(cls), Progress(None, cls.machine.clock)
+    options = TuneOptions(300.0, engine="threaded")
+    with pytest.raises(EngineError, match="out of memory"):
+        settle_threads(
+            engine, workload_of(["chat"], 16), MemoryStore(), options, progress
+        )
+    assert engine.used == [(2, 2)]
+
+
 def test_a_tune_measures_with_what_it_chose_and_a_continued_one_keeps_it() -> None:
     cls = threaded({2: (0.1, 0.5), 4: (0.05, 0.4)})
     store = MemoryStore()

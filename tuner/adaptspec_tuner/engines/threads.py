@@ -135,7 +135,7 @@ def settle_threads(
     """Choose an engine's threads, or take those that the same tune chose before.
 
     They are tried on a short prompt and on one of middle length, of those that are
-    tuned on; on a shorter one where the engine refuses that one as too long.
+    tuned on; on a shorter one where the engine takes the short prompt alone.
 
     Returns:
         The options that say the same; empty where there was nothing to choose.
@@ -163,6 +163,9 @@ def settle_threads(
             except EngineError:
                 if middle == 0:
                     raise
+                # Unless the shortest is answered, the prompt's length isn't the reason.
+                one = replace(ranked[0], max_new_tokens=1)
+                engine.answer(PLAIN_METHOD.name, {}, [one] * options.concurrency, 1)
                 middle //= 2
         store.put_record(run, THREADS, asdict(found))
     return asdict(found)

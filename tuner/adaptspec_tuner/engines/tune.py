@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from adaptspec_tuner.reporting.result import TuneResult
 
 SERVER = "openai"  # the engine that asks a server by its URL
+# Of several requests at a time.
+WAVE = (
+    "Requests that are measured together start together, and none follows where one is "
+    "answered: under a steady load speculation may gain less than this says."
+)
 
 
 def engine_class(host: Host, name: str) -> type[InferenceEngine]:
@@ -217,6 +222,9 @@ def tune_engine(
                     usage=usage,
                 )
             )
+            if options.concurrency > 1 and result.classes:
+                result.notes.append(WAVE)
+                progress.say(WAVE)
             result.notes.extend(engine_notes(engine, progress))
             return result
         finally:

@@ -17,6 +17,7 @@ from adaptspec.engines.inference_engine import (
     Method,
 )
 from adaptspec.errors import EngineError
+from adaptspec.memory import usable_memory
 from adaptspec.params import Scalar
 from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
 from adaptspec_plugins.engines.llama_cpp.devices import elsewhere, family, named, used
@@ -167,8 +168,6 @@ class LlamaCpp(InferenceEngine):
     @property
     def room(self) -> int:
         """Servers that the free memory holds; one on an accelerator."""
-        import psutil  # type: ignore[import-untyped]
-
         if self._accelerators():
             return 1
         files = [file for file in (self._model, self._draft) if file is not None]
@@ -178,7 +177,7 @@ class LlamaCpp(InferenceEngine):
         each = OTHER_BYTES + sum(file.cache_bytes(tokens * slots) for file in files)
         held = [server.process.memory() for server in self._servers.values()]
         self._largest = max([self._largest, *held])
-        free = psutil.virtual_memory().available + sum(held) - weights
+        free = usable_memory() + sum(held) - weights
         fit = int(free * MEMORY_USED) // max(each, self._largest)
         return max(1, min(ROOM, fit))
 

@@ -190,10 +190,3 @@ def cores_of(options: EngineOptions) -> tuple[int, ...]:
             f"got {wanted}"
         )
     return tuple(allowed[:wanted])
-
-
-def free_bytes() -> int:
-    """Of memory that programs may still take."""
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available)

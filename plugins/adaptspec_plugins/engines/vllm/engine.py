@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -20,9 +21,10 @@ from adaptspec.engines.inference_engine import (
     Launch,
     Method,
 )
-from adaptspec.engines.openai_client import CompletionRequest, RefusedError, Reply
+from adaptspec.engines.openai_client import CompletionRequest, Reply
 from adaptspec.engines.processes import ServerProcess, start_server
 from adaptspec.errors import EngineError
+from adaptspec.memory import usable_memory
 from adaptspec.params import Params, Scalar
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.workloads import Prompt
@@ -34,7 +36,6 @@ from adaptspec_plugins.engines.vllm.command import (
     MEMORY_USED,
     Starting,
     cores_of,
-    free_bytes,
     usable_cpus,
     visible_device,
 )
@@ -48,6 +49,12 @@ ROOM = 4  # servers that are kept at most
 # After its last answer a server looks for work without pause for so long (`busy_loop_s`
 # of vLLM's shm_broadcast.py), on cores that another one would be measured on.
 SECONDS_TO_REST = 1.0
+# What its end, or the log of a server that didn't start, tells where memory was short.
+# -9 is how vLLM tells of a process of its own that was killed.
+SHORT_OF_MEMORY = re.compile(
+    r"ended before it was ready.*(memory|alloc|KV cache|space left|': -9)",
+    re.IGNORECASE,
+)
 # Rounding passes through every layer: a few units in the last place of the logits.
 TIE_UNITS = 4
 
@@ -73,6 +80,7 @@ class VLLM(InferenceEngine):
         self._found, self._missing = choices
         self._servers: OrderedDict[str, Server] = OrderedDict()
         self._prompts: dict[Prompt, list[int]] = {}
+        self._context: int | None = None  # of every server, as the last one told
         self._asked: tuple[Server, float] | None = None
         self.resting = SECONDS_TO_REST if starting.on_cpu else 0.0
 
@@ -117,8 +125,7 @@ class VLLM(InferenceEngine):
             drafter_cache_bytes=draft.cache_bytes(1) if draft else 0,
             cores=cores_of(options) if installation.device == "cpu" else (),
         )
-        missing = installation.suffix_is_missing
-        choices = options_of(target, draft, heads, missing)
+        choices = options_of(target, draft, heads, installation)
         return cls(options, starting, {"draft": draft}, choices)
 
     @property
@@ -187,7 +194,7 @@ class VLLM(InferenceEngine):
     def _usable_bytes(self) -> int:
         """Of memory, with what our servers hold already."""
         held = sum(server.memory for server in self._servers.values())
-        return int((free_bytes() + held) * MEMORY_USED)
+        return int((usable_memory() + held) * MEMORY_USED)
 
     def answer(
         self,
@@ -200,7 +207,7 @@ class VLLM(InferenceEngine):
         server = self._server(method, params)
         read = [self._ids(server, prompt) for prompt in prompts]
         requests = [
-            self._request(ids, prompt.max_new_tokens or max_new_tokens)
+            self._request(prompt, ids, prompt.max_new_tokens or max_new_tokens)
             for ids, prompt in zip(read, prompts, strict=True)
         ]
         self._let_others_rest(server)
@@ -228,7 +235,11 @@ class VLLM(InferenceEngine):
             "logprob_token_ids": sorted({one, other}),
             "return_tokens_as_token_ids": True,
         }
-        told = server.post("completions", asked)
+        self._let_others_rest(server)
+        try:
+            told = server.post("completions", asked)
+        finally:
+            self._asked = (server, time.monotonic())
         try:
             logits = told["choices"][0]["logprobs"]["top_logprobs"][0]
             first, second = (logits[f"token_id:{token}"] for token in (one, other))
@@ -323,8 +334,8 @@ class VLLM(InferenceEngine):
             self._servers.popitem(last=False)[1].close()
         try:
             process = self._start(method, config)
-        except EngineError:
-            if not self._servers:
+        except EngineError as error:
+            if not self._servers or not SHORT_OF_MEMORY.search(str(error)):
                 raise
             # It may be that it had no room beside the others.
             self.close()
@@ -366,10 +377,19 @@ class VLLM(InferenceEngine):
     def _ids(self, server: Server, prompt: Prompt) -> list[int]:
         """The prompt as the server's own tokenizer and chat template read it."""
         if prompt not in self._prompts:
-            self._prompts[prompt] = _tokenized(server, prompt)
+            self._prompts[prompt], self._context = server.encode(prompt)
         return self._prompts[prompt]
 
-    def _request(self, ids: Sequence[int], tokens: int) -> CompletionRequest:
+    def _request(
+        self, prompt: Prompt, ids: Sequence[int], tokens: int
+    ) -> CompletionRequest:
+        # vLLM itself would cut the answer without a word.
+        if self._context is not None and len(ids) + tokens > self._context:
+            raise EngineError(
+                f"vllm: prompt {prompt.id!r} has {len(ids)} tokens and may get "
+                f"{tokens} more, but the context holds {self._context}; ask for "
+                "fewer, or tell a longer context"
+            )
         body = {**self._greedy(ids, tokens), "return_token_ids": True}
         return CompletionRequest("completions", {"model": self._target.given, **body})
 
@@ -382,34 +402,6 @@ class VLLM(InferenceEngine):
             "temperature": 0,
             "repetition_penalty": 1.0,
         }
-
-
-def _tokenized(server: Server, prompt: Prompt) -> list[int]:
-    if prompt.text is not None and prompt.raw:
-        return _sent(server, {"prompt": prompt.text})
-    if prompt.text is not None:
-        messages = [{"role": "user", "content": prompt.text}]
-    else:
-        messages = [message.as_dict() for message in prompt.messages]
-    # An assistant's message at the end is continued, as by ours.
-    goes_on = messages[-1]["role"] == "assistant"
-    chat: dict[str, Any] = {
-        "messages": messages,
-        "add_generation_prompt": not goes_on,
-        "continue_final_message": goes_on,
-    }
-    if prompt.tools:
-        chat["tools"] = [dict(tool) for tool in prompt.tools]
-    try:
-        return _sent(server, chat)
-    except RefusedError as error:
-        if prompt.text is None or "chat template" not in error.message.lower():
-            raise
-        return _sent(server, {"prompt": prompt.text})
-
-
-def _sent(server: Server, body: Mapping[str, Any]) -> list[int]:
-    return [int(token) for token in server.post("tokenize", body, root=True)["tokens"]]
 
 
 def _answers(replies: Sequence[Reply], told: Counters) -> list[Answer]:

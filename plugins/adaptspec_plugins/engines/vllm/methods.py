@@ -18,6 +18,7 @@ from adaptspec.engines.inference_engine import PLAIN_METHOD, Method
 from adaptspec.errors import EngineError
 from adaptspec.params import Params, Tunable
 from adaptspec_plugins.engines.model_folder import ModelFolder
+from adaptspec_plugins.engines.vllm.installation import Installation
 
 
 class NgramParams(Params):
@@ -70,8 +71,14 @@ class SuffixParams(Params):
     )
 
 
-def drafted(default: int, low: int, high: int, step: int, most: int) -> type[Params]:
-    """Parameters of a method that drafts a number of tokens and has nothing else."""
+def drafted(
+    default: int, low: int, high: int, step: int, most: int, **fixed: Any
+) -> type[Params]:
+    """Parameters of a method that drafts a number of tokens and has nothing else.
+
+    Args:
+        fixed: Further fields, which aren't searched.
+    """
     low, high = min(low, most), min(high, most)
     searched = (Tunable(low, high, step=step),) if low < high else ()
     kind: Any = Annotated[(int, *searched)] if searched else int
@@ -83,13 +90,22 @@ def drafted(default: int, low: int, high: int, step: int, most: int) -> type[Par
     )
     # The name is vLLM's, as in the classes above.
     return create_model(
-        "DraftedParams", __base__=Params, num_speculative_tokens=(kind, described)
+        "DraftedParams",
+        __base__=Params,
+        num_speculative_tokens=(kind, described),
+        **fixed,
     )
 
 
 NGRAM = Method(
     "ngram",
     "copies what followed the same n-gram earlier in prompt and output",
+    NgramParams,
+    general=False,
+)
+NGRAM_GPU = Method(
+    "ngram_gpu",
+    "copies by n-grams that are looked up on the GPU, with steps scheduled ahead",
     NgramParams,
     general=False,
 )
@@ -100,6 +116,23 @@ SUFFIX = Method(
     general=False,
 )
 DRAFT = Method("draft_model", "a smaller model drafts", drafted(5, 1, 7, 2, most=64))
+TWO_VOCABULARIES = Method(
+    DRAFT.name,
+    "a smaller model drafts, of the tokens that it shares with the model",
+    drafted(
+        *(5, 1, 7, 2),
+        most=64,
+        use_heterogeneous_vocab=(
+            bool,
+            Field(default=True, description="draft tokens that both vocabularies have"),
+        ),
+    ),
+)
+TRIED = ("eagle3", "eagle", "medusa")
+# Heads of other kinds that vLLM 0.32 knows; none could be tried here yet.
+UNTRIED = ("dflash", "dspark", "mlp_speculator")
+# The version whose source tells of `ngram_gpu` and `use_heterogeneous_vocab` as here.
+NEWER = (0, 32)
 
 
 @dataclass(frozen=True)
@@ -119,7 +152,7 @@ class Option:
             return {}
         model = {} if self.model is None else {"model": self.model.given}
         told = params.model_dump()
-        if self.method is NGRAM:
+        if self.method in (NGRAM, NGRAM_GPU):
             longest, shortest = told["prompt_lookup_max"], told["prompt_lookup_min"]
             told["prompt_lookup_min"] = min(shortest, longest)
         return {"method": self.method.name, **model, **told}
@@ -129,32 +162,48 @@ def options_of(
     target: ModelFolder,
     draft: ModelFolder | None,
     heads: Sequence[ModelFolder],
-    suffix_is_missing: str | None,
+    installation: Installation,
 ) -> tuple[dict[str, Option], dict[str, str]]:
     """What can be used with these models, by name, and why the others can't.
 
     Raises:
-        EngineError: where heads are of no kind that vLLM has, or two of one kind.
+        EngineError: where heads are of no known kind, or two of one kind.
     """
     found = [Option(PLAIN_METHOD), Option(NGRAM)]
     missing: dict[str, str] = {}
-    if suffix_is_missing is None:
+    newer = installation.is_at_least(NEWER)
+    least = ".".join(map(str, NEWER))
+    if installation.device == "cpu":
+        missing[NGRAM_GPU.name] = "needs a GPU"
+    elif not newer:
+        missing[NGRAM_GPU.name] = f"is tried with vLLM {least} or newer"
+    else:
+        found.append(Option(NGRAM_GPU))
+    if installation.suffix_is_missing is None:
         found.append(Option(SUFFIX))
     else:
-        missing[SUFFIX.name] = suffix_is_missing
+        missing[SUFFIX.name] = installation.suffix_is_missing
     if draft is None:
         missing[DRAFT.name] = "needs a draft model: --draft-model"
-    elif why := target.reads_otherwise(draft):
-        missing[DRAFT.name] = f"needs one vocabulary: {why}"
-    else:
+    elif not (why := target.reads_otherwise(draft)):
         found.append(Option(DRAFT, draft))
-    found += [_of_heads(folder) for folder in heads]
+    elif newer:
+        found.append(Option(TWO_VOCABULARIES, draft))
+    else:
+        missing[DRAFT.name] = f"needs one vocabulary, or vLLM {least} or newer: {why}"
+    for folder in heads:
+        if (kind := _kind(folder)) in UNTRIED:
+            missing[kind] = (
+                f"vLLM may take {folder.name}, but heads of that kind aren't tried yet"
+            )
+        else:
+            found.append(_of_heads(folder, kind))
     if target.mtp_layers:
         found.append(Option(_mtp(target.mtp_layers)))
     else:
         missing["mtp"] = "the model has no layers that predict further tokens"
     names = [option.method.name for option in found]
-    for name in ("eagle", "eagle3", "medusa"):
+    for name in TRIED:
         if names.count(name) > 1:
             raise EngineError(f"heads of kind {name!r} were given twice; give one")
         if name not in names:
@@ -163,7 +212,7 @@ def options_of(
 
 
 def kind_of_heads(config: Mapping[str, Any], name: str) -> str | None:
-    """``eagle``, ``eagle3`` or ``medusa``; None: of no kind that is known.
+    """One of ``TRIED`` or ``UNTRIED``; None: of no kind that is known.
 
     Args:
         config: Of the heads' folder.
@@ -177,20 +226,28 @@ def kind_of_heads(config: Mapping[str, Any], name: str) -> str | None:
     if "medusa_num_heads" in config:
         return "medusa"
     for word in (*told, Path(name).name):
-        plain = word.lower().replace("-", "").replace("_", "")
-        for kind in ("eagle3", "eagle", "medusa"):
-            if kind in plain:
+        plain = _plain(word)
+        for kind in (*TRIED, *UNTRIED):
+            if _plain(kind) in plain:
                 return kind
     return None
 
 
-def _of_heads(folder: ModelFolder) -> Option:
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "").replace("_", "")
+
+
+def _kind(folder: ModelFolder) -> str:
     kind = kind_of_heads(folder.config, folder.given)
     if kind is None:
         raise EngineError(
-            f"{folder.given}: its config.json names no EAGLE, EAGLE-3 or Medusa heads, "
-            "which are what vLLM takes; leave it out of --heads"
+            f"{folder.given}: its config.json names no heads of a kind that vLLM is "
+            f"known to take ({', '.join((*TRIED, *UNTRIED))}); leave it out of --heads"
         )
+    return kind
+
+
+def _of_heads(folder: ModelFolder, kind: str) -> Option:
     if kind == "medusa":
         config = folder.config
         count = int(config.get("medusa_num_heads") or config.get("num_heads") or 5)

@@ -15,8 +15,10 @@ from adaptspec.engines.openai_client import (
 )
 from adaptspec.engines.processes import ServerProcess
 from adaptspec.errors import EngineError
+from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.vllm.counters import Counters
 
+SECONDS_OF_SILENCE = 600.0  # the longest, also before the first token
 SECONDS_TO_COUNT = 1.0
 SECONDS_TO_END = 2.0
 FAILED = 500  # statuses of HTTP from here on are the server's fault
@@ -31,7 +33,9 @@ class Server:
         self.model = model
         self._closing = ExitStack()
         self._process = self._closing.enter_context(process)
-        self._client = self._closing.enter_context(OpenAIClient(process.url))
+        self._client = self._closing.enter_context(
+            OpenAIClient(process.url, timeout=SECONDS_OF_SILENCE)
+        )
 
     def ask(self, requests: Sequence[CompletionRequest]) -> list[Reply]:
         """Answers, or how the process ended, where it did."""
@@ -46,6 +50,35 @@ class Server:
             return self._client.post(path, {"model": self.model, **body}, root=root)
         except EngineError as error:
             raise self._told(error) from None
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], int | None]:
+        """As its own tokenizer and chat template read a prompt, and how many tokens a
+        prompt may have with its answer, where it tells."""
+        if prompt.text is not None and prompt.raw:
+            return self._tokenized({"prompt": prompt.text})
+        if prompt.text is not None:
+            messages = [{"role": "user", "content": prompt.text}]
+        else:
+            messages = [message.as_dict() for message in prompt.messages]
+        # An assistant's message at the end is continued, as by ours.
+        goes_on = messages[-1]["role"] == "assistant"
+        chat: dict[str, Any] = {
+            "messages": messages,
+            "add_generation_prompt": not goes_on,
+            "continue_final_message": goes_on,
+        }
+        if prompt.tools:
+            chat["tools"] = [dict(tool) for tool in prompt.tools]
+        try:
+            return self._tokenized(chat)
+        except RefusedError as error:
+            if prompt.text is None or "chat template" not in error.message.lower():
+                raise
+            return self._tokenized({"prompt": prompt.text})
+
+    def _tokenized(self, body: Mapping[str, Any]) -> tuple[list[int], int | None]:
+        told = self.post("tokenize", body, root=True)
+        return [int(token) for token in told["tokens"]], told.get("max_model_len")
 
     @property
     def ended(self) -> bool:
@@ -81,8 +114,10 @@ class Server:
         return self._process.memory()
 
     def _told(self, error: EngineError) -> EngineError:
-        """A refusal of what was asked as it is; else what the server's log tells."""
-        refused = isinstance(error, RefusedError)
+        """A refusal of what was asked as it is; else what the server's log tells.
+
+        One that doesn't answer any more is ended, so that it isn't asked again.
+        """
         if isinstance(error, RefusedError) and 0 < error.status < FAILED:
             return error
         try:
@@ -90,4 +125,7 @@ class Server:
             self._process.check(wait=SECONDS_TO_END, matching=ERRORS)
         except EngineError as ended:
             return ended
-        return EngineError(f"{error}{self._process.tail(ERRORS)}") if refused else error
+        told = EngineError(f"{error}{self._process.tail(ERRORS)}")
+        if not isinstance(error, RefusedError):
+            self.close()
+        return told

@@ -96,6 +96,11 @@ def test_a_chain_of_so_many_tokens_stays_one(
     [
         ("vllm", "ngram", {"num_speculative_tokens": 8, "prompt_lookup_max": 4}, None),
         ("vllm", "ngram", {"num_speculative_tokens": 16, "prompt_lookup_max": 4}, "20"),
+        (
+            *("vllm", "ngram_gpu"),
+            {"num_speculative_tokens": 8, "prompt_lookup_max": 4},
+            None,
+        ),
         ("llama.cpp", "ngram_simple", {"size_m": 8, "size_n": 3}, None),
         ("llama.cpp", "ngram_map_k", {"size_m": 48, "size_n": 12}, "60"),
         ("llama.cpp", "ngram_mod", {"n_max": 64, "n_match": 24, "n_min": 0}, "88"),
@@ -145,6 +150,12 @@ def test_what_sglang_has_nothing_like_is_said() -> None:
     )
     assert "nothing like draft_p_min=0.5" in notes
     assert flags("vllm", PLAIN, {})[0] == {}
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
+    params = {"num_speculative_tokens": 4, "use_heterogeneous_vocab": True}
+    with pytest.raises(EngineError, match="no draft models of another vocabulary"):
+        launch("vllm", Setting.of("draft_model", params), OPTIONS)
 
 
 @pytest.mark.parametrize(

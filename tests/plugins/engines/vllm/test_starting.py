@@ -129,7 +129,7 @@ def test_a_context_that_does_not_fit_is_refused_by_name(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 8192 tokens: 1 GiB, beside 2 GiB."""
-    name = "adaptspec_plugins.engines.vllm.engine.free_bytes"
+    name = "adaptspec_plugins.engines.vllm.engine.usable_memory"
     monkeypatch.setattr(name, lambda: int(2.9 * 2**30 / 0.7))
     engine = opened(tmp_path, model, CPU)
     with pytest.raises(EngineError, match=r"1 x 8192 tokens.* 3 GiB.*2\.9.*--context"):
@@ -220,7 +220,7 @@ def test_room_is_what_free_memory_holds_and_one_at_least(
     engine = opened(folder, str(folder / "model"), CPU, concurrency=concurrency)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "adaptspec_plugins.engines.vllm.engine.free_bytes", lambda: gib * 2**30
+            "adaptspec_plugins.engines.vllm.engine.usable_memory", lambda: gib * 2**30
         )
         room = engine.room
     assert room == 1 or room * each <= usable + 1e-6
