@@ -236,7 +236,7 @@ def test_a_model_that_predicts_ahead_takes_no_other_draft_model(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_gguf(tmp_path / "draft.gguf", seed=1)
-    ahead = write_gguf(tmp_path / "ahead.gguf", tensors=("blk.0.nextn.eh_proj.weight",))
+    ahead = write_gguf(tmp_path / "ahead.gguf", nextn_predict_layers=1)
     monkeypatch.setattr(
         "adaptspec_plugins.engines.llama_cpp.engine.missing_options", lambda *_: []
     )
