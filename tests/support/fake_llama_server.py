@@ -58,6 +58,7 @@ KNOWN = {
     "--spec-ngram-simple-size-m",
     *("--spec-ngram-map-k4v-size-n", "--spec-ngram-map-k4v-size-m"),
     "--spec-ngram-map-k4v-min-hits",
+    "--chat-template-file",
 }
 EXPECTED = {
     **{"temperature": 0.0, "top_k": 1, "cache_prompt": False, "return_tokens": True},

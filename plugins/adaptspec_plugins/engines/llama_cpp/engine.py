@@ -18,7 +18,7 @@ from adaptspec.engines.inference_engine import (
 )
 from adaptspec.errors import EngineError
 from adaptspec.params import Scalar
-from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
+from adaptspec_plugins.engines.llama_cpp.arguments import give_template, refuse_ours
 from adaptspec_plugins.engines.llama_cpp.devices import family, named, used
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
 from adaptspec_plugins.engines.llama_cpp.processors import (
@@ -67,6 +67,7 @@ class LlamaCpp(InferenceEngine):
         self._program = program
         self._model = model
         self._draft = draft
+        self._has_template = model.has_template or give_template(options.arguments)
         self._device = named(options.device, program.devices)
         self._threads = options.threads or usable_cores()
         self._batch_threads = options.batch_threads or self._threads
@@ -237,7 +238,7 @@ class LlamaCpp(InferenceEngine):
 
     def _encode(self, server: LlamaServer, prompt: Prompt) -> list[int]:
         if prompt not in self._encoded:
-            self._encoded[prompt] = server.encode(prompt, self._model.has_template)
+            self._encoded[prompt] = server.encode(prompt, self._has_template)
         return self._encoded[prompt]
 
     def _server(self, method: str, params: Mapping[str, Scalar]) -> LlamaServer:

@@ -110,13 +110,18 @@ class LlamaServer:
             )
 
     def encode(self, prompt: Prompt, has_template: bool) -> list[int]:
-        """A prompt's tokens, its chat rendered by the server."""
+        """A prompt's tokens, its chat rendered by the server.
+
+        Args:
+            has_template: Whether the model file or the command has a chat template.
+        """
         text = prompt.text
         if text is None or (has_template and not prompt.raw):
             if not has_template:
                 raise EngineError(
                     f"llama.cpp: prompt {prompt.id!r} is a chat, but the model file "
-                    "has no chat template; use raw texts"
+                    "has no chat template; give one by --engine-argument="
+                    "--chat-template-file --engine-argument=FILE, or use texts"
                 )
             messages = (
                 [message.as_dict() for message in prompt.messages]

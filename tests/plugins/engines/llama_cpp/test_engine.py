@@ -99,8 +99,25 @@ def test_prompts_are_read_as_the_model_reads_them(
     bare = open_engine(model=str(write_gguf(tmp_path / "bare.gguf", template=None)))
     (answer,) = bare.answer(PLAIN, {}, [Prompt("text", text="q")], 1)
     assert list(bare._encoded.values()) == [[ord("q")]]
-    with pytest.raises(EngineError, match="'chat' is a chat, but the model file has"):
+    with pytest.raises(
+        EngineError,
+        match=r"'chat' is a chat, but the model file has .*give one by --engine-arg",
+    ):
         bare.answer(PLAIN, {}, [prompts["y"]], 1)
+
+
+def test_a_chat_template_may_come_with_the_users_arguments(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    bare = str(write_gguf(tmp_path / "bare.gguf", template=None))
+    words = ["--chat-template-file", "template.jinja"]
+    engine = open_engine(model=bare, arguments=words)
+    for prompt in (
+        Prompt("chat", messages=(Message("user", "y"),)),
+        Prompt("text", text="y"),
+    ):
+        engine.answer(PLAIN, {}, [prompt], 1)
+        assert "".join(map(chr, engine._encoded[prompt])) == "<user>y"
 
 
 def test_a_prompts_own_length_counts(open_engine: OpenEngine) -> None:
