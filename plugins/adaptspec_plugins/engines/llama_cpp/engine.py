@@ -313,17 +313,7 @@ class LlamaCpp(InferenceEngine):
                 "-c is the context of the longest request that was measured, for each "
                 "of -np; raise it to serve more or longer ones"
             )
-        kinds = kinds_of(method)
-        if any(kind.keeps for kind in kinds):
-            notes.append(
-                f"{method} drafts from earlier requests, too: a prompt that comes "
-                "again gains more than was measured"
-            )
-        if any(kind.forgets for kind in kinds):
-            notes.append(
-                "each prompt was measured with an empty table of n-grams; in service a "
-                "slot's table keeps positions of its last request and finds less"
-            )
+        notes += [k.in_service for k in kinds_of(method) if k.in_service]
         if dropped := dropped_variables():
             notes.append(
                 f"measured without the variables {', '.join(dropped)}, which are set "

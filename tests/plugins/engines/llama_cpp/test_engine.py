@@ -307,8 +307,27 @@ def test_launch_is_what_was_measured(open_engine: OpenEngine, fake: Any) -> None
     assert option(words, "--spec-ngram-mod-n-min") == "7"
     assert words[ours + 2 :: 2] == ["--host", "--port"]
     assert any("--cache-ram 0" in note for note in launch.notes)
-    assert any("a prompt that comes again" in note for note in launch.notes)
     assert any("-np is how many" in note for note in launch.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("ngram_mod", ["a prompt that comes again gains more"]),
+        ("ngram_cache", ["hardly drafts from the request itself, and gains less"]),
+        ("ngram_map_k4v", ["keeps positions of its last request and finds less"]),
+        ("ngram_map_k4v_ngram_mod", ["finds less", "a prompt that comes again"]),
+        ("ngram_simple", []),
+    ],
+)
+def test_what_its_memory_makes_of_a_server_that_runs_on_is_told(
+    method: str, says: list[str], open_engine: OpenEngine
+) -> None:
+    engine = open_engine()
+    plain = engine.launch(PLAIN, {}).notes
+    told = [note for note in engine.launch(method, {}).notes if note not in plain]
+    assert len(told) == len(says)
+    assert all(words in note for words, note in zip(says, told, strict=True))
 
 
 def test_a_draft_model_opens_its_methods(
