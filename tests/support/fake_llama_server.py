@@ -136,6 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         if told("DIE"):
             print("the last thing it says", flush=True)
             os.kill(os.getpid(), getattr(signal, str(told("DIE"))))
+        if told("STUCK") and asked["prompt"] != [0, 0]:
+            print("it looks for an answer", flush=True)
+            time.sleep(60)
         last, length = asked["prompt"][-1], asked["n_predict"]
         if "n_probs" in asked:
             # The next number, and each further one half a nat less probable.

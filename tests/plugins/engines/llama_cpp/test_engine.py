@@ -12,10 +12,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from adaptspec.engines.inference_engine import EngineOptions
+from adaptspec.engines.processes import start_server
 from adaptspec.errors import EngineError
 from adaptspec.host import Host
 from adaptspec.workloads import Message, Prompt
 from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
+from adaptspec_plugins.engines.llama_cpp.server import LlamaServer
 from gguf_files import write_gguf
 
 pytestmark = pytest.mark.slow
@@ -398,6 +400,23 @@ def test_errors_are_one_line_with_the_logs_end(
         with pytest.raises(EngineError, match=says) as caught:
             engine.answer(PLAIN, {}, [TEXT], 1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_server_that_gives_no_answer_is_ended(
+    together: int, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LLAMA_STUCK", "1")
+    command = [fake.command, "-m", "model.gguf", "-np", str(together), "--port"]
+    process = start_server("llama-server", lambda port: [*command, str(port)])
+    server = LlamaServer(process, token_seconds=0.1)
+    monkeypatch.setattr(f"{LlamaServer.__module__}.ANSWER_SECONDS", 0.2)
+    with pytest.raises(
+        EngineError, match=r"within \d\S* s .* each of [48] tokens.*looks for an answer"
+    ) as caught:
+        server.answer([([97], 3)] * together, forget=False)
+    assert "\n" not in str(caught.value)
+    assert process.ended == "it was stopped"
 
 
 def test_an_unknown_option_is_named(open_engine: OpenEngine) -> None:
