@@ -197,6 +197,8 @@ def serve(words: list[str]) -> None:
     if log := told("LOG"):
         with open(log, "a") as file:
             file.write(json.dumps([os.getpid(), words]) + "\n")
+    if told("ALONE") and log and any(_runs(pid) for pid in _before(log)):
+        os.kill(os.getpid(), signal.SIGKILL)
     if message := told("CANT_LOAD"):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
@@ -205,6 +207,20 @@ def serve(words: list[str]) -> None:
     server = Server(("127.0.0.1", int(options["--port"])), Handler)
     server.options = options
     server.serve_forever()
+
+
+def _before(log: str) -> list[int]:
+    """Processes that were started before this one."""
+    with open(log) as file:
+        return [json.loads(line)[0] for line in file][:-1]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

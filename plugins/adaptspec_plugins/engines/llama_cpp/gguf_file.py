@@ -89,6 +89,17 @@ class GgufFile:
         kept = self.number("attention.head_count_kv") or heads
         return 2 * 2 * tokens * self.number("block_count") * kept * width
 
+    @property
+    def caches_all(self) -> bool:
+        """Whether every layer keeps keys and values of all tokens, so that
+        :meth:`cache_bytes` isn't too much, as far as the metadata tell."""
+        others = [
+            *("attention.sliding_window", "attention.key_length_mla"),
+            *("full_attention_interval", "ssm.state_size"),
+        ]
+        told = self.number("attention.head_count_kv")  # 0 also where layers differ
+        return told > 0 and not any(self.number(key) for key in others)
+
     @classmethod
     def open(cls, path: str | Path, cache: Path | None = None) -> GgufFile:
         """Read a file; what was read is kept, as reading all of it takes seconds.
