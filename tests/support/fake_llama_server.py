@@ -58,6 +58,7 @@ KNOWN = {
     "--spec-ngram-simple-size-m",
     *("--spec-ngram-map-k4v-size-n", "--spec-ngram-map-k4v-size-m"),
     "--spec-ngram-map-k4v-min-hits",
+    "--chat-template-file",
 }
 EXPECTED = {
     **{"temperature": 0.0, "top_k": 1, "cache_prompt": False, "return_tokens": True},
@@ -135,6 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         if told("DIE"):
             print("the last thing it says", flush=True)
             os.kill(os.getpid(), getattr(signal, str(told("DIE"))))
+        if told("STUCK") and asked["prompt"] != [0, 0]:
+            print("it looks for an answer", flush=True)
+            time.sleep(60)
         last, length = asked["prompt"][-1], asked["n_predict"]
         if "n_probs" in asked:
             # The next number, and each further one half a nat less probable.
@@ -193,6 +197,8 @@ def serve(words: list[str]) -> None:
     if log := told("LOG"):
         with open(log, "a") as file:
             file.write(json.dumps([os.getpid(), words]) + "\n")
+    if told("ALONE") and log and any(_runs(pid) for pid in _before(log)):
+        os.kill(os.getpid(), signal.SIGKILL)
     if message := told("CANT_LOAD"):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
@@ -201,6 +207,20 @@ def serve(words: list[str]) -> None:
     server = Server(("127.0.0.1", int(options["--port"])), Handler)
     server.options = options
     server.serve_forever()
+
+
+def _before(log: str) -> list[int]:
+    """Processes that were started before this one."""
+    with open(log) as file:
+        return [json.loads(line)[0] for line in file][:-1]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from adaptspec.testing.scripted_engine import (
     engine_on,
     workload_of,
 )
-from adaptspec.workloads import Prompt
+from adaptspec.workloads import Message, Prompt
 from adaptspec_profiles.memory import MemoryStore
 from adaptspec_tuner.engines.measurer import EngineMeasurer, even_parts
 from adaptspec_tuner.measuring.profiler import PLAIN_SETTING, MeasuresAhead, Setting
@@ -129,6 +130,37 @@ def test_what_fails_at_the_first_answer_is_told_in_a_line() -> None:
         EngineError, match=r"^scripted can't decode plainly: IndexE.*e$"
     ):
         measurer.check()
+
+
+@pytest.mark.parametrize(
+    ("raw", "form"),
+    [
+        (False, {}),
+        (True, {"raw": True}),
+        (False, {"text": None, "messages": (Message("user", "x"),), "tools": ({},)}),
+    ],
+)
+def test_a_warm_up_asks_no_prompt_that_is_measured(
+    raw: bool, form: dict[str, Any]
+) -> None:
+    """An engine that drafts from earlier requests would start again before that one."""
+    asked: list[Prompt] = []
+
+    class Listening(engine_on(dear())):  # type: ignore[misc]
+        def answer(self, *given: Any) -> list[Answer]:
+            asked.extend(given[2])
+            return super().answer(*given)  # type: ignore[no-any-return]
+
+    prompts = tuple(replace(prompt, **form) for prompt in PROMPTS)
+    engine = Listening(EngineOptions(engine="scripted", model="m"))
+    measurer = EngineMeasurer(engine, [replace(WORKLOAD, prompts=prompts)], 64)
+    for prompt in prompts:
+        measurer.measure(SETTINGS[0], prompt)
+    warming, *others = asked
+    assert others == list(prompts)
+    assert warming.content not in [prompt.content for prompt in prompts]
+    assert isinstance(warming.content, str)
+    assert (warming.raw, warming.tools, warming.max_new_tokens) == (raw, (), 4)
 
 
 def test_plain_decoding_is_started_once_for_several_settings_with_room_for_one() -> (

@@ -82,8 +82,15 @@ class EngineMeasurer:
         self._parts = [
             part for group in self._groups for part in even_parts(group, concurrency)
         ]
-        every = [prompt for group in self._groups for prompt in group]
-        self._shortest = min(every, key=lambda prompt: len(self.ids(prompt)))
+        # No prompt that is measured: an engine may have to forget what it was asked. It
+        # is read as they are, raw or as a user's message.
+        self._warming = replace(
+            self._groups[0][0],
+            text="Hello",
+            messages=(),
+            tools=(),
+            max_new_tokens=warm_up_tokens,
+        )
         self.keeps, self.starts = engine.starting >= dear, 0
         self._ready: list[str] = []  # setting keys, the one asked last at the end
         self._took: dict[str, float] = {}  # setting key -> seconds of its first start
@@ -387,18 +394,17 @@ class EngineMeasurer:
         return found
 
     def _warm(self, setting: Setting) -> None:
-        """Start a setting, and let it answer the shortest prompt a little, which
-        doesn't count."""
+        """Start a setting, and let it answer a greeting a little, which doesn't
+        count."""
         if setting.key in self._broken:
             raise self._broken[setting.key]
-        short = [replace(self._shortest, max_new_tokens=self._warm_up_tokens)]
         self.starts += 1
         began = self._clock()
         try:
             self._engine.answer(
                 setting.strategy,
                 setting.params,
-                short * self._concurrency,
+                [self._warming] * self._concurrency,
                 self._warm_up_tokens,
             )
         # A third party's engine may raise anything.

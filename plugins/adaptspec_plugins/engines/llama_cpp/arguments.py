@@ -1,4 +1,4 @@
-"""Which of ``llama-server``'s options a user may add; others are the engine's own."""
+"""Which of ``llama-server``'s options a user may add, and what they bring."""
 
 from __future__ import annotations
 
@@ -43,8 +43,16 @@ NOT_TRIED = re.compile(
     r"|sampling|backend-sampling|p-split)"
 )
 SPECULATING = re.compile(r"--(no-)?spec-")
+TEMPLATES = ("--chat-template", "--chat-template-file")
 # `--gpt-oss-20b-default`: a model, and sometimes a draft model, by their names.
 PRESET = re.compile(r"--[\w.-]+-(default|spec)$")
+
+
+def give_template(arguments: Sequence[str]) -> bool:
+    """Whether a user's arguments bring a chat template."""
+    # Underscores are read as hyphens; a value is always a word of its own.
+    options = {word.replace("_", "-") for word in arguments}
+    return not options.isdisjoint(TEMPLATES)
 
 
 def refuse_ours(arguments: Sequence[str]) -> None:

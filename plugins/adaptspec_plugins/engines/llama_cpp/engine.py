@@ -19,9 +19,15 @@ from adaptspec.engines.inference_engine import (
 from adaptspec.errors import EngineError
 from adaptspec.memory import usable_memory
 from adaptspec.params import Scalar
-from adaptspec_plugins.engines.llama_cpp.arguments import refuse_ours
+from adaptspec_plugins.engines.llama_cpp.arguments import give_template, refuse_ours
 from adaptspec_plugins.engines.llama_cpp.devices import elsewhere, family, named, used
 from adaptspec_plugins.engines.llama_cpp.gguf_file import GgufFile
+from adaptspec_plugins.engines.llama_cpp.memory import (
+    OTHER_BYTES,
+    SHORT_OF_MEMORY,
+    refuse_what_never_fits,
+    way_to_less,
+)
 from adaptspec_plugins.engines.llama_cpp.processors import (
     usable_cores,
     usable_processors,
@@ -42,7 +48,6 @@ if TYPE_CHECKING:
 
 ROOM = 8
 MEMORY_USED = 0.7  # of what is free
-OTHER_BYTES = 512 << 20  # a server's own besides weights, keys and values
 BLOCK = 256  # llama.cpp rounds a slot's tokens up to multiples of it
 # Two forwards of the same tokens in other batches: see docs/engines/llama-cpp.md.
 TIE_NATS = {"float32": 0.1, "float16": 0.25, "bfloat16": 0.25}
@@ -68,6 +73,7 @@ class LlamaCpp(InferenceEngine):
         self._program = program
         self._model = model
         self._draft = draft
+        self._has_template = model.has_template or give_template(options.arguments)
         self._devices = list(program.devices)
         if not options.runs_here:
             self._devices += elsewhere(options.device, program.devices)
@@ -77,6 +83,7 @@ class LlamaCpp(InferenceEngine):
         self._servers: OrderedDict[tuple[str, ...], LlamaServer] = OrderedDict()
         self._encoded: dict[Prompt, list[int]] = {}
         self._largest = 0  # bytes that a server was seen to hold
+        self._fitting = ROOM  # servers, as far as was seen
         known = all_methods()
         self._lacking = {
             name: reason for name in known if (reason := self._lacks(name))
@@ -179,7 +186,7 @@ class LlamaCpp(InferenceEngine):
         self._largest = max([self._largest, *held])
         free = usable_memory() + sum(held) - weights
         fit = int(free * MEMORY_USED) // max(each, self._largest)
-        return max(1, min(ROOM, fit))
+        return max(1, min(self._fitting, fit))
 
     @property
     def thread_counts(self) -> Sequence[int]:
@@ -239,7 +246,7 @@ class LlamaCpp(InferenceEngine):
 
     def _encode(self, server: LlamaServer, prompt: Prompt) -> list[int]:
         if prompt not in self._encoded:
-            self._encoded[prompt] = server.encode(prompt, self._model.has_template)
+            self._encoded[prompt] = server.encode(prompt, self._has_template)
         return self._encoded[prompt]
 
     def _server(self, method: str, params: Mapping[str, Scalar]) -> LlamaServer:
@@ -251,18 +258,45 @@ class LlamaCpp(InferenceEngine):
             self._servers.pop(key).stop()
             server = None
         if server is None:
+            self._refuse_what_never_fits(method)
             while self._servers and len(self._servers) >= self.room:
                 self._servers.popitem(last=False)[1].stop()
-            if "--cache-ram" in self._program.options:
-                command += ["--cache-ram", "0"]
-            # Reading a file that isn't in memory takes a second per 100 MB at worst.
-            deadline = 120 + self._model.size / 1e8
-            speculates = bool(kinds_of(method))
-            self._servers[key] = server = LlamaServer.start(
-                command, self._options.concurrency, speculates, deadline
-            )
+            self._servers[key] = server = self._start(method, command)
         self._servers.move_to_end(key)
         return server
+
+    def _start(self, method: str, command: Sequence[str]) -> LlamaServer:
+        """A new server; without those beside which it finds too little memory."""
+        if "--cache-ram" in self._program.options:
+            command = [*command, "--cache-ram", "0"]
+        # Reading a file that isn't in memory takes a second per 100 MB at worst.
+        deadline = 120 + self._model.size / 1e8
+        slots, speculates = self._options.concurrency, bool(kinds_of(method))
+        while True:
+            try:
+                return LlamaServer.start(command, slots, speculates, deadline)
+            except EngineError as error:
+                if not SHORT_OF_MEMORY.search(str(error)):
+                    raise
+                if not self._servers:
+                    way_out = way_to_less(self._options, self._model)
+                    raise EngineError(f"{error}; {way_out}") from error
+                self._fitting = len(self._servers)
+                self.close()
+
+    def _refuse_what_never_fits(self, method: str) -> None:
+        if not self._accelerators():
+            held = sum(server.process.memory() for server in self._servers.values())
+            fits = "--fit" in self._program.options
+            refuse_what_never_fits(self._options, self._files(method), fits, held)
+
+    def _files(self, method: str) -> list[GgufFile]:
+        """The model's, and the draft model's where a method takes it."""
+        # A model that predicts ahead itself takes no draft model of another kind.
+        draft = self._draft
+        if draft is None or draft.draft_kind != uses_draft(method):
+            return [self._model]
+        return [self._model, draft]
 
     def _command(self, method: str, params: Mapping[str, Scalar]) -> list[str]:
         """What starts a setting, without address and port."""
@@ -279,9 +313,7 @@ class LlamaCpp(InferenceEngine):
         if self._device is not None:
             command += ["--device", self._device]
         command += arguments_of(method, params)
-        # A model that predicts ahead itself takes no draft model of another kind.
-        draft = self._draft
-        if draft is not None and draft.draft_kind == uses_draft(method):
+        for draft in self._files(method)[1:]:
             command += ["-md", str(draft.path)]
         return command + list(self._options.arguments)
 
@@ -314,17 +346,7 @@ class LlamaCpp(InferenceEngine):
                 "-c is the context of the longest request that was measured, for each "
                 "of -np; raise it to serve more or longer ones"
             )
-        kinds = kinds_of(method)
-        if any(kind.keeps for kind in kinds):
-            notes.append(
-                f"{method} drafts from earlier requests, too: a prompt that comes "
-                "again gains more than was measured"
-            )
-        if any(kind.forgets for kind in kinds):
-            notes.append(
-                "each prompt was measured with an empty table of n-grams; in service a "
-                "slot's table keeps positions of its last request and finds less"
-            )
+        notes += [k.in_service for k in kinds_of(method) if k.in_service]
         if dropped := dropped_variables():
             notes.append(
                 f"measured without the variables {', '.join(dropped)}, which are set "

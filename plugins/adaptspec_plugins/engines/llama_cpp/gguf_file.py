@@ -15,7 +15,7 @@ from adaptspec.errors import EngineError
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 HASH_BYTES = 1 << 22
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 OUR_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -29,7 +29,6 @@ class GgufFile:
         digest: SHA-256 of all bytes, shortened.
         metadata: Its single values, without the vocabulary and the chat template.
         has_template: Whether a chat template comes with it.
-        predicts_ahead: Whether it has layers that predict several tokens (MTP).
         has_markov_head: Whether its blocks are corrected by a Markov head (DSpark).
     """
 
@@ -38,7 +37,6 @@ class GgufFile:
     digest: str
     metadata: Mapping[str, Any]
     has_template: bool
-    predicts_ahead: bool
     has_markov_head: bool
 
     @property
@@ -69,6 +67,11 @@ class GgufFile:
         return int(value) if isinstance(value, int | float) else 0
 
     @property
+    def predicts_ahead(self) -> bool:
+        """Whether it has layers that predict several tokens (MTP)."""
+        return self.number("nextn_predict_layers") > 0
+
+    @property
     def draft_kind(self) -> str:
         """The method that drafts with it, by what llama.cpp itself looks at."""
         if self.architecture == "eagle3":
@@ -85,6 +88,17 @@ class GgufFile:
         )
         kept = self.number("attention.head_count_kv") or heads
         return 2 * 2 * tokens * self.number("block_count") * kept * width
+
+    @property
+    def caches_all(self) -> bool:
+        """Whether every layer keeps keys and values of all tokens, so that
+        :meth:`cache_bytes` isn't too much, as far as the metadata tell."""
+        others = [
+            *("attention.sliding_window", "attention.key_length_mla"),
+            *("full_attention_interval", "ssm.state_size"),
+        ]
+        told = self.number("attention.head_count_kv")  # 0 also where layers differ
+        return told > 0 and not any(self.number(key) for key in others)
 
     @classmethod
     def open(cls, path: str | Path, cache: Path | None = None) -> GgufFile:
@@ -112,7 +126,7 @@ class GgufFile:
         kept = _cache_file(path, cache)
         known = _read_cache(kept, state)
         if known is None:
-            known = {**_contents(path), "digest": _digest(parts)}
+            known = {**_contents(parts), "digest": _digest(parts)}
             _write_cache(kept, {"format": CACHE_FORMAT, "state": state, "known": known})
         return cls(path=path, size=sum(size for _, size, _ in state), **known)
 
@@ -134,26 +148,30 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _contents(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        metadata = {
-            name: value
-            for name, field in reader.fields.items()
-            if (value := _single(field)) is not None
-        }
-        tensors = {str(tensor.name) for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise EngineError(f"llama.cpp: {path} is not a GGUF file: {error}") from error
+def _contents(parts: list[Path]) -> dict[str, Any]:
+    """The metadata are the first part's; the tensors lie in all of them."""
+    read = [_read(part) for part in parts]
+    metadata = read[0][0]
+    tensors = {name for _, names in read for name in names}
     has_template = metadata.pop("tokenizer.chat_template", None) is not None
     return {
         "metadata": metadata,
         "has_template": has_template,
-        "predicts_ahead": any(t.endswith(".nextn.eh_proj.weight") for t in tensors),
         "has_markov_head": "markov_w1.weight" in tensors,
     }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """A file's single values, and the names of its tensors."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        values = {name: _single(field) for name, field in reader.fields.items()}
+        tensors = {str(tensor.name) for tensor in reader.tensors}
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise EngineError(f"llama.cpp: {path} is not a GGUF file: {error}") from error
+    return {n: value for n, value in values.items() if value is not None}, tensors
 
 
 def _single(field: Any) -> Any:

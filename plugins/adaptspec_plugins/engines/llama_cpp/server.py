@@ -15,7 +15,7 @@ from adaptspec_plugins.engines.llama_cpp.program import variables
 if TYPE_CHECKING:
     from adaptspec.workloads import Prompt
 
-ANSWER_SECONDS = 3600.0
+ANSWER_SECONDS = 60.0  # to wait, beside those for each token
 # Greedy, whatever the model file or the user's arguments say of sampling.
 GREEDY: Mapping[str, Any] = {
     "temperature": 0.0,
@@ -40,20 +40,23 @@ class LlamaServer:
 
     Args:
         process: The server's, ended by :meth:`stop`, or where it doesn't answer.
+        token_seconds: Waited for each token of prompts and answers, a minute beside;
+            a server that takes longer is taken for stuck, and ended.
 
     Attributes:
         context: Tokens that a slot holds, the answer's too.
         answered: Tokens of prompts that it has answered since it was started.
     """
 
-    def __init__(self, process: ServerProcess) -> None:
+    def __init__(self, process: ServerProcess, token_seconds: float = 1.0) -> None:
         import httpx2
 
         self.process = process
+        self._token_seconds = token_seconds
+        self._stuck = ""  # what was told of it when it gave no answer
         self.answered: set[tuple[int, ...]] = set()
         self._client = httpx2.Client(
             base_url=process.url,
-            timeout=httpx2.Timeout(ANSWER_SECONDS, connect=10.0),
             limits=httpx2.Limits(max_connections=None),
             trust_env=False,  # no proxy stands before loopback
         )
@@ -110,13 +113,18 @@ class LlamaServer:
             )
 
     def encode(self, prompt: Prompt, has_template: bool) -> list[int]:
-        """A prompt's tokens, its chat rendered by the server."""
+        """A prompt's tokens, its chat rendered by the server.
+
+        Args:
+            has_template: Whether the model file or the command has a chat template.
+        """
         text = prompt.text
         if text is None or (has_template and not prompt.raw):
             if not has_template:
                 raise EngineError(
                     f"llama.cpp: prompt {prompt.id!r} is a chat, but the model file "
-                    "has no chat template; use raw texts"
+                    "has no chat template; give one by --engine-argument="
+                    "--chat-template-file --engine-argument=FILE, or use texts"
                 )
             messages = (
                 [message.as_dict() for message in prompt.messages]
@@ -140,7 +148,7 @@ class LlamaServer:
         end of a shorter prompt (``common_ngram_map_begin``), which is all of it.
         """
         body = {**GREEDY, "prompt": [0, 0], "n_predict": 1, "id_slot": slot}
-        self._ask("POST", "/completion", body)
+        self._ask("POST", "/completion", body, tokens=3)
 
     def answer(
         self, prompts: Sequence[tuple[Sequence[int], int]], forget: bool
@@ -154,11 +162,12 @@ class LlamaServer:
         if forget:
             for slot in range(len(prompts)):
                 self.ask_shortly(slot)
+        together = sum(len(tokens) + length for tokens, length in prompts)
         if len(prompts) == 1:
-            return [self._answer(0, *prompts[0])]
+            return [self._answer(0, *prompts[0], together)]
         with ThreadPoolExecutor(len(prompts)) as pool:
             waiting = [
-                pool.submit(self._answer, slot, *prompt)
+                pool.submit(self._answer, slot, *prompt, together)
                 for slot, prompt in enumerate(prompts)
             ]
             try:
@@ -167,7 +176,14 @@ class LlamaServer:
                 self.stop()  # so that the other threads don't wait for their answers
                 raise
 
-    def _answer(self, slot: int, tokens: Sequence[int], length: int) -> Answer:
+    def _answer(
+        self, slot: int, tokens: Sequence[int], length: int, together: int
+    ) -> Answer:
+        """One answer.
+
+        Args:
+            together: Tokens of all requests at the same time, and of their answers.
+        """
         asked = {
             **GREEDY,
             "prompt": list(tokens),
@@ -176,7 +192,7 @@ class LlamaServer:
             "response_fields": FIELDS,
         }
         started = time.perf_counter()
-        told = self._ask("POST", "/completion", asked)
+        told = self._ask("POST", "/completion", asked, together)
         seconds = time.perf_counter() - started
         if told.get("truncated"):
             raise EngineError(
@@ -204,16 +220,35 @@ class LlamaServer:
     def most_probable(self, tokens: Sequence[int], count: int) -> dict[int, float]:
         """The ``count`` tokens most probable after ``tokens`` -> natural logarithm."""
         asked = {**GREEDY, "prompt": list(tokens), "n_predict": 1, "n_probs": count}
-        told = self._ask("POST", "/completion", asked)
+        told = self._ask("POST", "/completion", asked, len(tokens) + 1)
         first = told["completion_probabilities"][0]["top_logprobs"]
         return {int(one["id"]): float(one["logprob"]) for one in first}
 
-    def _ask(self, how: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _ask(
+        self,
+        how: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        tokens: int = 0,
+    ) -> Any:
         import httpx2
 
+        wait = ANSWER_SECONDS + self._token_seconds * tokens
         try:
-            answer = self._client.request(how, path, json=body)
+            answer = self._client.request(
+                how, path, json=body, timeout=httpx2.Timeout(wait, connect=10.0)
+            )
         except httpx2.HTTPError as error:
+            if isinstance(error, httpx2.ReadTimeout) and not self._stuck:
+                self._stuck = (
+                    f"llama-server gave no answer to {path} within {wait:g} s (a "
+                    f"minute, and {self._token_seconds:g} s for each of {tokens} "
+                    "tokens of prompts and answers) and was ended; leave this method "
+                    f"out, or take a smaller model{self.process.tail()}"
+                )
+                self.stop()
+            if self._stuck:  # also for those who waited beside
+                raise EngineError(self._stuck) from error
             self.process.check(wait=2.0)
             raise EngineError(
                 f"llama-server didn't answer {path}: {type(error).__name__}: {error}"

@@ -120,6 +120,7 @@ class Kind:
             repetitions than most texts have, and let a draft model guess on.
         keeps: Whether its memory of earlier requests can be drafted from.
         forgets: Whether a short request empties its slot's memory.
+        in_service: What its memory makes of a server that runs on, for a user.
     """
 
     word: str
@@ -130,6 +131,7 @@ class Kind:
     opening: Mapping[str, Scalar] = field(default_factory=dict)
     keeps: bool = False
     forgets: bool = False
+    in_service: str = ""
 
     def arguments(self, values: Mapping[str, Scalar]) -> list[str]:
         """The options of a setting, defaults too."""
@@ -163,6 +165,10 @@ def _drafted(word: str, summary: str) -> Kind:
 
 
 SHORT = {"size_n": 3, "size_m": 8}
+MAPS_IN_SERVICE = (
+    "each prompt was measured with an empty table of n-grams; in service a slot's "
+    "table keeps positions of its last request and finds less"
+)
 NGRAMS = {
     # `min-hits` exists for it and for ngram-map-k, but neither reads it.
     "ngram_simple": Kind(
@@ -180,6 +186,7 @@ NGRAMS = {
         _lookup_options("ngram-map-k"),
         opening=SHORT,
         forgets=True,
+        in_service=MAPS_IN_SERVICE,
     ),
     "ngram_map_k4v": Kind(
         "ngram-map-k4v",
@@ -188,6 +195,7 @@ NGRAMS = {
         _lookup_options("ngram-map-k4v", "min_hits"),
         opening=SHORT,
         forgets=True,
+        in_service=MAPS_IN_SERVICE,
     ),
     "ngram_mod": Kind(
         "ngram-mod",
@@ -201,11 +209,17 @@ NGRAMS = {
         {"n_min": ("n_max", "most")},
         opening={"n_match": 8, "n_min": 2, "n_max": 16},
         keeps=True,
+        in_service="ngram-mod drafts from earlier requests, too: a prompt that comes "
+        "again gains more than was measured",
     ),
     "ngram_cache": Kind(
         "ngram-cache",
-        "counts of n-grams, which all requests of a slot fill; 8 tokens at most",
+        "counts of n-grams of a slot's longest requests; 8 tokens at most",
         keeps=True,
+        # `cache_size` of its sequences never shrinks, and `begin` does nothing.
+        in_service="ngram-cache enters of a request only what lies behind the longest "
+        "one that its slot has had: a server that has run for long hardly drafts from "
+        "the request itself, and gains less than was measured",
     ),
 }
 DRAFTS = {

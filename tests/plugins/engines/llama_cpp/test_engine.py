@@ -12,10 +12,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from adaptspec.engines.inference_engine import EngineOptions
+from adaptspec.engines.processes import start_server
 from adaptspec.errors import EngineError
 from adaptspec.host import Host
 from adaptspec.workloads import Message, Prompt
 from adaptspec_plugins.engines.llama_cpp.engine import LlamaCpp
+from adaptspec_plugins.engines.llama_cpp.server import LlamaServer
 from gguf_files import write_gguf
 
 pytestmark = pytest.mark.slow
@@ -99,8 +101,25 @@ def test_prompts_are_read_as_the_model_reads_them(
     bare = open_engine(model=str(write_gguf(tmp_path / "bare.gguf", template=None)))
     (answer,) = bare.answer(PLAIN, {}, [Prompt("text", text="q")], 1)
     assert list(bare._encoded.values()) == [[ord("q")]]
-    with pytest.raises(EngineError, match="'chat' is a chat, but the model file has"):
+    with pytest.raises(
+        EngineError,
+        match=r"'chat' is a chat, but the model file has .*give one by --engine-arg",
+    ):
         bare.answer(PLAIN, {}, [prompts["y"]], 1)
+
+
+def test_a_chat_template_may_come_with_the_users_arguments(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
+    bare = str(write_gguf(tmp_path / "bare.gguf", template=None))
+    words = ["--chat-template-file", "template.jinja"]
+    engine = open_engine(model=bare, arguments=words)
+    for prompt in (
+        Prompt("chat", messages=(Message("user", "y"),)),
+        Prompt("text", text="y"),
+    ):
+        engine.answer(PLAIN, {}, [prompt], 1)
+        assert "".join(map(chr, engine._encoded[prompt])) == "<user>y"
 
 
 def test_a_prompts_own_length_counts(open_engine: OpenEngine) -> None:
@@ -236,7 +255,7 @@ def test_a_model_that_predicts_ahead_takes_no_other_draft_model(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_gguf(tmp_path / "draft.gguf", seed=1)
-    ahead = write_gguf(tmp_path / "ahead.gguf", tensors=("blk.0.nextn.eh_proj.weight",))
+    ahead = write_gguf(tmp_path / "ahead.gguf", nextn_predict_layers=1)
     monkeypatch.setattr(
         "adaptspec_plugins.engines.llama_cpp.engine.missing_options", lambda *_: []
     )
@@ -289,8 +308,27 @@ def test_launch_is_what_was_measured(open_engine: OpenEngine, fake: Any) -> None
     assert option(words, "--spec-ngram-mod-n-min") == "7"
     assert words[ours + 2 :: 2] == ["--host", "--port"]
     assert any("--cache-ram 0" in note for note in launch.notes)
-    assert any("a prompt that comes again" in note for note in launch.notes)
     assert any("-np is how many" in note for note in launch.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("ngram_mod", ["a prompt that comes again gains more"]),
+        ("ngram_cache", ["hardly drafts from the request itself, and gains less"]),
+        ("ngram_map_k4v", ["keeps positions of its last request and finds less"]),
+        ("ngram_map_k4v_ngram_mod", ["finds less", "a prompt that comes again"]),
+        ("ngram_simple", []),
+    ],
+)
+def test_what_its_memory_makes_of_a_server_that_runs_on_is_told(
+    method: str, says: list[str], open_engine: OpenEngine
+) -> None:
+    engine = open_engine()
+    plain = engine.launch(PLAIN, {}).notes
+    told = [note for note in engine.launch(method, {}).notes if note not in plain]
+    assert len(told) == len(says)
+    assert all(words in note for words, note in zip(says, told, strict=True))
 
 
 def test_a_draft_model_opens_its_methods(
@@ -361,6 +399,23 @@ def test_errors_are_one_line_with_the_logs_end(
         with pytest.raises(EngineError, match=says) as caught:
             engine.answer(PLAIN, {}, [TEXT], 1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_server_that_gives_no_answer_is_ended(
+    together: int, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LLAMA_STUCK", "1")
+    command = [fake.command, "-m", "model.gguf", "-np", str(together), "--port"]
+    process = start_server("llama-server", lambda port: [*command, str(port)])
+    server = LlamaServer(process, token_seconds=0.1)
+    monkeypatch.setattr(f"{LlamaServer.__module__}.ANSWER_SECONDS", 0.2)
+    with pytest.raises(
+        EngineError, match=r"within \d\S* s .* each of [48] tokens.*looks for an answer"
+    ) as caught:
+        server.answer([([97], 3)] * together, forget=False)
+    assert "\n" not in str(caught.value)
+    assert process.ended == "it was stopped"
 
 
 def test_an_unknown_option_is_named(open_engine: OpenEngine) -> None:

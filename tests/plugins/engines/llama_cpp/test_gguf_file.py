@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -49,24 +50,36 @@ def test_types_are_called_as_ours_where_they_are_the_same(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tensors", "kind"),
+    ("architecture", "numbers", "tensors", "kind"),
     [
-        ("llama", ("token_embd.weight",), "draft_simple"),
-        ("eagle3", ("fc.weight",), "draft_eagle3"),
-        ("dflash", ("fc.weight",), "draft_dflash"),
-        ("dflash", ("fc.weight", "markov_w1.weight"), "draft_dspark"),
-        ("glm4moe", ("blk.46.nextn.eh_proj.weight",), "draft_mtp"),
+        ("llama", {}, ("token_embd.weight",), "draft_simple"),
+        ("eagle3", {}, ("fc.weight",), "draft_eagle3"),
+        ("dflash", {}, ("fc.weight",), "draft_dflash"),
+        ("dflash", {}, ("fc.weight", "markov_w1.weight"), "draft_dspark"),
+        ("glm4moe", {"nextn_predict_layers": 1}, ("fc.weight",), "draft_mtp"),
+        ("glm4moe", {"nextn_predict_layers": 0}, ("fc.weight",), "draft_simple"),
     ],
 )
 def test_what_a_file_drafts_as(
     architecture: str,
+    numbers: dict[str, Any],
     tensors: tuple[str, ...],
     kind: str,
     tmp_path: Path,
     cache: Path,
 ) -> None:
-    path = write_gguf(tmp_path / "f.gguf", architecture, tensors)
+    path = write_gguf(tmp_path / "f.gguf", architecture, tensors, **numbers)
     assert GgufFile.open(path, cache).draft_kind == kind
+
+
+def test_tensors_of_every_part_are_looked_at(tmp_path: Path, cache: Path) -> None:
+    """And metadata of the first, which has all of them."""
+    parts = [tmp_path / f"d-0000{number}-of-00002.gguf" for number in (1, 2)]
+    write_gguf(parts[0], "dflash", block_count=2)
+    write_gguf(parts[1], "dflash", ("markov_w1.weight",), block_count=9)
+    file = GgufFile.open(parts[0], cache)
+    assert file.draft_kind == "draft_dspark"
+    assert file.number("block_count") == 2
 
 
 def test_an_unchanged_file_is_read_once(
