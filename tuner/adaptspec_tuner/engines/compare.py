@@ -76,11 +76,13 @@ class Row:
 
     def ratio(self, base: Row) -> float | None:
         """How many times as fast as ``base`` a token of an answer comes: geometric mean
-        over the classes that both have."""
+        over the classes of ``base``; None where this lacks one of them."""
+        if not base.cells.keys() <= self.cells.keys():
+            return None
         ratios = [
-            base.cells[name].seconds_per_token / cell.seconds_per_token
-            for name, cell in self.cells.items()
-            if name in base.cells and cell.seconds_per_token > 0
+            cell.seconds_per_token / self.cells[name].seconds_per_token
+            for name, cell in base.cells.items()
+            if self.cells[name].seconds_per_token > 0
         ]
         return geometric_mean(ratios) if ratios else None
 
@@ -113,7 +115,9 @@ class _Compared:
     Args:
         ways: Way -> the setting of each class.
         samples: Way and class -> prompt's id -> what its answer took.
+        finished: Classes that it went through.
         refused: Prompt's id -> why it isn't decoded plainly.
+        failed: Setting's key and class -> why it isn't asked there any more.
         notes: Why classes are decoded plainly where tuned choices are used.
     """
 
@@ -123,8 +127,15 @@ class _Compared:
     environment: Environment
     ways: dict[str, dict[str, Setting]]
     samples: dict[tuple[str, str], dict[str, Sample]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def answered(self) -> bool:
+        """Whether it went through a class in which it answers."""
+        return any((PLAIN, name) in self.samples for name in self.finished)
 
 
 def compare(
@@ -143,9 +154,11 @@ def compare(
 
     An engine without room for its settings answers a class at once, setting by setting.
 
-    An engine that can't be opened, or that fails on its way, is told and left out; so
-    is a prompt that an engine refuses, on all of them. What isn't said of an engine is
-    as it was when its model was tuned.
+    An engine that can't be opened, or that fails before it went through a class, is
+    told and left out. One that fails later keeps the classes that it went through, and
+    a way of decoding those in which it didn't fail. A prompt that an engine refuses is
+    left out on all of them. What isn't said of an engine is as it was when its model
+    was tuned.
 
     Args:
         asked: The engines with their models.
@@ -162,7 +175,7 @@ def compare(
         compared: list[_Compared] = []
         for options in asked:
             doing(f"opening {options.engine}")
-            with _told(found, options.engine, warn):
+            with _told(found.left_out, options.engine, warn):
                 compared.append(
                     _opened(
                         stack, options, workload, store, host, methods, max_new_tokens
@@ -171,43 +184,77 @@ def compare(
                 sleep(compared[-1].engine.resting)
         if compared:
             _check_methods(methods, compared)
+        ended: dict[str, str] = {}  # engine -> why it is asked no more
         for name, prompts in workload.by_class().items():
-            for one in [c for c in compared if c.name not in found.left_out]:
+            for one in [c for c in compared if c.name not in ended]:
                 doing(f"{name}: {one.name}")
-                with _told(found, one.name, warn):
+                with _told(ended, one.name, warn):
                     settings = [of[name] for of in one.ways.values() if name in of]
                     others = [s for s in settings if s.strategy != PLAIN]
                     one.measurer.forget()
                     one.measurer.measure_ahead([(s, prompts) for s in others])
                     sleep(one.engine.resting)
             for prompt in prompts:
-                for one in [c for c in compared if c.name not in found.left_out]:
+                for one in [c for c in compared if c.name not in ended]:
                     doing(f"{name}: {one.name}")
-                    with _told(found, one.name, warn):
+                    with _told(ended, one.name, warn):
                         _answered(one, prompt)
                         sleep(one.engine.resting)
-        for one in compared:
-            if one.refused and not one.samples:
-                found.left_out.setdefault(one.name, next(iter(one.refused.values())))
-        compared = [c for c in compared if c.name not in found.left_out]
-        refused = {key: (c, why) for c in compared for key, why in c.refused.items()}
-        for prompt_id, (by, why) in refused.items():
-            found.notes.append(
-                f"prompt {prompt_id!r} is left out on all engines: {by.name}: {why}"
-            )
-        for one in compared:
-            version = one.environment.versions.get(one.environment.engine, "")
-            for way, by_class in one.ways.items():
-                row = Row(one.name, version, way)
-                for name, setting in by_class.items():
-                    samples = one.samples.get((way, name), {})
-                    if kept := [s for key, s in samples.items() if key not in refused]:
-                        row.cells[name] = _cell(setting, kept)
-                if row.cells:
-                    found.rows.append(row)
-            for note in (*one.notes, *getattr(one.engine, "notes", ())):
-                found.notes.append(f"{one.name}: {note}")
+            for one in [c for c in compared if c.name not in ended]:
+                one.finished.append(name)
+        _sum_up(found, compared, ended, workload)
     return found
+
+
+def _sum_up(
+    found: Comparison,
+    compared: Sequence[_Compared],
+    ended: Mapping[str, str],
+    workload: Workload,
+) -> None:
+    """Rows and notes of what was measured, the engines first that went to the end.
+
+    A way of decoding is told in a class where it answered all of its prompts that no
+    engine refuses, since prompts differ.
+    """
+    for one in compared:
+        whys = [why for name, why in ended.items() if name == one.name]
+        whys += one.refused.values()
+        if whys and not one.answered:
+            found.left_out[one.name] = whys[0]
+    compared = [one for one in compared if one.name not in found.left_out]
+    compared.sort(key=lambda one: one.name in ended)
+    classes = workload.by_class()
+    refused: set[str] = set()
+    for one in compared:
+        for prompt in (p for name in one.finished for p in classes[name]):
+            if prompt.id in one.refused and prompt.id not in refused:
+                refused.add(prompt.id)
+                found.notes.append(
+                    f"prompt {prompt.id!r} is left out on all engines: {one.name}: "
+                    f"{one.refused[prompt.id]}"
+                )
+    for one in compared:
+        version = one.environment.versions.get(one.environment.engine, "")
+        failed: dict[tuple[str, str], list[str]] = {}  # way and why -> classes
+        for way, by_class in one.ways.items():
+            row = Row(one.name, version, way)
+            for name in one.finished:
+                samples = one.samples.get((way, name), {})
+                kept = [p.id for p in classes[name] if p.id not in refused]
+                if kept and samples.keys() >= set(kept):
+                    row.cells[name] = _cell(by_class[name], [samples[k] for k in kept])
+                elif why := one.failed.get((by_class[name].key, name)):
+                    failed.setdefault((way, why), []).append(name)
+            if row.cells:
+                found.rows.append(row)
+        notes = [*one.notes, *getattr(one.engine, "notes", ())]
+        for (way, why), names in failed.items():
+            notes.append(f"{way} is left out in {', '.join(names)}: {why}")
+        if one.name in ended:
+            missing = [name for name in classes if name not in one.finished]
+            notes.append(f"left out in {', '.join(missing)}: {ended[one.name]}")
+        found.notes += [f"{one.name}: {note}" for note in notes]
 
 
 def _opened(
@@ -313,6 +360,8 @@ def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
 def _answered(one: _Compared, prompt: Prompt) -> None:
     """Answer a prompt with each of an engine's settings, each once.
 
+    A setting that fails is asked no more in the prompt's class.
+
     Raises:
         Exception: what the engine raised, unless it refuses this prompt alone.
     """
@@ -332,14 +381,21 @@ def _answered(one: _Compared, prompt: Prompt) -> None:
         return
     for way, settings in one.ways.items():
         setting = settings[name]
-        if setting.key not in taken:
-            taken[setting.key] = one.measurer.measure(setting, prompt)
-        one.samples.setdefault((way, name), {})[prompt.id] = taken[setting.key]
+        if setting.key not in taken and (setting.key, name) not in one.failed:
+            try:
+                taken[setting.key] = one.measurer.measure(setting, prompt)
+            # Whether it was the engine, the next plain answer tells.
+            except Exception as error:
+                if stopped_by_user(error):
+                    raise
+                one.failed[setting.key, name] = in_a_line(error)
+        if setting.key in taken:
+            one.samples.setdefault((way, name), {})[prompt.id] = taken[setting.key]
 
 
 @contextlib.contextmanager
 def _told(
-    found: Comparison, engine: str, warn: Callable[[str], None]
+    left_out: dict[str, str], engine: str, warn: Callable[[str], None]
 ) -> Iterator[None]:
     """Leave out an engine that fails, and say why."""
     try:
@@ -348,7 +404,7 @@ def _told(
     except Exception as error:
         if stopped_by_user(error):
             raise
-        found.left_out[engine] = in_a_line(error)
+        left_out[engine] = in_a_line(error)
         if not isinstance(error, AdaptSpecError):
             warn(f"{engine} is left out: {in_a_line(error)}")
 

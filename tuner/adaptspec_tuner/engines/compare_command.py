@@ -302,6 +302,8 @@ def print_comparison(found: Comparison, console: Console) -> None:
     base = found.rows[0]
     for row in found.rows:
         ratio = row.ratio(base)
+        # Classes differ: some of them tell nothing of all.
+        part = len(row.cells) < len(classes)
         firsts = [cell.seconds_to_first for cell in row.cells.values()]
         cells = [
             f"{row.cells[name].tokens_per_second:.1f}" if name in row.cells else "-"
@@ -311,7 +313,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
             Text(row.label),
             *cells,
             "-" if ratio is None else f"{ratio:.2f}",
-            f"{1e3 * sum(firsts) / len(firsts):.0f}",
+            "-" if part else f"{1e3 * sum(firsts) / len(firsts):.0f}",
         )
     console.print(
         "Tokens per second after the first, median over prompts; x first row: time "
