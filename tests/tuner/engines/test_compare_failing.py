@@ -117,3 +117,25 @@ def test_what_an_engine_refused_counts_where_it_is_compared(workload: Path) -> N
     assert set(rows["dies"]) == {"summary"}
     assert rows["good"]["code"]["prompts"] == 2
     assert not any("on all engines" in note for note in second["notes"])
+
+
+@pytest.mark.parametrize("start", [2.0, 60.0])
+def test_a_prompt_that_is_refused_takes_none_along_that_are_asked_with_it(
+    workload: Path, start: float
+) -> None:
+    class Refusing(engine_on(Machine(TRUTH, start=start))):  # type: ignore[misc]
+        def answer(self, method: str, params: Any, prompts: Any, most: int) -> Any:
+            if most != 4 and any(prompt.id == "code/1" for prompt in prompts):
+                raise EngineError("400: too long")
+            return super().answer(method, params, prompts, most)
+
+    more = ("--concurrency", 4, "--limit", 4, "--method", "copy", "--json")
+    told = compare([Refusing], workload, *more)
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    for row in found["rows"]:
+        counts = {name: cell["prompts"] for name, cell in row["cells"].items()}
+        assert counts == {"summary": 4, "code": 3}
+    assert [note for note in found["notes"] if "all engines" in note] == [
+        "prompt 'code/1' is left out on all engines: scripted: 400: too long"
+    ]
