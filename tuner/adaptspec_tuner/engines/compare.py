@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
-from adaptspec.engines.exporting.options import Asked, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
 from adaptspec.errors import (
     AdaptSpecError,
-    EngineError,
     UnknownStrategyError,
     stopped_by_user,
 )
 from adaptspec.profile import PLAIN, Environment, ProfileStore
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.engines.as_tuned import as_tuned
 from adaptspec_tuner.engines.measurer import EngineMeasurer
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
@@ -330,31 +329,6 @@ def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
                 f"--method must be one that an engine at hand has, got {name!r}; "
                 f"{told}; they have: {', '.join(dict.fromkeys(known))}"
             )
-
-
-def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
-    """What isn't said of an engine as it was when its model was tuned: a choice holds
-    for the draft model, heads and numbers that it was measured with."""
-    choices = [c for c in store.choices() if c.environment.engine == options.engine]
-    try:
-        asked = Asked(model=options.model, concurrency=options.concurrency)
-        told = tuned_with(asked, store, choices)
-    except EngineError:  # of several models it isn't clear which is meant
-        return options
-    if told.get("model") is not None and options.model is None:
-        return options
-    names = {
-        "command": "engine_command",
-        "python": "engine_python",
-        "arguments": "engine_argument",
-    }
-    usual = EngineOptions()
-    changed: dict[str, Any] = {}
-    for one in fields(EngineOptions):
-        value = told.get(names.get(one.name, one.name))
-        if value and getattr(options, one.name) == getattr(usual, one.name):
-            changed[one.name] = tuple(value) if isinstance(value, list) else value
-    return replace(options, **changed)
 
 
 def _answered(one: _Compared, prompt: Prompt) -> None:
