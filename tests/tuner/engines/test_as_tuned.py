@@ -60,3 +60,14 @@ def test_another_models_tune_tells_nothing(store: ProfileStore) -> None:
     tuned(store, 2, model=None, context=32)
     tuned(store, 3, model="another.gguf", context=64)
     assert as_tuned(own, store) == replace(own, context=32)
+
+
+@pytest.mark.parametrize("given", ["command", "python"])
+def test_a_program_or_a_python_given_anew_leaves_none_of_those_recorded(
+    store: ProfileStore, given: str
+) -> None:
+    tuned(store, 1, engine_command="/old/vllm", engine_python="/old/python", context=8)
+    new: dict[str, Any] = {given: "/new"}
+    found = as_tuned(replace(MODEL, **new), store)
+    assert found == replace(MODEL, context=8, **new)
+    assert as_tuned(MODEL, store).command == "/old/vllm"

@@ -39,10 +39,13 @@ def _with(options: EngineOptions, told: Mapping[str, Any]) -> EngineOptions:
         "arguments": "engine_argument",
     }
     usual = EngineOptions()
+    left = ["model", "concurrency"]
+    if options.command or options.python:
+        left += ["command", "python"]  # the other one named another installation
     changed: dict[str, Any] = {}
     for one in fields(EngineOptions):
         value = told.get(names.get(one.name, one.name))
-        if one.name in ("model", "concurrency") or not value:
+        if one.name in left or not value:
             continue
         if getattr(options, one.name) == getattr(usual, one.name):
             changed[one.name] = tuple(value) if isinstance(value, list) else value
