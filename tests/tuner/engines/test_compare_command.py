@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +17,16 @@ from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 from adaptspec.testing.fakes import FakeClock
-from adaptspec.testing.scripted_engine import Machine, engine_on, workload_of
+from adaptspec.testing.scripted_engine import (
+    Machine,
+    ScriptedEngine,
+    engine_on,
+    workload_of,
+)
+from adaptspec_profiles import open_store
 from adaptspec_tuner.engines.compare import compare as compare_engines
 from engine_commands import TRUTH, compare, tune
+from measured_engines import DAY, keep_run
 
 
 @pytest.mark.slow
@@ -53,7 +63,12 @@ def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) ->
 
 @pytest.mark.slow
 def test_what_was_tuned_is_opened_as_it_was_tuned(workload: Path) -> None:
-    cls = engine_on(Machine(TRUTH))
+    class Named(engine_on(Machine(TRUTH))):  # type: ignore[misc]
+        @property
+        def environment(self) -> Any:
+            return replace(super().environment, model=self.options.model)
+
+    cls: type[ScriptedEngine] = Named
     heads = workload.parent / "heads"
     told = ("--draft-model", "d", "--heads", heads, "--context", "512", "--threads", 3)
     argument = "--engine-argument=--flash"
@@ -264,3 +279,32 @@ def test_a_key_in_the_environment_or_for_a_url_is_none_of_an_engine_started_here
     # Where it is typed for such an engine alone, that refuses it.
     compare([cls, served], workload, "--engine", "scripted", "--api-key", "typed")
     assert cls.opened[-1].options.api_key == "typed"
+
+
+def test_an_engine_is_opened_as_in_the_run_whose_choice_is_used(
+    workload: Path,
+) -> None:
+    cls = engine_on(Machine(TRUTH))
+    here = cls(EngineOptions(engine="scripted", model="m")).environment
+    with closing(open_store(str(workload.parent / "p.db"))) as store:
+        for day, prompts, draft in ((1, 10, "d1"), (2, 2, "d2")):
+            keep_run(
+                store,
+                {name: (1.0, {("copy", 8): 1.8}) for name in ("summary", "code")},
+                run=f"r{day}",
+                environment=here,
+                prompts={"summary": prompts, "code": prompts},
+                created=DAY + timedelta(days=day),
+                length="length",
+                model="m",
+                draft_model=draft,
+            )
+    told = compare([cls], workload, "--json")
+    assert told.exit_code == 0, told.output
+    assert [row["way"] for row in json.loads(told.stdout)["rows"]][1:] == ["tuned"]
+    # The newest is of fewer prompts, so the other one's choice is used.
+    assert [engine.options.draft_model for engine in cls.opened] == ["d2", "d1"]
+    assert all(engine.closed for engine in cls.opened)
+    assert not cls.opened[0].log
+    compare([cls], workload, "--draft-model", "d3")
+    assert [engine.options.draft_model for engine in cls.opened[2:]] == ["d3"]

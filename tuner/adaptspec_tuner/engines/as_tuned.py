@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from adaptspec.engines.exporting.options import Asked, tuned_with
+from adaptspec.engines.exporting.options import Asked, decided_with, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.profile import ProfileStore
 
@@ -29,6 +29,18 @@ def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
     load = options.concurrency
     same = [told for told in known if (told.get("concurrency") or 1) == load]
     return _with(options, [*same, *known][0])
+
+
+def as_decided(
+    options: EngineOptions, store: ProfileStore, classes_of: Mapping[str, Sequence[str]]
+) -> EngineOptions:
+    """What isn't said of an engine as it was in the run that decided most classes.
+
+    Args:
+        classes_of: Run -> the classes that it decided.
+    """
+    told, _ = decided_with(store, classes_of)
+    return _with(options, told) if told else as_tuned(options, store)
 
 
 def _with(options: EngineOptions, told: Mapping[str, Any]) -> EngineOptions:

@@ -15,10 +15,10 @@ from adaptspec.errors import (
     UnknownStrategyError,
     stopped_by_user,
 )
-from adaptspec.profile import PLAIN, Environment, ProfileStore
+from adaptspec.profile import PLAIN, ClassChoice, Environment, ProfileStore
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, Workload
-from adaptspec_tuner.engines.as_tuned import as_tuned
+from adaptspec_tuner.engines.as_tuned import as_decided, as_tuned
 from adaptspec_tuner.engines.measurer import EngineMeasurer
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
@@ -267,15 +267,27 @@ def _opened(
 ) -> _Compared:
     from adaptspec_tuner.engines.tune import engine_class
 
+    cls, asked = engine_class(host, options.engine), options
     if store is not None:
-        options = as_tuned(options, store)
-    engine = stack.enter_context(engine_class(host, options.engine).open(options))
+        options = as_tuned(asked, store)
+    engine = stack.enter_context(cls.open(options))
+    choices: list[ClassChoice] = []
+    if store is not None:
+        choices = store.choices(model=engine.environment.model)
+        runs: dict[str, list[str]] = {}
+        for name in workload.classes:
+            run = select(choices, engine.environment, name).run
+            runs.setdefault(run, []).append(name)
+        # Not the newest run may have decided, but one that ran the engine otherwise.
+        if (then := as_decided(asked, store, runs)) != options:
+            engine.close()
+            options = then
+            engine = stack.enter_context(cls.open(options))
     environment = engine.environment
     known = {method.name: method for method in engine.methods}
     ways: dict[str, dict[str, Setting]] = {
         PLAIN: dict.fromkeys(workload.classes, PLAIN_SETTING)
     }
-    choices = [] if store is None else store.choices(model=environment.model)
     tuned: dict[str, Setting] = {}
     plainly: dict[str, list[str]] = {}  # why -> classes
     for name in workload.classes:
