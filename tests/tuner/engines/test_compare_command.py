@@ -260,6 +260,12 @@ def test_a_method_that_engines_lack_is_told_and_refused_where_all_do(
     missing = compare([one, two], workload, "--method", "eagle")
     assert missing.exit_code == 1
     assert "two: no heads were given (--heads)" in missing.output
+    # One that is not at hand may be the one that has it.
+    absent = ("--method", "eagle", "--model", "two=missing")
+    shown = compare([one, two], workload, *absent)
+    assert shown.exit_code == 1
+    assert "one: no heads were given" in shown.output
+    assert "two: left out: no model 'missing'" in shown.output
     assert all(engine.closed for engine in [*one.opened, *two.opened])
 
 

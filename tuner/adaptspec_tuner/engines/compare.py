@@ -182,7 +182,7 @@ def compare(
                 )
                 sleep(compared[-1].engine.resting)
         if compared:
-            _check_methods(methods, compared)
+            _check_methods(methods, compared, found.left_out)
         ended: dict[str, str] = {}  # engine -> why it is asked no more
         for name, prompts in workload.by_class().items():
             for one in [c for c in compared if c.name not in ended]:
@@ -326,8 +326,13 @@ def _lacks(engine: InferenceEngine, method: str) -> str | None:
     return engine.unavailable.get(method, "the engine doesn't have it")
 
 
-def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
+def _check_methods(
+    names: Sequence[str], compared: Sequence[_Compared], left_out: Mapping[str, str]
+) -> None:
     """Refuse a method that no engine has.
+
+    Args:
+        left_out: Engine that can't be opened -> why.
 
     Raises:
         UnknownStrategyError: with the reason of each engine, and what there is.
@@ -335,6 +340,7 @@ def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
     for name in names:
         reasons = {one.name: _lacks(one.engine, name) for one in compared}
         if None not in reasons.values():
+            reasons |= {engine: f"left out: {why}" for engine, why in left_out.items()}
             told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
             known = [m.name for one in compared for m in one.engine.methods]
             raise UnknownStrategyError(
