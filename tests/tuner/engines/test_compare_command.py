@@ -314,3 +314,28 @@ def test_an_engine_is_opened_as_in_the_run_whose_choice_is_used(
     assert not cls.opened[0].log
     compare([cls], workload, "--draft-model", "d3")
     assert [engine.options.draft_model for engine in cls.opened[2:]] == ["d3"]
+
+
+def test_what_engines_ran_with_and_what_is_to_be_known_of_choices_is_told(
+    workload: Path,
+) -> None:
+    cls = engine_on(Machine(TRUTH))
+    here = cls(EngineOptions(engine="scripted", model="m")).environment
+    with closing(open_store(str(workload.parent / "p.db"))) as store:
+        keep_run(
+            store,
+            {name: (1.0, {("copy", 8): 1.8}) for name in ("summary", "code")},
+            environment=replace(here, threads=4),
+            length="length",
+            model="m",
+        )
+    found = json.loads(compare([cls], workload, "--json").stdout)
+    note = "scripted: summary, code: measured with threads 4 (here 2)"
+    assert found["notes"] == [note]
+    told = found["engines"]["scripted"]
+    assert (told["model_name"], told["dtype"]) == ("m", "bf16")
+    assert (told["threads"], told["concurrency"]) == (2, 1)
+    shown = compare([cls], workload).stdout.splitlines()
+    line = "scripted: version 7.1, model m, dtype bf16, threads 2, requests at a time 1"
+    assert line in shown
+    assert note in shown

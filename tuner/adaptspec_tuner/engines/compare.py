@@ -16,7 +16,7 @@ from adaptspec.errors import (
     stopped_by_user,
 )
 from adaptspec.profile import PLAIN, ClassChoice, Environment, ProfileStore
-from adaptspec.selector import select
+from adaptspec.selector import rank, select
 from adaptspec.workloads import Prompt, Workload
 from adaptspec_tuner.engines.as_tuned import as_decided, as_tuned
 from adaptspec_tuner.engines.measurer import EngineMeasurer
@@ -91,11 +91,13 @@ class Comparison:
     """What was measured.
 
     Args:
+        engines: Engine -> its version, models, type, threads and load.
         left_out: Engine -> why it isn't compared.
     """
 
     workload: str
     rows: list[Row] = field(default_factory=list)
+    engines: dict[str, Environment] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -117,7 +119,8 @@ class _Compared:
         finished: Classes that it went through.
         refused: Prompt's id -> why it isn't decoded plainly.
         failed: Setting's key and class -> why it isn't asked there any more.
-        notes: Why classes are decoded plainly where tuned choices are used.
+        notes: Why classes are decoded plainly where tuned choices are used, and what is
+            to be known of the choices.
     """
 
     name: str
@@ -247,6 +250,7 @@ def _sum_up(
                     failed.setdefault((way, why), []).append(name)
             if row.cells:
                 found.rows.append(row)
+                found.engines[one.name] = one.environment
         notes = [*one.notes, *getattr(one.engine, "notes", ())]
         for (way, why), names in failed.items():
             notes.append(f"{way} is left out in {', '.join(names)}: {why}")
@@ -289,17 +293,21 @@ def _opened(
         PLAIN: dict.fromkeys(workload.classes, PLAIN_SETTING)
     }
     tuned: dict[str, Setting] = {}
-    plainly: dict[str, list[str]] = {}  # why -> classes
+    said: dict[str, list[str]] = {}  # what is to be known of a choice -> classes
     for name in workload.classes:
-        choice = select(choices, environment, name)
+        ranking = rank(choices, environment, name)
+        choice = ranking.choices[0]
         if choice.strategy != PLAIN and choice.strategy in known:
             tuned[name] = Setting(choice.strategy, dict(choice.params))
+            # Without how much faster it was: that is measured here.
+            if ranking.notes:
+                said.setdefault("; ".join(ranking.notes), []).append(name)
             continue
         reason = choice.reason
         if choice.strategy != PLAIN:
             why = _lacks(engine, choice.strategy)
             reason = f"plain decoding: {choice.strategy} was chosen, but {why}"
-        plainly.setdefault(reason, []).append(name)
+        said.setdefault(reason, []).append(name)
     if tuned:
         # A class that is best decoded plainly is decoded plainly.
         ways[TUNED] = {
@@ -312,7 +320,7 @@ def _opened(
     lacking = {name: _lacks(engine, name) for name in methods}
     measurer = EngineMeasurer(engine, [workload], max_new_tokens, options.concurrency)
     measurer.check()
-    notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
+    notes = [f"{', '.join(of)}: {reason}" for reason, of in said.items()]
     notes += [f"not measured: {name}: {why}" for name, why in lacking.items() if why]
     found = _Compared(options.engine, engine, measurer, environment, ways)
     found.notes.extend(notes)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from adaptspec.engines.inference_engine import EngineOptions
     from adaptspec.host import Host
+    from adaptspec.profile import Environment
     from adaptspec_tuner.engines.compare import Comparison
 
 
@@ -326,9 +327,8 @@ def print_comparison(found: Comparison, console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    for name, version in {row.engine: row.version for row in found.rows}.items():
-        if version:
-            say(f"{name}: version {version}")
+    for name, environment in found.engines.items():
+        say(f"{name}: {described(environment)}")
     for row in found.rows:
         used = {
             f"{cell.setting} {dict(cell.params)}" if cell.params else cell.setting
@@ -341,3 +341,17 @@ def print_comparison(found: Comparison, console: Console) -> None:
         say(note)
     for name, reason in found.left_out.items():
         say(f"left out: {name}: {reason}")
+
+
+def described(environment: Environment) -> str:
+    """What an engine was measured with, in a line."""
+    told = {
+        "version": environment.versions.get(environment.engine),
+        "model": environment.model_name,
+        "dtype": environment.dtype,
+        "draft model": environment.draft_name,
+        "heads": environment.heads_name,
+        "threads": environment.threads,
+        "requests at a time": environment.concurrency,
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value)
