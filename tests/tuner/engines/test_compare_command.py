@@ -138,6 +138,16 @@ def test_each_engine_is_compared_with_options_of_its_own(workload: Path) -> None
     assert (list(first.heads), list(second.heads)) == (["h"], ["a", "b"])
     assert (first.arguments, list(second.arguments)) == ((), ["--flash=on", "x"])
     assert (first.context, second.context) == (None, 512)
+    # What is said of an engine that is left out is no value of the others.
+    alone = compare(
+        *([one, two], workload, "--engine", "two", "--model", "one=x"),
+        *("--heads", "one=h", "--engine-argument", "one=x", "--context", "one=9"),
+        *("--draft-model", "one=d", "--engine-command", "one=prog"),
+    )
+    assert alone.exit_code == 0, alone.output
+    assert len(one.opened) == 1
+    told = two.opened[-1].options
+    assert (told.model, told.draft_model, told.heads) == ("m", None, ())
     for flag, value in (("--context", "512"), ("--engine-argument", "--flash=on")):
         vague = compare([one, two], workload, f"{flag}={value}")
         assert f"write {flag} ENGINE={value}" in vague.output

@@ -220,13 +220,15 @@ def compare(
     ]
     for name in names:
         engine_class(host, name)  # raises, naming the known ones
-    model, own_models = by_engine(models, names, "--model")
-    draft, own_drafts = by_engine(drafts, names, "--draft-model")
-    command, own_commands = by_engine(commands, names, "--engine-command")
-    python, own_pythons = by_engine(pythons, names, "--engine-python")
-    common_heads, own_heads = lists_by_engine(heads, names)
-    words, own_words = lists_by_engine(arguments, names)
-    context, own_contexts = by_engine(contexts, names, "--context")
+    # What is said of engines that --engine leaves out stays in the command unused.
+    known = list(dict.fromkeys([*names, *host.engines]))
+    model, own_models = by_engine(models, known, "--model")
+    draft, own_drafts = by_engine(drafts, known, "--draft-model")
+    command, own_commands = by_engine(commands, known, "--engine-command")
+    python, own_pythons = by_engine(pythons, known, "--engine-python")
+    common_heads, own_heads = lists_by_engine(heads, known)
+    words, own_words = lists_by_engine(arguments, known)
+    context, own_contexts = by_engine(contexts, known, "--context")
     for flag, value in (
         ("--engine-command", command),
         ("--engine-python", python),
