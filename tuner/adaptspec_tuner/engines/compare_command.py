@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adaptspec.engines.inference_engine import EngineOptions
     from adaptspec.host import Host
     from adaptspec.profile import Environment
-    from adaptspec_tuner.engines.compare import Comparison
+    from adaptspec_tuner.engines.comparison import Comparison
 
 
 def by_engine(
