@@ -41,7 +41,7 @@ from adaptspec.host import Host
 from adaptspec.params import ParamSpec, Scalar
 from adaptspec.selector import select
 from adaptspec.workloads import Prompt, read_workload, split
-from adaptspec_tuner.engines.compare import as_tuned
+from adaptspec_tuner.engines.as_tuned import as_tuned
 
 Setting = tuple[str, str]  # a method and its parameters as JSON
 

@@ -42,3 +42,12 @@ def tune(cls: type[ScriptedEngine], workload: Path, *more: object) -> Result:
         *("tune", "--engine", cls.name, "--model", "m.gguf", "--workload", workload),
         *("--budget", "10 trials", "--db", workload.parent / "p.db", *more),
     )
+
+
+def compare(engines: Sequence[type], workload: Path, *more: object) -> Result:
+    """A comparison."""
+    return run(
+        engines,
+        *("compare", "--model", "m", "--workload", workload, *more),
+        *("--db", workload.parent / "p.db"),
+    )

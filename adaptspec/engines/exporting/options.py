@@ -32,6 +32,9 @@ def options_of(engine: str, asked: Asked, usage: Mapping[str, Any]) -> EngineOpt
         usage: The record of how it was tuned; empty where none is kept.
     """
     given = {name: value for name, value in vars(asked).items() if value}
+    programs = ("engine_command", "engine_python")
+    if given.keys() & set(programs):  # the other one named another installation
+        usage = {k: value for k, value in usage.items() if k not in programs}
     told = from_anywhere({**usage, **given})
     return EngineOptions(
         engine=engine,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -72,10 +73,6 @@ class InProcessEngine(InferenceEngine):
     @cached_property
     def _model(self) -> LanguageModel:
         """The target, with its heads."""
-        if self._options.threads is not None:
-            import torch
-
-            torch.set_num_threads(self._options.threads)
         model = self._options.model
         if model is None:
             from adaptspec.default_model import default_model_path
@@ -108,7 +105,8 @@ class InProcessEngine(InferenceEngine):
         """The models and this machine; loads the models."""
         from adaptspec.environment import environment_of
 
-        return replace(environment_of(self._model, self._draft), engine=self.name)
+        with self._own_threads():
+            return replace(environment_of(self._model, self._draft), engine=self.name)
 
     def answer(
         self,
@@ -129,13 +127,30 @@ class InProcessEngine(InferenceEngine):
             raise EngineError(
                 f"{self.name} answers one request at a time, got {len(prompts)}"
             )
-        return [
-            self._answer(
-                *(method, params, prompt.encode(self._model)),
-                prompt.max_new_tokens or max_new_tokens,
-            )
-            for prompt in prompts
-        ]
+        with self._own_threads():
+            return [
+                self._answer(
+                    *(method, params, prompt.encode(self._model)),
+                    prompt.max_new_tokens or max_new_tokens,
+                )
+                for prompt in prompts
+            ]
+
+    @contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        """Within it torch has this engine's number of threads; it is one number for the
+        process, in which other engines decode, too."""
+        import torch
+
+        before, own = torch.get_num_threads(), self._options.threads
+        if own is None or own == before:
+            yield
+            return
+        torch.set_num_threads(own)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @abstractmethod
     def _answer(
@@ -155,7 +170,8 @@ class InProcessEngine(InferenceEngine):
 
         model = self._model
         ids = [*prompt.encode(model), *tokens]
-        forward = model.read_alone(ids)
+        with self._own_threads():
+            forward = model.read_alone(ids)
         logits = forward.logits[forward.rows[len(ids) - 1]]
         return near_tie(logits, one, other, model.dtype)
 

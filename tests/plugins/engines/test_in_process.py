@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from adaptspec.engines.inference_engine import EngineOptions
+from adaptspec.engines.inference_engine import Answer, EngineOptions
 from adaptspec.errors import EngineError
 from adaptspec.profile import PLAIN
 from adaptspec.testing import InferenceEngineContract
@@ -113,3 +114,37 @@ def test_what_they_cannot_honour_is_refused(
 def test_heads_are_refused_where_nothing_reads_them() -> None:
     with pytest.raises(EngineError, match="--heads says nothing to transformers"):
         TransformersEngine.open(EngineOptions(heads=["h"]))
+
+
+def test_each_engine_decodes_with_threads_of_its_own(
+    models: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    used: list[int] = []
+
+    def counted(cls: type[InProcessEngine]) -> None:
+        answer = cls._answer
+
+        def counting(self: InProcessEngine, *asked: Any) -> Answer:
+            used.append(torch.get_num_threads())
+            return answer(self, *asked)
+
+        monkeypatch.setattr(cls, "_answer", counting)
+
+    counted(AdaptSpecEngine)
+    counted(TransformersEngine)
+    before = torch.get_num_threads()
+    one, other = before + 1, before + 2
+    options = EngineOptions(model=models[0], threads=one)
+    with (
+        AdaptSpecEngine.open(options) as ours,
+        TransformersEngine.open(replace(options, threads=other)) as theirs,
+        TransformersEngine.open(replace(options, threads=None)) as usual,
+    ):
+        engines = (ours, theirs, usual)
+        assert [e.environment.threads for e in engines] == [one, other, before]
+        for engine in (*engines, *reversed(engines)):
+            engine.answer(PLAIN, {}, PROMPTS[:1], 2)
+    assert used == [one, other, before, before, other, one]
+    assert torch.get_num_threads() == before

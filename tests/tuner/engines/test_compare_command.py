@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
 from adaptspec.errors import EngineError
 from adaptspec.hookspecs import hookimpl
 from adaptspec.host import Host
 from adaptspec.testing.fakes import FakeClock
-from adaptspec.testing.scripted_engine import Machine, engine_on, workload_of
+from adaptspec.testing.scripted_engine import (
+    Machine,
+    ScriptedEngine,
+    engine_on,
+    workload_of,
+)
+from adaptspec_profiles import open_store
 from adaptspec_tuner.engines.compare import compare as compare_engines
-from engine_commands import TRUTH, run, tune
-
-
-def compare(engines: Sequence[type], workload: Path, *more: object) -> Result:
-    """A comparison."""
-    return run(
-        engines,
-        *("compare", "--model", "m", "--workload", workload, *more),
-        *("--db", workload.parent / "p.db"),
-    )
+from engine_commands import TRUTH, compare, tune
+from measured_engines import DAY, keep_run
 
 
 @pytest.mark.slow
@@ -64,7 +63,12 @@ def test_engines_are_compared_plainly_and_with_what_was_tuned(workload: Path) ->
 
 @pytest.mark.slow
 def test_what_was_tuned_is_opened_as_it_was_tuned(workload: Path) -> None:
-    cls = engine_on(Machine(TRUTH))
+    class Named(engine_on(Machine(TRUTH))):  # type: ignore[misc]
+        @property
+        def environment(self) -> Any:
+            return replace(super().environment, model=self.options.model)
+
+    cls: type[ScriptedEngine] = Named
     heads = workload.parent / "heads"
     told = ("--draft-model", "d", "--heads", heads, "--context", "512", "--threads", 3)
     argument = "--engine-argument=--flash"
@@ -134,6 +138,16 @@ def test_each_engine_is_compared_with_options_of_its_own(workload: Path) -> None
     assert (list(first.heads), list(second.heads)) == (["h"], ["a", "b"])
     assert (first.arguments, list(second.arguments)) == ((), ["--flash=on", "x"])
     assert (first.context, second.context) == (None, 512)
+    # What is said of an engine that is left out is no value of the others.
+    alone = compare(
+        *([one, two], workload, "--engine", "two", "--model", "one=x"),
+        *("--heads", "one=h", "--engine-argument", "one=x", "--context", "one=9"),
+        *("--draft-model", "one=d", "--engine-command", "one=prog"),
+    )
+    assert alone.exit_code == 0, alone.output
+    assert len(one.opened) == 1
+    told = two.opened[-1].options
+    assert (told.model, told.draft_model, told.heads) == ("m", None, ())
     for flag, value in (("--context", "512"), ("--engine-argument", "--flash=on")):
         vague = compare([one, two], workload, f"{flag}={value}")
         assert f"write {flag} ENGINE={value}" in vague.output
@@ -191,9 +205,13 @@ def test_an_engine_that_is_not_at_hand_is_left_out_with_the_reason(
     found = compare([good, dies, absent], workload, "--model", "absent=missing")
     assert found.exit_code == 0, found.output
     assert "left out: absent: no model 'missing'" in found.stdout
-    assert "left out: dies: dies ended: killed" in found.stdout
-    assert "dies: plain decoding" not in found.stdout  # half of it tells nothing
     assert "good: plain decoding" in found.stdout
+    # Half of a class tells nothing; what was finished before is kept.
+    assert "dies: left out in code: dies ended: killed" in found.stdout
+    assert "left out: dies" not in found.stdout
+    (row,) = [line for line in found.stdout.splitlines() if "dies: plain" in line]
+    _, *cells = row.rsplit(maxsplit=4)
+    assert cells == ["15.4", "-", "-", "-"]
     assert dies.opened[0].closed
     nobody = compare([absent], workload, "--model", "absent=missing")
     assert nobody.exit_code == 1
@@ -252,6 +270,12 @@ def test_a_method_that_engines_lack_is_told_and_refused_where_all_do(
     missing = compare([one, two], workload, "--method", "eagle")
     assert missing.exit_code == 1
     assert "two: no heads were given (--heads)" in missing.output
+    # One that is not at hand may be the one that has it.
+    absent = ("--method", "eagle", "--model", "two=missing")
+    shown = compare([one, two], workload, *absent)
+    assert shown.exit_code == 1
+    assert "one: no heads were given" in shown.output
+    assert "two: left out: no model 'missing'" in shown.output
     assert all(engine.closed for engine in [*one.opened, *two.opened])
 
 
@@ -291,3 +315,57 @@ def test_a_model_said_of_no_engine_is_a_servers_where_nothing_is_started(
     own = ("--engine", "scripted", "--model", f"{url}=n")
     assert compare([cls, served], workload, "--engine", url, *own).exit_code == 0
     assert served.opened[-1].options.model == "n"
+
+
+def test_an_engine_is_opened_as_in_the_run_whose_choice_is_used(
+    workload: Path,
+) -> None:
+    cls = engine_on(Machine(TRUTH))
+    here = cls(EngineOptions(engine="scripted", model="m")).environment
+    with closing(open_store(str(workload.parent / "p.db"))) as store:
+        for day, prompts, draft in ((1, 10, "d1"), (2, 2, "d2")):
+            keep_run(
+                store,
+                {name: (1.0, {("copy", 8): 1.8}) for name in ("summary", "code")},
+                run=f"r{day}",
+                environment=here,
+                prompts={"summary": prompts, "code": prompts},
+                created=DAY + timedelta(days=day),
+                length="length",
+                model="m",
+                draft_model=draft,
+            )
+    told = compare([cls], workload, "--json")
+    assert told.exit_code == 0, told.output
+    assert [row["way"] for row in json.loads(told.stdout)["rows"]][1:] == ["tuned"]
+    # The newest is of fewer prompts, so the other one's choice is used.
+    assert [engine.options.draft_model for engine in cls.opened] == ["d2", "d1"]
+    assert all(engine.closed for engine in cls.opened)
+    assert not cls.opened[0].log
+    compare([cls], workload, "--draft-model", "d3")
+    assert [engine.options.draft_model for engine in cls.opened[2:]] == ["d3"]
+
+
+def test_what_engines_ran_with_and_what_is_to_be_known_of_choices_is_told(
+    workload: Path,
+) -> None:
+    cls = engine_on(Machine(TRUTH))
+    here = cls(EngineOptions(engine="scripted", model="m")).environment
+    with closing(open_store(str(workload.parent / "p.db"))) as store:
+        keep_run(
+            store,
+            {name: (1.0, {("copy", 8): 1.8}) for name in ("summary", "code")},
+            environment=replace(here, threads=4),
+            length="length",
+            model="m",
+        )
+    found = json.loads(compare([cls], workload, "--json").stdout)
+    note = "scripted: summary, code: measured with threads 4 (here 2)"
+    assert found["notes"] == [note]
+    told = found["engines"]["scripted"]
+    assert (told["model_name"], told["dtype"]) == ("m", "bf16")
+    assert (told["threads"], told["concurrency"]) == (2, 1)
+    shown = compare([cls], workload).stdout.splitlines()
+    line = "scripted: version 7.1, model m, dtype bf16, threads 2, requests at a time 1"
+    assert line in shown
+    assert note in shown

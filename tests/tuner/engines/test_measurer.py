@@ -245,3 +245,48 @@ def test_parts_are_even_and_hold_everything_once(
     parts = even_parts(prompts, most)
     assert [len(part) for part in parts] == sizes
     assert [p for part in parts for p in part] == list(prompts)
+
+
+@pytest.mark.parametrize("room", [1, 4])
+def test_a_prompt_that_is_refused_fails_none_that_are_asked_together_with_it(
+    room: int,
+) -> None:
+    def wrong(method: str, params: Mapping[str, Scalar], p: Prompt) -> Exception | None:
+        return EngineError("400: too long") if p.id == "a/2" else None
+
+    measurer, engine = measurer_on(dear(room=room), wrong, concurrency=4)
+    ahead = measurer.measure_ahead([(setting, PROMPTS) for setting in SETTINGS])
+    assert ahead == SETTINGS
+    for setting in [PLAIN_SETTING, *SETTINGS]:
+        for prompt in PROMPTS:
+            if prompt.id == "a/2":
+                with pytest.raises(EngineError, match="too long"):
+                    measurer.measure(setting, prompt)
+            else:
+                assert measurer.measure(setting, prompt).speed > 0
+    # The others are still asked as many at a time as was agreed.
+    asked = [ids for method, _, ids in engine.log if method == "copy"]
+    assert {"a/0", "a/1", "a/3"} in [set(ids) for ids in asked]
+    assert {len(ids) for ids in asked} == {4}
+
+
+def test_prompts_that_fail_only_together_are_asked_alone_once() -> None:
+    class Small(engine_on(dear())):  # type: ignore[misc]
+        def answer(
+            self,
+            method: str,
+            params: Mapping[str, Scalar],
+            prompts: list[Prompt],
+            most: int,
+        ) -> list[Answer]:
+            if len({p.id for p in prompts}) > 1:
+                raise EngineError("no memory")
+            return super().answer(method, params, prompts, most)  # type: ignore[no-any-return]
+
+    engine = Small(EngineOptions(engine="scripted", model="m"))
+    measurer = EngineMeasurer(engine, [WORKLOAD], 64, 4)
+    for prompt in PROMPTS:
+        with pytest.raises(EngineError, match="no memory"):
+            measurer.measure(PLAIN_SETTING, prompt)
+    alone = [ids for _, _, ids in engine.log if len(ids) == 1]
+    assert sorted(alone) == [[prompt.id] for prompt in PROMPTS]

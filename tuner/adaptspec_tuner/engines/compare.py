@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from statistics import geometric_mean, median
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
 
-from adaptspec.engines.exporting.options import Asked, tuned_with
 from adaptspec.engines.inference_engine import EngineOptions, InferenceEngine
-from adaptspec.errors import (
-    AdaptSpecError,
-    EngineError,
-    UnknownStrategyError,
-    stopped_by_user,
-)
-from adaptspec.profile import PLAIN, Environment, ProfileStore
-from adaptspec.selector import select
+from adaptspec.errors import AdaptSpecError, UnknownStrategyError, stopped_by_user
+from adaptspec.profile import PLAIN, ClassChoice, Environment, ProfileStore
+from adaptspec.selector import rank, select
 from adaptspec.workloads import Prompt, Workload
+from adaptspec_tuner.engines.as_tuned import as_decided, as_tuned
+from adaptspec_tuner.engines.comparison import Cell, Comparison, Row
 from adaptspec_tuner.engines.measurer import EngineMeasurer
 from adaptspec_tuner.measuring.profiler import (
     PLAIN_SETTING,
@@ -35,77 +31,6 @@ if TYPE_CHECKING:
 TUNED = "tuned"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """An engine's row in one class.
-
-    Args:
-        setting: The method that it decoded with.
-        params: Its parameters.
-        tokens_per_second: After the first token; median over prompts.
-        seconds_to_first: Median over prompts.
-        seconds_per_token: Of the whole answer, the prompt's reading included; median.
-    """
-
-    setting: str
-    params: Mapping[str, Any]
-    tokens_per_second: float
-    seconds_to_first: float
-    seconds_per_token: float
-    prompts: int
-
-
-@dataclass
-class Row:
-    """An engine with a way of decoding: plainly, tuned, or a method with its defaults.
-
-    Args:
-        cells: Class -> what was measured.
-    """
-
-    engine: str
-    version: str
-    way: str
-    cells: dict[str, Cell] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        how = "plain decoding" if self.way == PLAIN else self.way
-        return f"{self.engine}: {how}"
-
-    def ratio(self, base: Row) -> float | None:
-        """How many times as fast as ``base`` a token of an answer comes: geometric mean
-        over the classes that both have."""
-        ratios = [
-            base.cells[name].seconds_per_token / cell.seconds_per_token
-            for name, cell in self.cells.items()
-            if name in base.cells and cell.seconds_per_token > 0
-        ]
-        return geometric_mean(ratios) if ratios else None
-
-
-@dataclass
-class Comparison:
-    """What was measured.
-
-    Args:
-        left_out: Engine -> why it isn't compared.
-    """
-
-    workload: str
-    rows: list[Row] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
-        told = asdict(self)
-        for row, of in zip(told["rows"], self.rows, strict=True):
-            row["ratio"] = of.ratio(self.rows[0])
-        return told
-
-
 @dataclass
 class _Compared:
     """An engine that answers.
@@ -113,8 +38,11 @@ class _Compared:
     Args:
         ways: Way -> the setting of each class.
         samples: Way and class -> prompt's id -> what its answer took.
+        finished: Classes that it went through.
         refused: Prompt's id -> why it isn't decoded plainly.
-        notes: Why classes are decoded plainly where tuned choices are used.
+        failed: Setting's key and class -> why it isn't asked there any more.
+        notes: Why classes are decoded plainly where tuned choices are used, and what is
+            to be known of the choices.
     """
 
     name: str
@@ -123,8 +51,15 @@ class _Compared:
     environment: Environment
     ways: dict[str, dict[str, Setting]]
     samples: dict[tuple[str, str], dict[str, Sample]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def answered(self) -> bool:
+        """Whether it went through a class in which it answers."""
+        return any((PLAIN, name) in self.samples for name in self.finished)
 
 
 def compare(
@@ -143,9 +78,11 @@ def compare(
 
     An engine without room for its settings answers a class at once, setting by setting.
 
-    An engine that can't be opened, or that fails on its way, is told and left out; so
-    is a prompt that an engine refuses, on all of them. What isn't said of an engine is
-    as it was when its model was tuned.
+    An engine that can't be opened, or that fails before it went through a class, is
+    told and left out. One that fails later keeps the classes that it went through, and
+    a way of decoding those in which it didn't fail. A prompt that an engine refuses is
+    left out on all of them. What isn't said of an engine is as it was when its model
+    was tuned.
 
     Args:
         asked: The engines with their models.
@@ -162,7 +99,7 @@ def compare(
         compared: list[_Compared] = []
         for options in asked:
             doing(f"opening {options.engine}")
-            with _told(found, options.engine, warn):
+            with _told(found.left_out, options.engine, warn):
                 compared.append(
                     _opened(
                         stack, options, workload, store, host, methods, max_new_tokens
@@ -170,44 +107,79 @@ def compare(
                 )
                 sleep(compared[-1].engine.resting)
         if compared:
-            _check_methods(methods, compared)
+            _check_methods(methods, compared, found.left_out)
+        ended: dict[str, str] = {}  # engine -> why it is asked no more
         for name, prompts in workload.by_class().items():
-            for one in [c for c in compared if c.name not in found.left_out]:
+            for one in [c for c in compared if c.name not in ended]:
                 doing(f"{name}: {one.name}")
-                with _told(found, one.name, warn):
+                with _told(ended, one.name, warn):
                     settings = [of[name] for of in one.ways.values() if name in of]
                     others = [s for s in settings if s.strategy != PLAIN]
                     one.measurer.forget()
                     one.measurer.measure_ahead([(s, prompts) for s in others])
                     sleep(one.engine.resting)
             for prompt in prompts:
-                for one in [c for c in compared if c.name not in found.left_out]:
+                for one in [c for c in compared if c.name not in ended]:
                     doing(f"{name}: {one.name}")
-                    with _told(found, one.name, warn):
+                    with _told(ended, one.name, warn):
                         _answered(one, prompt)
                         sleep(one.engine.resting)
-        for one in compared:
-            if one.refused and not one.samples:
-                found.left_out.setdefault(one.name, next(iter(one.refused.values())))
-        compared = [c for c in compared if c.name not in found.left_out]
-        refused = {key: (c, why) for c in compared for key, why in c.refused.items()}
-        for prompt_id, (by, why) in refused.items():
-            found.notes.append(
-                f"prompt {prompt_id!r} is left out on all engines: {by.name}: {why}"
-            )
-        for one in compared:
-            version = one.environment.versions.get(one.environment.engine, "")
-            for way, by_class in one.ways.items():
-                row = Row(one.name, version, way)
-                for name, setting in by_class.items():
-                    samples = one.samples.get((way, name), {})
-                    if kept := [s for key, s in samples.items() if key not in refused]:
-                        row.cells[name] = _cell(setting, kept)
-                if row.cells:
-                    found.rows.append(row)
-            for note in (*one.notes, *getattr(one.engine, "notes", ())):
-                found.notes.append(f"{one.name}: {note}")
+            for one in [c for c in compared if c.name not in ended]:
+                one.finished.append(name)
+        _sum_up(found, compared, ended, workload)
     return found
+
+
+def _sum_up(
+    found: Comparison,
+    compared: Sequence[_Compared],
+    ended: Mapping[str, str],
+    workload: Workload,
+) -> None:
+    """Rows and notes of what was measured, the engines first that went to the end.
+
+    A way of decoding is told in a class where it answered all of its prompts that no
+    engine refuses, since prompts differ.
+    """
+    for one in compared:
+        whys = [why for name, why in ended.items() if name == one.name]
+        whys += one.refused.values()
+        if whys and not one.answered:
+            found.left_out[one.name] = whys[0]
+    compared = [one for one in compared if one.name not in found.left_out]
+    compared.sort(key=lambda one: one.name in ended)
+    classes = workload.by_class()
+    refused: set[str] = set()
+    for one in compared:
+        for prompt in (p for name in one.finished for p in classes[name]):
+            if prompt.id in one.refused and prompt.id not in refused:
+                refused.add(prompt.id)
+                found.notes.append(
+                    f"prompt {prompt.id!r} is left out on all engines: {one.name}: "
+                    f"{one.refused[prompt.id]}"
+                )
+    for one in compared:
+        version = one.environment.versions.get(one.environment.engine, "")
+        failed: dict[tuple[str, str], list[str]] = {}  # way and why -> classes
+        for way, by_class in one.ways.items():
+            row = Row(one.name, version, way)
+            for name in one.finished:
+                samples = one.samples.get((way, name), {})
+                kept = [p.id for p in classes[name] if p.id not in refused]
+                if kept and samples.keys() >= set(kept):
+                    row.cells[name] = _cell(by_class[name], [samples[k] for k in kept])
+                elif why := one.failed.get((by_class[name].key, name)):
+                    failed.setdefault((way, why), []).append(name)
+            if row.cells:
+                found.rows.append(row)
+                found.engines[one.name] = one.environment
+        notes = [*one.notes, *getattr(one.engine, "notes", ())]
+        for (way, why), names in failed.items():
+            notes.append(f"{way} is left out in {', '.join(names)}: {why}")
+        if one.name in ended:
+            missing = [name for name in classes if name not in one.finished]
+            notes.append(f"left out in {', '.join(missing)}: {ended[one.name]}")
+        found.notes += [f"{one.name}: {note}" for note in notes]
 
 
 def _opened(
@@ -221,27 +193,43 @@ def _opened(
 ) -> _Compared:
     from adaptspec_tuner.engines.tune import engine_class
 
+    cls, asked = engine_class(host, options.engine), options
     if store is not None:
-        options = as_tuned(options, store)
-    engine = stack.enter_context(engine_class(host, options.engine).open(options))
+        options = as_tuned(asked, store)
+    engine = stack.enter_context(cls.open(options))
+    choices: list[ClassChoice] = []
+    if store is not None:
+        choices = store.choices(model=engine.environment.model)
+        runs: dict[str, list[str]] = {}
+        for name in workload.classes:
+            run = select(choices, engine.environment, name).run
+            runs.setdefault(run, []).append(name)
+        # Not the newest run may have decided, but one that ran the engine otherwise.
+        if (then := as_decided(asked, store, runs)) != options:
+            engine.close()
+            options = then
+            engine = stack.enter_context(cls.open(options))
     environment = engine.environment
     known = {method.name: method for method in engine.methods}
     ways: dict[str, dict[str, Setting]] = {
         PLAIN: dict.fromkeys(workload.classes, PLAIN_SETTING)
     }
-    choices = [] if store is None else store.choices(model=environment.model)
     tuned: dict[str, Setting] = {}
-    plainly: dict[str, list[str]] = {}  # why -> classes
+    said: dict[str, list[str]] = {}  # what is to be known of a choice -> classes
     for name in workload.classes:
-        choice = select(choices, environment, name)
+        ranking = rank(choices, environment, name)
+        choice = ranking.choices[0]
         if choice.strategy != PLAIN and choice.strategy in known:
             tuned[name] = Setting(choice.strategy, dict(choice.params))
+            # Without how much faster it was: that is measured here.
+            if ranking.notes:
+                said.setdefault("; ".join(ranking.notes), []).append(name)
             continue
         reason = choice.reason
         if choice.strategy != PLAIN:
             why = _lacks(engine, choice.strategy)
             reason = f"plain decoding: {choice.strategy} was chosen, but {why}"
-        plainly.setdefault(reason, []).append(name)
+        said.setdefault(reason, []).append(name)
     if tuned:
         # A class that is best decoded plainly is decoded plainly.
         ways[TUNED] = {
@@ -254,7 +242,7 @@ def _opened(
     lacking = {name: _lacks(engine, name) for name in methods}
     measurer = EngineMeasurer(engine, [workload], max_new_tokens, options.concurrency)
     measurer.check()
-    notes = [f"{', '.join(of)}: {reason}" for reason, of in plainly.items()]
+    notes = [f"{', '.join(of)}: {reason}" for reason, of in said.items()]
     notes += [f"not measured: {name}: {why}" for name, why in lacking.items() if why]
     found = _Compared(options.engine, engine, measurer, environment, ways)
     found.notes.extend(notes)
@@ -268,8 +256,13 @@ def _lacks(engine: InferenceEngine, method: str) -> str | None:
     return engine.unavailable.get(method, "the engine doesn't have it")
 
 
-def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
+def _check_methods(
+    names: Sequence[str], compared: Sequence[_Compared], left_out: Mapping[str, str]
+) -> None:
     """Refuse a method that no engine has.
+
+    Args:
+        left_out: Engine that can't be opened -> why.
 
     Raises:
         UnknownStrategyError: with the reason of each engine, and what there is.
@@ -277,6 +270,7 @@ def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
     for name in names:
         reasons = {one.name: _lacks(one.engine, name) for one in compared}
         if None not in reasons.values():
+            reasons |= {engine: f"left out: {why}" for engine, why in left_out.items()}
             told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
             known = [m.name for one in compared for m in one.engine.methods]
             raise UnknownStrategyError(
@@ -285,33 +279,10 @@ def _check_methods(names: Sequence[str], compared: Sequence[_Compared]) -> None:
             )
 
 
-def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
-    """What isn't said of an engine as it was when its model was tuned: a choice holds
-    for the draft model, heads and numbers that it was measured with."""
-    choices = [c for c in store.choices() if c.environment.engine == options.engine]
-    try:
-        asked = Asked(model=options.model, concurrency=options.concurrency)
-        told = tuned_with(asked, store, choices)
-    except EngineError:  # of several models it isn't clear which is meant
-        return options
-    if told.get("model") is not None and options.model is None:
-        return options
-    names = {
-        "command": "engine_command",
-        "python": "engine_python",
-        "arguments": "engine_argument",
-    }
-    usual = EngineOptions()
-    changed: dict[str, Any] = {}
-    for one in fields(EngineOptions):
-        value = told.get(names.get(one.name, one.name))
-        if value and getattr(options, one.name) == getattr(usual, one.name):
-            changed[one.name] = tuple(value) if isinstance(value, list) else value
-    return replace(options, **changed)
-
-
 def _answered(one: _Compared, prompt: Prompt) -> None:
     """Answer a prompt with each of an engine's settings, each once.
+
+    A setting that fails is asked no more in the prompt's class.
 
     Raises:
         Exception: what the engine raised, unless it refuses this prompt alone.
@@ -332,14 +303,21 @@ def _answered(one: _Compared, prompt: Prompt) -> None:
         return
     for way, settings in one.ways.items():
         setting = settings[name]
-        if setting.key not in taken:
-            taken[setting.key] = one.measurer.measure(setting, prompt)
-        one.samples.setdefault((way, name), {})[prompt.id] = taken[setting.key]
+        if setting.key not in taken and (setting.key, name) not in one.failed:
+            try:
+                taken[setting.key] = one.measurer.measure(setting, prompt)
+            # Whether it was the engine, the next plain answer tells.
+            except Exception as error:
+                if stopped_by_user(error):
+                    raise
+                one.failed[setting.key, name] = in_a_line(error)
+        if setting.key in taken:
+            one.samples.setdefault((way, name), {})[prompt.id] = taken[setting.key]
 
 
 @contextlib.contextmanager
 def _told(
-    found: Comparison, engine: str, warn: Callable[[str], None]
+    left_out: dict[str, str], engine: str, warn: Callable[[str], None]
 ) -> Iterator[None]:
     """Leave out an engine that fails, and say why."""
     try:
@@ -348,7 +326,7 @@ def _told(
     except Exception as error:
         if stopped_by_user(error):
             raise
-        found.left_out[engine] = in_a_line(error)
+        left_out[engine] = in_a_line(error)
         if not isinstance(error, AdaptSpecError):
             warn(f"{engine} is left out: {in_a_line(error)}")
 

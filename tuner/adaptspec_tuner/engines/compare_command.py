@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from adaptspec.engines.inference_engine import EngineOptions
     from adaptspec.host import Host
-    from adaptspec_tuner.engines.compare import Comparison
+    from adaptspec.profile import Environment
+    from adaptspec_tuner.engines.comparison import Comparison
 
 
 def by_engine(
@@ -220,13 +221,15 @@ def compare(
     ]
     for name in names:
         engine_class(host, name)  # raises, naming the known ones
-    model, own_models = by_engine(models, names, "--model")
-    draft, own_drafts = by_engine(drafts, names, "--draft-model")
-    command, own_commands = by_engine(commands, names, "--engine-command")
-    python, own_pythons = by_engine(pythons, names, "--engine-python")
-    common_heads, own_heads = lists_by_engine(heads, names)
-    words, own_words = lists_by_engine(arguments, names)
-    context, own_contexts = by_engine(contexts, names, "--context")
+    # What is said of engines that --engine leaves out stays in the command unused.
+    known = list(dict.fromkeys([*names, *host.engines]))
+    model, own_models = by_engine(models, known, "--model")
+    draft, own_drafts = by_engine(drafts, known, "--draft-model")
+    command, own_commands = by_engine(commands, known, "--engine-command")
+    python, own_pythons = by_engine(pythons, known, "--engine-python")
+    common_heads, own_heads = lists_by_engine(heads, known)
+    words, own_words = lists_by_engine(arguments, known)
+    context, own_contexts = by_engine(contexts, known, "--context")
     for flag, value in (
         ("--engine-command", command),
         ("--engine-python", python),
@@ -305,6 +308,8 @@ def print_comparison(found: Comparison, console: Console) -> None:
     base = found.rows[0]
     for row in found.rows:
         ratio = row.ratio(base)
+        # Classes differ: some of them tell nothing of all.
+        part = len(row.cells) < len(classes)
         firsts = [cell.seconds_to_first for cell in row.cells.values()]
         cells = [
             f"{row.cells[name].tokens_per_second:.1f}" if name in row.cells else "-"
@@ -314,7 +319,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
             Text(row.label),
             *cells,
             "-" if ratio is None else f"{ratio:.2f}",
-            f"{1e3 * sum(firsts) / len(firsts):.0f}",
+            "-" if part else f"{1e3 * sum(firsts) / len(firsts):.0f}",
         )
     console.print(
         "Tokens per second after the first, median over prompts; x first row: time "
@@ -327,9 +332,8 @@ def print_comparison(found: Comparison, console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    for name, version in {row.engine: row.version for row in found.rows}.items():
-        if version:
-            say(f"{name}: version {version}")
+    for name, environment in found.engines.items():
+        say(f"{name}: {described(environment)}")
     for row in found.rows:
         used = {
             f"{cell.setting} {dict(cell.params)}" if cell.params else cell.setting
@@ -342,3 +346,17 @@ def print_comparison(found: Comparison, console: Console) -> None:
         say(note)
     for name, reason in found.left_out.items():
         say(f"left out: {name}: {reason}")
+
+
+def described(environment: Environment) -> str:
+    """What an engine was measured with, in a line."""
+    told = {
+        "version": environment.versions.get(environment.engine),
+        "model": environment.model_name,
+        "dtype": environment.dtype,
+        "draft model": environment.draft_name,
+        "heads": environment.heads_name,
+        "threads": environment.threads,
+        "requests at a time": environment.concurrency,
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value)

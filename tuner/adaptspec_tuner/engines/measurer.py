@@ -79,7 +79,7 @@ class EngineMeasurer:
         self._concurrency, self._warm_up_tokens = concurrency, warm_up_tokens
         self._dear, self._beside_one, self._clock = dear, beside_one, clock
         self._groups = [group for part in parts for group in part.by_class().values()]
-        self._parts = [
+        self._parts: list[Sequence[Prompt]] = [
             part for group in self._groups for part in even_parts(group, concurrency)
         ]
         # No prompt that is measured: an engine may have to forget what it was asked. It
@@ -95,6 +95,8 @@ class EngineMeasurer:
         self._ready: list[str] = []  # setting keys, the one asked last at the end
         self._took: dict[str, float] = {}  # setting key -> seconds of its first start
         self._broken: dict[str, Exception] = {}
+        # Ids of prompts that failed together with others, and don't alone.
+        self._answered_alone: set[str] = set()
         # Setting key and prompt id -> what is measured already, for the next to ask.
         self._waiting: dict[tuple[str, str], Answer | Exception] = {}
 
@@ -381,17 +383,64 @@ class EngineMeasurer:
     def _ask(self, setting: Setting, prompt: Prompt) -> dict[str, Answer]:
         """Answers of a prompt and of those that are asked together with it."""
         together = self._together(prompt)
-        if setting.key not in self._ready:
-            self._warm(setting)
-        self._ready.remove(setting.key)
-        answers = self._engine.answer(
-            setting.strategy, setting.params, together, self._max_new_tokens
-        )
-        self._ready.append(setting.key)
+        self._make_ready(setting)
+        try:
+            answers = self._answers(setting, together)
+        # A third party's engine may raise anything.
+        except Exception as error:
+            if setting != PLAIN_SETTING or stopped_by_user(error):
+                raise
+            if not self._set_apart(together):
+                raise
+            return self._ask(setting, prompt)
         found: dict[str, Answer] = {}
         for one, answer in zip(together, answers, strict=True):
             found.setdefault(one.id, answer)
         return found
+
+    def _answers(self, setting: Setting, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers of prompts at the same time, by a setting that is ready."""
+        self._ready.remove(setting.key)
+        answers = self._engine.answer(
+            setting.strategy, setting.params, prompts, self._max_new_tokens
+        )
+        self._ready.append(setting.key)
+        return answers
+
+    def _set_apart(self, together: Sequence[Prompt]) -> bool:
+        """Where prompts failed together, make parts of their own of those that fail
+        alone, too, so that they fail no others.
+
+        Returns:
+            Whether there are such.
+
+        Raises:
+            Exception: of an engine that answers nothing any more.
+        """
+        distinct = list({one.id: one for one in together}.values())
+        if len(distinct) == 1:
+            return False
+        apart: list[Prompt] = []
+        for one in distinct:
+            if one.id in self._answered_alone:
+                continue
+            self._make_ready(PLAIN_SETTING)
+            try:
+                self._answers(PLAIN_SETTING, [one])
+            # A third party's engine may raise anything.
+            except Exception as error:
+                if stopped_by_user(error):
+                    raise
+                apart.append(one)
+            else:
+                self._answered_alone.add(one.id)
+        kept = [[one for one in part if one not in apart] for part in self._parts]
+        self._parts = [*filter(None, kept), *([one] for one in apart)]
+        return bool(apart)
+
+    def _make_ready(self, setting: Setting) -> None:
+        if setting.key not in self._ready:
+            self._warm(setting)
 
     def _warm(self, setting: Setting) -> None:
         """Start a setting, and let it answer a greeting a little, which doesn't

@@ -37,8 +37,8 @@ def refuse_ours(arguments: Sequence[str]) -> None:
     """Raise for an argument that would undo what the engine says itself.
 
     vLLM reads ``_`` as ``-``, the beginning of a name as the name, and what comes
-    behind a dot as a field. All others are passed on, and are part of what a profile
-    holds for.
+    behind a dot as a field. All others are passed on, and but for the share of a GPU's
+    memory are part of what a profile holds for.
 
     Raises:
         EngineError: naming it and the reason.
@@ -55,3 +55,16 @@ def refuse_ours(arguments: Sequence[str]) -> None:
                 raise EngineError(
                     f"vllm: {option} can't be one of the engine's arguments: {reason}"
                 )
+
+
+def without_memory_share(arguments: Sequence[str]) -> list[str]:
+    """All arguments but ``--gpu-memory-utilization`` and its value."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option.replace("_", "-") != "--gpu-memory-utilization":
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept

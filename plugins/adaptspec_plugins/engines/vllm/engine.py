@@ -29,7 +29,7 @@ from adaptspec.params import Params, Scalar
 from adaptspec.profile import PLAIN, Environment
 from adaptspec.workloads import Prompt
 from adaptspec_plugins.engines.model_folder import EPSILON, ModelFolder
-from adaptspec_plugins.engines.vllm.arguments import refuse_ours
+from adaptspec_plugins.engines.vllm.arguments import refuse_ours, without_memory_share
 from adaptspec_plugins.engines.vllm.command import (
     BOUND,
     GIB,
@@ -161,8 +161,13 @@ class VLLM(InferenceEngine):
 
     @property
     def _configuration(self) -> str:
-        """Of the model, and of what the user says to vLLM beside."""
-        told = [list(self._options.arguments), self._options.context]
+        """Of the model, and of what the user says to vLLM beside.
+
+        The share of a GPU's memory is left out: it says how many tokens the server can
+        hold, not how fast it answers as many requests as it has room for.
+        """
+        arguments = without_memory_share(self._options.arguments)
+        told = [arguments, self._options.context]
         all_of_it = f"{self._target.configuration}{json.dumps(told)}"
         return hashlib.sha256(all_of_it.encode()).hexdigest()[:16]
 

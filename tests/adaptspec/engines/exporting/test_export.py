@@ -271,6 +271,10 @@ def test_options_are_those_of_the_tune_unless_given_anew(
     options = FakeEngine.opened[-1]
     assert (options.command, options.draft_model) == ("other", "e.gguf")
     assert options.model == "a.gguf"
+    assert options.python is None  # it named another installation
+    printed(db, "--engine-python", "python8")
+    options = FakeEngine.opened[-1]
+    assert (options.command, options.python) == (None, "python8")
 
 
 def test_flags_are_those_of_the_run_whose_setting_is_printed(

@@ -82,6 +82,23 @@ def test_what_the_user_says_to_vllm_is_part_of_the_environment(
     assert keys[0] == opened(tmp_path, model, CPU).environment.key()
 
 
+@pytest.mark.slow
+def test_the_share_of_a_gpus_memory_changes_nothing_that_a_profile_holds_for(
+    tmp_path: Path, model: str
+) -> None:
+    share, size = "--gpu-memory-utilization", ("--block-size", "32")
+    for less, more in (
+        ((), (f"{share}=0.4",)),
+        (size, (share, "0.4", *size)),
+        (size, (*size, "--gpu_memory_utilization", "0.4")),
+    ):
+        keys = [
+            opened(tmp_path, model, CUDA, arguments=arguments).environment.key()
+            for arguments in (less, more)
+        ]
+        assert keys[0] == keys[1]
+
+
 @pytest.mark.parametrize(
     ("argument", "why"),
     [
