@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adaptspec.errors import EngineError
+from adaptspec.memory import usable_memory
 
 if TYPE_CHECKING:
     from adaptspec.engines.inference_engine import EngineOptions
@@ -56,11 +57,11 @@ def refuse_what_never_fits(
         return
     tokens = options.concurrency * files[0].number("context_length")
     needed = OTHER_BYTES + sum(file.cache_bytes(tokens) for file in files)
-    memory = psutil.virtual_memory()
     if fits:
         weights = sum(file.size for file in files)
-        needed = min(needed, memory.total - weights - FIT_LEAVES)
-    usable = memory.available + held
+        machine = psutil.virtual_memory().total  # llama.cpp sees no container's limit
+        needed = min(needed, machine - weights - FIT_LEAVES)
+    usable = usable_memory() + held
     if needed > usable:
         raise EngineError(
             f"llama.cpp: {_longest(options, files[0])}, take a server of "
