@@ -745,7 +745,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("kept", [0, 100, 0.5, -1, "zeros", "flipped"])
+@pytest.mark.parametrize("kept", [0, 0.5, -1, "zeros", "flipped"])
 def test_a_damaged_library_in_the_cache_is_compiled_again(
     kept: float | str,
     compiled: Path,

@@ -100,29 +100,31 @@ def by_setting(store: Any) -> dict[int, Any]:
     return found
 
 
-@pytest.mark.parametrize("kept", [True, False])
 def test_nodes_like_this_one_find_what_one_process_finds(
-    address: str, tmp_path: Path, kept: bool
+    address: str, tmp_path: Path
 ) -> None:
     alone = MemoryStore()
     search(alone, None)
     told: list[str] = []
-    shared = SqlStore(f"sqlite:///{tmp_path / 'p.db'}") if kept else MemoryStore()
+    stores = [SqlStore(f"sqlite:///{tmp_path / 'p.db'}"), MemoryStore()]
     pool = RayPool(address, build, PLACE, told.append)
     try:
         assert pool.size == 2
         assert len(told) == 1
         assert "left out: device_name another (here this)" in told[0]
-        search(shared, pool)
+        for shared in stores:
+            search(shared, pool)
     finally:
         pool.close()
-    one, other = by_setting(alone), by_setting(shared)
-    # One process prunes; what both measured whole is equal, the best among it.
-    whole = {k for k in one.keys() & other.keys() if one[k][0] == "complete"}
-    assert {k: one[k] for k in whole} == {k: other[k] for k in whole}
-    assert 7 in whole
-    assert max(other, key=lambda k: other[k][2]["ratio"]) == 7
-    shared.close()
+    one = by_setting(alone)
+    for shared in stores:
+        other = by_setting(shared)
+        # One process prunes; what both measured whole is equal, the best among it.
+        whole = {k for k in one.keys() & other.keys() if one[k][0] == "complete"}
+        assert {k: one[k] for k in whole} == {k: other[k] for k in whole}
+        assert 7 in whole
+        assert max(other, key=lambda k: other[k][2]["ratio"]) == 7
+        shared.close()
 
 
 def test_what_a_dead_worker_was_at_is_tried_again_and_counted_once(

@@ -264,7 +264,7 @@ def test_a_killed_process_loses_nothing_finished_and_repeats_nothing(
     db: str, store: SqlStore, fork_call: Any
 ) -> None:
     store.studies()
-    for _ in range(3):
+    for _ in range(2):
         before = store.trials("r1")
         victim = fork_call(worker, db, 0.05)
         deadline = time.monotonic() + 60

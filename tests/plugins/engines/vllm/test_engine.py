@@ -308,11 +308,11 @@ def test_a_server_that_ended_is_started_again(tmp_path: Path, model: str) -> Non
 def test_a_server_that_hangs_is_ended_and_another_asked(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("SECONDS_OF_SILENCE", 2.0), ("SECONDS_TO_END", 0.1)):
+    for name, seconds in (("SECONDS_OF_SILENCE", 1.0), ("SECONDS_TO_END", 0.1)):
         monkeypatch.setattr(f"adaptspec_plugins.engines.vllm.server.{name}", seconds)
     with opened(tmp_path, model, {"hangs": True}) as engine:
         for asked in (1, 2):
-            with pytest.raises(EngineError, match=r"nothing for 2 s; .* printed"):
+            with pytest.raises(EngineError, match=r"nothing for 1 s; .* printed"):
                 engine.answer(PLAIN, {}, [HELLO], 2)
             assert running(tmp_path) == 0
             assert len(started(tmp_path)) == asked
