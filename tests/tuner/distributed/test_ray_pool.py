@@ -106,7 +106,7 @@ def test_nodes_like_this_one_find_what_one_process_finds(
     alone = MemoryStore()
     search(alone, None)
     told: list[str] = []
-    stores = [SqlStore(f"sqlite:///{tmp_path / 'p.db'}"), MemoryStore()]
+    stores: list[Any] = [SqlStore(f"sqlite:///{tmp_path / 'p.db'}"), MemoryStore()]
     pool = RayPool(address, build, PLACE, told.append)
     try:
         assert pool.size == 2

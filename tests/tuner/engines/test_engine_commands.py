@@ -148,7 +148,9 @@ def test_a_number_of_requests_that_fails_hides_no_others(
 
 
 @pytest.mark.slow
-def test_a_number_of_requests_without_a_confirmed_class_is_told(workload: Path) -> None:
+def test_a_number_of_requests_without_a_confirmed_class_is_told(
+    workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def answers_to_4(method: str, params: Any, count: int) -> str | None:
         return (
             "broke" if count > 8 and cls.opened[-1].options.concurrency == 4 else None
@@ -161,6 +163,10 @@ def test_a_number_of_requests_without_a_confirmed_class_is_told(workload: Path) 
     assert "4 requests at a time: no class could be confirmed" in found.stderr
     told = tune(cls, workload, "--concurrency", "1,4", "--json", "--fresh")
     assert [bool(run["classes"]) for run in json.loads(told.stdout)] == [True, False]
+    monkeypatch.setattr(cls, "notes", ["of the engine"])  # it isn't why
+    alone = tune(cls, workload, "--concurrency", "4", "--fresh")
+    (error,) = [e for e in alone.stderr.splitlines() if e.startswith("Error: ")]
+    assert error.endswith("plain decoding fails or ends at once; nothing to compare")
 
 
 @pytest.mark.parametrize("text", ["0", "a", "", "1,-2"])

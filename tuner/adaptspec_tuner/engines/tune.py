@@ -223,9 +223,10 @@ def tune_engine(
                 )
             )
             if options.concurrency > 1 and result.classes:
-                result.notes.append(WAVE)
+                result.notes.insert(0, WAVE)
                 progress.say(WAVE)
-            result.notes.extend(engine_notes(engine, progress))
+            # Before the tune's own: the last note may be why nothing was confirmed.
+            result.notes[:0] = engine_notes(engine, progress)
             return result
         finally:
             if store is not db:
