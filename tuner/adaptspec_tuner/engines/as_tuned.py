@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from adaptspec.engines.exporting.options import Asked, decided_with, tuned_with
+from adaptspec.engines.exporting.options import Asked, decided_with, records_of
 from adaptspec.engines.inference_engine import EngineOptions
 from adaptspec.profile import ProfileStore
 
@@ -18,12 +18,9 @@ def as_tuned(options: EngineOptions, store: ProfileStore) -> EngineOptions:
     The newest tune at as many requests at a time tells, else the newest at any.
     """
     choices = [c for c in store.choices() if c.environment.engine == options.engine]
-    choices.sort(key=lambda c: (c.pinned, c.created), reverse=True)
-    asked = Asked(model=options.model)
-    runs = {c.run: c for c in choices}
-    records = [tuned_with(asked, store, [choice]) for choice in runs.values()]
+    records = records_of(Asked(model=options.model), store, choices).values()
     # Without a model it is the engine's own, which isn't one that was named then.
-    known = [r for r in records if r and (options.model or r.get("model") is None)]
+    known = [r for r in records if options.model or r.get("model") is None]
     if not known:
         return options
     load = options.concurrency
