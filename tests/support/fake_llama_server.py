@@ -17,6 +17,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 HELP = """----- common params -----
 
 -h,    --help, --usage                  print usage and exit
@@ -197,7 +199,7 @@ def serve(words: list[str]) -> None:
     if log := told("LOG"):
         with open(log, "a") as file:
             file.write(json.dumps([os.getpid(), words]) + "\n")
-    if told("ALONE") and log and any(_runs(pid) for pid in _before(log)):
+    if told("ALONE") and log and any(psutil.pid_exists(pid) for pid in _before(log)):
         os.kill(os.getpid(), signal.SIGKILL)
     if message := told("CANT_LOAD"):
         print(f"error: {message}", file=sys.stderr)
@@ -213,14 +215,6 @@ def _before(log: str) -> list[int]:
     """Processes that were started before this one."""
     with open(log) as file:
         return [json.loads(line)[0] for line in file][:-1]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

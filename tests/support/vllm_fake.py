@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 WORDS = ("one", " two", " three", " four", " five", " six", " seven", " eight")
 IDS = tuple(range(101, 109))
 # What it prints when it is asked for an answer, and ends.
@@ -68,7 +70,7 @@ def main(told: Mapping[str, Any], folder: str) -> None:
     if (unknown := told.get("unknown_option")) in arguments:
         print(f"vllm: error: unrecognized arguments: {unknown}", file=sys.stderr)
         sys.exit(2)
-    if told.get("alone") and any(_runs(other["pid"]) for other in others):
+    if told.get("alone") and any(psutil.pid_exists(other["pid"]) for other in others):
         print("MemoryError: no room beside another")
         sys.exit(1)
     if told.get("core_fails"):
@@ -77,14 +79,6 @@ def main(told: Mapping[str, Any], folder: str) -> None:
         print(500 * frame + "(APIServer pid=5) RuntimeError: Engine core failed.")
         sys.exit(1)
     _serve(arguments, told)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _serve(arguments: list[str], told: Mapping[str, Any]) -> None:

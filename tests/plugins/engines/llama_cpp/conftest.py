@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 import fake_llama_server
@@ -70,13 +70,5 @@ def open_engine(fake: Fake, tmp_path: Path) -> Iterator[OpenEngine]:
     yield open_one
     for engine in opened:
         engine.close()
-    left = [pid for pid, _ in fake.starts if _runs(pid)]
+    left = [pid for pid, _ in fake.starts if psutil.pid_exists(pid)]
     assert left == []
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
